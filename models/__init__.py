@@ -1,0 +1,1 @@
+"""Everything about particular networks, each beside the recipe that was measured."""

@@ -1,0 +1,28 @@
+"""What pqk raises. Every message says what, where, which numbers, and what to do.
+
+The command line maps these to exit codes: `InputError` to 2, `ParityError` to 3.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PqkError(Exception):
+    """Base of every error that pqk raises on purpose."""
+
+
+class InputError(PqkError, ValueError):
+    """Something the user gave cannot be used: a file, a recipe, data, a model."""
+
+
+class ParityError(PqkError):
+    """The deployed numbers differ from the trained ones (exit code 3)."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`' (did you mean "kernel"?)'` for the closest known word, or the list of the known ones."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f' (did you mean "{close[0]}"?)' if close else f" (known: {', '.join(known)})"

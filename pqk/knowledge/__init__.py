@@ -1,0 +1,1 @@
+"""What a student can learn from its teacher: one distillation term a class."""

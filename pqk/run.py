@@ -1,0 +1,115 @@
+"""What surrounds a pass: the seed, the journal of measured decisions, the checkpoint folder, progress, the oracle.
+
+A measured decision (a latency, a ranking) differs from run to run. It is therefore made once, by rank 0, written to
+the journal, and replayed by a resumed run, which then ends in the same student bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pqk.errors import InputError
+
+Json = Any
+Advance = Callable[[int, str], None]
+"""(steps, text) -> None"""
+
+
+class Observer(Protocol):
+    """Shows progress. The library never prints; the command line passes an observer that does."""
+
+    def task(self, description: str, total: int) -> AbstractContextManager[Advance]: ...
+
+
+class Silent:
+    """The default observer: nothing is shown."""
+
+    def task(self, description: str, total: int) -> AbstractContextManager[Advance]:
+        return nullcontext(lambda steps, text="": None)
+
+
+class Journal:
+    """Measured decisions by key, one JSON line each, flushed to disk before they are used."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.decisions: dict[str, Json] = {}
+        if path is not None and path.exists():
+            whole = path.read_bytes()
+            lines = whole.split(b"\n")
+            for line in lines[:-1]:
+                entry = json.loads(line)
+                self.decisions[entry["key"]] = entry["value"]
+            if lines[-1]:  # a killed run can leave half a line; the decision was not used yet
+                path.write_bytes(whole[: len(whole) - len(lines[-1])])
+
+    def decide(self, key: str, measure: Callable[[], Json]) -> Json:
+        """The journaled value of `key`, or `measure()` (JSON), noted first."""
+        if key not in self.decisions:
+            value = json.loads(json.dumps(measure()))
+            if self.path is not None:
+                with self.path.open("a") as f:
+                    f.write(json.dumps({"key": key, "value": value}) + "\n")
+                    f.flush()
+                    os.fsync(f.fileno())
+            self.decisions[key] = value
+        return self.decisions[key]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The surroundings of a compilation. `enter` gives those of one pass."""
+
+    seed: int = 0
+    folder: Path | None = None
+    """run state (`OUT/.work`); None: nothing is saved"""
+    journal: Journal = field(default_factory=Journal)
+    observer: Observer = field(default_factory=Silent)
+    deployed_latency: Callable[[nn.Module], float] | None = None
+    """the oracle: milliseconds of a MODULE student's INT8 form in the target's runtime, batch 1; None: not this machine"""
+    scope: str = ""
+    """the pass that is running, such as `02-distill`"""
+
+    def enter(self, scope: str) -> Run:
+        return replace(self, scope=scope)
+
+    @property
+    def scratch(self) -> Path | None:
+        """Where the running pass keeps its checkpoints; made on demand."""
+        if self.folder is None:
+            return None
+        path = self.folder / f"{self.scope}.partial"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def seed_for(self, *key: object) -> int:
+        """A 63-bit seed for (seed, pass, key…), the same on every machine."""
+        text = json.dumps([self.seed, self.scope, *map(str, key)])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def decide(self, key: str, measure: Callable[[], Json]) -> Json:
+        """A measured decision: journaled, replayed on resume, made by rank 0 for all processes."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.journal.decide(f"{self.scope}/{key}", measure)
+        box = [self.journal.decide(f"{self.scope}/{key}", measure) if torch.distributed.get_rank() == 0 else None]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def latency(self, student: nn.Module, where: str) -> float:
+        """Milliseconds of `student`'s deployed INT8 form. Raises `InputError` where it cannot be measured here."""
+        if self.deployed_latency is None:
+            raise InputError(
+                f"{where}: a latency budget needs the target's runtime on this machine, which it is not; "
+                "use a budget in macs, parameters or size, or compile on the target"
+            )
+        return self.deployed_latency(student)
