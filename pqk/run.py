@@ -66,6 +66,12 @@ class Journal:
         return self.decisions[key]
 
 
+_NO_ORACLE = (
+    "{where}: a latency budget needs the target's runtime, and this machine is not the target; "
+    "use a budget in macs, parameters or size, or compile on the target"
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """The surroundings of a compilation. `enter` gives those of one pass."""
@@ -77,6 +83,8 @@ class Run:
     observer: Observer = field(default_factory=Silent)
     deployed_latency: Callable[[nn.Module], float] | None = None
     """the oracle: milliseconds of a MODULE student's INT8 form in the target's runtime, batch 1; None: not this machine"""
+    deployed_baseline: Callable[[], float] | None = None
+    """milliseconds of the teacher in FP32 in the same runtime"""
     scope: str = ""
     """the pass that is running, such as `02-distill`"""
 
@@ -108,8 +116,11 @@ class Run:
     def latency(self, student: nn.Module, where: str) -> float:
         """Milliseconds of `student`'s deployed INT8 form. Raises `InputError` where it cannot be measured here."""
         if self.deployed_latency is None:
-            raise InputError(
-                f"{where}: a latency budget needs the target's runtime on this machine, which it is not; "
-                "use a budget in macs, parameters or size, or compile on the target"
-            )
+            raise InputError(_NO_ORACLE.format(where=where))
         return self.deployed_latency(student)
+
+    def baseline_latency(self, where: str) -> float:
+        """Milliseconds of the teacher in FP32. Raises `InputError` where it cannot be measured here."""
+        if self.deployed_baseline is None:
+            raise InputError(_NO_ORACLE.format(where=where))
+        return self.deployed_baseline()

@@ -1,1 +1,12 @@
-"""What a student can learn from its teacher: one distillation term a class."""
+"""What a student can learn from its teacher: one distillation term a class, listed in `TERMS`."""
+
+from __future__ import annotations
+
+from pqk.knowledge.feature import AttentionTransfer, Hint
+from pqk.knowledge.response import CrossEntropy, KLDivergence, LogitMSE
+from pqk.knowledge.term import Term, View
+
+TERMS = (CrossEntropy, KLDivergence, LogitMSE, Hint, AttentionTransfer)
+AnyTerm = CrossEntropy | KLDivergence | LogitMSE | Hint | AttentionTransfer
+
+__all__ = ["TERMS", "AnyTerm", "Term", "View", *(t.__name__ for t in TERMS)]

@@ -1,0 +1,40 @@
+# The front doors: `make demo`, `make test`, `make test-full`.
+# The first use creates .venv and installs into it; a later one installs only if these two files have changed.
+# For torch's CPU build where the index would give the CUDA one (several GB):
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+INSTALL = .venv/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
+REQUIREMENTS = pyproject.toml constraints.txt
+
+.PHONY: demo test test-full check clean
+
+demo: .venv/demo.stamp
+	rm -rf out/digits
+	.venv/bin/pqk compress models/digits.toml --out out/digits
+
+test: check
+	PYTHONSAFEPATH=1 .venv/bin/pytest -q
+
+test-full: check
+	PYTHONSAFEPATH=1 .venv/bin/pytest -q -m "full or not full"
+
+# Lint and types. mypy resolves pqk.passes, pqk.kernels and pqk.models in an installed copy only, so it checks one.
+check: .venv/test.stamp
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	rm -rf build .venv/typed
+	.venv/bin/python -m pip install -q --no-deps --no-build-isolation --target .venv/typed .
+	rm -rf build
+	cd .venv/typed && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pqk
+
+.venv/%.stamp: $(REQUIREMENTS) | .venv/bin/python
+	$(INSTALL) -e '.[$*]'
+	touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build out *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,191 @@
+"""Residual blocks that can be left out, and what leaving something out costs on data.
+
+A block is removable when its shortcut alone passes its input through: with its own parameters at zero, on the real
+activations that reach it, output equals input (`relu(x + 0) = x` holds where x came from a ReLU).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pqk.passes._cut import Skip
+from pqk.passes._groups import matches
+from pqk.task import first_tensor
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass
+class _Calls:
+    """What one forward pass showed of a module."""
+
+    times: int = 0
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    version: int = 0
+
+
+@contextmanager
+def _watch(modules: dict[str, nn.Module]) -> Iterator[dict[str, _Calls]]:
+    """Record calls of these modules, in the order in which they end."""
+    seen: dict[str, _Calls] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            times = seen.pop(path, _Calls()).times + 1
+            version = output._version if isinstance(output, Tensor) else 0
+            seen[path] = _Calls(times, args, kwargs, output, version)
+
+        return hook
+
+    handles = [m.register_forward_hook(note(path), with_kwargs=True) for path, m in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A removable block. Those of one signature have the same layers and input shapes: removing them saves the same."""
+
+    path: str
+    signature: str
+
+
+def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -> tuple[list[Block], dict[str, str]]:
+    """The innermost removable blocks, in order, and why modules of a block's make are not removable.
+
+    `inputs` is a batch of real samples: activations are compared on it.
+    """
+    candidates = {
+        p: m for p, m in model.named_modules() if p and len(list(m.children())) and any(True for _ in m.parameters())
+    }
+    with torch.no_grad(), _watch(candidates) as seen:
+        model(*inputs)
+    reasons: dict[str, str | None] = {p: _block_reason(candidates[p], seen[p]) for p in candidates if p in seen}
+    passing = [p for p, why in reasons.items() if why is None]
+    innermost = [p for p in passing if not any(q.startswith(f"{p}.") for q in passing)]
+    kinds = {type(candidates[p]) for p in innermost}
+    declined = {p: why for p, why in reasons.items() if why is not None and type(candidates[p]) in kinds}
+    for block in list(innermost):
+        pattern = matches(block, protect)
+        if pattern is not None:
+            innermost.remove(block)
+            declined[block] = f'kept by protect = "{pattern}"'
+    return [Block(p, _signature(candidates[p], seen[p])) for p in innermost], declined
+
+
+def _signature(module: nn.Module, calls: _Calls) -> str:
+    shapes = [tuple(p.shape) for p in module.parameters()]
+    return hashlib.sha256(f"{module!r}{shapes}{calls.arguments[0].shape[1:]}".encode()).hexdigest()[:16]
+
+
+def _block_reason(module: nn.Module, calls: _Calls) -> str | None:
+    if calls.times != 1:
+        return f"it is called {calls.times} times in one forward pass"
+    x, y = (calls.arguments or (None,))[0], calls.output
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return "it does not take and return one tensor"
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return f"it changes its input from {[*x.shape[1:]]} to {[*y.shape[1:]]}"
+    silent = copy.deepcopy(module)
+    with torch.no_grad():
+        for tensor in silent.parameters():
+            tensor.zero_()
+        for name, buffer in silent.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.zero_()
+        out = silent(*calls.arguments, **calls.keywords)
+    return None if torch.equal(out, x) else "its input does not pass through it when its own parameters are zero"
+
+
+@contextmanager
+def without_block(model: nn.Module, block: str) -> Iterator[nn.Module]:
+    """`model` with a block replaced by its shortcut for a while."""
+    parent, _, name = block.rpartition(".")
+    holder, module = model.get_submodule(parent), model.get_submodule(block)
+    setattr(holder, name, Skip())
+    try:
+        yield model
+    finally:
+        setattr(holder, name, module)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Something that could be left out: how to try it on a model, and which layers it touches."""
+
+    name: str
+    trial: Callable[[nn.Module], AbstractContextManager[nn.Module]]
+    touches: tuple[str, ...]
+
+
+def distance(outputs: Any, teacher: Any) -> float:
+    """How far outputs are from the teacher's, on the first tensor: mean KL(teacher, student) in nats for logits
+    [B, C], mean squared error otherwise."""
+    got, want = first_tensor(outputs).float(), first_tensor(teacher).float()
+    if want.ndim == 2 and want.shape[1] > 1:
+        return float(F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="batchmean"))
+    return float(F.mse_loss(got, want))
+
+
+@torch.no_grad()
+def edit_costs(
+    model: nn.Module, inputs: Inputs, teacher: Any, edits: Sequence[Edit], blocks: Sequence[str]
+) -> list[float]:
+    """The distance from the teacher's outputs that each edit alone leads to.
+
+    Everything that runs before an edit's first layer is computed once, for all edits: those modules return what they
+    returned then.
+    """
+    units = dict(_units(model, "", set(blocks)))
+    with _watch(units) as seen:
+        model(*inputs)
+    order = {path: i for i, path in enumerate(seen)}
+    # a tensor that was changed in place after it was returned is not what the module returns
+    stable = [
+        p for p, c in seen.items() if c.times == 1 and isinstance(c.output, Tensor) and c.output._version == c.version
+    ]
+    unit_of = {path: unit for unit in units for path, _ in model.get_submodule(unit).named_modules(prefix=unit)}
+    costs = []
+    for edit in edits:
+        first = min((order.get(unit_of[path], 0) for path in edit.touches if path in unit_of), default=0)
+        with ExitStack() as stack:
+            for path in stable:
+                if order[path] < first:
+                    stack.enter_context(_answering(units[path], seen[path].output))
+            stack.enter_context(edit.trial(model))
+            costs.append(distance(model(*inputs), teacher))
+    return costs
+
+
+def _units(module: nn.Module, path: str, blocks: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks, and the largest modules around them that hold none."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        if any(b.startswith(f"{inner}.") for b in blocks):
+            yield from _units(child, inner, blocks)
+        else:
+            yield inner, child
+
+
+@contextmanager
+def _answering(module: nn.Module, output: Tensor) -> Iterator[None]:
+    """`module` returning `output` whatever it is given."""
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward

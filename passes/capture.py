@@ -1,0 +1,235 @@
+"""Capture: the float module becomes the ATen graph that will be deployed.
+
+`torch.export` traces the student in eval mode with a dynamic batch. Then everything that inference does not need is
+taken out: guards, dropout, no-op slices and copies, and batch norm, which is folded into the convolution or linear
+layer before it (a batch norm with none before it becomes a depthwise 1x1 convolution, for which runtimes have an
+integer kernel). Parameters keep their module paths, so the saved tensors read like the model they came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import fx, nn
+
+from pqk.errors import InputError
+from pqk.graph import arguments, attach, attribute, calls, finish, free_path, replace, shape, tensor_node
+from pqk.passes._forms import aten, canonical_forms, fold_batch_norms
+from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
+from pqk.task import Task
+
+NO_OPS = (
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.detach.default,
+    aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default, aten.clone.default,
+)  # fmt: skip
+GUARDS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Capture(Pass):
+    """Turn the float module into the ATen graph that will be deployed, batch norm folded."""
+
+    name: ClassVar[str] = "capture"
+    consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE})
+    produces: ClassVar[Stage | None] = Stage.GRAPH
+
+    def apply(self, program: Program, task: Task) -> Program:
+        program = program.rewrite(capture, task.example)
+        graph = program.student.graph
+        return program.note(operators=sum(n.op == "call_function" for n in graph.nodes))  # type: ignore[union-attr]
+
+
+def capture(student: nn.Module, example: Example) -> nn.Module:
+    """The inference graph of `student` (changed to eval mode) as an `fx.GraphModule` that trains, batch dynamic.
+
+    `example` are inputs whose first axis is the batch, of at least 2. Raises `InputError` naming the construct and the
+    line of the user's code where the model cannot be traced.
+    """
+    exported = _export(student.eval(), example)
+    _plain_signature(exported.graph)
+    graph_module = fx.GraphModule(exported, exported.graph)
+    _describe(graph_module)
+    _drop_no_ops(graph_module)
+    _fold_constants(graph_module)
+    fold_batch_norms(graph_module)
+    canonical_forms(graph_module)
+    for parameter in finish(graph_module).parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return graph_module
+
+
+# ---- tracing
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export warns of its own internals and prints the graph it failed on."""
+    level = logging.getLogger("torch").level
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch").setLevel(level)
+
+
+def _export(student: nn.Module, example: Example) -> fx.GraphModule:
+    batch = torch.export.Dim("batch")
+    dynamic = tuple({0: batch} if t.ndim else None for t in example)
+    try:
+        with _quiet():
+            program = torch.export.export(student, example, dynamic_shapes=dynamic, strict=False)
+            if any(_mutates(n) for n in program.graph.nodes):
+                program = program.run_decompositions({})  # an empty table: only functionalizes
+            return program.module(check_guards=False)
+    except Exception as error:  # whatever the user's code or the tracer raised
+        message = str(error).strip().partition("\n")[0]
+        if "specialized" in str(error) or "Constraints violated" in str(error):
+            size = len(example[0])
+            message = f"the batch size is fixed to {size} somewhere; use x.shape[0] or -1, not a number"
+            where = _fixed_batch(student, example)
+        else:
+            where = _user_line(error)
+        raise InputError(
+            f"capture: torch.export cannot trace {type(student).__name__}: {message}{where}. A model must be one graph: "
+            "no branches on tensor values, no .item(), no work outside torch"
+        ) from error
+
+
+def _plain_signature(graph: fx.Graph) -> None:
+    """Tensors in, and the tensor, tuple or dict of the original out, without pytree calls around every forward."""
+    output = graph.output_node()
+    structure = torch.utils._pytree.tree_unflatten(output.args[0], graph._codegen.pytree_info.out_spec)  # type: ignore[attr-defined,arg-type]
+    output.args = (dict(structure) if isinstance(structure, dict) else structure,)
+    graph.set_codegen(fx.graph.CodeGen())
+
+
+def _mutates(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+
+
+def _user_line(error: BaseException) -> str:
+    """`, at FILE:LINE: 'code'` of the deepest frame outside torch and pqk, or nothing."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}: '{frames[-1].line}'" if frames else ""
+
+
+def _fixed_batch(student: nn.Module, example: Example) -> str:
+    """Where a literal equal to the batch size enters a shape: found by tracing once more with a fixed batch."""
+    with _quiet():
+        graph = torch.export.export(student, example, strict=False).graph
+    for node in graph.nodes:
+        if len(example[0]) in (a for b in node.args if isinstance(b, list | tuple) for a in b if isinstance(a, int)):
+            lines = [text.strip() for text in node.meta.get("stack_trace", "").strip().splitlines()]
+            files = [i for i, text in enumerate(lines) if text.startswith("File ") and "/torch/" not in text]
+            if files:
+                file, number = lines[files[-1]].split('"')[1], lines[files[-1]].split("line ")[1].split(",")[0]
+                return f", at {Path(file).name}:{number}: '{lines[files[-1] + 1]}'"
+    return ""
+
+
+# ---- what each node is
+
+
+def _describe(graph_module: fx.GraphModule) -> None:
+    """Replace the tracer's metadata (fake tensors, source paths) by plain facts, and note every module's output."""
+    points: dict[str, str] = {}
+    taken: set[str] = set()
+    stacks = {node: _stack(node) for node in graph_module.graph.nodes}
+    owners = Counter(stack[-1] for node, stack in stacks.items() if stack and "val" in node.meta)
+    for node, stack in stacks.items():
+        value = node.meta.get("val")
+        if node.op == "get_attr":
+            value = attribute(graph_module, str(node.target))
+        node.meta.clear()
+        if isinstance(value, torch.Tensor):
+            node.meta["shape"] = tuple(s if isinstance(s, int) else None for s in value.shape)
+            node.meta["dtype"] = value.dtype
+        node.meta["layer"] = _layer(node, stack, owners, taken)
+        if node.op == "call_function" and "shape" in node.meta:
+            points.update((path, node.name) for path in stack if path)
+    graph_module.meta["points"] = points
+
+
+def _stack(node: fx.Node) -> list[str]:
+    """The paths of the modules that `node` was traced in, outermost first."""
+    paths = [path.partition("@")[0] for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return [path for path in paths if not path.startswith("_empty")]
+
+
+def _layer(node: fx.Node, stack: list[str], owners: Counter[str], taken: set[str]) -> str:
+    """The path of the module if the node is all that it does, else with the operator's name; numbered if taken."""
+    if node.op != "call_function":
+        return str(node.target)
+    operator = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    path = stack[-1] if stack else ""
+    name = path if path and owners[path] == 1 else f"{path}.{operator}".lstrip(".")
+    base, count = name, 0
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    taken.add(name)
+    return name
+
+
+# ---- cleaning
+
+
+def _drop_no_ops(graph_module: fx.GraphModule) -> None:
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if (node.op == "call_function" and node.target in GUARDS) or str(node.target).startswith("_guards"):
+            node.replace_all_uses_with(None) if node.users else None
+            graph.erase_node(node)
+    for node in calls(graph, *NO_OPS, aten.slice.Tensor, aten.to.dtype, aten._to_copy.default, aten.expand.default):
+        if node.target in NO_OPS or _keeps_everything(node):
+            replace(graph_module, node, node.args[0])  # type: ignore[arg-type]
+
+
+def _keeps_everything(node: fx.Node) -> bool:
+    source, a = node.args[0], arguments(node)
+    if node.target is aten.slice.Tensor:
+        size = shape(source)[a["dim"]]  # type: ignore[arg-type]
+        return not a["start"] and a["step"] == 1 and (a["end"] is None or a["end"] >= (size or 1 << 62))
+    if node.target is aten.expand.default:
+        return shape(node) == shape(source) and all(not isinstance(s, fx.Node) for s in a["size"])  # type: ignore[arg-type]
+    return node.meta["dtype"] == source.meta["dtype"]  # type: ignore[union-attr]
+
+
+def _fold_constants(graph_module: fx.GraphModule) -> None:
+    """Compute what depends on parameters only (parametrized weights, position tables) once, now."""
+    graph, values = graph_module.graph, {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            values[node] = attribute(graph_module, str(node.target))
+        foldable = (
+            node.op == "call_function" and "shape" in node.meta and isinstance(node.target, torch._ops.OpOverload)
+        )
+        if not foldable or torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        if all(n in values for n in node.all_input_nodes):
+            with torch.no_grad():
+                value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get)).clone()
+            if any(isinstance(values[n], nn.Parameter) for n in node.all_input_nodes) and value.is_floating_point():
+                value = nn.Parameter(value)
+            path = attach(graph_module, free_path(graph_module, f"constants.{node.name}"), value)
+            with graph.inserting_before(node):
+                constant = tensor_node(graph_module, path)
+            values[constant] = value
+            replace(graph_module, node, constant)
+
+
+REWRITES: tuple[RewriteFunction, ...] = (capture,)
+Capture.rewrites = REWRITES

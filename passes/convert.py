@@ -1,0 +1,122 @@
+"""Convert: integer weights, int32 biases, and explicit quantize / dequantize nodes; the numbers stay the same.
+
+Each activation quantizer becomes `pqk::quantize` followed by `pqk::dequantize`. Operators that only move values act on
+the integers between the two, so that no runtime has to find that out. Each weight becomes an int8 buffer and each bias
+an int32 buffer with a dequantize of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, fx, nn
+
+from pqk.graph import attach, attribute, call, finish, free_path, replace, tensor_node
+from pqk.modules import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, set_mode
+from pqk.passes._forms import aten
+from pqk.passes.quantize import moves
+from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
+from pqk.qparams import QParams, quantize, quantize_bias
+from pqk.task import Task
+
+QUANTIZE, DEQUANTIZE = torch.ops.pqk.quantize.default, torch.ops.pqk.dequantize.default
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Convert(Pass):
+    """Turn the fake-quantized student into integers: int8 weights, int32 biases, explicit quantize / dequantize."""
+
+    name: ClassVar[str] = "convert"
+    consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.FAKE_QUANT})
+    produces: ClassVar[Stage | None] = Stage.INT8
+
+    def apply(self, program: Program, task: Task) -> Program:
+        return program.rewrite(convert, task.example)
+
+
+def quantized_tensors(int8_graph: fx.GraphModule) -> list[tuple[str, fx.Node]]:
+    """`(layer, node)` of every activation that is quantized, in the order of QuantizeLinear in `model.onnx`."""
+    return [(n.meta["layer"], n) for n in int8_graph.graph.nodes if n.op == "call_function" and n.target is QUANTIZE]
+
+
+def convert(student: nn.Module, example: Example) -> nn.Module:
+    """The INT8 graph of a FAKE_QUANT graph, which is changed. In eval mode both compute the same numbers."""
+    assert isinstance(student, fx.GraphModule)
+    student.eval()
+    set_mode(student, "on")
+    integers: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    for node in list(student.graph.nodes):
+        if node.op == "call_module":
+            module = attribute(student, str(node.target))
+            if isinstance(module, ActivationFakeQuant):
+                _activation(student, node, module, integers)
+            elif isinstance(module, WeightFakeQuant | BiasFakeQuant):
+                _tensor(student, node, module)
+        elif moves(node) and node.args[0] in integers:
+            _move(student, node, integers)
+    for parameter in finish(student).parameters():
+        parameter.requires_grad_(False)
+    return student
+
+
+def _constants(student: fx.GraphModule, stem: str, qparams: QParams, dtype: torch.dtype) -> list[fx.Node]:
+    """`get_attr` nodes of a scale and a zero point of `dtype`, at the insertion point."""
+    values = {"scale": qparams.scale.clone(), "zero_point": qparams.zero_point.to(dtype)}
+    return [tensor_node(student, attach(student, free_path(student, f"{stem}_{k}"), v)) for k, v in values.items()]
+
+
+def _activation(student: fx.GraphModule, node: fx.Node, module: ActivationFakeQuant, integers: dict) -> None:
+    qparams, grid, graph, source = module.qparams(), module.grid, student.graph, node.args[0]
+    with graph.inserting_before(node):
+        scale, zero_point = _constants(student, f"qparams.{node.name}", qparams, grid.torch_dtype)
+        if source.op == "get_attr":  # a constant operand is stored as its integers
+            integer = quantize(attribute(student, str(source.target)).detach(), qparams)
+            q = tensor_node(student, attach(student, free_path(student, f"{source.target}_{grid.dtype}"), integer))
+        else:
+            arguments = (source, scale, zero_point, grid.qmin, grid.qmax)
+            q = call(graph, QUANTIZE, arguments, node, dtype=grid.torch_dtype)
+        if module.gain != 1:
+            path = attach(student, f"{scale.target}_out", module.output_scale())
+            scale = tensor_node(student, path)
+        value = call(graph, DEQUANTIZE, (q, scale, zero_point), node)
+    integers[value] = (q, scale, zero_point)
+    replace(student, node, value)
+
+
+def _move(student: fx.GraphModule, node: fx.Node, integers: dict) -> None:
+    """Let `node` act on the integers and dequantize after it; padding puts in the zero point."""
+    q, scale, zero_point = integers[node.args[0]]
+    args: tuple[Any, ...] = (q, *node.args[1:])
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        zero = int(attribute(student, str(zero_point.target)))
+        args = (q, node.args[1], "constant", zero) if node.target is aten.pad.default else (q, node.args[1], zero)
+    graph = student.graph
+    with graph.inserting_before(node):
+        moved = call(graph, node.target, args, node, dtype=q.meta["dtype"])
+        value = call(graph, DEQUANTIZE, (moved, scale, zero_point), node)
+    integers[value] = (moved, scale, zero_point)
+    replace(student, node, value)
+
+
+def _tensor(student: fx.GraphModule, node: fx.Node, module: WeightFakeQuant | BiasFakeQuant) -> None:
+    path = str(node.args[0].target)
+    value: Tensor = attribute(student, path).detach()
+    if isinstance(module, WeightFakeQuant):
+        qparams, dtype = module.qparams(), torch.int8
+        integer = quantize(value, qparams)
+    else:
+        scale = module.scale()
+        qparams, dtype = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), module.grid, axis=0), torch.int32
+        integer = quantize_bias(value, scale)
+    with student.graph.inserting_before(node):
+        stored = tensor_node(
+            student, attach(student, free_path(student, f"{path}_{integer.dtype}".replace("torch.", "")), integer)
+        )
+        scales = _constants(student, f"qparams.{node.name}", qparams, dtype)
+        replace(student, node, call(student.graph, DEQUANTIZE, (stored, *scales, 0), node))
+
+
+REWRITES: tuple[RewriteFunction, ...] = (convert,)
+Convert.rewrites = REWRITES

@@ -1,0 +1,122 @@
+"""What the teacher is worth after post-training quantization alone: the tools that need no training, at their best.
+
+ONNX Runtime's own static quantization is always there; Intel's neural-compressor is used where it is installed. Its
+ONNX side was last released in 2024 as onnx-neural-compressor 1.0, which pins numpy below 2, so what is measured is what
+neural-compressor 3 offers on a CPU: static INT8 through PyTorch's exported graphs, run by `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pqk.benchmark import first_line
+from pqk.errors import InputError
+from pqk.machine import installed
+from pqk.runtime import session
+from pqk.target import Target, machine_target
+from pqk.task import Task
+
+Inputs = tuple[Tensor, ...]
+
+CALIBRATION = 512
+"""samples of the validation data: the ranges that min-max finds hardly move after a few hundred"""
+
+
+def onnxruntime_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs], target: Target) -> None:
+    """Write the INT8 form of an FP32 ONNX file: QDQ, min-max calibration, weights per channel.
+
+    Activations are uint8 and weights int8 (both int8 on Arm). Where the target is `x86-avx2` and this machine has no
+    VNNI, weights get 7 bits (`reduce_range`), as ONNX Runtime's documentation asks: with 8, `vpmaddubsw` saturates and
+    the baseline would lose accuracy for a reason that is not quantization. `calibration` yields tuples in the order
+    of the file's inputs. Raises `InputError` for no calibration data or a file it cannot quantize.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    names = [i.name for i in session(teacher).get_inputs()]
+    batches = [{n: t.numpy() for n, t in zip(names, inputs, strict=True)} for inputs in calibration]
+    if not batches:
+        raise InputError("post-training quantization of the teacher: no calibration samples")
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    with tempfile.TemporaryDirectory() as folder, quiet_logging(""):
+        prepared = Path(folder) / "prepared.onnx"
+        try:
+            quant_pre_process(teacher, prepared, skip_symbolic_shape=True)
+            quantize_static(
+                prepared,
+                out,
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8 if target.activation.dtype == "uint8" else QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                reduce_range=target.name == "x86-avx2" and machine_target() == "x86-avx2",
+            )
+        except Exception as error:  # the quantizer's errors share no base class
+            raise InputError(f"ONNX Runtime cannot quantize the teacher: {first_line(error)}") from error
+
+
+def ptq(teacher: Path, out: Path, task: Task, target: Target, samples: int = CALIBRATION) -> str | None:
+    """`onnxruntime_ptq` on (at most `samples`) validation samples: None, or why there is no such file."""
+    try:
+        onnxruntime_ptq(teacher, out, task.calibration(samples), target)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def neural_compressor_ptq(
+    teacher: nn.Module, example: Inputs, calibration: Iterable[Inputs]
+) -> tuple[fx.GraphModule | None, str | None]:
+    """The teacher quantized by neural-compressor with its default static INT8 configuration, or None and the reason.
+
+    `example` is a batch of at least 2 inputs, so that the batch axis is seen. The result is a float graph with
+    quantize / dequantize operators: measure it with `compiled_contender(…, runtime="neural-compressor")`.
+    """
+    if installed("neural-compressor") is None:
+        return None, "neural-compressor is not installed: pip install 'pqk[ptq]'"
+    batch = torch.export.Dim("batch", min=1)
+    with quiet_logging("neural_compressor"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao and the exporter deprecate a good part of themselves
+        try:
+            from neural_compressor.torch.export import export
+            from neural_compressor.torch.quantization import StaticQuantConfig, convert, prepare
+
+            with torch.no_grad():
+                exported = export(teacher, example, dynamic_shapes=tuple({0: batch} for _ in example))
+                if exported is None:
+                    return None, "neural-compressor could not export the teacher (torch.export failed)"
+                prepared = prepare(exported, StaticQuantConfig(), example_inputs=example)
+                for inputs in calibration:
+                    prepared(*inputs)
+                return convert(prepared), None
+        except Exception as error:  # a missing torchao, an operator it does not know: the row is left out, with this
+            return None, f"neural-compressor {installed('neural-compressor')}: {first_line(error)}"
+
+
+@contextmanager
+def quiet_logging(name: str) -> Iterator[None]:
+    """Third parties log their progress at every level; for a while only errors of the logger `name` pass."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

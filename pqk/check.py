@@ -1,0 +1,331 @@
+"""A rehearsal of a compile, in seconds to minutes: everything is done except that training takes a few steps.
+
+It finds what a long run would stumble over (a model that cannot be captured, a budget out of reach, a term whose layer
+does not exist, an operator that the runtime refuses), and what it will cost: the time of a training step times the
+steps, the memory at its highest, and the latency of the student, which does not depend on its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqk.benchmark import ratio_to
+from pqk.coverage import integer_coverage
+from pqk.emit_onnx import emit_onnx
+from pqk.errors import InputError, PqkError
+from pqk.measure import count_macs, count_parameters, float_bytes
+from pqk.oracle import Oracle
+from pqk.parity import check_layers, describe
+from pqk.passes import Distill, Prune
+from pqk.passes._blocks import find_blocks
+from pqk.passes._groups import check_groups
+from pqk.passes.convert import quantized_tensors
+from pqk.pipeline import verify
+from pqk.program import Pass, Program, Stage
+from pqk.recipe import Recipe
+from pqk.run import Advance, Observer, Run, Silent
+from pqk.runtime import session
+from pqk.target import Target
+from pqk.task import Task
+from pqk.train import Training
+
+STEPS = 6
+"""training steps that are timed; the first two warm up"""
+THREADS = 2
+
+
+@dataclass
+class Rehearsed:
+    """One pass of the recipe: what it would leave alone and why, its time, and what is wrong with it."""
+
+    index: int
+    name: str
+    stage: str
+    seconds: float | None = None
+    """estimate for the whole pass"""
+    steps: int = 0
+    """training steps"""
+    step_ms: float | None = None
+    declined: list[dict[str, str]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass
+class Findings:
+    """What `check` found. `problems` will make the compile fail; reasons stand where a number is None."""
+
+    target: str
+    seed: int
+    teacher: dict[str, int]
+    """parameters, macs (per sample), float_bytes"""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """channel groups under the law: name, channels, layers, reason (None: it may be cut)"""
+    blocks: dict[str, Any] = field(default_factory=dict)
+    """residual blocks: `removable` paths and `declined`, path -> reason"""
+    passes: list[Rehearsed] = field(default_factory=list)
+    student: dict[str, int] | None = None
+    """integer weights and biases, macs (per sample), size_bytes of model.onnx"""
+    latency: dict[str, float] | None = None
+    """teacher_ms, student_ms, ratio, ratio_low, ratio_high: ONNX Runtime, batch 1, two threads"""
+    latency_reason: str | None = None
+    integer_coverage: float | None = None
+    memory_bytes: int = 0
+    """the highest resident memory of this rehearsal, which takes every step that the compile takes"""
+    seconds: float = 0.0
+    """estimate for all passes; the proof at the end takes a few minutes more"""
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check(teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer | None = None) -> Findings:
+    """Rehearse `recipe` on a copy of `teacher`. Nothing is written.
+
+    Raises `InputError` where teacher and task do not fit each other; everything later is a finding.
+    """
+    return _Rehearsal(teacher, task, recipe, observer or Silent()).run()
+
+
+class _Rehearsal:
+    def __init__(self, teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer) -> None:
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        task.check(self.teacher)
+        self.task, self.recipe = task, recipe
+        self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
+        self.watch = Stopwatch(observer)
+        run = Run(recipe.seed, observer=self.watch)
+        self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run)
+        mismatch = self.target.mismatch()
+        if mismatch is None:
+            run = dataclasses.replace(run, deployed_latency=self.oracle.latency, deployed_baseline=self.oracle.baseline)
+        student = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.program = Program(self.teacher, student, Stage.MODULE, self.target, run)
+        example = task.example
+        costs = {"parameters": count_parameters(teacher), "macs": count_macs(self.teacher, example)}
+        costs["float_bytes"] = float_bytes(teacher)
+        self.found = Findings(self.target.name, recipe.seed, costs, latency_reason=mismatch)
+        if mismatch is not None:
+            self.found.warnings.append(mismatch)
+        self.live_steps = _cacheable_steps(task)
+
+    def run(self) -> Findings:
+        self._prunable()
+        with self.watch.task("rehearsing the passes", len(self.recipe.passes)) as advance:
+            for index, p in enumerate(self.recipe.passes):
+                row = self._rehearse(index, p)
+                self.found.passes.append(row)
+                advance(1, f"{row.name}: {row.problem or 'fine'}"[:60])
+                if row.problem is not None and p.result_stage(self.program.stage) != self.program.stage:
+                    break
+        if self.program.stage == Stage.INT8:
+            self._deploy()
+        elif not any(p.problem for p in self.found.passes):
+            self.found.problems.append(
+                f"recipe: it leaves the student in stage {self.program.stage}; an artifact needs INT8: end it with "
+                "capture, quantize, convert"
+            )
+        self.found.problems[:0] = [f"pass {r.index + 1} {r.problem}" for r in self.found.passes if r.problem]
+        self.found.seconds = sum(r.seconds or 0 for r in self.found.passes)
+        self.found.memory_bytes = peak_memory()
+        return self.found
+
+    def _prunable(self) -> None:
+        """Every channel group under the law, and the blocks that can be left out."""
+        prunes = [p for p in self.recipe.passes if isinstance(p, Prune)]
+        ignore = prunes[0].ignore if prunes else ()
+        protect = prunes[0].protect if prunes else ()
+        try:
+            with self.watch.task("checking channel groups", 1) as advance:
+                groups = check_groups(self.teacher, self.task.example, ignore)
+                advance(1, f"{len(groups)} groups")
+            self.found.groups = [dataclasses.asdict(g) for g in groups]
+        except InputError as error:
+            self.found.warnings.append(str(error))
+        try:
+            samples = next(self.task.calibration(8))
+            blocks, declined = find_blocks(self.teacher, samples, protect)
+            self.found.blocks = {"removable": [b.path for b in blocks], "declined": declined}
+        except Exception as error:  # blocks of the user's make, called in ways that they do not expect
+            self.found.warnings.append(f"blocks: {said(error)}")
+
+    def _rehearse(self, index: int, p: Pass) -> Rehearsed:
+        row = Rehearsed(index, p.name, str(self.program.stage))
+        program = dataclasses.replace(
+            self.program, run=self.program.run.enter(f"{index:02d}-{p.name}"), declined=(), details={}
+        )
+        if program.stage == Stage.MODULE:  # a pass that fails half-way must not leave its cuts to the next one
+            program = dataclasses.replace(program, student=copy.deepcopy(program.student))
+        self.watch.steps.clear()
+        began = time.perf_counter()
+        try:
+            torch.manual_seed(program.run.seed_for("pass"))
+            after = self._short(p).apply(program, self.task)
+            after = dataclasses.replace(after, stage=p.result_stage(program.stage))
+            verify(after, self.task, program.run.scope)
+        except PqkError as error:
+            row.problem = str(error)
+            return row
+        except Exception as error:  # a rehearsal exists to find what nobody thought of
+            row.problem = f'"{p.name}": {said(error)}'
+            return row
+        took = time.perf_counter() - began
+        row.declined = [{"layer": d.layer, "reason": d.reason} for d in after.declined]
+        row.details = {} if isinstance(p, Training) else dict(after.details)  # a few steps say nothing of the losses
+        self.program = after
+        self._cost(row, p, took)
+        return row
+
+    def _short(self, p: Pass) -> Pass:
+        """`p` with a few training steps instead of its epochs."""
+        if self.task.train is None:
+            return p
+        few = STEPS / len(self.task.train)
+        if isinstance(p, Training):
+            return dataclasses.replace(p, epochs=min(p.epochs, few))
+        if isinstance(p, Prune):
+            return dataclasses.replace(p, steps=1, recovery_epochs=min(p.recovery_epochs, few))
+        return p
+
+    def _cost(self, row: Rehearsed, p: Pass, took: float) -> None:
+        """The estimate of a pass: what it took, and its remaining steps at the time of those that were taken."""
+        timed = [s for steps in self.watch.steps.values() for s in steps]
+        rest, rounds, epochs = took - sum(timed), 1, p.epochs if isinstance(p, Training) else 0.0
+        if isinstance(p, Prune):
+            epochs, rounds = p.steps * p.recovery_epochs, p.steps
+        if timed and epochs and self.task.train is not None:
+            row.steps = max(1, round(epochs * len(self.task.train)))
+            step = statistics.median(timed[2:] or timed)
+            row.step_ms = round(1e3 * step, 3)
+            rest = rounds * rest + row.steps * step - self._cached(p, row.steps)
+        row.seconds = round(max(rest, 0.0) + self._scoring(), 3)
+
+    def _cached(self, p: Pass, steps: int) -> float:
+        """Seconds that cached teacher logits save: of all steps after every view was seen once."""
+        points = isinstance(p, Distill) and any(t.points() for t in p.terms if t.weight > 0)
+        if self.live_steps is None or not isinstance(p, Distill) or points or not any(t.needs_teacher for t in p.terms):
+            return 0.0
+        live = min(steps, self.live_steps)
+        self.live_steps -= live
+        assert self.task.train is not None
+        return (steps - live) * forward_seconds(self.teacher, next(self.task.train.batches()).inputs)
+
+    def _scoring(self) -> float:
+        """Seconds of the metric on validation data, which is noted after every pass."""
+        batch = next(self.task.validation.batches())
+        return len(self.task.validation) * forward_seconds(self.program.student, batch.inputs)
+
+    def _deploy(self) -> None:
+        """Emit the student, hold its layers to the parity contract, and time it in turn with the teacher."""
+        task, graph = self.task, self.program.student
+        assert isinstance(graph, torch.fx.GraphModule)
+        here = self.found.latency_reason is None
+        with tempfile.TemporaryDirectory(prefix="pqk-check-") as folder:
+            path = Path(folder) / "model.onnx"
+            try:
+                emit_onnx(graph, task.example, path, task.input_names, task.output_names)
+                layers = check_layers(graph, quantized_tensors(graph), path, task.example, optimized=here)
+                self.found.problems += [f"parity: {describe(layer)}" for layer in layers if not layer.passed]
+                self._measure(path, Path(folder) / "teacher.onnx", here)
+            except PqkError as error:
+                self.found.problems.append(str(error))
+            except Exception as error:  # as above
+                self.found.problems.append(f"emit: {said(error)}")
+
+    def _measure(self, path: Path, teacher: Path, here: bool) -> None:
+        task = self.task
+        weights = [n for n, t in self.program.student.state_dict().items() if t.dtype in (torch.int8, torch.int32)]
+        tensors = self.program.student.state_dict()
+        self.found.student = {
+            "weights": sum(tensors[n].numel() for n in weights),
+            "macs": count_macs(self.program.student, task.example),
+            "size_bytes": path.stat().st_size,
+        }
+        if not here:
+            return
+        feeds = {n: t[:1].numpy() for n, t in zip(task.input_names, task.example, strict=True)}
+        emit_onnx(self.teacher, task.example, teacher, task.input_names, task.output_names)
+        with self.watch.task("timing the student beside its teacher", 1) as advance:
+            ratio = ratio_to(session(teacher, threads=THREADS), session(path, threads=THREADS), feeds)
+            advance(1, f"{ratio.ratio:.2f}x")
+        milliseconds = self.oracle.baseline()
+        self.found.latency = {
+            "teacher_ms": milliseconds,
+            "student_ms": milliseconds / ratio.ratio,
+            "ratio": ratio.ratio,
+            "ratio_low": ratio.low,
+            "ratio_high": ratio.high,
+        }
+        self.found.integer_coverage = integer_coverage(path, feeds).share
+
+
+class Stopwatch:
+    """An `Observer` that notes the seconds of every training step and passes everything on."""
+
+    def __init__(self, inner: Observer) -> None:
+        self.inner = inner
+        self.steps: dict[str, list[float]] = {}
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        seconds = self.steps.setdefault(description, [])
+        last = time.perf_counter()
+        with self.inner.task(description, total) as show:
+
+            def advance(steps: int, text: str = "") -> None:
+                nonlocal last
+                now = time.perf_counter()
+                if steps:
+                    seconds.append((now - last) / steps)
+                last = now
+                show(steps, text)
+
+            yield advance
+
+
+def _cacheable_steps(task: Task) -> int | None:
+    """Training steps until the teacher has answered every view of every sample; None where nothing is cached."""
+    if task.train is None or task.train.key_count is None:
+        return None
+    views = getattr(task.train, "views", None) or 1
+    return views * len(task.train)
+
+
+@torch.no_grad()
+def forward_seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
+    """The fastest of three forward passes in eval mode; the mode is restored."""
+    modes = {m: m.training for m in model.modules()}
+    for m in modes:
+        m.training = False
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        model(*inputs)
+        times.append(time.perf_counter() - began)
+    for m, mode in modes.items():
+        m.training = mode
+    return min(times)
+
+
+def peak_memory() -> int:
+    """The highest resident memory of this process, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def said(error: BaseException) -> str:
+    """An unexpected error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"

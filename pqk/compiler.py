@@ -1,0 +1,197 @@
+"""`compress`: teacher, task, recipe and target in; an artifact out. Everything else is called from here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pqk.artifact import Artifact, write_manifest
+from pqk.emit_onnx import emit_onnx
+from pqk.errors import InputError, ParityError
+from pqk.files import read_json, write_json, write_tensors, write_whole
+from pqk.knowledge.teacher import fingerprint
+from pqk.machine import fingerprint as machine_fingerprint
+from pqk.oracle import Oracle
+from pqk.pipeline import is_main_process, run_passes, state
+from pqk.program import Program, Stage
+from pqk.proof import prove
+from pqk.recipe import Recipe, TargetSpec
+from pqk.report import to_markdown
+from pqk.run import Journal, Observer, Run, Silent
+from pqk.target import Target
+from pqk.task import Task, tensors
+
+Attribution = Literal["standard", "full"]
+
+
+def compress(
+    teacher: nn.Module,
+    task: Task,
+    recipe: Recipe | str | Path | None = None,
+    target: Target | str | None = None,
+    out: str | Path = "out",
+    *,
+    seed: int | None = None,
+    resume: bool = False,
+    attribution: Attribution = "standard",
+    allow_parity_failure: bool = False,
+    observer: Observer | None = None,
+) -> Artifact:
+    """Compile `teacher` into an INT8 student for `target`, and prove what it is worth.
+
+    Args:
+        teacher: a trained module; it is copied, put into eval mode and never changed.
+        task: data, metric and loss.
+        recipe: a `Recipe`, or the path of its TOML file; `Recipe.default()` where None.
+        target: a `Target` or its name; the recipe's, or this machine, where None.
+        out: the artifact's directory, empty or new (or, with `resume`, that of the run to continue).
+        seed: overrides the recipe's.
+        attribution: "full" also trains the student without distillation, for the table.
+        allow_parity_failure: finish the artifact although its numbers differ from the trained ones.
+        observer: shows progress.
+
+    Raises:
+        InputError: teacher, task, recipe, target and out do not fit; nothing was trained.
+        ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
+    """
+    recipe = _recipe(recipe, target, seed, task)
+    passes, chosen = recipe.passes, _target(recipe)
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    task.check(teacher)
+    folder = Path(out)
+    _open(folder, _identity(recipe, teacher, task), resume)
+    if (folder / "manifest.json").exists():
+        return Artifact.load(folder)
+    run = Run(recipe.seed, folder / ".work", Journal(folder / ".work" / "journal.jsonl"), observer or Silent())
+    if chosen.mismatch() is None:
+        oracle = Oracle(teacher, task, chosen, passes, run)
+        run = dataclasses.replace(run, deployed_latency=oracle.latency, deployed_baseline=oracle.baseline)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    program = run_passes(Program(teacher, student, Stage.MODULE, chosen, run), task, passes)
+    if program.stage != Stage.INT8:
+        raise InputError(f'recipe: it leaves the student in stage {program.stage}; the last pass must be "convert"')
+    if is_main_process():
+        _finish(program, task, recipe, folder, attribution, allow_parity_failure)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return Artifact.load(folder)
+
+
+def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, seed: int | None, task: Task) -> Recipe:
+    if recipe is None:
+        recipe = Recipe.default(trains=task.train is not None)
+    elif not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    if target is not None:
+        name = target.name if isinstance(target, Target) else Target.named(target).name
+        recipe = dataclasses.replace(recipe, target=TargetSpec(name=name))
+    if recipe.target is None:
+        recipe = dataclasses.replace(recipe, target=TargetSpec(name=Target.detect().name))
+    return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+
+
+def _target(recipe: Recipe) -> Target:
+    assert recipe.target is not None
+    target = Target.named(recipe.target.name)
+    if target.runtime != "onnxruntime":
+        raise InputError(
+            f"target {target.name}: this version emits model.onnx for CPUs; the Triton kernels of cuda targets are not "
+            "in it. Choose a CPU target: x86-avx2 is exact on every x86"
+        )
+    return target
+
+
+def _identity(recipe: Recipe, teacher: nn.Module, task: Task) -> dict[str, Any]:
+    """What a run is a run of: a resume must be of the same."""
+    data = {
+        "train": None if task.train is None else task.train.fingerprint(),
+        "validation": task.validation.fingerprint(),
+        "evaluation": task.evaluation.fingerprint(),
+    }
+    return {"recipe": recipe.dumps(), "teacher": fingerprint(teacher), "data": data}
+
+
+def _open(folder: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Make the output directory, or find the run to continue. Raises `InputError` for anything else that is there."""
+    work = folder / ".work"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; --out names a directory")
+    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    if not resume and there and is_main_process():
+        raise InputError(f"{folder} is not empty ({', '.join(there[:4])}…); choose another, or continue with --resume")
+    if resume and (work / "run.json").exists():
+        before = read_json(work / "run.json")
+        differ = [k for k in identity if before.get(k) != identity[k]]
+        if differ:
+            raise InputError(f"{folder} holds a run with another {' and '.join(differ)}; it cannot be continued with these")
+        return
+    if resume and there:
+        raise InputError(f"{folder} is not empty and holds no run to continue")
+    if is_main_process():
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make {work}: {error.strerror}") from error
+        write_json(work / "run.json", identity)
+
+
+def _finish(
+    program: Program, task: Task, recipe: Recipe, folder: Path, attribution: Attribution, allow_parity_failure: bool
+) -> None:
+    """Emit, prove, and move the finished files into `folder`, the manifest last."""
+    proof = folder / ".work" / "proof"
+    shutil.rmtree(proof, ignore_errors=True)
+    proof.mkdir()
+    emit_onnx(program.student, task.example, proof / "model.onnx", task.input_names, task.output_names)
+    report = prove(program, task, recipe.passes, proof, attribution, seed=recipe.seed)
+    write_tensors(proof / "student.safetensors", program.student.state_dict())
+    write_json(proof / "student.json", {"plan": state(program)["plan"]})
+    write_whole(proof / "recipe.toml", lambda p: p.write_text(recipe.dumps()))
+    write_whole(proof / "report.json", lambda p: p.write_text(report.dumps()))
+    write_whole(proof / "report.md", lambda p: p.write_text(to_markdown(report)))
+    if report.parity is not None and not report.parity.passed and not allow_parity_failure:
+        raise ParityError(
+            f"parity: {report.parity.first_divergence}. The finished passes and the report are kept in "
+            f"{folder / '.work'}; --resume --allow-parity-failure finishes the artifact all the same"
+        )
+    for name in ("model.onnx", "student.safetensors", "student.json", "recipe.toml", "report.json", "report.md"):
+        (proof / name).replace(folder / name)
+    write_manifest(folder, _manifest(program, task, recipe, folder))
+
+
+def _manifest(program: Program, task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    with torch.no_grad():
+        outputs = program.student(*task.example)
+    names = task.output_names or tuple(o.name for o in _onnx_outputs(folder / "model.onnx"))
+    described = [_describe(n, t) for n, t in zip(names, tensors(outputs), strict=True)]
+    work = read_json(folder / ".work" / "run.json")
+    return {
+        "pqk": importlib.metadata.version("pqk"),
+        "versions": machine_fingerprint()["versions"],
+        "target": program.target.name,
+        "seed": recipe.seed,
+        "teacher": work["teacher"],
+        "data": work["data"],
+        "inputs": [_describe(n, t) for n, t in zip(task.input_names, task.example, strict=True)],
+        "outputs": described,
+        "preprocessing": task.preprocessing,
+    }
+
+
+def _describe(name: str, t: torch.Tensor) -> dict[str, Any]:
+    return {"name": name, "shape": ["batch", *t.shape[1:]], "dtype": str(t.dtype).removeprefix("torch.")}
+
+
+def _onnx_outputs(path: Path) -> list[Any]:
+    import onnx
+
+    return list(onnx.load(path, load_external_data=False).graph.output)
+
+

@@ -1,0 +1,150 @@
+"""Student or teacher → `model.onnx`: integer weights, QDQ, dynamic batch, one file that needs neither pqk nor torch.
+
+What ONNX Runtime reads is plain standard: QuantizeLinear / DequantizeLinear around float operators, which it fuses into
+integer kernels. Torch's exporter writes source paths and stack traces into the file; they are taken out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from onnxscript import opset21 as op
+from onnxscript.onnx_types import TensorType
+from torch import Tensor, fx, nn
+
+from pqk.errors import InputError
+from pqk.files import write_whole
+from pqk.passes.convert import quantized_tensors
+
+OPSET = 21
+BATCH = "batch"
+aten = torch.ops.aten
+
+
+def _quantize(x: TensorType, scale: TensorType, zero_point: TensorType, qmin: int, qmax: int) -> TensorType:
+    """The grid is the whole range of the zero point's dtype wherever ONNX is emitted, so QuantizeLinear saturates."""
+    return op.QuantizeLinear(x, scale, zero_point)
+
+
+def _dequantize(q: TensorType, scale: TensorType, zero_point: TensorType, axis: int | None = None) -> TensorType:
+    return op.DequantizeLinear(q, scale, zero_point, axis=1 if axis is None else axis)
+
+
+def _mean(x: TensorType, dim: Sequence[int], keepdim: bool = False, dtype: int | None = None) -> TensorType:
+    """Means over all axes after the channels have an integer kernel under the name GlobalAveragePool."""
+    rank = len(x.shape)
+    if keepdim and rank >= 3 and sorted(d % rank for d in dim) == list(range(2, rank)):
+        return op.GlobalAveragePool(x)
+    return op.ReduceMean(x, op.Constant(value_ints=list(dim)), keepdims=int(keepdim))
+
+
+TRANSLATIONS = {
+    torch.ops.pqk.quantize.default: _quantize,
+    torch.ops.pqk.dequantize.default: _dequantize,
+    aten.mean.dim: _mean,
+}
+
+
+def emit_onnx(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    path: Path,
+    input_names: Sequence[str],
+    output_names: Sequence[str] | None = None,
+) -> None:
+    """Write `module`, a float module or an INT8 graph, to `path`, whole or not at all; its mode becomes eval.
+
+    `example` are inputs whose first axis is the batch (at least 2), which becomes the dynamic axis "batch". Outputs are
+    named by `output_names`; by default by the keys of a dict, else `logits`, or `output_0`, `output_1` … for several.
+    The outputs of the QuantizeLinear nodes of activations are named `LAYER_q`. Raises `InputError` where the module
+    cannot be exported, and for a full disk.
+    """
+    module.eval()
+    names = list(output_names or _output_names(module, example))
+    batch = torch.export.Dim(BATCH)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                example,
+                input_names=list(input_names),
+                output_names=names,
+                dynamic_shapes=tuple({0: batch} if t.ndim else None for t in example),
+                custom_translation_table=TRANSLATIONS,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+            assert program is not None
+            model = program.model_proto
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}") from error
+    _anonymize(model)
+    if isinstance(module, fx.GraphModule):
+        _name_layers(model, module)
+    onnx.checker.check_model(model, full_check=True)
+    write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
+
+
+def _output_names(module: nn.Module, example: tuple[Tensor, ...]) -> list[str]:
+    with torch.no_grad():
+        outputs = module(*example)
+    if isinstance(outputs, dict):
+        return list(outputs)
+    return ["logits"] if isinstance(outputs, Tensor) else [f"output_{i}" for i in range(len(outputs))]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints, logs, and warns of its own internals."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _anonymize(model: onnx.ModelProto) -> None:
+    """Take out what the exporter notes about the machine and the source it ran on."""
+    graph = model.graph
+    del model.metadata_props[:]
+    model.doc_string = graph.doc_string = ""
+    model.producer_name, model.producer_version = "pqk", ""
+    graph.name = "student"
+    for part in (
+        graph,
+        *graph.node,
+        *graph.initializer,
+        *graph.value_info,
+        *graph.input,
+        *graph.output,
+        *model.functions,
+    ):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _name_layers(model: onnx.ModelProto, int8_graph: fx.GraphModule) -> None:
+    """Name the output of every QuantizeLinear of an activation after its layer, and the values around it likewise."""
+    layers = [layer for layer, _ in quantized_tensors(int8_graph)]
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] not in initializers]
+    if len(nodes) != len(layers):
+        raise InputError(f"emit_onnx: {len(layers)} activations are quantized and the exporter wrote {len(nodes)}")
+    renamed = {node.output[0]: f"{layer}_q" for layer, node in zip(layers, nodes, strict=True)}
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for value in (*model.graph.value_info, *model.graph.output):
+        value.name = renamed.get(value.name, value.name)

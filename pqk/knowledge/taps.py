@@ -1,0 +1,69 @@
+"""Features by module path: from hooks in a module, from extra outputs in a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.fx as fx
+from torch import Tensor, nn
+
+from pqk.errors import InputError, nearest
+
+
+class Tapped(nn.Module):
+    """`forward(*inputs) -> (outputs, {path: feature})` over the module's own parameters."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.paths = model, tuple(paths)
+        self.seen: dict[str, Tensor] = {}
+        self.handles = []
+        for path in self.paths:
+            module = _module_at(model, path)
+            self.handles.append(module.register_forward_hook(self._hook(path)))
+
+    def _hook(self, path: str) -> Any:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.seen[path] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        self.seen.clear()
+        return self.model(*inputs), dict(self.seen)
+
+
+class TappedGraph(nn.Module):
+    """The same for a captured graph, whose modules are gone: the node that was the module's output is shown too."""
+
+    def __init__(self, graph_module: fx.GraphModule, paths: Sequence[str]) -> None:
+        super().__init__()
+        points: dict[str, str] = graph_module.meta.get("points", {})
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(graph_module.graph, copied)
+        by_name = {node.name: new for node, new in copied.items()}
+        for path in paths:
+            if points.get(path) not in by_name:
+                raise InputError(f'distill: the captured student has no point "{path}"{nearest(path, points)}')
+        graph.output((output, {path: by_name[points[path]] for path in paths}))
+        self.graph = fx.GraphModule(graph_module, graph)
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        return self.graph(*inputs)
+
+
+def tap(model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """A module over `model`'s parameters that returns (outputs, features). Raises `InputError` for a missing path."""
+    if isinstance(model, fx.GraphModule) and paths:
+        return TappedGraph(model, paths)
+    return Tapped(model, paths)
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        names = [n for n, _ in model.named_modules() if n]
+        raise InputError(f'distill: there is no module "{path}" (any more){nearest(path, names)}') from None

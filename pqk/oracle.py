@@ -1,0 +1,74 @@
+"""The latency oracle: how long the deployed INT8 form of a float student takes in the target's runtime, here.
+
+A student is captured, quantized after training and converted as the recipe would, emitted, and timed in turn with the
+teacher in FP32, so that whatever else the machine is doing cancels out. Its weights do not matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from pqk.benchmark import fastest
+from pqk.emit_onnx import emit_onnx
+from pqk.passes import Capture, Convert, Quantize
+from pqk.program import Pass, Program, Stage
+from pqk.run import Run
+from pqk.runtime import session
+from pqk.target import Target
+from pqk.task import Task
+
+CALIBRATION = 32
+"""samples; a latency does not depend on the scales"""
+
+
+class Oracle:
+    """Times students beside the teacher at batch 1. `threads` of the runtime are part of what is measured."""
+
+    def __init__(self, teacher: nn.Module, task: Task, target: Target, passes: Sequence[Pass], run: Run, threads: int = 2):
+        self.teacher, self.task, self.target, self.run, self.threads = teacher, task, target, run, threads
+        found = {type(p): p for p in passes}
+        quantize = found.get(Quantize, Quantize())
+        assert isinstance(quantize, Quantize)
+        cheap = dataclasses.replace(quantize, calibration="minmax", samples=CALIBRATION)
+        self.passes: tuple[Pass, ...] = (found.get(Capture, Capture()), cheap, found.get(Convert, Convert()))
+        self.folder = tempfile.TemporaryDirectory(prefix="pqk-oracle-")
+        self._session: ort.InferenceSession | None = None
+
+    def baseline(self) -> float:
+        """Milliseconds of the teacher in FP32, measured once in a run and journaled: all ratios are to it."""
+        return float(self.run.journal.decide("oracle/teacher_ms", lambda: fastest([self._teacher()], self._feeds())[0]))
+
+    def latency(self, student: nn.Module) -> float:
+        """Milliseconds of the INT8 form of a MODULE student: the baseline over the ratio measured in turn."""
+        candidate = session(self.emit(student), threads=self.threads)
+        teacher, student_ms = fastest([self._teacher(), candidate], self._feeds())
+        return self.baseline() * student_ms / teacher
+
+    def emit(self, student: nn.Module) -> Path:
+        """The ONNX file of a MODULE student's INT8 form."""
+        program = Program(self.teacher, copy.deepcopy(student).eval(), Stage.MODULE, self.target, Run())
+        with torch.random.fork_rng(devices=[]):
+            for p in self.passes:
+                program = dataclasses.replace(p.apply(program, self.task), stage=p.result_stage(program.stage))
+        path = Path(self.folder.name) / "candidate.onnx"
+        emit_onnx(program.student, self.task.example, path, self.task.input_names, self.task.output_names)
+        return path
+
+    def _teacher(self) -> ort.InferenceSession:
+        if self._session is None:
+            path = Path(self.folder.name) / "teacher.onnx"
+            emit_onnx(self.teacher, self.task.example, path, self.task.input_names, self.task.output_names)
+            self._session = session(path, threads=self.threads)
+        return self._session
+
+    def _feeds(self) -> dict[str, Any]:
+        return {n: t[:1].numpy() for n, t in zip(self.task.input_names, self.task.example, strict=True)}

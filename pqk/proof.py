@@ -1,0 +1,257 @@
+"""What the student is worth: parity, coverage, accuracy and latency of every step, beside the teacher.
+
+Every network of the attribution table is emitted to ONNX, evaluated through ONNX Runtime on all evaluation samples,
+and timed in turn with the teacher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqk.baselines import ptq
+from pqk.benchmark import (
+    Contender,
+    Skipped,
+    compiled_contender,
+    measure,
+    onnxruntime_contender,
+    openvino_contender,
+    protocol,
+    torch_contender,
+)
+from pqk.coverage import integer_coverage
+from pqk.emit_onnx import emit_onnx
+from pqk.knowledge import CrossEntropy
+from pqk.machine import fingerprint
+from pqk.measure import count_macs, count_parameters
+from pqk.parity import OnnxModel, check_parity
+from pqk.passes import REWRITES, Distill, Prune
+from pqk.pipeline import load, run_passes
+from pqk.program import Pass, Program, Stage
+from pqk.report import (
+    AttributionRow,
+    Conditions,
+    DeclinedRow,
+    LatencyRow,
+    Metric,
+    PassRecord,
+    Report,
+    Variant,
+)
+from pqk.task import Task
+from pqk.train import Training
+
+THREADS = 2
+THROUGHPUT_BATCH = 32
+
+
+@dataclass
+class Network:
+    """One row of the attribution table in the making: its file, and the module behind it for counting."""
+
+    variant: Variant
+    path: Path | None
+    module: nn.Module | None
+    reason: str = ""
+    """why there is no file"""
+    parameters: int | None = None
+
+
+def prove(
+    program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, *, seed: int
+) -> Report:
+    """The report of a finished INT8 program whose `model.onnx` is in `folder`; other files are written beside it."""
+    here = program.target.mismatch()
+    networks = _networks(program, task, passes, folder, attribution)
+    feeds = {n: t.numpy() for n, t in zip(task.input_names, task.example, strict=True)}
+    fake_quant = _saved(program, task, passes, Stage.FAKE_QUANT)
+    parity = check_parity(fake_quant.student, program.student, folder / "model.onnx", task, optimized=here is None)
+    latency, notes = _latency(networks, program, task, here)
+    rows = [_row(n, program, task, latency, feeds, here) for n in networks]
+    by_variant = {r.variant: r for r in rows}
+    student, teacher = by_variant["student"], by_variant["teacher_fp32"]
+    training = [p for p in passes if isinstance(p, Training)]
+    trained = {r.index: r.seconds for r in program.records if isinstance(passes[r.index], Training)}
+    return Report(
+        metric=Metric(name=task.metric.name, unit=task.metric.unit, teacher=teacher.metric, student=student.metric),
+        latency=tuple(latency),
+        latency_reason=here,
+        integer_coverage=student.integer_coverage,
+        integer_coverage_reason=here,
+        parity=parity,
+        size_bytes=student.size_bytes or 0,
+        parameters=student.parameters or 0,
+        macs=student.macs or 0,
+        seconds={f"{r.index:02d}-{r.pass_name}": r.seconds for r in program.records},
+        declined=tuple(DeclinedRow(pass_name=d.pass_name, layer=d.layer, reason=d.reason) for d in program.declined),
+        machine=fingerprint(),
+        target=program.target.name,
+        seed=seed,
+        attribution=tuple(rows),
+        conditions=Conditions(
+            training_epochs=sum(p.epochs for p in training),
+            training_seconds=sum(trained.values()),
+            train_samples=0 if task.train is None else task.train.samples,
+            validation_samples=task.validation.samples,
+            evaluation_samples=task.evaluation.samples,
+            protocol=protocol(),
+        ),
+        passes=tuple(PassRecord(**dataclasses.asdict(r)) for r in program.records),
+        notes=tuple(notes),
+    )
+
+
+def _saved(program: Program, task: Task, passes: Sequence[Pass], stage: Stage, kind: type[Pass] | None = None) -> Program:
+    """The last saved program in `stage`, after a pass of `kind` where one is given."""
+    assert program.run.folder is not None
+    for record in reversed(program.records):
+        if record.stage == str(stage) and (kind is None or isinstance(passes[record.index], kind)):
+            return load(program, task, program.run.folder / f"{record.index:02d}-{record.pass_name}", REWRITES)
+    raise LookupError(f"no saved pass in stage {stage}")
+
+
+def _networks(
+    program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str
+) -> list[Network]:
+    def emit(variant: Variant, module: nn.Module, name: str) -> Network:
+        path = folder / f"{name}.onnx"
+        emit_onnx(module, task.example, path, task.input_names, task.output_names)
+        return Network(variant, path, module)
+
+    def stage(variant: Variant, kind: type[Pass]) -> Network:
+        try:
+            saved = _saved(program, task, passes, Stage.MODULE, kind)
+        except LookupError:
+            return Network(variant, None, None, f'the recipe has no "{kind.name}" in stage MODULE')
+        return emit(variant, saved.student, variant)
+
+    networks = [emit("teacher_fp32", program.teacher, "teacher")]
+    teacher = networks[0].path
+    assert teacher is not None
+    quantized = folder / "teacher_ptq.onnx"
+    reason = ptq(teacher, quantized, task, program.target)
+    networks.append(Network("teacher_ptq", None if reason else quantized, program.teacher, reason or ""))
+    networks += [stage("pruned", Prune), stage("pruned_distilled", Distill)]
+    networks.append(_without_knowledge(program, task, passes, folder, attribution))
+    networks.append(Network("student", folder / "model.onnx", program.student))
+    float_student = _saved(program, task, passes, Stage.FAKE_QUANT).student
+    networks[-1].parameters = count_weights(float_student)
+    return networks
+
+
+def count_weights(fake_quant: nn.Module) -> int:
+    """Weights and biases, without the quantizers' own scales."""
+    from pqk.modules import quantizers
+
+    scales = sum(p.numel() for q in quantizers(fake_quant).values() for p in q.parameters())
+    return count_parameters(fake_quant) - scales
+
+
+def _without_knowledge(
+    program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str
+) -> Network:
+    """The student whose quantization-aware training had labels only: the same passes from the first of those on."""
+    if attribution != "full":
+        return Network("student_no_kd", None, None, "it needs a training of its own: --attribution full")
+    index = next(
+        (r.index for r in program.records if isinstance(passes[r.index], Distill) and r.stage == "FAKE_QUANT"), None
+    )
+    if index is None:
+        return Network("student_no_kd", None, None, "the recipe trains nothing under quantization")
+    assert program.run.folder is not None
+    before = f"{index - 1:02d}-{passes[index - 1].name}"
+    start = load(program, task, program.run.folder / before, REWRITES)
+    run = dataclasses.replace(program.run, folder=program.run.folder / "without-knowledge")
+    assert run.folder is not None
+    run.folder.mkdir(exist_ok=True)
+    rest = [
+        dataclasses.replace(p, terms=(CrossEntropy(),), teach_from=0.0) if isinstance(p, Distill) else p
+        for p in passes[index:]
+    ]
+    done = run_passes(dataclasses.replace(start, run=run), task, rest, start=index)
+    path = folder / "student_no_kd.onnx"
+    emit_onnx(done.student, task.example, path, task.input_names, task.output_names)
+    network = Network("student_no_kd", path, done.student)
+    network.parameters = count_weights(_last_fake_quant(done, task, rest, index))
+    return network
+
+
+def _last_fake_quant(program: Program, task: Task, passes: Sequence[Pass], first: int) -> nn.Module:
+    assert program.run.folder is not None
+    record = next(r for r in reversed(program.records) if r.stage == "FAKE_QUANT" and r.index >= first)
+    return load(program, task, program.run.folder / f"{record.index:02d}-{record.pass_name}", REWRITES).student
+
+
+def _latency(
+    networks: Sequence[Network], program: Program, task: Task, mismatch: str | None
+) -> tuple[list[LatencyRow], list[str]]:
+    """Every network in ONNX Runtime at batch 1 and a throughput batch, and teacher and student elsewhere."""
+    if mismatch is not None:
+        return [], []
+    rows: list[LatencyRow] = []
+    notes: list[str] = []
+    for batch in (1, THROUGHPUT_BATCH):
+        inputs = tuple(torch.cat([t] * -(-batch // len(t)))[:batch] for t in task.example)
+        feeds = {n: t.numpy() for n, t in zip(task.input_names, inputs, strict=True)}
+        files = {n.variant: n.path for n in networks if n.path is not None}
+        found: list[Contender | Skipped] = [
+            onnxruntime_contender(v, p, feeds, threads=THREADS) for v, p in files.items()
+        ]
+        if batch == 1:
+            found += _elsewhere(program, files, inputs, feeds)
+        contenders = [c for c in found if isinstance(c, Contender)]
+        notes += [f"{s.variant} in {s.runtime} was not measured: {s.reason}" for s in found if isinstance(s, Skipped)]
+        rows += measure(contenders, contenders[0])
+    feeds = {n: t[:1].numpy() for n, t in zip(task.input_names, task.example, strict=True)}
+    still = [onnxruntime_contender(v, files[v], feeds, threads=THREADS, spinning=False) for v in ("teacher_fp32", "student")]
+    return rows + measure(still, still[0]), notes
+
+
+def _elsewhere(
+    program: Program, files: dict[Variant, Path], inputs: tuple[torch.Tensor, ...], feeds: dict[str, Any]
+) -> list[Contender | Skipped]:
+    """Other runtimes, and ONNX Runtime without spinning threads; each with a ratio of its own to the same baseline."""
+    return [
+        torch_contender("teacher_fp32", program.teacher, inputs, threads=THREADS),
+        compiled_contender("teacher_fp32", program.teacher, inputs, threads=THREADS),
+        openvino_contender("teacher_fp32", files["teacher_fp32"], feeds, threads=THREADS),
+        openvino_contender("student", files["student"], feeds, threads=THREADS),
+    ]
+
+
+def _row(
+    network: Network, program: Program, task: Task, latency: Sequence[LatencyRow], feeds: dict[str, Any], here: str | None
+) -> AttributionRow:
+    if network.path is None:
+        missing = ("metric", "latency_ms", "ratio", "size_bytes", "parameters", "macs", "integer_coverage")
+        return AttributionRow(variant=network.variant, reasons=dict.fromkeys(missing, network.reason))
+    with torch.inference_mode():
+        like = program.teacher(*task.example)
+    deployed = OnnxModel(network.path, like, optimized=here is None)
+    timed = next(
+        (r for r in latency if (r.variant, r.runtime, r.batch) == (network.variant, "onnxruntime", 1) and r.spinning), None
+    )
+    assert network.module is not None
+    parameters = network.parameters
+    if parameters is None:
+        parameters = count_parameters(network.module)
+    return AttributionRow(
+        variant=network.variant,
+        metric=task.score(deployed, task.evaluation),
+        latency_ms=timed.median_ms if timed else None,
+        ratio=timed.ratio if timed else None,
+        ratio_low=timed.ratio_low if timed else None,
+        ratio_high=timed.ratio_high if timed else None,
+        size_bytes=network.path.stat().st_size,
+        parameters=parameters,
+        macs=count_macs(network.module, task.example),
+        integer_coverage=integer_coverage(network.path, feeds).share if here is None else None,
+        reasons={} if here is None else dict.fromkeys(("latency_ms", "ratio", "integer_coverage"), here),
+    )

@@ -1,0 +1,302 @@
+"""A recipe: the passes in order, with everything that a run needs to be repeated. TOML in, TOML out, strict.
+
+    seed = 0
+
+    [teacher]
+    factory = "pqk.models.resnet:resnet20"
+    weights = "resnet20_cifar10.safetensors"
+
+    [task]
+    factory = "pqk.models.cifar:cifar10"
+
+    [target]
+    name = "x86-avx2"
+
+    [[pass]]
+    name = "quantize"
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from pqk.errors import InputError, nearest
+from pqk.passes import PASSES
+from pqk.pipeline import check_order
+from pqk.program import CONFIG, Pass, Stage
+from pqk.target import Target
+
+FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TeacherSpec:
+    """Where the teacher comes from. Only compress, check and rebuild import the factory."""
+
+    factory: str = Field(pattern=FACTORY)
+    """`module:function` that returns the untrained module, such as "pqk.models.resnet:resnet56" """
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """keyword arguments of the factory"""
+    weights: str | None = None
+    """a safetensors file, looked for beside the recipe and in the data folder"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TaskSpec:
+    """Where data, metric and loss come from."""
+
+    factory: str = Field(pattern=FACTORY)
+    """`module:function(data_folder, **arguments)` that returns a `pqk.Task`"""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """keyword arguments of the factory"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TargetSpec:
+    """The machine that will run the student; this one where no table is given."""
+
+    name: str
+    """such as "x86-avx2"; `pqk doctor` lists them"""
+
+
+@dataclass(frozen=True, kw_only=True, config={**CONFIG, "arbitrary_types_allowed": True})
+class Recipe:
+    """Passes in order, and what they are applied to. `Recipe.loads(r.dumps()) == r`."""
+
+    passes: tuple[Pass, ...]
+    teacher: TeacherSpec | None = None
+    task: TaskSpec | None = None
+    target: TargetSpec | None = None
+    seed: int = Field(default=0, ge=0)
+
+    def __post_init__(self) -> None:
+        if not self.passes:
+            raise InputError("recipe: it has no [[pass]]")
+        check_order(self.passes)
+        if self.target is not None:
+            Target.named(self.target.name)
+
+    @staticmethod
+    def loads(text: str, where: str = "recipe") -> Recipe:
+        """Parse TOML. Raises `InputError` for anything unknown, ill-typed, impossible or out of order."""
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{where}: not readable as TOML: {error}") from error
+        known = {"seed", "teacher", "task", "target", "pass"}
+        for key in table:
+            if key not in known:
+                raise InputError(f'{where}: unknown table "{key}"{nearest(key, known)}')
+        entries = table.pop("pass", [])
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise InputError(f"{where}: passes are tables in double brackets: [[pass]]")
+        passes = tuple(_parse_pass(e, f"{where}: pass {i + 1}") for i, e in enumerate(entries))
+        for key, spec in (("teacher", TeacherSpec), ("task", TaskSpec), ("target", TargetSpec)):
+            if key in table:
+                table[key] = parse(spec, table[key], f"{where}: [{key}]")
+        try:
+            return Recipe(passes=passes, **table)
+        except ValidationError as error:
+            raise InputError(f"{where}: {explain(error, Recipe)}") from error
+        except InputError as error:
+            raise InputError(f"{where}: {error}" if where != "recipe" else str(error)) from error
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Read a TOML file. Raises `InputError` where it cannot be read or is no recipe."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the recipe {path}: {error}") from error
+        return Recipe.loads(text, str(path))
+
+    def dumps(self) -> str:
+        """As TOML, without the values that are defaults."""
+        table: dict[str, Any] = {"seed": self.seed} if self.seed else {}
+        for key in ("teacher", "task", "target"):
+            spec = getattr(self, key)
+            if spec is not None:
+                table[key] = plain(spec)
+        table["pass"] = [{"name": p.name, **plain(p)} for p in self.passes]
+        return tomli_w.dumps(table)
+
+    def override(self, settings: Sequence[str]) -> Recipe:
+        """With `pass.key=value` settings applied; `distill@2.epochs=3` names the second of several.
+
+        The value is TOML (a bare word is a string). Raises `InputError` for a setting that names nothing.
+        """
+        recipe = self
+        for setting in settings:
+            recipe = recipe._override(setting)
+        return recipe
+
+    def _override(self, setting: str) -> Recipe:
+        match = re.fullmatch(r"([\w-]+)(?:@(\d+))?\.(\w+)=(.*)", setting)
+        if match is None:
+            raise InputError(f'--set "{setting}": write pass.key=value, such as distill.epochs=3')
+        name, number, key, text = match.groups()
+        where, value = f'--set "{setting}"', _toml_value(text)
+        if name == "task" and self.task is not None:
+            return replace(self, task=replace(self.task, arguments={**self.task.arguments, key: value}))
+        places = [i for i, p in enumerate(self.passes) if p.name == name]
+        if number is not None:
+            places = places[int(number) - 1 : int(number)] if int(number) >= 1 else []
+        if not places:
+            raise InputError(f"{where}: the recipe has no such pass{nearest(name, {p.name for p in self.passes})}")
+        passes = list(self.passes)
+        for i in places:
+            passes[i] = _parse_pass({"name": name, **plain(passes[i]), key: value}, where)
+        return replace(self, passes=tuple(passes))
+
+    @staticmethod
+    def default(trains: bool = True) -> Recipe:
+        """What `compress` does where no recipe is given: prune to a third of the teacher's latency, recover, quantize.
+
+        Without training data: post-training quantization alone.
+        """
+        text = _DEFAULT if trains else _DEFAULT_PTQ
+        return Recipe.loads(text)
+
+    def stages(self) -> list[Stage]:
+        """The student's stage before each pass."""
+        stages = [Stage.MODULE]
+        for p in self.passes:
+            stages.append(p.result_stage(stages[-1]))
+        return stages[:-1]
+
+
+_DEFAULT_PTQ = """
+[[pass]]
+name = "capture"
+[[pass]]
+name = "quantize"
+[[pass]]
+name = "convert"
+"""
+_DEFAULT = """
+[[pass]]
+name = "prune"
+latency_ratio = 3.0
+[[pass]]
+name = "distill"
+epochs = 10
+[[pass]]
+name = "capture"
+[[pass]]
+name = "quantize"
+[[pass]]
+name = "distill"
+epochs = 2
+learning_rate = 0.002
+teach_from = 0.1
+terms = [{ term = "cross_entropy", weight = 0.1 }, { term = "kl", weight = 0.9, temperature = 2.0 }]
+[[pass]]
+name = "convert"
+"""
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON values, without the fields that are at their defaults."""
+    dumped = _without_none(TypeAdapter(type(value)).dump_python(value, mode="json"))
+    defaults = {
+        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(type(value))
+    }
+    return {k: v for k, v in dumped.items() if getattr(value, k) != _pydantic_default(defaults.get(k))}
+
+
+def _pydantic_default(default: Any) -> Any:
+    """The value behind a pydantic `Field(...)`."""
+    if hasattr(default, "get_default"):
+        return default.get_default(call_default_factory=True)
+    return default
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def pass_named(name: str, where: str) -> type[Pass]:
+    """The pass class of that name. Raises `InputError` naming the nearest known one."""
+    for p in PASSES:
+        if p.name == name:
+            return p
+    raise InputError(f'{where}: unknown pass "{name}"{nearest(name, (p.name for p in PASSES))}')
+
+
+def _parse_pass(entry: Mapping[str, Any], where: str) -> Pass:
+    if "name" not in entry:
+        raise InputError(f"{where}: a [[pass]] needs a name{nearest('', (p.name for p in PASSES))}")
+    kind = pass_named(str(entry["name"]), where)
+    return parse(kind, {k: v for k, v in entry.items() if k != "name"}, f'{where} "{kind.name}"')
+
+
+def parse(kind: type[Any], values: Any, where: str) -> Any:
+    """`kind(**values)`, strictly. Raises `InputError` that says where and what."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain(error, kind)}") from error
+
+
+def explain(error: ValidationError, kind: type[Any]) -> str:
+    """A pydantic error in one line, naming the nearest known key for an unknown one."""
+    lines = []
+    for e in error.errors():
+        place = ".".join(str(part) for part in e["loc"])
+        if e["type"] == "unexpected_keyword_argument":
+            names = [f.name for f in fields(kind)] if len(e["loc"]) == 1 else []
+            lines.append(f'unknown key "{place}"' + (nearest(place, names) if names else ""))
+        else:
+            shown = "" if e["type"] == "missing" else f" (got {e['input']!r})"
+            lines.append((f"{place}: " if place else "") + e["msg"].removeprefix("Value error, ") + shown)
+    return "; ".join(lines)
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON Schema of recipe files, for editors."""
+    definitions: dict[str, Any] = {}
+
+    def of(kind: type[Any]) -> dict[str, Any]:
+        schema = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        definitions.update(schema.pop("$defs", {}))
+        return schema
+
+    passes = []
+    for p in PASSES:
+        schema = of(p)
+        schema["properties"] = {"name": {"const": p.name}, **schema.get("properties", {})}
+        schema["required"] = ["name", *schema.get("required", [])]
+        passes.append(schema)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "pqk recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["pass"],
+        "properties": {
+            "seed": {"type": "integer", "minimum": 0, "default": 0},
+            "teacher": of(TeacherSpec),
+            "task": of(TaskSpec),
+            "target": of(TargetSpec),
+            "pass": {"type": "array", "minItems": 1, "items": {"oneOf": passes}},
+        },
+        "$defs": definitions,
+    }

@@ -1,0 +1,220 @@
+"""What the model is for: example inputs, data, metric, loss. Context for every pass; never changed by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pqk.data import Batch, Data, Inputs, as_data, split
+from pqk.errors import InputError, nearest
+
+Outputs = Any
+"""what a model returns: a tensor, or a tuple or dict of tensors"""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that says how good outputs are; higher is better. `unit` "share" means 0 to 1."""
+
+    name: str
+    unit: str
+    function: Callable[[Outputs, Any], float]
+    """(outputs of all samples, targets of all samples) -> value; tensors are concatenated over batches"""
+
+
+def _accuracy(outputs: Outputs, targets: Tensor) -> float:
+    return float((first_tensor(outputs).argmax(-1) == targets).double().mean())
+
+
+METRICS = (Metric("accuracy", "share", _accuracy),)
+
+
+def first_tensor(outputs: Outputs) -> Tensor:
+    """The first tensor of a model's outputs. Raises `InputError` where there is none."""
+    found = tensors(outputs)
+    if not found:
+        raise InputError(f"teacher: its output is a {type(outputs).__name__} without tensors; pqk compares tensors")
+    return found[0]
+
+
+def tensors(outputs: Outputs) -> list[Tensor]:
+    """All tensors of an output, in order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    return [t for o in outputs for t in tensors(o)] if isinstance(outputs, tuple | list) else []
+
+
+def cross_entropy(outputs: Outputs, targets: Tensor) -> Tensor:
+    """Per-sample cross-entropy [B] of logits [B, C] (float32) against labels int64 [B].
+
+    Raises `InputError` where a label is outside 0…C-1.
+    """
+    logits = first_tensor(outputs).float()
+    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]):
+        raise InputError(
+            f"data: labels run from {int(targets.min())} to {int(targets.max())} and the model has "
+            f"{logits.shape[1]} classes (0 to {logits.shape[1] - 1})"
+        )
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def argmax(outputs: Outputs) -> Tensor:
+    """The default decision: int64 [B], or [B, …] for outputs with more axes."""
+    return first_tensor(outputs).argmax(-1)
+
+
+class Task:
+    """Data and judgement for one model.
+
+    Args:
+        train: a `DataLoader`, a list of batches or `ArrayData`; None: nothing can be trained, calibration still works.
+        evaluation: touched by the final report only.
+        validation: calibration, sensitivity, keep-best and every choice; split off `train` (`validation_share`) if None.
+        metric: a `Metric` or the name of one ("accuracy").
+        loss: (outputs, targets) -> per-sample loss [B]; cross-entropy by default.
+        decision: outputs -> what the user acts on, compared for parity; argmax by default.
+        example: example inputs (batch of at least 2); the first two samples of the evaluation data if None.
+        input_names, output_names: names in `model.onnx`.
+        preprocessing: how to make model inputs from raw ones (JSON), written into the manifest.
+    Raises `InputError` for empty or unusable data.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        evaluation: Any,
+        validation: Any = None,
+        *,
+        metric: Metric | str = "accuracy",
+        loss: Callable[[Outputs, Any], Tensor] = cross_entropy,
+        decision: Callable[[Outputs], Tensor] = argmax,
+        example: Tensor | Inputs | None = None,
+        input_names: tuple[str, ...] | None = None,
+        output_names: tuple[str, ...] | None = None,
+        preprocessing: dict[str, Any] | None = None,
+        validation_share: float = 0.1,
+    ) -> None:
+        self.train: Data | None = None if train is None else as_data(train, "task train")
+        self.evaluation = as_data(evaluation, "task evaluation")
+        if validation is not None:
+            self.validation = as_data(validation, "task validation")
+        elif self.train is not None:
+            self.train, self.validation = split(self.train, validation_share)
+        else:
+            raise InputError(
+                "task: neither training nor validation data; calibration needs some samples: pass validation=… "
+                "(unlabelled inputs do). Without training data a recipe can prune by magnitude, capture, quantize and "
+                "convert, but not distill"
+            )
+        self.metric = metric if isinstance(metric, Metric) else named_metric(metric)
+        self.loss, self.decision = loss, decision
+        if example is None:
+            example = tuple(t[:2].clone() for t in next(self.evaluation.batches()).inputs)
+        self.example: Inputs = example if isinstance(example, tuple) else (example,)
+        if any(len(t) < 2 for t in self.example):
+            raise InputError(
+                f"task: example inputs need a batch of at least 2, to show which axis is the batch; got shapes "
+                f"{[tuple(t.shape) for t in self.example]}"
+            )
+        names = ("input",) if len(self.example) == 1 else tuple(f"input_{i}" for i in range(len(self.example)))
+        self.input_names = input_names or names
+        self.output_names = output_names
+        self.preprocessing = preprocessing or {}
+
+    def need_train(self, where: str) -> Data:
+        """The training data. Raises `InputError` where there is none."""
+        if self.train is None:
+            raise InputError(
+                f"{where}: there is no training data. Without it a recipe can prune by magnitude or batch-norm scale, "
+                "capture, quantize (post-training calibration) and convert: take the training passes out"
+            )
+        return self.train
+
+    def calibration(self, limit: int) -> Iterator[Inputs]:
+        """Input tuples of at most `limit` validation samples, un-augmented, in a fixed order."""
+        for batch in self.validation.batches():
+            if limit <= 0:
+                return
+            yield tuple(t[:limit] for t in batch.inputs)
+            limit -= len(batch.inputs[0])
+
+    def score(self, model: Callable[..., Outputs], data: Data, limit: int | None = None) -> float:
+        """The metric of `model` on (at most `limit` samples of) `data`."""
+        outputs, targets = predict(model, data, limit)
+        return self.metric.function(outputs, targets)
+
+    def check(self, teacher: nn.Module) -> None:
+        """Run the teacher once on the example and one batch of each data. Raises `InputError` where they do not fit."""
+        try:
+            with torch.inference_mode():
+                outputs = teacher(*self.example)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in self.example)
+            raise InputError(f"teacher: the example inputs ({shapes}) do not fit it: {error}") from error
+        if not bool(first_tensor(outputs).isfinite().all()):
+            raise InputError("teacher: its outputs on the example inputs are NaN or infinite")
+        for what, data in (("train", self.train), ("validation", self.validation), ("evaluation", self.evaluation)):
+            if data is None:
+                continue
+            batch = next(data.batches())
+            self._check_batch(what, teacher, batch)
+
+    def _check_batch(self, what: str, teacher: nn.Module, batch: Batch) -> None:
+        for name, t, e in zip(self.input_names, batch.inputs, self.example, strict=False):
+            if t.dtype != e.dtype or t.dim() != e.dim():
+                raise InputError(
+                    f"{what} data: input {name} is {tuple(t.shape)} {t.dtype}, the example is {tuple(e.shape)} {e.dtype}"
+                )
+        with torch.inference_mode():
+            outputs = teacher(*(t[:2] for t in batch.inputs))
+            if batch.targets is None:
+                return
+            try:
+                losses = self.loss(outputs, batch.targets[:2] if isinstance(batch.targets, Tensor) else batch.targets)
+                value = self.metric.function(outputs, batch.targets[:2])
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(f"{what} data: the task cannot score the teacher's output: {error}") from error
+        if losses.dim() == 0 or not isinstance(value, float | int):
+            raise InputError("task: the loss must be per sample [B] and the metric a number")
+
+
+def named_metric(name: str) -> Metric:
+    """The built-in metric of that name. Raises `InputError` naming the nearest known one."""
+    for metric in METRICS:
+        if metric.name == name:
+            return metric
+    raise InputError(f'task: unknown metric "{name}"{nearest(name, (m.name for m in METRICS))}')
+
+
+def predict(model: Callable[..., Outputs], data: Data, limit: int | None = None) -> tuple[Outputs, Any]:
+    """Outputs and targets of all (or the first `limit`) samples, concatenated over batches, in the stored order."""
+    outputs, targets, seen = [], [], 0
+    with torch.inference_mode():
+        for batch in data.batches():
+            outputs.append(model(*batch.inputs))
+            targets.append(batch.targets)
+            seen += len(batch.inputs[0])
+            if limit is not None and seen >= limit:
+                break
+    return concatenate(outputs), concatenate(targets)
+
+
+def concatenate(parts: list[Any]) -> Any:
+    """A list of equal structures of tensors [B, …] as one structure of tensors [N, …]."""
+    head = parts[0]
+    if head is None:
+        return None
+    if isinstance(head, Tensor):
+        return torch.cat(parts)
+    if isinstance(head, dict):
+        return {k: concatenate([p[k] for p in parts]) for k in head}
+    return type(head)(concatenate([p[i] for p in parts]) for i in range(len(head)))
