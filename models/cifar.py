@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def load_split(path: Path, limit: int | None = None) -> tuple[Tensor, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as z:
             residual, labels = z["residual"][:limit], z["labels"][:limit]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}; point --data or PQK_DATA at the folder that has it") from error
     images = residual.cumsum(2, dtype=np.uint8).cumsum(3, dtype=np.uint8)  # wraps modulo 256, as meant
     images[:, 0] += images[:, 1]

@@ -48,7 +48,7 @@ def digits_task(
     data: str | Path | None = None,
     *,
     batch_size: int = 64,
-    views: int | None = 8,
+    views: int | None = 4,
     validation: int = 200,
     evaluation: int = 400,
     limit: int | None = None,
@@ -78,7 +78,12 @@ def digits_task(
         evaluation=whole.subset(torch.arange(evaluation), augmented=False),
         input_names=("input",),
         output_names=("logits",),
-        preprocessing={"layout": "NCHW, grey in 3 channels", "scale": "x / 255, then (x - mean) / std", "mean": MEAN, "std": STD},
+        preprocessing={
+            "layout": "NCHW, grey in 3 channels",
+            "scale": "x / 255, then (x - mean) / std",
+            "mean": MEAN,
+            "std": STD,
+        },
     )
 
 
@@ -90,7 +95,8 @@ def digits_resnet() -> ResNet:
 def train_teacher(task: Task, epochs: int = 15, peak: float = 0.1, seed: int = 0) -> nn.Module:
     """The teacher, trained from scratch on the labels with SGD and a one-cycle rate, in eval mode."""
     torch.manual_seed(seed)
-    model, data = digits_resnet().to(memory_format=torch.channels_last), task.need_train("digits")
+    model, data = digits_resnet(), task.need_train("digits")
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, epochs * len(data))
     for epoch in range(epochs):
@@ -104,7 +110,7 @@ def train_teacher(task: Task, epochs: int = 15, peak: float = 0.1, seed: int = 0
             total += float(loss.detach())
         score = task.score(model.eval(), task.validation)
         log.info("epoch %d of %d: loss %.3f, validation %.4f", epoch + 1, epochs, total / len(data), score)
-    return model.to(memory_format=torch.contiguous_format).eval()
+    return model.eval()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The forms that `capture` leaves in the graph: batch norm folded, and one form for what can be written in several ways.
+"""What `capture` leaves in the graph: batch norm folded, and one form for what can be written in several ways.
 
 Each form is the one that has an integer kernel: `x * sigmoid(x)` for SiLU, a global pool that keeps its axes for a mean
 over pixels, plain matmuls for attention, a two-dimensional product for every linear layer.
@@ -13,10 +13,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pqk.graph import arguments, attach, attribute, call, calls, free_path, is_float, replace, shape, tensor_node
+from pqk.graph import (
+    arguments,
+    attach,
+    attribute,
+    call,
+    calls,
+    free_path,
+    is_float,
+    operand,
+    replace,
+    shape,
+    tensor_node,
+)
 
 aten = torch.ops.aten
-OUTPUT_AXIS = {
+OUTPUT_AXIS: dict[Any, int] = {
     aten.conv1d.default: 0, aten.conv2d.default: 0, aten.conv3d.default: 0, aten.linear.default: 0,
     aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 1, aten.conv_transpose3d.input: 1,
 }  # fmt: skip
@@ -51,6 +63,19 @@ def canonical_forms(graph_module: fx.GraphModule) -> None:
         _two_dimensional(graph_module, node)
     for node in calls(graph, aten.reshape.default):
         _one_reshape(graph_module, node)
+    _compute_once(graph_module)
+
+
+def _compute_once(graph_module: fx.GraphModule) -> None:
+    """Two nodes that compute the same from the same are one: an exporter would merge them, and their quantizers."""
+    seen: dict[str, fx.Node] = {}
+    for node in list(graph_module.graph.nodes):
+        tags = getattr(node.target, "tags", ())
+        if node.op not in ("get_attr", "call_function") or torch.Tag.nondeterministic_seeded in tags:
+            continue
+        first = seen.setdefault(repr((node.op, str(node.target), node.args, sorted(node.kwargs.items()))), node)
+        if first is not node:
+            replace(graph_module, node, first)
 
 
 def _explicit_padding(node: fx.Node) -> None:
@@ -103,7 +128,7 @@ def _slices(graph_module: fx.GraphModule, node: fx.Node) -> None:
     """The parts of a split as slices, which act on integers."""
     a, graph = arguments(node), graph_module.graph
     source, axis = a["self"], a["dim"] % len(shape(a["self"]))
-    parts = {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[call-overload]
+    parts = {int(str(u.args[1])): u for u in node.users if u.target is operator.getitem}
     if len(parts) != len(node.users) or shape(source)[axis] is None:
         return
     for index, part in parts.items():
@@ -113,7 +138,7 @@ def _slices(graph_module: fx.GraphModule, node: fx.Node) -> None:
             else:
                 length = shape(part)[axis]
                 start = sum(a["split_sizes"][:index]) if "split_sizes" in a else index * _part_length(a, source, axis)
-                piece = call(graph, aten.slice.Tensor, (source, axis, start, start + length), part)  # type: ignore[operator]
+                piece = call(graph, aten.slice.Tensor, (source, axis, start, start + length), part)
         replace(graph_module, part, piece)
     graph.erase_node(node)
 
@@ -189,11 +214,10 @@ def _two_dimensional(graph_module: fx.GraphModule, node: fx.Node) -> None:
 
 def _one_reshape(graph_module: fx.GraphModule, node: fx.Node) -> None:
     """A reshape of a reshape is one; a reshape to the shape that was there is none."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = operand(node)
     if source.target is aten.reshape.default:
-        node.args = (source.args[0], *node.args[1:])
-        source = source.args[0]  # type: ignore[assignment]
+        source = operand(source)
+        node.args = (source, *node.args[1:])
     unknown = sum(size is None for size in shape(node))
     if shape(node) == shape(source) and unknown <= 1:
         replace(graph_module, node, source)

@@ -102,8 +102,8 @@ def _export(student: nn.Module, example: Example) -> fx.GraphModule:
         else:
             where = _user_line(error)
         raise InputError(
-            f"capture: torch.export cannot trace {type(student).__name__}: {message}{where}. A model must be one graph: "
-            "no branches on tensor values, no .item(), no work outside torch"
+            f"capture: torch.export cannot trace {type(student).__name__}: {message}{where}. A model must be one "
+            "graph: no branches on tensor values, no .item(), no work outside torch"
         ) from error
 
 
@@ -128,8 +128,11 @@ def _user_line(error: BaseException) -> str:
 
 def _fixed_batch(student: nn.Module, example: Example) -> str:
     """Where a literal equal to the batch size enters a shape: found by tracing once more with a fixed batch."""
-    with _quiet():
-        graph = torch.export.export(student, example, strict=False).graph
+    try:
+        with _quiet():
+            graph = torch.export.export(student, example, strict=False).graph
+    except Exception:  # what is wrong with the model is reported without a line, not hidden behind this search
+        return ""
     for node in graph.nodes:
         if len(example[0]) in (a for b in node.args if isinstance(b, list | tuple) for a in b if isinstance(a, int)):
             lines = [text.strip() for text in node.meta.get("stack_trace", "").strip().splitlines()]

@@ -13,14 +13,16 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
-from pqk.graph import attach, attribute, call, finish, free_path, replace, tensor_node
+from pqk.graph import attach, attribute, call, finish, free_path, operand, replace, shape, tensor_node
 from pqk.modules import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, set_mode
-from pqk.passes._forms import aten
+from pqk.passes._forms import OUTPUT_AXIS, aten
 from pqk.passes.quantize import moves
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.qparams import QParams, quantize, quantize_bias
 from pqk.task import Task
 
+Integers = dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]]
+"""a dequantized value -> its integers, scale and zero point"""
 QUANTIZE, DEQUANTIZE = torch.ops.pqk.quantize.default, torch.ops.pqk.dequantize.default
 
 
@@ -46,7 +48,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
     assert isinstance(student, fx.GraphModule)
     student.eval()
     set_mode(student, "on")
-    integers: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
+    integers: Integers = {}
     for node in list(student.graph.nodes):
         if node.op == "call_module":
             module = attribute(student, str(node.target))
@@ -56,6 +58,8 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
                 _tensor(student, node, module)
         elif moves(node) and node.args[0] in integers:
             _move(student, node, integers)
+        elif node.target in OUTPUT_AXIS and operand(node, 1).op == "get_attr" and node.args[0] in integers:
+            _stay_float(student, node, integers)
     for parameter in finish(student).parameters():
         parameter.requires_grad_(False)
     return student
@@ -67,8 +71,8 @@ def _constants(student: fx.GraphModule, stem: str, qparams: QParams, dtype: torc
     return [tensor_node(student, attach(student, free_path(student, f"{stem}_{k}"), v)) for k, v in values.items()]
 
 
-def _activation(student: fx.GraphModule, node: fx.Node, module: ActivationFakeQuant, integers: dict) -> None:
-    qparams, grid, graph, source = module.qparams(), module.grid, student.graph, node.args[0]
+def _activation(student: fx.GraphModule, node: fx.Node, module: ActivationFakeQuant, integers: Integers) -> None:
+    qparams, grid, graph, source = module.qparams(), module.grid, student.graph, operand(node)
     with graph.inserting_before(node):
         scale, zero_point = _constants(student, f"qparams.{node.name}", qparams, grid.torch_dtype)
         if source.op == "get_attr":  # a constant operand is stored as its integers
@@ -85,9 +89,9 @@ def _activation(student: fx.GraphModule, node: fx.Node, module: ActivationFakeQu
     replace(student, node, value)
 
 
-def _move(student: fx.GraphModule, node: fx.Node, integers: dict) -> None:
+def _move(student: fx.GraphModule, node: fx.Node, integers: Integers) -> None:
     """Let `node` act on the integers and dequantize after it; padding puts in the zero point."""
-    q, scale, zero_point = integers[node.args[0]]
+    q, scale, zero_point = integers[operand(node)]
     args: tuple[Any, ...] = (q, *node.args[1:])
     if node.target in (aten.pad.default, aten.constant_pad_nd.default):
         zero = int(attribute(student, str(zero_point.target)))
@@ -100,8 +104,27 @@ def _move(student: fx.GraphModule, node: fx.Node, integers: dict) -> None:
     replace(student, node, value)
 
 
+def _stay_float(student: fx.GraphModule, node: fx.Node, integers: Integers) -> None:
+    """Dequantize the input of a layer with float weights per channel, all channels alike.
+
+    ONNX Runtime quantizes float weights that stand between a dequantize and a quantize by itself, per tensor and with
+    the full range, behind the back of training (its WeightBiasQuantization); it leaves alone what is not per tensor.
+    """
+    q, *scalars = integers[operand(node)]
+    channels = shape(q)[1]
+    assert channels is not None
+    with student.graph.inserting_before(node):
+        vectors = []
+        for name, scalar in zip(("scale", "zero_point"), scalars, strict=True):
+            value = attribute(student, str(scalar.target)).expand(channels).clone()
+            path = free_path(student, f"qparams.{node.name}_input_{name}")
+            vectors.append(tensor_node(student, attach(student, path, value)))
+        value = call(student.graph, DEQUANTIZE, (q, *vectors, 1), operand(node))
+    node.args = (value, *node.args[1:])
+
+
 def _tensor(student: fx.GraphModule, node: fx.Node, module: WeightFakeQuant | BiasFakeQuant) -> None:
-    path = str(node.args[0].target)
+    path = str(operand(node).target)
     value: Tensor = attribute(student, path).detach()
     if isinstance(module, WeightFakeQuant):
         qparams, dtype = module.qparams(), torch.int8

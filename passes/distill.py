@@ -15,8 +15,8 @@ from pqk.errors import InputError
 from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence
 from pqk.knowledge.objective import Distillation
 from pqk.knowledge.teacher import FrozenTeacher, LogitCache, cache_for
-from pqk.modules import freeze_scales
-from pqk.passes._cut import kept_channels
+from pqk.modules import quantizers
+from pqk.passes._survivors import surviving_channels
 from pqk.program import CONFIG, Pass, Program, Stage
 from pqk.task import Task
 from pqk.train import Training, fit
@@ -38,6 +38,10 @@ class Distill(Training, Pass):
     teacher_precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
     """bf16 runs the frozen teacher in bfloat16 autocast"""
 
+    def __post_init__(self) -> None:
+        if not any(t.weight > 0 for t in self.terms):
+            raise InputError("no term has a weight above 0; there is nothing to train on")
+
     def apply(self, program: Program, task: Task) -> Program:
         data = task.need_train("distill")
         if program.stage == Stage.FAKE_QUANT and self.precision == "bf16":
@@ -51,10 +55,11 @@ class Distill(Training, Pass):
             program.teacher, points, self.teacher_precision, cache if isinstance(cache, LogitCache) else None
         )
         student = program.student
+        steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
 
         def on_progress(progress: float) -> None:
-            if progress >= self.freeze_from:
-                freeze_scales(student)
+            for scale in steps:
+                scale.requires_grad_(progress < self.freeze_from)
 
         objective = Distillation(
             self.terms,
@@ -62,9 +67,11 @@ class Distill(Training, Pass):
             student,
             teacher,
             start=self.teach_from,
-            kept=lambda point: kept_channels(program.plan, point),
+            kept=lambda point: surviving_channels(program, task.example, point),
             on_progress=on_progress,
         )
         log = fit(program.run, student, data, objective, self)
+        for scale in steps:  # that they were frozen is a state of this training: a later one learns them again
+            scale.requires_grad_(True)
         cached = "cached" if isinstance(cache, LogitCache) else f"live: {cache}"
         return program.note(losses=log.losses, steps=log.steps, retries=log.retries, teacher=cached)

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from pqk.data import Batch
-from pqk.errors import InputError
+from pqk.errors import InputError, nearest
 from pqk.measure import count_macs, count_parameters, float_bytes, integer_bytes
 from pqk.passes._blocks import Edit, Inputs, distance, edit_costs, find_blocks, without_block
 from pqk.passes._budget import UNITS, Budget, digest
@@ -100,6 +100,12 @@ class Prune(Pass):
     def apply(self, program: Program, task: Task) -> Program:
         """Raises `InputError` where the budget cannot be met, measured, or the model not traced."""
         program.student.eval()
+        for container in self.keep_blocks:
+            if container not in dict(program.student.named_modules()):
+                known = [n for n, m in program.student.named_modules() if n and any(m.children())]
+                raise InputError(
+                    f'prune: keep_blocks names "{container}", which is no module{nearest(container, known)}'
+                )
         budget = self._budget(program, task)
         before = self._costs(program.student, task)
         start = budget.ratio(budget.value(program.student))

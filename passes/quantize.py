@@ -1,7 +1,7 @@
 """Quantize: fake-quantizers on every edge that the runtime needs to stay in integers.
 
-A runtime fuses DequantizeLinear -> op -> QuantizeLinear into an integer kernel, so an operator that lacks a quantizer on
-one of its inputs or on its output becomes a float island. Three kinds of operator are told apart:
+A runtime fuses DequantizeLinear -> op -> QuantizeLinear into an integer kernel, so an operator that lacks a quantizer
+on one of its inputs or on its output becomes a float island. Three kinds of operator are told apart:
 
     heavy     convolutions, linear, matmul: always integer, unless left in float by name
     light     add, mul, concat, pooling, sigmoid: integer where a neighbour wants the result in integers, or where all
@@ -9,15 +9,15 @@ one of its inputs or on its output becomes a float island. Three kinds of operat
     movement  slice, pad, reshape, transpose, max-pool …: no quantizer of their own; `convert` lets them act on the
               integers of their input, with its scale
 
-A ReLU or clamp, and a scaling by a constant, that a quantizer follows is taken over by it. Linear and matmul need no quantizer on
-an output that only float operators read: the runtime has integer kernels that put out floats.
+A ReLU or clamp, and a scaling by a constant, that a quantizer follows is taken over by it. Linear and matmul need no
+quantizer on an output that only float operators read: the runtime has integer kernels that put out floats.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -25,11 +25,11 @@ from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
 from pqk.errors import InputError, nearest
-from pqk.graph import arguments, attach, attribute, facts, finish, free_path, is_float, replace, shape
+from pqk.graph import arguments, attach, attribute, facts, finish, free_path, is_float, operand, replace, shape
 from pqk.modules import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, quantizers, set_mode
 from pqk.passes._forms import CLAMPS, aten, move_points
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
-from pqk.qparams import Grid
+from pqk.qparams import Grid, Method
 from pqk.task import Task
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -58,7 +58,7 @@ class Quantize(Pass):
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.GRAPH})
     produces: ClassVar[Stage | None] = Stage.FAKE_QUANT
 
-    calibration: Literal["minmax", "percentile", "mse"] = "mse"
+    calibration: Method = "mse"
     """how ranges are chosen from the observed values: all of them, all but the tails, or the least squared error"""
     percentile: float = Field(default=99.99, gt=50, le=100)
     """for `percentile`: the share of values, in per cent, that the range covers"""
@@ -119,20 +119,16 @@ def gain(node: fx.Node) -> float | None:
 def absorbed(node: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None], float]:
     """What a quantizer on `node` reads, and the bounds and the gain of the clamp and scaling that it takes over."""
     factor = gain(node)
-    clamp = node
-    if factor is not None:
-        clamp = node.args[0]  # type: ignore[assignment]
+    clamp = node if factor is None else operand(node)
     limits = bounds(clamp) if clamp is node or len(clamp.users) == 1 else None
-    source = clamp.args[0] if limits else clamp
-    assert isinstance(source, fx.Node)
-    return source, limits or (None, None), factor or 1.0
+    return operand(clamp) if limits else clamp, limits or (None, None), factor or 1.0
 
 
 def tail(node: fx.Node) -> fx.Node:
     """The last of `node`, a clamp that alone reads it, and a constant scaling that alone reads that."""
     for follows in (bounds, gain):
         users = list(node.users)
-        if len(users) == 1 and follows(users[0]) is not None:  # type: ignore[operator]
+        if len(users) == 1 and follows(users[0]) is not None:
             node = users[0]
     return node
 
@@ -150,14 +146,14 @@ def moves(node: fx.Node) -> bool:
 def root(node: fx.Node) -> fx.Node:
     """The node whose quantizer `node`'s value has: itself, or where it was moved from."""
     while moves(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     return node
 
 
 def inputs(node: fx.Node) -> list[fx.Node]:
     """The values that `node` computes with, weights and biases of layers aside."""
     if node.target in WEIGHTED:
-        return [node.args[0]]  # type: ignore[list-item]
+        return [operand(node)]
     if node.target is aten.cat.default:
         return list(node.args[0])  # type: ignore[arg-type]
     return [a for a in node.args if is_float(a)]  # type: ignore[misc]
@@ -173,7 +169,7 @@ class Placement:
         for node in reversed(self.nodes):
             if self.light(node) and self.wanted(tail(node)):
                 self.integer.add(node)
-        self.values = {self.value(n) for n in self.nodes} - {None}
+        self.values = {value for value in map(self.value, self.nodes) if value is not None}
         for node in self.nodes:
             pools = node.target in (aten.add.Tensor, aten.mean.dim, aten.avg_pool2d.default)
             if pools and self.light(node) and all(root(i) in self.values for i in inputs(node)):
@@ -236,7 +232,7 @@ def placement(
 def _reasons(where: Placement) -> list[tuple[str, str]]:
     reasons = []
     taken_over = {n for n in where.values if bounds(n) or gain(n)}
-    taken_over |= {n.args[0] for n in taken_over if gain(n) and bounds(n.args[0])}  # type: ignore[arg-type]
+    taken_over |= {operand(n) for n in taken_over if gain(n) and bounds(operand(n))}
     for node in where.nodes:
         operator = getattr(node.target, "_opname", str(node.target))
         if node.op != "call_function" or node in where.integer or node in taken_over or moves(node):
@@ -318,28 +314,24 @@ def _insert_weight(student: fx.GraphModule, node: fx.Node, grid: Grid, learned: 
 # ---- the numbers
 
 
-def calibrate(
-    student: nn.Module, task: Task, method: Literal["minmax", "percentile", "mse"], percentile: float, samples: int
-) -> None:
+def calibrate(student: nn.Module, task: Task, method: Method, percentile: float, samples: int) -> None:
     """Choose every range of a FAKE_QUANT student from `samples` validation inputs, and turn its quantizers on."""
     assert isinstance(student, fx.GraphModule)
     was_training = student.training
     student.eval()
     set_mode(student, "observe")
+    called = [(n, attribute(student, str(n.target))) for n in student.graph.nodes if n.op == "call_module"]
     with torch.no_grad():
         for batch in task.calibration(samples):
             student(*batch)
-        for node in student.graph.nodes:
-            module = attribute(student, str(node.target)) if node.op == "call_module" else None
+        for _, module in called:
             if isinstance(module, ActivationFakeQuant):
                 module.calibrate(method, percentile)
-        for node in student.graph.nodes:
-            module = attribute(student, str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, WeightFakeQuant | BiasFakeQuant):
-                tensor = attribute(student, str(node.args[0].target))
-                module.calibrate(tensor, method, percentile) if isinstance(module, WeightFakeQuant) else module.fit(
-                    tensor
-                )
+        for node, module in called:
+            if isinstance(module, WeightFakeQuant):
+                module.calibrate(attribute(student, str(operand(node).target)), method, percentile)
+            elif isinstance(module, BiasFakeQuant):
+                module.fit(attribute(student, str(operand(node).target)))
     student.train(was_training)
 
 

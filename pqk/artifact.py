@@ -1,11 +1,11 @@
 """The directory that ships, and how it is read back. `model.onnx` is usable without pqk.
 
-    model.onnx            the student, INT8, self-contained
-    student.safetensors   its tensors, and
-    student.json          the plan of rewrites that rebuilds the module from the teacher
-    recipe.toml           what was done
-    report.json, .md      what it is worth
-    manifest.json         sha256 of every other file, versions, seed, data, target, inputs and outputs; written last
+model.onnx            the student, INT8, self-contained
+student.safetensors   its tensors, and
+student.json          the plan of rewrites that rebuilds the module from the teacher
+recipe.toml           what was done
+report.json, .md      what it is worth
+manifest.json         sha256 of every other file, versions, seed, data, target, inputs and outputs; written last
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pqk.target import Target
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+STUDENT = ("student.safetensors", "student.json")
 
 
 def sha256(path: Path) -> str:
@@ -65,13 +66,16 @@ class Artifact:
         manifest = read_json(folder / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}; it needs another pqk version")
+        unlisted = sorted({"model.onnx", "report.json", "recipe.toml", *STUDENT} - set(manifest.get("files", ())))
+        if unlisted:
+            raise InputError(f"{folder / MANIFEST} was changed: it does not list {', '.join(unlisted)}")
         for name, entry in manifest["files"].items():
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 raise InputError(f"{folder}: {name} is missing; copy the whole directory again")
             if sha256(path) != entry["sha256"]:
                 raise InputError(
-                    f"{path} was changed after the compile: its sha256 is not the manifest's; copy it again or recompile"
+                    f"{path} was changed after the compile: its sha256 is not the manifest's; copy it again"
                 )
         return Artifact(folder, manifest)
 
@@ -163,5 +167,3 @@ class Artifact:
         if spec is None:
             raise InputError("rebuild: this artifact was compiled from a module in Python; pass it as teacher=…")
         return load_teacher(type(spec)(factory=spec.factory, arguments=spec.arguments), beside=self.folder)
-
-

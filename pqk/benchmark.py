@@ -285,10 +285,3 @@ def ratio_to(
         bursts = [[np.median(turn(call, burst=BURST, pause=PAUSE, warm=WARM)) for call in calls] for _ in range(rounds)]
     times = np.array(bursts)
     return bootstrap_ratio(times[:, 0] / times[:, 1], seed=seed)
-
-
-def quick_latency(model: Model, feeds: Feeds, *, threads: int = 2, bursts: int = 5) -> float:
-    """Milliseconds a call in ONNX Runtime: the median of the medians of some bursts, a pause before each."""
-    call = session_call(session(model, threads=threads), feeds)
-    with torch_threads(1):
-        return float(np.median([np.median(turn(call, burst=BURST, pause=PAUSE, warm=WARM)) for _ in range(bursts)]))

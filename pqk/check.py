@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from pqk.benchmark import ratio_to
 from pqk.coverage import integer_coverage
 from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError, PqkError
+from pqk.machine import peak_memory
 from pqk.measure import count_macs, count_parameters, float_bytes
 from pqk.oracle import Oracle
 from pqk.parity import check_layers, describe
@@ -97,7 +96,11 @@ def check(teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer | N
 
     Raises `InputError` where teacher and task do not fit each other; everything later is a finding.
     """
-    return _Rehearsal(teacher, task, recipe, observer or Silent()).run()
+    rehearsal = _Rehearsal(teacher, task, recipe, observer or Silent())
+    try:
+        return rehearsal.run()
+    finally:
+        rehearsal.oracle.folder.cleanup()
 
 
 class _Rehearsal:
@@ -108,7 +111,7 @@ class _Rehearsal:
         self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
         self.watch = Stopwatch(observer)
         run = Run(recipe.seed, observer=self.watch)
-        self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run)
+        self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run, THREADS)
         mismatch = self.target.mismatch()
         if mismatch is None:
             run = dataclasses.replace(run, deployed_latency=self.oracle.latency, deployed_baseline=self.oracle.baseline)
@@ -118,7 +121,9 @@ class _Rehearsal:
         costs = {"parameters": count_parameters(teacher), "macs": count_macs(self.teacher, example)}
         costs["float_bytes"] = float_bytes(teacher)
         self.found = Findings(self.target.name, recipe.seed, costs, latency_reason=mismatch)
-        if mismatch is not None:
+        if self.target.runtime != "onnxruntime":
+            self.found.problems.append(f"target {self.target.name}: this version compiles for CPUs only")
+        elif mismatch is not None:
             self.found.warnings.append(mismatch)
         self.live_steps = _cacheable_steps(task)
 
@@ -318,12 +323,6 @@ def forward_seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float
     for m, mode in modes.items():
         m.training = mode
     return min(times)
-
-
-def peak_memory() -> int:
-    """The highest resident memory of this process, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def said(error: BaseException) -> str:

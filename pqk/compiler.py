@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import importlib.metadata
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,20 +15,22 @@ import torch
 from torch import nn
 
 from pqk.artifact import Artifact, write_manifest
+from pqk.data import digest_of
 from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError, ParityError
 from pqk.files import read_json, write_json, write_tensors, write_whole
 from pqk.knowledge.teacher import fingerprint
 from pqk.machine import fingerprint as machine_fingerprint
 from pqk.oracle import Oracle
-from pqk.pipeline import is_main_process, run_passes, state
-from pqk.program import Program, Stage
+from pqk.pipeline import check_order, run_passes, state
+from pqk.program import Pass, Program, Stage
 from pqk.proof import prove
 from pqk.recipe import Recipe, TargetSpec
 from pqk.report import to_markdown
-from pqk.run import Journal, Observer, Run, Silent
+from pqk.run import Journal, Observer, Run, Silent, from_main, is_main_process
 from pqk.target import Target
 from pqk.task import Task, tensors
+from pqk.train import Training, launched
 
 Attribution = Literal["standard", "full"]
 
@@ -58,30 +62,54 @@ def compress(
         observer: shows progress.
 
     Raises:
-        InputError: teacher, task, recipe, target and out do not fit; nothing was trained.
+        InputError: teacher, task, recipe, target and out do not fit, and nothing was trained; or the disk is full.
         ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
     """
     recipe = _recipe(recipe, target, seed, task)
     passes, chosen = recipe.passes, _target(recipe)
+    last = check_order(passes)
+    if last != Stage.INT8:
+        raise InputError(f'recipe: it leaves the student in stage {last}; the last pass must be "convert"')
+    for p in passes:
+        if isinstance(p, Training) or getattr(p, "recovery_epochs", 0):
+            task.need_train(p.name)
+    if not isinstance(teacher, nn.Module):
+        raise InputError(f"teacher: a {type(teacher).__name__} is no torch module")
+    if launched().num_processes > 1 and attribution == "full":
+        raise InputError("attribution full: its extra training runs in one process; compile with one, or use standard")
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     task.check(teacher)
     folder = Path(out)
-    _open(folder, _identity(recipe, teacher, task), resume)
+    identity = _identity(recipe, teacher, task)
+    from_main(lambda: _open(folder, identity, resume))
     if (folder / "manifest.json").exists():
         return Artifact.load(folder)
-    run = Run(recipe.seed, folder / ".work", Journal(folder / ".work" / "journal.jsonl"), observer or Silent())
-    if chosen.mismatch() is None:
-        oracle = Oracle(teacher, task, chosen, passes, run)
-        run = dataclasses.replace(run, deployed_latency=oracle.latency, deployed_baseline=oracle.baseline)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    program = run_passes(Program(teacher, student, Stage.MODULE, chosen, run), task, passes)
-    if program.stage != Stage.INT8:
-        raise InputError(f'recipe: it leaves the student in stage {program.stage}; the last pass must be "convert"')
-    if is_main_process():
-        _finish(program, task, recipe, folder, attribution, allow_parity_failure)
+    journal = Journal(folder / ".work" / "journal.jsonl" if is_main_process() else None)
+    run = Run(recipe.seed, folder / ".work", journal, observer or Silent())
+    try:
+        program = _run(teacher, task, passes, chosen, run)
+        if is_main_process():
+            _finish(program, task, recipe, folder, attribution, allow_parity_failure)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{folder}: {error.strerror}; make room and go on with --resume") from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return Artifact.load(folder)
+
+
+def _run(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Target, run: Run) -> Program:
+    """The passes, with a latency oracle where this machine is the target."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    if target.mismatch() is not None:
+        return run_passes(Program(teacher, student, Stage.MODULE, target, run), task, passes)
+    oracle = Oracle(teacher, task, target, passes, run)
+    run = dataclasses.replace(run, deployed_latency=oracle.latency, deployed_baseline=oracle.baseline)
+    try:
+        return run_passes(Program(teacher, student, Stage.MODULE, target, run), task, passes)
+    finally:
+        oracle.folder.cleanup()
 
 
 def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, seed: int | None, task: Task) -> Recipe:
@@ -94,6 +122,8 @@ def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, see
         recipe = dataclasses.replace(recipe, target=TargetSpec(name=name))
     if recipe.target is None:
         recipe = dataclasses.replace(recipe, target=TargetSpec(name=Target.detect().name))
+    if seed is not None and seed < 0:
+        raise InputError(f"seed={seed} must not be negative")
     return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
 
 
@@ -115,7 +145,8 @@ def _identity(recipe: Recipe, teacher: nn.Module, task: Task) -> dict[str, Any]:
         "validation": task.validation.fingerprint(),
         "evaluation": task.evaluation.fingerprint(),
     }
-    return {"recipe": recipe.dumps(), "teacher": fingerprint(teacher), "data": data}
+    example = digest_of("example", task.example)  # made by the data's own preprocessing, which `data` does not show
+    return {"recipe": recipe.dumps(), "teacher": fingerprint(teacher), "data": data, "example": example}
 
 
 def _open(folder: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -128,11 +159,14 @@ def _open(folder: Path, identity: dict[str, Any], resume: bool) -> None:
         raise InputError(f"{folder} is not empty ({', '.join(there[:4])}…); choose another, or continue with --resume")
     if resume and (work / "run.json").exists():
         before = read_json(work / "run.json")
-        differ = [k for k in identity if before.get(k) != identity[k]]
+        differ = [k for k in identity if before.get(k, identity[k]) != identity[k]]
         if differ:
-            raise InputError(f"{folder} holds a run with another {' and '.join(differ)}; it cannot be continued with these")
+            raise InputError(
+                f"{folder} holds a run with another {' and '.join(differ)}; it cannot be continued with these"
+            )
         return
-    if resume and there:
+    begun = there == [".work"] and all(p.name.startswith(".") for p in work.iterdir())  # killed before its first file
+    if resume and there and not begun:
         raise InputError(f"{folder} is not empty and holds no run to continue")
     if is_main_process():
         try:
@@ -193,5 +227,3 @@ def _onnx_outputs(path: Path) -> list[Any]:
     import onnx
 
     return list(onnx.load(path, load_external_data=False).graph.output)
-
-

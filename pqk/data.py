@@ -7,13 +7,15 @@ to (sample, view) can be cached. `LoaderData` wraps whatever loader the user has
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, random_split
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, random_split
 
 from pqk.errors import InputError
 
@@ -21,11 +23,38 @@ Inputs = tuple[Tensor, ...]
 
 
 class Batch(NamedTuple):
-    """`inputs` each [B, …]; `targets` a tensor or a structure of tensors; `keys` int64 [B], one for each (sample, view)."""
+    """`inputs` each [B, …]; `targets` a tensor or several; `keys` int64 [B], one for each (sample, view)."""
 
     inputs: Inputs
     targets: Any
     keys: Tensor | None
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with `function` applied to its tensors, through tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {k: map_tensors(function, v) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, v) for v in value))
+    return type(value)(map_tensors(function, v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _refuse_nan(t: Tensor, where: str) -> None:
+    """Raises `InputError` naming the first sample of `t` [B, …] that is not finite."""
+    if t.is_floating_point() and not bool(t.isfinite().all()):
+        sample = int((~t.isfinite()).reshape(len(t), -1).any(1).nonzero()[0])
+        raise InputError(f"data: {where} of sample {sample} is NaN or infinite; clean the data first")
+
+
+def digest_of(head: object, items: Iterable[Tensor]) -> str:
+    """sha256 of `repr(head)` and of the tensors' shapes, dtypes and bytes."""
+    digest = hashlib.sha256(repr(head).encode())
+    for t in items:
+        digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class Augment(Protocol):
@@ -68,7 +97,7 @@ class ArrayData(Data):
     `inputs`: tensor(s) [N, …]; `targets`: [N, …] or None. `augment` is keyed; `views` bounds the distinct views of a
     sample (epoch e shows view e mod views), which is what makes the teacher's answers cacheable: None draws a fresh
     one each epoch. `prepare` turns stored inputs into model inputs (such as normalisation) after augmentation.
-    Raises `InputError` for empty data, NaN, or lengths that differ.
+    Raises `InputError` for empty data, NaN, lengths that differ, or an impossible batch size or number of views.
     """
 
     def __init__(
@@ -87,10 +116,12 @@ class ArrayData(Data):
         lengths = [len(t) for t in (*self.inputs, *([] if targets is None else [targets]))]
         if len(set(lengths)) != 1:
             raise InputError(f"data: inputs and targets have different lengths: {lengths}")
+        if batch_size < 1 or (views is not None and views < 1):
+            raise InputError(f"data: batch_size={batch_size} and views={views} must be at least 1")
         for i, t in enumerate(self.inputs):
-            if t.is_floating_point() and not bool(t.isfinite().all()):
-                where = int((~t.isfinite()).flatten(1).any(1).nonzero()[0])
-                raise InputError(f"data: input {i} of sample {where} is NaN or infinite; clean the data first")
+            _refuse_nan(t, f"input {i}")
+        if targets is not None:
+            _refuse_nan(targets, "the target")
         self.ids = torch.arange(lengths[0]) if ids is None else ids
         self.samples, self.batch_size = len(self.ids), batch_size
         if self.samples == 0:
@@ -132,34 +163,40 @@ class ArrayData(Data):
         )
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((self.augment, self.views, self.batch_size)).encode())
-        for t in (*self.inputs, *([] if self.targets is None else [self.targets]), self.ids):
-            digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
-            digest.update(t.contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        targets = [] if self.targets is None else [self.targets]
+        return digest_of((self.augment, self.views, self.batch_size), (*self.inputs, *targets, self.ids))
 
 
 class LoaderData(Data):
     """Any re-iterable loader of `(inputs…, target)` tuples or lists, or of bare input tensors (no targets).
 
-    Shuffling follows torch's global generator, which pqk seeds per (seed, pass, epoch). A loader with a generator of
-    its own cannot be entered in the middle of an epoch.
+    Shuffling follows torch's global generator, which pqk seeds per (seed, pass, epoch); without a seed, a shuffling
+    loader gives one fixed order. A loader with a generator of its own cannot be entered in the middle of an epoch.
+    Raises `InputError` for a one-shot iterator, a loader without a length, and an empty one.
     """
 
     unkeyed_reason = "a user's loader does not say which sample and augmentation an input is; use pqk.data.ArrayData"
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        if iter(loader) is loader:
+        if isinstance(loader, Iterator):
             raise InputError("data: a one-shot iterator can be read only once; pass a DataLoader or a list of batches")
-        if not hasattr(loader, "__len__"):
-            raise InputError(f"data: {type(loader).__name__} has no length; pqk plans schedules by epochs")
-        if len(loader) == 0:
+        try:
+            batches = len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            kind = type(getattr(loader, "dataset", loader)).__name__
+            raise InputError(f"data: {kind} has no length; pqk plans schedules by epochs") from None
+        if batches == 0:
             raise InputError("data: the loader is empty (0 batches)")
         self.loader = loader
-        dataset = getattr(loader, "dataset", None)
-        self.samples = len(dataset) if hasattr(dataset, "__len__") else sum(len(self._unpack(b, 0)[0][0]) for b in loader)
-        samplers = (loader, getattr(loader, "sampler", None))
-        if any(getattr(s, "generator", None) is not None for s in samplers):
+        sampled = getattr(loader, "batch_sampler", None) is not None  # else an item of the dataset is a batch
+        if sampled and isinstance(loader.sampler, Sized):  # type: ignore[attr-defined]
+            self.samples = len(loader.sampler)  # type: ignore[attr-defined]
+        else:
+            self.samples = sum(len(self._unpack(b, i)[0][0]) for i, b in enumerate(loader))
+        owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+        owners = (*owners, getattr(owners[2], "sampler", None))
+        self.generators = [g for o in owners if (g := getattr(o, "generator", None)) is not None]
+        if self.generators:
             self.resume_reason = (
                 "the DataLoader has a generator of its own, whose state pqk cannot restore; leave `generator` unset "
                 "(pqk seeds torch's global generator for every epoch)"
@@ -175,18 +212,24 @@ class LoaderData(Data):
         elif isinstance(item, tuple | list) and len(item) >= 2 and all(isinstance(t, Tensor) for t in item[:-1]):
             inputs, targets = tuple(item[:-1]), item[-1]
         else:
-            raise InputError(f"data: batch {number} is a {type(item).__name__}; expected (inputs…, target) with tensors")
+            raise InputError(
+                f"data: batch {number} is a {type(item).__name__}; expected (inputs…, target) with tensors"
+            )
         for i, t in enumerate(inputs):
-            if t.is_floating_point() and not bool(t.isfinite().all()):
-                raise InputError(f"data: input {i} of batch {number} has NaN or infinite values; clean the data first")
+            _refuse_nan(t, f"batch {number}: input {i}")
         return inputs, targets
 
     def batches(
         self, seed: int | None = None, epoch: int = 0, start: int = 0, state: Tensor | None = None
     ) -> Iterator[Batch]:
-        if seed is not None:
+        if seed is None:
+            with torch.random.fork_rng(devices=[]), self._fixed_generators():
+                torch.manual_seed(0)
+                stored = enumerate(self.loader)
+                items = itertools.chain([next(stored)], stored)  # a sampler draws its order with the first batch
+        else:
             torch.manual_seed(seed)
-        items = enumerate(self.loader)
+            items = itertools.chain(enumerate(self.loader))
         for _ in range(start):
             next(items)
         if state is not None:
@@ -194,16 +237,21 @@ class LoaderData(Data):
         for number, item in items:
             yield Batch(*self._unpack(item, number), None)
 
+    @contextmanager
+    def _fixed_generators(self) -> Iterator[None]:
+        states = [g.get_state() for g in self.generators]
+        for g in self.generators:
+            g.manual_seed(0)
+        yield
+        for g, state in zip(self.generators, states, strict=True):
+            g.set_state(state)
+
     def fingerprint(self) -> str:
         """Of the first batch in global-seed order, the length and the sample count: a loader has no more to show."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            inputs, _ = self._unpack(next(iter(self.loader)), 0)
-        digest = hashlib.sha256(repr((len(self), self.samples)).encode())
-        for t in inputs:
-            digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
-            digest.update(t.contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        batch = next(self.batches())
+        found: list[Tensor] = []
+        map_tensors(found.append, (batch.inputs, batch.targets))
+        return digest_of((len(self), self.samples), found)
 
 
 def as_data(source: Any, what: str) -> Data:
@@ -216,7 +264,13 @@ def as_data(source: Any, what: str) -> Data:
 
 
 def split(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
-    """(rest, held-out share) of training data, by a fixed permutation; the held-out part is never augmented."""
+    """(rest, held-out share) of training data, by a fixed permutation.
+
+    The held-out part of `ArrayData` is not augmented; that of a `DataLoader` is what its dataset gives. Raises
+    `InputError` for data that is too small, or that cannot be split without changing what the user meant.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"data: the share held out for validation is {share}; it must be between 0 and 1")
     count = max(1, round(data.samples * share))
     if count >= data.samples:
         raise InputError(f"data: {data.samples} samples are too few to hold out {share:.0%} for validation")
@@ -226,17 +280,22 @@ def split(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
         held, rest = order[:count].sort().values, order[count:].sort().values
         return data.subset(rest, augmented=True), data.subset(held, augmented=False)
     loader = data.loader if isinstance(data, LoaderData) else None
-    if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__getitem__") and loader.batch_size is not None:
+    # A sampler of the user's own (a subset, weights) says which samples count: it cannot be carried over to a part.
+    plain = isinstance(loader, DataLoader) and type(loader.sampler) in (RandomSampler, SequentialSampler)
+    if plain and loader.batch_size is not None:
         rest_set, held_set = random_split(loader.dataset, [data.samples - count, count], generator=generator)
-        return LoaderData(_same_loader(loader, rest_set, shuffle=True)), LoaderData(_same_loader(loader, held_set))
+        shuffle = isinstance(loader.sampler, RandomSampler)
+        rest = _same_loader(loader, rest_set, shuffle=shuffle, drop_last=loader.drop_last)
+        return LoaderData(rest), LoaderData(_same_loader(loader, held_set))
     raise InputError("task: no validation data, and this training data cannot be split; pass validation=…")
 
 
-def _same_loader(loader: DataLoader[Any], dataset: Subset[Any], shuffle: bool = False) -> DataLoader[Any]:
+def _same_loader(loader: DataLoader[Any], dataset: Subset[Any], **options: Any) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_size=loader.batch_size,
-        shuffle=shuffle,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        **options,
     )

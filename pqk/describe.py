@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from pqk.console import clock, listed, table
 from pqk.knowledge import TERMS
 from pqk.passes import PASSES
+from pqk.recipe import documentation
 from pqk.report import Report, percent
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
@@ -54,16 +55,6 @@ def _fields(kind: type[Any]) -> list[dict[str, Any]]:
         }
         for f in fields(kind)
     ]
-
-
-def documentation(kind: type[Any]) -> dict[str, str]:
-    """The docstring of each field, also of those that it inherits (pydantic reads only the class's own)."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        for name, info in getattr(base, "__pydantic_fields__", {}).items():
-            if info.description:
-                found[name] = " ".join(info.description.split())
-    return found
 
 
 def type_text(schema: dict[str, Any]) -> str:

@@ -10,13 +10,13 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from onnxscript import opset21 as op
-from onnxscript.onnx_types import TensorType
 from torch import Tensor, fx, nn
 
 from pqk.errors import InputError
@@ -26,26 +26,28 @@ from pqk.passes.convert import quantized_tensors
 OPSET = 21
 BATCH = "batch"
 aten = torch.ops.aten
+Value = Any
+"""a tensor of the ONNX graph that is being built"""
 
 
-def _quantize(x: TensorType, scale: TensorType, zero_point: TensorType, qmin: int, qmax: int) -> TensorType:
+def _quantize(x: Value, scale: Value, zero_point: Value, qmin: int, qmax: int) -> Value:
     """The grid is the whole range of the zero point's dtype wherever ONNX is emitted, so QuantizeLinear saturates."""
     return op.QuantizeLinear(x, scale, zero_point)
 
 
-def _dequantize(q: TensorType, scale: TensorType, zero_point: TensorType, axis: int | None = None) -> TensorType:
+def _dequantize(q: Value, scale: Value, zero_point: Value, axis: int | None = None) -> Value:
     return op.DequantizeLinear(q, scale, zero_point, axis=1 if axis is None else axis)
 
 
-def _mean(x: TensorType, dim: Sequence[int], keepdim: bool = False, dtype: int | None = None) -> TensorType:
+def _mean(x: Value, dim: Sequence[int], keepdim: bool = False, dtype: int | None = None) -> Value:
     """Means over all axes after the channels have an integer kernel under the name GlobalAveragePool."""
     rank = len(x.shape)
     if keepdim and rank >= 3 and sorted(d % rank for d in dim) == list(range(2, rank)):
         return op.GlobalAveragePool(x)
-    return op.ReduceMean(x, op.Constant(value_ints=list(dim)), keepdims=int(keepdim))
+    return op.ReduceMean(x, op.Constant(value_ints=list(dim)), keepdims=int(keepdim))  # type: ignore[arg-type]
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.pqk.quantize.default: _quantize,
     torch.ops.pqk.dequantize.default: _dequantize,
     aten.mean.dim: _mean,
@@ -122,15 +124,8 @@ def _anonymize(model: onnx.ModelProto) -> None:
     model.doc_string = graph.doc_string = ""
     model.producer_name, model.producer_version = "pqk", ""
     graph.name = "student"
-    for part in (
-        graph,
-        *graph.node,
-        *graph.initializer,
-        *graph.value_info,
-        *graph.input,
-        *graph.output,
-        *model.functions,
-    ):
+    values = (*graph.initializer, *graph.value_info, *graph.input, *graph.output)
+    for part in (graph, *graph.node, *values, *model.functions):
         del part.metadata_props[:]
         part.doc_string = ""
 

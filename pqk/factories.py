@@ -82,10 +82,10 @@ def _find(factory: str, where: str, beside: Path | None) -> Callable[..., Any]:
     sys.path[:0] = places  # a user's factory stands beside the recipe or where the command was given
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever the user's file does when it is imported
         raise InputError(
-            f"{where} factory: cannot import {module_name}: {error}; it must be installed, beside the recipe or in the "
-            "current folder"
+            f"{where} factory: cannot import {module_name}: {type(error).__name__}: {error}; it must be installed, "
+            "beside the recipe or in the current folder"
         ) from error
     finally:
         for place in places:

@@ -57,8 +57,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with path.open("rb") as f:
-            head = f.read(4)
-        if head[:2] == b"PK" or head[:1] == b"\x80":
+            head = f.read(9)
+        # A safetensors header's length can begin with the same bytes, but its ninth byte opens the JSON.
+        if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
             raise InputError(
                 f"{path} is a pickle (a torch.save file), which can run code when opened; pqk reads safetensors only. "
                 "Convert it where you trust it: safetensors.torch.save_file(torch.load(path)['state_dict'], ...)"
@@ -69,5 +70,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
-
-

@@ -6,7 +6,7 @@ Every node carries three plain facts in `node.meta`, which survive copies and re
     dtype   torch.dtype
     layer   a name a user knows: `layer1.0.conv1`, or `layer1.0.add` for an operator in a forward method
 
-Only tensor-valued nodes have a shape. `graph_module.meta["points"]` maps a module's path to the node that is its output.
+Only tensor-valued nodes have a shape. `graph_module.meta["points"]` maps a module's path to its output's node.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     values = dict(zip((a.name for a in schema), node.args, strict=False))
     return {a.name: values.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema}
+
+
+def operand(node: fx.Node, index: int = 0) -> fx.Node:
+    """The argument of `node` at `index`, which is a node."""
+    found = node.args[index]
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:

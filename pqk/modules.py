@@ -18,19 +18,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pqk.errors import InputError
 from pqk.qparams import (
     BIAS_LEVELS,
     TINY,
     Grid,
     LearnedStep,
     LearnedStepPerChannel,
+    Method,
     QParams,
     StraightThroughBias,
     choose,
     from_range,
 )
 
-Method = Literal["minmax", "percentile", "mse"]
 Mode = Literal["on", "off", "observe"]
 
 SAMPLE = 1 << 18
@@ -96,7 +97,9 @@ class ActivationFakeQuant(nn.Module):
     def calibrate(self, method: Method, percentile: float) -> None:
         """Set scale and zero point from what was observed, which is then forgotten, and turn the quantizer on."""
         if self.extent is None:
-            raise ValueError("calibrate() before any batch was observed")
+            raise InputError(
+                "quantize: a quantizer was calibrated before any batch was seen; is the validation data empty?"
+            )
         if method == "minmax":
             qparams = from_range(*self.extent, self.grid)
         else:

@@ -33,7 +33,9 @@ CALIBRATION = 32
 class Oracle:
     """Times students beside the teacher at batch 1. `threads` of the runtime are part of what is measured."""
 
-    def __init__(self, teacher: nn.Module, task: Task, target: Target, passes: Sequence[Pass], run: Run, threads: int = 2):
+    def __init__(
+        self, teacher: nn.Module, task: Task, target: Target, passes: Sequence[Pass], run: Run, threads: int = 2
+    ):
         self.teacher, self.task, self.target, self.run, self.threads = teacher, task, target, run, threads
         found = {type(p): p for p in passes}
         quantize = found.get(Quantize, Quantize())

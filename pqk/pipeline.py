@@ -24,8 +24,10 @@ from torch import nn
 
 from pqk.errors import InputError, PqkError
 from pqk.files import read_json, read_tensors, write_json, write_tensors
+from pqk.machine import peak_memory
 from pqk.measure import count_macs, count_parameters
 from pqk.program import Declined, Pass, Program, Record, Rewrite, RewriteFunction, Stage, replay
+from pqk.run import from_main, is_main_process
 from pqk.task import Task, tensors
 
 
@@ -55,7 +57,8 @@ def run_passes(program: Program, task: Task, passes: Sequence[Pass], start: int 
         scope = f"{index:02d}-{p.name}"
         saved = None if program.run.folder is None else program.run.folder / scope
         program = replace(program, run=program.run.enter(scope), details={})
-        if saved is not None and (saved / "program.json").exists():
+        # Rank 0 looks: it may have saved a pass that another process has yet to begin.
+        if saved is not None and from_main((saved / "program.json").exists):
             program = load(program, task, saved, table)
             continue
         began = time.perf_counter()
@@ -67,15 +70,9 @@ def run_passes(program: Program, task: Task, passes: Sequence[Pass], start: int 
         program = replace(after, records=(*after.records, _record(after, task, index, p, seconds)))
         if saved is not None and is_main_process():
             save(program, saved)
-            shutil.rmtree(saved.with_name(f"{scope}.partial"), ignore_errors=True)
+            for checkpoints in saved.parent.glob(f"{scope}*.partial"):  # a pass may train more than once
+                shutil.rmtree(checkpoints, ignore_errors=True)
     return program
-
-
-def is_main_process() -> bool:
-    """Whether this process writes the files: rank 0, or the only one."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
-        torch.distributed.get_rank() == 0
-    )
 
 
 def verify(program: Program, task: Task, scope: str) -> None:
@@ -108,6 +105,7 @@ def _record(program: Program, task: Task, index: int, p: Pass, seconds: float) -
         macs=count_macs(student, task.example),
         size_bytes=sum(t.numel() * t.element_size() for t in student.state_dict().values()),
         metric=task.score(student, task.validation) if labelled else None,
+        peak_memory_bytes=peak_memory(),
         details=dict(program.details),
     )
 
@@ -126,11 +124,13 @@ def save(program: Program, folder: Path) -> None:
     """Write a program; the folder appears under its name when everything is in it."""
     partial = folder.with_name(f".{folder.name}.saving")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         write_tensors(partial / "student.safetensors", program.student.state_dict())
         write_json(partial / "program.json", state(program))
         partial.replace(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -165,9 +165,10 @@ def rebuild(
     if unknown:
         raise InputError(f"plan: unknown rewrites {unknown}; it was written by another version of pqk")
     try:
-        student = replay(copy.deepcopy(teacher), example, plan, rewrites)
+        # A frozen teacher makes a student that trains: rewrites freeze what must not.
+        student = replay(copy.deepcopy(teacher).requires_grad_(True), example, plan, rewrites)
         student.load_state_dict(weights)
-    except (RuntimeError, AttributeError, KeyError) as error:
+    except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"plan: it does not fit this teacher: {error}") from error
     for module in student.modules():
         module.training = False

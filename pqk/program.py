@@ -30,7 +30,13 @@ Example = tuple[Tensor, ...]
 RewriteFunction = Callable[..., nn.Module]
 
 #: pydantic configuration of every pass: unknown keys are refused, docstrings under fields are their documentation.
-CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=False)
+CONFIG = ConfigDict(
+    extra="forbid",
+    use_attribute_docstrings=True,
+    arbitrary_types_allowed=False,
+    allow_inf_nan=False,
+    ser_json_inf_nan="constants",
+)
 
 
 class Stage(enum.IntEnum):
@@ -78,6 +84,8 @@ class Record:
     macs: int
     size_bytes: int
     metric: float | None
+    peak_memory_bytes: int = 0
+    """the largest resident memory of this process so far; 0 where the system does not say"""
     details: dict[str, Any] = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqk.baselines import ptq
+from pqk.baselines import CALIBRATION, neural_compressor_ptq, ptq
 from pqk.benchmark import (
     Contender,
     Skipped,
@@ -29,7 +29,7 @@ from pqk.benchmark import (
 from pqk.coverage import integer_coverage
 from pqk.emit_onnx import emit_onnx
 from pqk.knowledge import CrossEntropy
-from pqk.machine import fingerprint
+from pqk.machine import fingerprint, peak_memory
 from pqk.measure import count_macs, count_parameters
 from pqk.parity import OnnxModel, check_parity
 from pqk.passes import REWRITES, Distill, Prune
@@ -49,6 +49,7 @@ from pqk.task import Task
 from pqk.train import Training
 
 THREADS = 2
+NEURAL_COMPRESSOR = "neural-compressor"
 THROUGHPUT_BATCH = 32
 
 
@@ -60,13 +61,12 @@ class Network:
     path: Path | None
     module: nn.Module | None
     reason: str = ""
-    """why there is no file"""
+    """why there is nothing to measure"""
     parameters: int | None = None
+    runtime: str = "onnxruntime"
 
 
-def prove(
-    program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, *, seed: int
-) -> Report:
+def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, *, seed: int) -> Report:
     """The report of a finished INT8 program whose `model.onnx` is in `folder`; other files are written beside it."""
     here = program.target.mismatch()
     networks = _networks(program, task, passes, folder, attribution)
@@ -75,7 +75,7 @@ def prove(
     parity = check_parity(fake_quant.student, program.student, folder / "model.onnx", task, optimized=here is None)
     latency, notes = _latency(networks, program, task, here)
     rows = [_row(n, program, task, latency, feeds, here) for n in networks]
-    by_variant = {r.variant: r for r in rows}
+    by_variant = {r.variant: r for r in rows if r.runtime == "onnxruntime"}
     student, teacher = by_variant["student"], by_variant["teacher_fp32"]
     training = [p for p in passes if isinstance(p, Training)]
     trained = {r.index: r.seconds for r in program.records if isinstance(passes[r.index], Training)}
@@ -101,6 +101,7 @@ def prove(
             train_samples=0 if task.train is None else task.train.samples,
             validation_samples=task.validation.samples,
             evaluation_samples=task.evaluation.samples,
+            peak_memory_bytes=max(peak_memory(), *(r.peak_memory_bytes for r in program.records)),
             protocol=protocol(),
         ),
         passes=tuple(PassRecord(**dataclasses.asdict(r)) for r in program.records),
@@ -108,7 +109,9 @@ def prove(
     )
 
 
-def _saved(program: Program, task: Task, passes: Sequence[Pass], stage: Stage, kind: type[Pass] | None = None) -> Program:
+def _saved(
+    program: Program, task: Task, passes: Sequence[Pass], stage: Stage, kind: type[Pass] | None = None
+) -> Program:
     """The last saved program in `stage`, after a pass of `kind` where one is given."""
     assert program.run.folder is not None
     for record in reversed(program.records):
@@ -117,9 +120,7 @@ def _saved(program: Program, task: Task, passes: Sequence[Pass], stage: Stage, k
     raise LookupError(f"no saved pass in stage {stage}")
 
 
-def _networks(
-    program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str
-) -> list[Network]:
+def _networks(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str) -> list[Network]:
     def emit(variant: Variant, module: nn.Module, name: str) -> Network:
         path = folder / f"{name}.onnx"
         emit_onnx(module, task.example, path, task.input_names, task.output_names)
@@ -138,12 +139,19 @@ def _networks(
     quantized = folder / "teacher_ptq.onnx"
     reason = ptq(teacher, quantized, task, program.target)
     networks.append(Network("teacher_ptq", None if reason else quantized, program.teacher, reason or ""))
+    networks.append(_by_neural_compressor(program, task))
     networks += [stage("pruned", Prune), stage("pruned_distilled", Distill)]
     networks.append(_without_knowledge(program, task, passes, folder, attribution))
     networks.append(Network("student", folder / "model.onnx", program.student))
     float_student = _saved(program, task, passes, Stage.FAKE_QUANT).student
     networks[-1].parameters = count_weights(float_student)
     return networks
+
+
+def _by_neural_compressor(program: Program, task: Task) -> Network:
+    """The teacher by neural-compressor's static INT8, which is a torch module and runs under torch.compile."""
+    graph, reason = neural_compressor_ptq(program.teacher, task.example, task.calibration(CALIBRATION))
+    return Network("teacher_ptq", None, graph, reason or "", runtime=NEURAL_COMPRESSOR)
 
 
 def count_weights(fake_quant: nn.Module) -> int:
@@ -154,9 +162,7 @@ def count_weights(fake_quant: nn.Module) -> int:
     return count_parameters(fake_quant) - scales
 
 
-def _without_knowledge(
-    program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str
-) -> Network:
+def _without_knowledge(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str) -> Network:
     """The student whose quantization-aware training had labels only: the same passes from the first of those on."""
     if attribution != "full":
         return Network("student_no_kd", None, None, "it needs a training of its own: --attribution full")
@@ -205,20 +211,34 @@ def _latency(
             onnxruntime_contender(v, p, feeds, threads=THREADS) for v, p in files.items()
         ]
         if batch == 1:
-            found += _elsewhere(program, files, inputs, feeds)
+            found += _elsewhere(program, networks, files, inputs, feeds)
         contenders = [c for c in found if isinstance(c, Contender)]
         notes += [f"{s.variant} in {s.runtime} was not measured: {s.reason}" for s in found if isinstance(s, Skipped)]
         rows += measure(contenders, contenders[0])
     feeds = {n: t[:1].numpy() for n, t in zip(task.input_names, task.example, strict=True)}
-    still = [onnxruntime_contender(v, files[v], feeds, threads=THREADS, spinning=False) for v in ("teacher_fp32", "student")]
+    still = [
+        onnxruntime_contender(v, files[v], feeds, threads=THREADS, spinning=False) for v in ("teacher_fp32", "student")
+    ]
     return rows + measure(still, still[0]), notes
 
 
 def _elsewhere(
-    program: Program, files: dict[Variant, Path], inputs: tuple[torch.Tensor, ...], feeds: dict[str, Any]
+    program: Program,
+    networks: Sequence[Network],
+    files: dict[Variant, Path],
+    inputs: tuple[torch.Tensor, ...],
+    feeds: dict[str, Any],
 ) -> list[Contender | Skipped]:
-    """Other runtimes, and ONNX Runtime without spinning threads; each with a ratio of its own to the same baseline."""
+    """Other runtimes, each with a ratio of its own to the same baseline."""
+    modules = [n for n in networks if n.runtime == NEURAL_COMPRESSOR]
+    by_module: list[Contender | Skipped] = [
+        Skipped(n.variant, n.runtime, n.reason)
+        if n.module is None
+        else compiled_contender(n.variant, n.module, inputs, threads=THREADS, runtime=n.runtime)
+        for n in modules
+    ]
     return [
+        *by_module,
         torch_contender("teacher_fp32", program.teacher, inputs, threads=THREADS),
         compiled_contender("teacher_fp32", program.teacher, inputs, threads=THREADS),
         openvino_contender("teacher_fp32", files["teacher_fp32"], feeds, threads=THREADS),
@@ -227,31 +247,44 @@ def _elsewhere(
 
 
 def _row(
-    network: Network, program: Program, task: Task, latency: Sequence[LatencyRow], feeds: dict[str, Any], here: str | None
+    network: Network,
+    program: Program,
+    task: Task,
+    latency: Sequence[LatencyRow],
+    feeds: dict[str, Any],
+    here: str | None,
 ) -> AttributionRow:
-    if network.path is None:
+    """What a network is worth. One without a file (a torch module) has no size and no coverage of its own."""
+    label = f"teacher, INT8 by {network.runtime}" if network.runtime != "onnxruntime" else None
+    named = {"variant": network.variant, "runtime": network.runtime, "label": label}
+    if network.module is None or (network.path is None and network.runtime == "onnxruntime"):
         missing = ("metric", "latency_ms", "ratio", "size_bytes", "parameters", "macs", "integer_coverage")
-        return AttributionRow(variant=network.variant, reasons=dict.fromkeys(missing, network.reason))
-    with torch.inference_mode():
-        like = program.teacher(*task.example)
-    deployed = OnnxModel(network.path, like, optimized=here is None)
+        return AttributionRow(**named, reasons=dict.fromkeys(missing, network.reason))
+    reasons = {} if here is None else dict.fromkeys(("latency_ms", "ratio", "integer_coverage"), here)
+    model, path = network.module, network.path
+    if path is None:
+        why = f"{network.runtime} makes a torch module, not a file that ONNX Runtime executes"
+        reasons |= dict.fromkeys(("size_bytes", "parameters", "macs", "integer_coverage"), why)
     timed = next(
-        (r for r in latency if (r.variant, r.runtime, r.batch) == (network.variant, "onnxruntime", 1) and r.spinning), None
+        (r for r in latency if (r.variant, r.runtime, r.batch) == (network.variant, network.runtime, 1) and r.spinning),
+        None,
     )
-    assert network.module is not None
-    parameters = network.parameters
-    if parameters is None:
-        parameters = count_parameters(network.module)
     return AttributionRow(
-        variant=network.variant,
-        metric=task.score(deployed, task.evaluation),
+        **named,
+        metric=task.score(_deployed(path, program, task, here) if path else model, task.evaluation),
         latency_ms=timed.median_ms if timed else None,
         ratio=timed.ratio if timed else None,
         ratio_low=timed.ratio_low if timed else None,
         ratio_high=timed.ratio_high if timed else None,
-        size_bytes=network.path.stat().st_size,
-        parameters=parameters,
-        macs=count_macs(network.module, task.example),
-        integer_coverage=integer_coverage(network.path, feeds).share if here is None else None,
-        reasons={} if here is None else dict.fromkeys(("latency_ms", "ratio", "integer_coverage"), here),
+        size_bytes=path.stat().st_size if path else None,
+        parameters=(network.parameters or count_parameters(model)) if path else None,
+        macs=count_macs(model, task.example) if path else None,
+        integer_coverage=integer_coverage(path, feeds).share if path and here is None else None,
+        reasons=reasons,
     )
+
+
+def _deployed(path: Path, program: Program, task: Task, here: str | None) -> OnnxModel:
+    with torch.inference_mode():
+        like = program.teacher(*task.example)
+    return OnnxModel(path, like, optimized=here is None)

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+Method = Literal["minmax", "percentile", "mse"]
+"""how a range is chosen from values: see `choose`"""
 TINY = 1e-9
 """no scale is smaller: a constant zero tensor still needs a positive one"""
 
@@ -40,7 +42,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class QParams:
-    """How one tensor is put on a grid. `scale` float32 and `zero_point` int32: both [] (per tensor) or [C] (per `axis`)."""
+    """How one tensor is put on a grid. `scale` float32, `zero_point` int32: [] (per tensor) or [C] (per `axis`)."""
 
     scale: Tensor
     zero_point: Tensor
@@ -116,14 +118,8 @@ def from_range(low: Tensor, high: Tensor, grid: Grid, axis: int | None = None) -
     return QParams(scale, zero_point.to(torch.int32), grid, axis)
 
 
-def choose(
-    x: Tensor,
-    grid: Grid,
-    method: Literal["minmax", "percentile", "mse"],
-    axis: int | None = None,
-    percentile: float = 99.99,
-) -> QParams:
-    """qparams for the values `x`: a sample of an activation (`axis` None) or a weight (one scale per channel of `axis`).
+def choose(x: Tensor, grid: Grid, method: Method, axis: int | None = None, percentile: float = 99.99) -> QParams:
+    """qparams for the values `x`: a sample of an activation (`axis` None) or a weight (a scale per channel of `axis`).
 
     `minmax` covers everything; `percentile` drops `100 - percentile` per cent, half of it at each end; `mse` tries
     shrunken ranges and keeps the one with the least squared error, per channel (the search of Banner et al. 2019,

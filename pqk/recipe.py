@@ -1,23 +1,24 @@
 """A recipe: the passes in order, with everything that a run needs to be repeated. TOML in, TOML out, strict.
 
-    seed = 0
+seed = 0
 
-    [teacher]
-    factory = "pqk.models.resnet:resnet20"
-    weights = "resnet20_cifar10.safetensors"
+[teacher]
+factory = "pqk.models.resnet:resnet20"
+weights = "resnet20_cifar10.safetensors"
 
-    [task]
-    factory = "pqk.models.cifar:cifar10"
+[task]
+factory = "pqk.models.cifar:cifar10"
 
-    [target]
-    name = "x86-avx2"
+[target]
+name = "x86-avx2"
 
-    [[pass]]
-    name = "quantize"
+[[pass]]
+name = "quantize"
 """
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pqk.errors import InputError, nearest
+from pqk.knowledge import TERMS, Term
 from pqk.passes import PASSES
 from pqk.pipeline import check_order
 from pqk.program import CONFIG, Pass, Stage
@@ -76,7 +78,7 @@ class Recipe:
     teacher: TeacherSpec | None = None
     task: TaskSpec | None = None
     target: TargetSpec | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, strict=True)
 
     def __post_init__(self) -> None:
         if not self.passes:
@@ -148,10 +150,12 @@ class Recipe:
         if name == "task" and self.task is not None:
             return replace(self, task=replace(self.task, arguments={**self.task.arguments, key: value}))
         places = [i for i, p in enumerate(self.passes) if p.name == name]
-        if number is not None:
-            places = places[int(number) - 1 : int(number)] if int(number) >= 1 else []
         if not places:
-            raise InputError(f"{where}: the recipe has no such pass{nearest(name, {p.name for p in self.passes})}")
+            raise InputError(f'{where}: the recipe has no pass "{name}"{nearest(name, {p.name for p in self.passes})}')
+        if number is not None:
+            if not 1 <= int(number) <= len(places):
+                raise InputError(f'{where}: the recipe has {len(places)} of "{name}", numbered from 1')
+            places = [places[int(number) - 1]]
         passes = list(self.passes)
         for i in places:
             passes[i] = _parse_pass({"name": name, **plain(passes[i]), key: value}, where)
@@ -249,9 +253,10 @@ def _parse_pass(entry: Mapping[str, Any], where: str) -> Pass:
 
 
 def parse(kind: type[Any], values: Any, where: str) -> Any:
-    """`kind(**values)`, strictly. Raises `InputError` that says where and what."""
+    """`kind(**values)`, strictly: no "3" for 3. Raises `InputError` that says where and what."""
     try:
-        return TypeAdapter(kind).validate_python(values)
+        # As JSON, where strictness is about values: lists and tables may fill tuples and dataclasses.
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error, kind)}") from error
 
@@ -262,12 +267,37 @@ def explain(error: ValidationError, kind: type[Any]) -> str:
     for e in error.errors():
         place = ".".join(str(part) for part in e["loc"])
         if e["type"] == "unexpected_keyword_argument":
-            names = [f.name for f in fields(kind)] if len(e["loc"]) == 1 else []
-            lines.append(f'unknown key "{place}"' + (nearest(place, names) if names else ""))
+            key, owner = str(e["loc"][-1]), kind if len(e["loc"]) == 1 else _term_named(e["loc"][-2])
+            lines.append(f'unknown key "{place}"' + (nearest(key, [f.name for f in fields(owner)]) if owner else ""))
+        elif e["type"] == "union_tag_invalid":
+            tag = e["input"]["term"]
+            lines.append(f'{place}: unknown term "{tag}"{nearest(str(tag), (term_name(t) for t in TERMS))}')
+        elif e["type"] == "union_tag_not_found":
+            lines.append(f'{place}: it needs a key "term"{nearest("", map(term_name, TERMS))} (got {e["input"]!r})')
         else:
-            shown = "" if e["type"] == "missing" else f" (got {e['input']!r})"
-            lines.append((f"{place}: " if place else "") + e["msg"].removeprefix("Value error, ") + shown)
+            shown = "" if e["type"] in ("missing", "value_error") else f" (got {e['input']!r})"
+            text = e["msg"].removeprefix("Value error, ").removeprefix("recipe: ")
+            lines.append((f"{place}: " if place else "") + text + shown)
     return "; ".join(lines)
+
+
+def term_name(term: type[Term]) -> str:
+    """What a recipe calls a knowledge term."""
+    return str(next(f.default for f in fields(term) if f.name == "term"))
+
+
+def _term_named(name: object) -> type[Term] | None:
+    return next((t for t in TERMS if term_name(t) == name), None)
+
+
+def documentation(kind: type[Any]) -> dict[str, str]:
+    """The docstring of each field, also of those that it inherits (pydantic reads only the class's own)."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        for name, info in getattr(base, "__pydantic_fields__", {}).items():
+            if info.description:
+                found[name] = " ".join(info.description.split())
+    return found
 
 
 def json_schema() -> dict[str, Any]:
@@ -276,6 +306,8 @@ def json_schema() -> dict[str, Any]:
 
     def of(kind: type[Any]) -> dict[str, Any]:
         schema = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        for name, text in documentation(kind).items():
+            schema["properties"][name].setdefault("description", text)
         definitions.update(schema.pop("$defs", {}))
         return schema
 

@@ -157,6 +157,8 @@ class PassRecord(Part):
     macs: Count
     size_bytes: Count
     metric: float | None
+    peak_memory_bytes: Count = 0
+    """the largest resident memory of the process so far"""
     details: dict[str, Any] = {}
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -170,6 +172,8 @@ class Conditions(Part):
     train_samples: Count
     validation_samples: Count
     evaluation_samples: Count
+    peak_memory_bytes: Count = 0
+    """the largest resident memory of the compile; 0 where the system does not say"""
     protocol: str
     """how latencies were measured"""
 
@@ -389,7 +393,8 @@ def conditions_section(report: Report) -> str:
     lines = [
         f"- Training: {conditions.training_epochs:g} epochs, {conditions.training_seconds:.0f} s; "
         f"{conditions.train_samples} training, {conditions.validation_samples} validation, "
-        f"{conditions.evaluation_samples} evaluation samples; seed {report.seed}.",
+        f"{conditions.evaluation_samples} evaluation samples; seed {report.seed}; at most "
+        f"{conditions.peak_memory_bytes / 1e9:.2f} GB of memory.",
         f"- Machine: {machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('os')}, "
         f"instruction sets {' '.join(machine.get('isa', [])) or 'unknown'} ({machine.get('target')}).",
         f"- Versions: Python {machine.get('python')}, {versions}.",

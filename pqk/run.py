@@ -48,22 +48,50 @@ class Journal:
             whole = path.read_bytes()
             lines = whole.split(b"\n")
             for line in lines[:-1]:
-                entry = json.loads(line)
-                self.decisions[entry["key"]] = entry["value"]
+                try:
+                    entry = json.loads(line)
+                    self.decisions[entry["key"]] = entry["value"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"{path} was changed: a line is not a decision ({error}); start anew") from error
             if lines[-1]:  # a killed run can leave half a line; the decision was not used yet
-                path.write_bytes(whole[: len(whole) - len(lines[-1])])
+                os.truncate(path, len(whole) - len(lines[-1]))
 
     def decide(self, key: str, measure: Callable[[], Json]) -> Json:
         """The journaled value of `key`, or `measure()` (JSON), noted first."""
         if key not in self.decisions:
             value = json.loads(json.dumps(measure()))
             if self.path is not None:
-                with self.path.open("a") as f:
-                    f.write(json.dumps({"key": key, "value": value}) + "\n")
-                    f.flush()
-                    os.fsync(f.fileno())
+                self._append(self.path, json.dumps({"key": key, "value": value}) + "\n")
             self.decisions[key] = value
         return self.decisions[key]
+
+    @staticmethod
+    def _append(path: Path, line: str) -> None:
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab", buffering=0) as f:
+                f.write(line.encode())
+                os.fsync(f.fileno())
+        except OSError as error:
+            if path.exists():
+                os.truncate(path, before)
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def is_main_process() -> bool:
+    """Whether this process decides and writes the files: rank 0, or the only one."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
+        torch.distributed.get_rank() == 0
+    )
+
+
+def from_main(value: Callable[[], Json]) -> Json:
+    """`value()` of rank 0 in all processes; the others do not call theirs."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value()
+    box = [value() if is_main_process() else None]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 _NO_ORACLE = (
@@ -82,7 +110,7 @@ class Run:
     journal: Journal = field(default_factory=Journal)
     observer: Observer = field(default_factory=Silent)
     deployed_latency: Callable[[nn.Module], float] | None = None
-    """the oracle: milliseconds of a MODULE student's INT8 form in the target's runtime, batch 1; None: not this machine"""
+    """the oracle: milliseconds of a MODULE student's INT8 form, batch 1, in the target's runtime; None: not here"""
     deployed_baseline: Callable[[], float] | None = None
     """milliseconds of the teacher in FP32 in the same runtime"""
     scope: str = ""
@@ -107,11 +135,7 @@ class Run:
 
     def decide(self, key: str, measure: Callable[[], Json]) -> Json:
         """A measured decision: journaled, replayed on resume, made by rank 0 for all processes."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self.journal.decide(f"{self.scope}/{key}", measure)
-        box = [self.journal.decide(f"{self.scope}/{key}", measure) if torch.distributed.get_rank() == 0 else None]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        return from_main(lambda: self.journal.decide(f"{self.scope}/{key}", measure))
 
     def latency(self, student: nn.Module, where: str) -> float:
         """Milliseconds of `student`'s deployed INT8 form. Raises `InputError` where it cannot be measured here."""

@@ -157,7 +157,8 @@ class QdqFile:
 
     def _centred(self, layer: Layer, names: Sequence[str], recorded: Mapping[str, Array]) -> list[Array]:
         """The values `names` inside a layer in steps: float32 `q - zero_point`, with every scale replaced by 1."""
-        nodes, wanted = [], set(names)
+        nodes: list[onnx.NodeProto] = []
+        wanted = set(names)
         for node in reversed(layer.nodes):
             if wanted & set(node.output):
                 nodes.insert(0, node)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.data import Batch, Data, Inputs, as_data, split
+from pqk.data import ArrayData, Batch, Data, Inputs, as_data, map_tensors, split
 from pqk.errors import InputError, nearest
 
 Outputs = Any
@@ -51,18 +51,27 @@ def tensors(outputs: Outputs) -> list[Tensor]:
     return [t for o in outputs for t in tensors(o)] if isinstance(outputs, tuple | list) else []
 
 
+def widened(t: Tensor) -> Tensor:
+    """`t` in float32, or in float64 where it was: losses are never computed in half precision."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def cross_entropy(outputs: Outputs, targets: Tensor) -> Tensor:
-    """Per-sample cross-entropy [B] of logits [B, C] (float32) against labels int64 [B].
+    """Per-sample cross-entropy [B] of logits [B, C] against labels int64 [B], in float32 at least.
 
     Raises `InputError` where a label is outside 0…C-1.
     """
-    logits = first_tensor(outputs).float()
-    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]):
+    logits = widened(first_tensor(outputs))
+    _check_labels(targets, logits.shape[1])
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _check_labels(targets: Tensor, classes: int) -> None:
+    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= classes):
         raise InputError(
             f"data: labels run from {int(targets.min())} to {int(targets.max())} and the model has "
-            f"{logits.shape[1]} classes (0 to {logits.shape[1] - 1})"
+            f"{classes} classes (0 to {classes - 1})"
         )
-    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def argmax(outputs: Outputs) -> Tensor:
@@ -76,7 +85,7 @@ class Task:
     Args:
         train: a `DataLoader`, a list of batches or `ArrayData`; None: nothing can be trained, calibration still works.
         evaluation: touched by the final report only.
-        validation: calibration, sensitivity, keep-best and every choice; split off `train` (`validation_share`) if None.
+        validation: calibration, sensitivity, and every choice; split off `train` (`validation_share`) if None.
         metric: a `Metric` or the name of one ("accuracy").
         loss: (outputs, targets) -> per-sample loss [B]; cross-entropy by default.
         decision: outputs -> what the user acts on, compared for parity; argmax by default.
@@ -116,7 +125,7 @@ class Task:
         self.metric = metric if isinstance(metric, Metric) else named_metric(metric)
         self.loss, self.decision = loss, decision
         if example is None:
-            example = tuple(t[:2].clone() for t in next(self.evaluation.batches()).inputs)
+            example = _first_two(self.evaluation)
         self.example: Inputs = example if isinstance(example, tuple) else (example,)
         if any(len(t) < 2 for t in self.example):
             raise InputError(
@@ -152,12 +161,7 @@ class Task:
 
     def check(self, teacher: nn.Module) -> None:
         """Run the teacher once on the example and one batch of each data. Raises `InputError` where they do not fit."""
-        try:
-            with torch.inference_mode():
-                outputs = teacher(*self.example)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in self.example)
-            raise InputError(f"teacher: the example inputs ({shapes}) do not fit it: {error}") from error
+        outputs = _try(teacher, self.example, "example")
         if not bool(first_tensor(outputs).isfinite().all()):
             raise InputError("teacher: its outputs on the example inputs are NaN or infinite")
         for what, data in (("train", self.train), ("validation", self.validation), ("evaluation", self.evaluation)):
@@ -165,26 +169,55 @@ class Task:
                 continue
             batch = next(data.batches())
             self._check_batch(what, teacher, batch)
+            if self.loss is cross_entropy:
+                labels = data.targets if isinstance(data, ArrayData) else batch.targets
+                if isinstance(labels, Tensor):  # all of them, before any training
+                    _check_labels(labels, first_tensor(outputs).shape[1])
 
     def _check_batch(self, what: str, teacher: nn.Module, batch: Batch) -> None:
+        if len(batch.inputs) != len(self.example):
+            raise InputError(
+                f"{what} data: it gives {len(batch.inputs)} inputs and the example has {len(self.example)}"
+            )
         for name, t, e in zip(self.input_names, batch.inputs, self.example, strict=False):
             if t.dtype != e.dtype or t.dim() != e.dim():
                 raise InputError(
-                    f"{what} data: input {name} is {tuple(t.shape)} {t.dtype}, the example is {tuple(e.shape)} {e.dtype}"
+                    f"{what} data: input {name} is {tuple(t.shape)} {t.dtype}, the example {tuple(e.shape)} {e.dtype}"
                 )
+        outputs = _try(teacher, tuple(t[:2] for t in batch.inputs), what)
+        if batch.targets is None:
+            return
+        targets = map_tensors(lambda t: t[:2], batch.targets)
         with torch.inference_mode():
-            outputs = teacher(*(t[:2] for t in batch.inputs))
-            if batch.targets is None:
-                return
             try:
-                losses = self.loss(outputs, batch.targets[:2] if isinstance(batch.targets, Tensor) else batch.targets)
-                value = self.metric.function(outputs, batch.targets[:2])
+                losses = self.loss(outputs, targets)
+                value = self.metric.function(outputs, targets)
             except InputError:
                 raise
             except Exception as error:
                 raise InputError(f"{what} data: the task cannot score the teacher's output: {error}") from error
         if losses.dim() == 0 or not isinstance(value, float | int):
             raise InputError("task: the loss must be per sample [B] and the metric a number")
+
+
+def _first_two(data: Data) -> Inputs:
+    """The first two samples of `data`, from as many batches as that takes."""
+    found: list[Inputs] = []
+    for batch in data.batches():
+        found.append(tuple(t[:2] for t in batch.inputs))
+        if sum(len(f[0]) for f in found) >= 2:
+            break
+    return tuple(torch.cat(parts)[:2].clone() for parts in zip(*found, strict=True))
+
+
+def _try(teacher: nn.Module, inputs: Inputs, what: str) -> Outputs:
+    """The teacher's outputs. Raises `InputError` where it cannot take the inputs: whatever its own code raised."""
+    try:
+        with torch.inference_mode():
+            return teacher(*inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs)
+        raise InputError(f"teacher: the {what} inputs ({shapes}) do not fit it: {error}") from error
 
 
 def named_metric(name: str) -> Metric:
@@ -217,4 +250,6 @@ def concatenate(parts: list[Any]) -> Any:
         return torch.cat(parts)
     if isinstance(head, dict):
         return {k: concatenate([p[k] for p in parts]) for k in head}
+    if hasattr(head, "_fields"):
+        return type(head)(*(concatenate([p[i] for p in parts]) for i in range(len(head))))
     return type(head)(concatenate([p[i] for p in parts]) for i in range(len(head)))

@@ -11,18 +11,18 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
-from pqk.data import Batch, Data
+from pqk.data import Batch, Data, map_tensors
 from pqk.errors import InputError, PqkError
 from pqk.files import read_tensors, write_tensors
 from pqk.program import CONFIG
@@ -64,7 +64,7 @@ class Training:
 
 @dataclass
 class TrainingLog:
-    """What happened: mean loss of each epoch, steps, seconds of this process, retries."""
+    """What happened: mean loss of each epoch, steps, and how often it went back to a lower rate."""
 
     losses: list[float] = field(default_factory=list)
     steps: int = 0
@@ -87,6 +87,14 @@ class Objective(nn.Module):
 
     def end_epoch(self, student: nn.Module, epoch: int) -> None:
         """Called after each epoch."""
+
+
+def launched() -> Accelerator:
+    """The processes of this launch: one, or those of `accelerate launch` or `torchrun`.
+
+    Accelerate takes processes on a machine without an accelerator for strangers to each other unless it is told.
+    """
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 def rate(training: Training, progress: float) -> float:
@@ -113,7 +121,9 @@ def optimizer_for(training: Training, *modules: nn.Module) -> torch.optim.Optimi
     groups = [g for g in groups if g["params"]]
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=training.learning_rate)
-    return torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum, nesterov=training.momentum > 0)
+    return torch.optim.SGD(
+        groups, lr=training.learning_rate, momentum=training.momentum, nesterov=training.momentum > 0
+    )
 
 
 def fit(run: Run, student: nn.Module, data: Data, objective: Objective, training: Training) -> TrainingLog:
@@ -131,7 +141,7 @@ class _Fit:
     def __init__(self, run: Run, student: nn.Module, data: Data, objective: Objective, training: Training) -> None:
         self.run, self.student, self.data, self.objective, self.training = run, student, data, objective, training
         self.total = max(1, round(training.epochs * len(data)))
-        self.accelerator = Accelerator()
+        self.accelerator = launched()
         if any(t.dim() == 4 for t in next(data.batches()).inputs):
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = optimizer_for(training, student, objective)
@@ -143,20 +153,28 @@ class _Fit:
 
     def train(self) -> TrainingLog:
         self._restore()
-        if self.step == 0:
-            self._save()  # the state that a non-finite loss in the first epoch goes back to
-        model = self.accelerator.prepare(self.objective.wrap(self.student))
+        if self.step == 0 or self.data.resume_reason is not None:
+            self._save()  # the state that a non-finite loss in this epoch goes back to
+        home = next(self.student.parameters()).device
+        # Not DDP, which would leave out projectors and trip over step sizes that freeze: `_reduce` does its work.
+        model = self.accelerator.prepare_model(self.objective.wrap(self.student), evaluation_mode=True)
         optimizer = self.accelerator.prepare(self.optimizer)
         self.objective.to(self.accelerator.device)
         with self.run.observer.task(self.run.scope, self.total) as advance:
             advance(self.step, "")
             while self.step < self.total:
                 if not self._epoch(model, optimizer, advance):
+                    failed = self.step
                     self._retry()
-        self.student.train(False)
+                    advance(self.step - failed, "lower rate")
         if self.average:
             self.student.load_state_dict(self.average)
-        self.accelerator.free_memory()
+        if self.accelerator.num_processes > 1:  # each process has seen other samples: batch norm's are those of rank 0
+            for t in self.student.buffers():
+                t.copy_(broadcast(t))
+        # As a student loaded from its saved tensors: convolutions round differently in another memory format.
+        self.student.to(device=home, memory_format=torch.contiguous_format).train(False)  # type: ignore[call-overload]
+        self.log.steps = self.step
         return self.log
 
     def _epoch(self, model: nn.Module, optimizer: Any, advance: Callable[[int, str], None]) -> bool:
@@ -168,7 +186,7 @@ class _Fit:
         batches = self.data.batches(seed, epoch, start, state)
         for batch in batches:
             model.train()
-            loss = self._step(model, optimizer, batch)
+            loss, due = self._step(model, optimizer, batch)
             if not math.isfinite(loss):
                 return False
             self.step += 1
@@ -177,8 +195,12 @@ class _Fit:
             advance(1, f"loss {self.epoch_loss[0] / self.epoch_loss[1]:.3f}")
             if self.step >= self.total:
                 break
-            if time.monotonic() - self.saved_at > self.training.checkpoint_seconds and self.step % len(self.data):
+            if due and self.step % len(self.data):
+                if not self._finite():
+                    return False
                 self._save()
+        if not self._finite():
+            return False
         self.log.losses.append(self.epoch_loss[0] / max(1.0, self.epoch_loss[1]))
         log.info("%s epoch %d loss %.4f", self.run.scope, epoch + 1, self.log.losses[-1])
         self.epoch_loss = [0.0, 0.0]
@@ -186,7 +208,12 @@ class _Fit:
         self._save()
         return True
 
-    def _step(self, model: nn.Module, optimizer: Any, batch: Batch) -> float:
+    def _finite(self) -> bool:
+        """Whether the student may become the last good state: a finite loss can have had an infinite gradient."""
+        return all(bool(p.isfinite().all()) for p in self.student.parameters())
+
+    def _step(self, model: nn.Module, optimizer: Any, batch: Batch) -> tuple[float, bool]:
+        """One step: the mean loss of all processes, and whether one of them finds that a checkpoint is due."""
         progress = self.step / self.total
         self.objective.begin(progress)
         for group in self.optimizer.param_groups:
@@ -196,31 +223,40 @@ class _Fit:
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16):
             losses = self.objective(model, batch)
         loss = losses.float().mean()
-        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        late = float(time.monotonic() - self.saved_at > self.training.checkpoint_seconds)
+        value, due = self.accelerator.reduce(torch.stack([loss.detach(), loss.new_tensor(late)]), "mean").tolist()
         if not math.isfinite(value):
-            return value
+            return value, False
         optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._reduce(trained)
         if self.training.clip is not None:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.training.clip)
+            self.accelerator.clip_grad_norm_(trained, self.training.clip)
         optimizer.step()
         if self.average:
             self._average()
-        return value
+        return value, due > 0
+
+    def _reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients become their mean over the processes, in one message."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.accelerator.num_processes > 1 and grads:
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
+            for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(mean.view_as(g))
 
     def _local(self, batch: Batch) -> Batch:
         """This process's part of a batch, on its device. Every process gets at least one sample."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         count = len(batch.inputs[0])
 
-        def part(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
+        def part(t: Tensor) -> Tensor:
             t = t if world == 1 else t[rank % count :: world]
             t = t.to(self.accelerator.device)
             return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
-        return Batch(tuple(part(t) for t in batch.inputs), part(batch.targets), part(batch.keys))
+        return Batch(*map_tensors(part, (batch.inputs, batch.targets, batch.keys)))
 
     def _average(self) -> None:
         """Exponential moving average with a horizon of `average` epochs, unbiased at the start."""
@@ -237,9 +273,9 @@ class _Fit:
         self.log.retries += 1
         if self.log.retries > RETRIES:
             raise PqkError(
-                f"{self.run.scope}: the loss is not finite at step {self.step} of {self.total}, after {RETRIES} retries "
-                f"down to a learning rate of {self.training.learning_rate * self.factor:.2g}; lower learning_rate, set "
-                "clip, or look for extreme values in the data"
+                f"{self.run.scope}: the loss is not finite at step {self.step} of {self.total}, after {RETRIES} "
+                f"retries down to a learning rate of {self.training.learning_rate * self.factor:.2g}; lower "
+                "learning_rate, set clip, or look for extreme values in the data"
             )
         retries, factor = self.log.retries, self.factor / 4
         self._restore()
@@ -263,18 +299,19 @@ class _Fit:
             "epoch_loss": list(self.epoch_loss),
         }
         tensors = {**dict(self._tensors()), "rng": torch.get_rng_state()}
-        if self.path is None:
+        # Where an epoch cannot be entered in the middle, a retry goes back to its start, which no file may overwrite.
+        if self.path is None or (self.data.resume_reason is not None and self.step % len(self.data) == 0):
             self.memory = ({k: v.detach().clone() for k, v in tensors.items()}, meta)
-        elif self.accelerator.is_main_process:
+        if self.path is not None and self.accelerator.is_main_process:
             write_tensors(self.path, tensors, {"training": json.dumps(meta)})
 
     def _restore(self) -> None:
         """Go to the last saved state, if there is one."""
-        if self.path is not None and self.path.exists():
+        if self.memory is not None:
+            tensors, meta = self.memory
+        elif self.path is not None and self.path.exists():
             tensors, metadata = read_tensors(self.path)
             meta = json.loads(metadata["training"])
-        elif self.memory is not None:
-            tensors, meta = self.memory
         else:
             return
         if meta["step"] % len(self.data) and self.data.resume_reason is not None:
@@ -289,11 +326,16 @@ class _Fit:
                 parts[kind][name] = value
         self.student.load_state_dict(parts["student"])
         self.objective.load_state_dict(parts["objective"])
-        self.average = parts["average"]
+        for key, mean in self.average.items():
+            mean.copy_(parts["average"][key])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in parts["optimizer"].items():
             index, _, name = key.partition("/")
-            state.setdefault(int(index), {})[name] = value
+            p = parameters[int(index)]
+            # A copy, never the saved tensor itself, which may be needed again; in the parameter's memory format.
+            like = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value)
+            state.setdefault(int(index), {})[name] = like.copy_(value).detach()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         torch.set_rng_state(tensors["rng"])
         self.step, self.factor, self.epoch_loss = meta["step"], meta["factor"], list(meta["epoch_loss"])

@@ -19,11 +19,11 @@ from pqk.benchmark import (
     Skipped,
     bootstrap_ratio,
     compiled_contender,
+    fastest,
     interleave,
     measure,
     onnxruntime_contender,
     openvino_contender,
-    quick_latency,
     ratio_to,
     torch_contender,
     torch_threads,
@@ -180,7 +180,8 @@ def test_quick_forms() -> None:
     big, small = stack(12), stack(2)
     ratio = ratio_to(session(big), session(small), FEEDS, rounds=5)
     assert ratio.low > 1.5
-    assert 0 < quick_latency(small, FEEDS, threads=1, bursts=3) < quick_latency(big, FEEDS, threads=1, bursts=3)
+    slow, fast = fastest([session(big), session(small)], FEEDS, rounds=3)
+    assert 0 < fast < slow
 
 
 def test_torch_rows_and_a_module_that_cannot_be_compiled() -> None:

@@ -1,5 +1,6 @@
 """The parity contract on a hand-made pair: a torch graph and a QDQ file of conv, sum, pool and linear."""
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,10 +11,25 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
+from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError
-from pqk.parity import QUANTIZE, OnnxModel, check_layers, compare_ends, describe, ends_divergence
+from pqk.parity import (
+    QUANTIZE,
+    OnnxModel,
+    Recorder,
+    Ties,
+    check_layers,
+    check_parity,
+    compare_ends,
+    describe,
+    ends_divergence,
+)
+from pqk.passes import Capture, Convert, Quantize
+from pqk.program import Program, Stage
 from pqk.report import LayerParity
+from pqk.run import Run
 from pqk.subgraph import QdqFile
+from pqk.target import Target
 from pqk.task import Task
 
 CHANNELS, CLASSES, SIZE = 16, 10, 8
@@ -156,6 +172,19 @@ def test_exact_halves_are_left_out_of_the_exact_share_of_a_sum(tmp_path: Path) -
     assert row.passed and row.exact == 1.0
 
 
+def test_ties_are_found_in_float64() -> None:
+    halves = Numbers(scales=(0.03125, 0.03125, 0.0625, 0.0157), zero_points=(121, 0, 60, 0))
+    for numbers, low, high in ((halves, 0.4, 0.6), (Numbers(), 0.0, 0.0)):
+        graph = int8_module(numbers)
+        x = torch.randn(4, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+        recorder = Recorder(graph)
+        recorder.run(x)
+        ties = Ties(graph, recorder.integers)
+        ties.run(x)
+        add = [n for n in graph.graph.nodes if n.target is QUANTIZE][2]
+        assert low <= ties.found[add].double().mean() <= high
+
+
 def test_a_file_of_another_graph_is_refused(tmp_path: Path) -> None:
     graph = int8_module(Numbers())
     named = [("only", next(n for n in graph.graph.nodes if n.target is QUANTIZE))]
@@ -218,3 +247,61 @@ def test_an_onnx_model_answers_in_the_structure_of_its_module(tmp_path: Path) ->
     x = torch.zeros(3, CHANNELS, SIZE, SIZE)
     answer = OnnxModel(path, {"logits": (torch.zeros(1),)})(x)
     assert list(answer) == ["logits"] and answer["logits"][0].shape == (3, CLASSES)
+
+
+class Mixed(nn.Module):
+    """A residual convolution, then attention over the pixels: products of weights and of activations, moved around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        self.qkv = nn.Linear(CHANNELS, 3 * CHANNELS)
+        self.head = nn.Linear(CHANNELS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.relu(self.conv(x))
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)
+        x = torch.softmax(q @ k.transpose(1, 2) / 4, dim=-1) @ v
+        return self.head(x.mean(1))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Stage, nn.Module], Path, Task]:
+    """The stages of a student compiled without training, its file and its task."""
+    torch.manual_seed(0)
+    teacher, task = Mixed().eval(), a_task()
+    program = Program(teacher, deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), Run())
+    stages: dict[Stage, nn.Module] = {}
+    for step in (Capture(), Quantize(), Convert()):
+        program = replace(step.apply(program, task), stage=step.result_stage(program.stage))
+        stages[program.stage] = deepcopy(program.student)
+    path = tmp_path_factory.mktemp("compiled") / "model.onnx"
+    emit_onnx(program.student, task.example, path, task.input_names)
+    return stages, path, task
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+def test_a_compiled_student_keeps_the_contract(
+    compiled: tuple[dict[Stage, nn.Module], Path, Task], optimized: bool
+) -> None:
+    stages, path, task = compiled
+    parity = check_parity(stages[Stage.FAKE_QUANT], stages[Stage.INT8], path, task, optimized=optimized)  # type: ignore[arg-type]
+    assert parity.passed, parity.first_divergence
+    assert parity.first_divergence is None and parity.samples == 64 and parity.agreement is not None
+    assert parity.mode == ("optimized" if optimized else "unoptimized")
+    products = [la for la in parity.layers if "Conv" in la.op or "MatMul" in la.op]
+    assert len(products) >= 3 and all(la.accumulators for la in products if la.max_lsb is not None)
+
+
+def test_a_compiled_student_with_a_corrupted_scale_fails_with_its_layers_name(
+    compiled: tuple[dict[Stage, nn.Module], Path, Task], tmp_path: Path
+) -> None:
+    stages, path, task = compiled
+    model = onnx.load(path)
+    conv = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.output[0] == "conv_q")
+    scale = next(i for i in model.graph.initializer if i.name == conv.input[1])
+    scale.CopyFrom(numpy_helper.from_array(np.array(numpy_helper.to_array(scale) * np.float32(1.1)), scale.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    parity = check_parity(stages[Stage.FAKE_QUANT], stages[Stage.INT8], tmp_path / "m.onnx", task)  # type: ignore[arg-type]
+    assert not parity.passed
+    assert parity.first_divergence is not None and parity.first_divergence.startswith("conv (Conv): differs by up to")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pqk.errors import InputError
 from pqk.knowledge.term import Term, View
 from pqk.program import CONFIG
+from pqk.task import widened
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -29,7 +30,7 @@ class FeatureTerm(Term):
 
     def features(self, view: View) -> tuple[Tensor, Tensor]:
         student, teacher = self.points()
-        return view.student_features[student].float(), view.teacher_features[teacher].detach().float()
+        return widened(view.student_features[student]), widened(view.teacher_features[teacher].detach())
 
 
 class Slice(nn.Module):
@@ -60,11 +61,13 @@ class Hint(FeatureTerm):
                 return None
             case "slice" if kept is None or len(kept) != cs:
                 raise InputError(
-                    f'hint at "{self.point}": it is not known which of the teacher\'s channels survive there ({shapes}); '
+                    f'hint at "{self.point}": it is not known which teacher channels survive there ({shapes}); '
                     "use conv1x1 or linear"
                 )
             case "slice":
                 return Slice(kept)
+            case "conv1x1" if student.dim() != 4:
+                raise InputError(f'hint at "{self.point}": conv1x1 maps images [B, C, H, W] ({shapes}); use linear')
             case "conv1x1":
                 return nn.Conv2d(cs, ct, 1)
             case "linear":
@@ -80,6 +83,11 @@ class Hint(FeatureTerm):
             s = s if projector is None else projector(s)
         else:
             s = projector(s.movedim(_axis(s), -1)).movedim(-1, _axis(s))
+        if s.shape != t.shape:  # the difference would broadcast
+            raise InputError(
+                f'hint at "{self.point}": the features are {tuple(s.shape)} (student) and {tuple(t.shape)} (teacher); '
+                "choose points of one shape"
+            )
         return (s - t).square().flatten(1).mean(1)
 
 
@@ -91,6 +99,11 @@ class AttentionTransfer(FeatureTerm):
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         s, t = (F.normalize(f.square().mean(_axis(f)).flatten(1), dim=1) for f in self.features(view))
+        if s.shape != t.shape:
+            raise InputError(
+                f'attention_transfer at "{self.point}": the student\'s feature has {s.shape[1]} places and the '
+                f"teacher's {t.shape[1]}; choose points of one resolution"
+            )
         return (s - t).square().mean(1)
 
 

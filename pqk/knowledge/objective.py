@@ -17,7 +17,7 @@ from pqk.task import Task
 from pqk.train import Objective
 
 Kept = Callable[[str], Sequence[int] | None]
-"""module path -> the teacher's surviving output channels there, where the compiler cut some"""
+"""student's module path -> the teacher's output channels that survive there, where the compiler cut some"""
 
 
 class Distillation(Objective):
@@ -41,7 +41,7 @@ class Distillation(Objective):
         super().__init__()
         self.terms = [t for t in terms if t.weight > 0]  # a term of weight zero must not even draw random numbers
         if not self.terms:
-            raise InputError("distill: every term has weight 0; there is nothing to train on")
+            raise InputError("distill: no term has a weight above 0; there is nothing to train on")
         self.task, self.start, self.progress, self.on_progress = task, start, 0.0, on_progress
         self.teacher = teacher
         self.student_points = sorted({p[0] for t in self.terms if (p := t.points())})
@@ -53,12 +53,12 @@ class Distillation(Objective):
             return
         batch = Batch(self.task.example, None, None)
         with torch.no_grad():
-            _, features = self.wrap(student)(*batch.inputs)
+            _, features = self.wrap(student.eval())(*batch.inputs)
         _, teacher_features = self.teacher(batch)
         for i, term in enumerate(self.terms):
             points = term.points()
             if points is not None:
-                projector = term.projector(features[points[0]], teacher_features[points[1]], kept(points[1]))
+                projector = term.projector(features[points[0]], teacher_features[points[1]], kept(points[0]))
                 if projector is not None:
                     self.projectors[str(i)] = projector
 

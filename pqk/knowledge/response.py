@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from pqk.errors import InputError
 from pqk.knowledge.term import Term, View
 from pqk.program import CONFIG
-from pqk.task import tensors
+from pqk.task import tensors, widened
 
 
 def logit_pairs(view: View) -> list[tuple[Tensor, Tensor]]:
-    """(student, teacher) logits, each [B·…, C] in float32, one pair for every output tensor.
+    """(student, teacher) logits, each [B, …, C] in float32 at least, one pair for every output tensor.
 
-    Raises `InputError`, naming both sides, where their shapes differ.
+    Raises `InputError`, naming both sides, where their number or shapes differ.
     """
-    pairs = list(zip(tensors(view.student), tensors(view.teacher), strict=True))
+    students, teachers = tensors(view.student), tensors(view.teacher)
+    if len(students) != len(teachers):
+        raise InputError(f"distill: the student has {len(students)} outputs and the teacher {len(teachers)}")
+    pairs = list(zip(students, teachers, strict=True))
     for s, t in pairs:
         if s.shape != t.shape:
             raise InputError(
                 f"distill: the student's output is {tuple(s.shape)} and the teacher's {tuple(t.shape)}; this term "
                 "compares them class by class"
             )
-    return [(s.float(), t.detach().float()) for s, t in pairs]
+    return [(widened(s), widened(t.detach())) for s, t in pairs]
 
 
 def per_sample(losses: list[Tensor]) -> Tensor:
@@ -44,7 +47,10 @@ class CrossEntropy(Term):
     needs_teacher = False
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
-        return view.task.loss(view.student, view.targets)
+        if view.targets is None:
+            raise InputError("distill: cross_entropy needs labels, and the training data has none; take the term out")
+        loss = view.task.loss(view.student, view.targets)
+        return loss if loss.dim() == 1 else per_sample([loss])
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

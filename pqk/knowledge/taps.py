@@ -16,22 +16,28 @@ class Tapped(nn.Module):
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.paths = model, tuple(paths)
-        self.seen: dict[str, Tensor] = {}
-        self.handles = []
-        for path in self.paths:
-            module = _module_at(model, path)
-            self.handles.append(module.register_forward_hook(self._hook(path)))
-
-    def _hook(self, path: str) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.seen[path] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+        self.model, self.points = model, [(path, _module_at(model, path)) for path in paths]
 
     def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        self.seen.clear()
-        return self.model(*inputs), dict(self.seen)
+        seen: dict[str, Tensor] = {}
+
+        def keeper(path: str) -> Any:
+            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+                seen[path] = output[0] if isinstance(output, tuple) else output
+
+            return keep
+
+        # Hooks of this call only: what is copied, captured or saved after the training carries none.
+        handles = [module.register_forward_hook(keeper(path)) for path, module in self.points]
+        try:
+            outputs = self.model(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [path for path, _ in self.points if path not in seen]
+        if missing:
+            raise InputError(f'distill: module "{missing[0]}" was not called in a forward pass; choose another point')
+        return outputs, seen
 
 
 class TappedGraph(nn.Module):

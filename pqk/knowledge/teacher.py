@@ -8,7 +8,9 @@ augmentation never reads it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pqk.data import Batch, Data
+from pqk.data import Batch, Data, map_tensors
+from pqk.files import write_whole
 from pqk.knowledge.taps import tap
+from pqk.task import widened
+
+ROWS = 4096
+"""rows of a new cache that are written at once"""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -37,11 +44,8 @@ class LogitCache:
         self.path = path
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(rows, *shape))
-            array[:] = np.nan
-            array.flush()
-            partial.replace(path)
+            # Written, not mapped: a full disk is then an error here and not a crash in the middle of the training.
+            write_whole(path, lambda p: _blank(p, (rows, *shape)))
         self.array = np.load(path, mmap_mode="r+", allow_pickle=False)
 
     def get(self, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +55,16 @@ class LogitCache:
 
     def put(self, keys: Tensor, rows: Tensor) -> None:
         self.array[keys.cpu().numpy()] = rows.detach().float().cpu().numpy()
+
+
+def _blank(path: Path, shape: tuple[int, ...]) -> None:
+    """A .npy file of float32 NaN."""
+    with path.open("wb") as f:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(f, header)
+        row = np.full(shape[1:], np.nan, "<f4").tobytes()
+        for start in range(0, shape[0], ROWS):
+            f.write(row * min(ROWS, shape[0] - start))
 
 
 class FrozenTeacher(nn.Module):
@@ -65,7 +79,7 @@ class FrozenTeacher(nn.Module):
     ) -> None:
         super().__init__()
         # Hidden from `parameters()` and `state_dict()`: the teacher is read only and is not part of any checkpoint.
-        self._model = [tap(model, points)]
+        self._model = [tap(model.eval(), points)]
         self.precision, self.cache = precision, None if points else cache
 
     def train(self, mode: bool = True) -> FrozenTeacher:
@@ -86,10 +100,12 @@ class FrozenTeacher(nn.Module):
         return torch.where(present.view(-1, *[1] * (live.dim() - 1)).to(device), rows.to(device), live), {}
 
     def _live(self, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
-        model = self._model[0].to(batch.inputs[0].device)
-        with torch.autocast(batch.inputs[0].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            outputs, features = model(*batch.inputs)
-        return outputs.float() if isinstance(outputs, Tensor) else outputs, features
+        device = batch.inputs[0].device
+        if any(t.device != device for t in self._model[0].parameters()):
+            self._model = [copy.deepcopy(self._model[0]).to(device)]  # the program's teacher stays where it is
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            outputs, features = self._model[0](*batch.inputs)
+        return map_tensors(lambda t: widened(t) if t.is_floating_point() else t, outputs), features
 
 
 def cache_for(folder: Path | None, teacher: nn.Module, data: Data, precision: str, example: Any) -> LogitCache | str:
@@ -105,4 +121,8 @@ def cache_for(folder: Path | None, teacher: nn.Module, data: Data, precision: st
     if not isinstance(outputs, Tensor):
         return f"the teacher's output is a {type(outputs).__name__}; only single tensors are cached"
     key = hashlib.sha256(f"{fingerprint(teacher)} {data.fingerprint()} {precision}".encode()).hexdigest()
-    return LogitCache(folder / "cache" / f"{key}.npy", data.key_count, outputs.shape[1:])
+    path = folder / "cache" / f"{key}.npy"
+    size, free = 4 * data.key_count * outputs[0].numel(), shutil.disk_usage(folder).free
+    if not path.exists() and size > free / 2:
+        return f"the answers would take {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free"
+    return LogitCache(path, data.key_count, outputs.shape[1:])

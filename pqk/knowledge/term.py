@@ -29,7 +29,7 @@ class View:
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Term(ABC):
-    """Returns a per-sample loss [B] in float32, whose mean, times `weight`, is minimised."""
+    """Returns a per-sample loss [B] in float32 at least, whose mean, times `weight`, is minimised."""
 
     weight: float = Field(default=1.0, ge=0)
     """factor of this term's loss"""
@@ -46,4 +46,4 @@ class Term(ABC):
 
     @abstractmethod
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
-        """Per-sample losses [B], float32."""
+        """Per-sample losses [B], in float32, or in float64 where the outputs are."""

@@ -1,4 +1,4 @@
-"""What distillation and quantization-aware training cost: `python -m pqk.models.costs [--data DIR] [--out FILE]`.
+"""What distillation and quantization-aware training cost: `python tests/costs.py [--data DIR] [--out FILE]`.
 
 The CIFAR ResNet-20 is trained a few steps at a time on a fixed part of CIFAR-10, each way in turn, A B C A B C:
 labels alone, with the teacher's cached logits, with the live teacher; then a float step of the captured graph against

@@ -1,0 +1,87 @@
+"""Fill the README's marked blocks from the committed results: `python tests/readme.py`.
+
+<!-- table: NAME -->     the attribution table of models/results/NAME.json
+<!-- recipe: NAME -->    models/NAME.toml
+<!-- results -->         one line for every result, and the training costs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pqk.files import write_whole
+from pqk.report import ATTRIBUTION_HEADER, Report, attribution_cells, markdown_table, metric_text, percent
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "models" / "results"
+BLOCK = re.compile(r"(<!-- (table|recipe|results)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """`text` with every marked block made anew."""
+    makers = {"table": table, "recipe": recipe, "results": lambda _: results()}
+    return BLOCK.sub(lambda m: m[1] + makers[m[2]](m[3]) + m[4], text)
+
+
+def table(name: str) -> str:
+    report = Report.load(RESULTS / f"{name}.json")
+    rows = [attribution_cells(report, row) for row in report.attribution if row.metric is not None]
+    machine = report.machine
+    threads = {row.threads for row in report.latency}
+    conditions = (
+        f"`models/results/{name}.json`: batch 1, {min(threads)} threads of a {machine['cpu']} "
+        f"({machine['target']}), student compiled for {report.target}, ratios measured in turn with the teacher in "
+        f"ONNX Runtime FP32; metric on all {report.conditions.evaluation_samples:,} test images through ONNX Runtime; "
+        f"{report.conditions.training_epochs:g} epochs of training in all."
+    )
+    return f"\n{markdown_table(ATTRIBUTION_HEADER, rows)}\n\n{conditions}\n\n"
+
+
+def recipe(name: str) -> str:
+    return f"\n```toml\n{(ROOT / 'models' / f'{name}.toml').read_text()}```\n\n"
+
+
+def results() -> str:
+    header = ("recipe", "teacher", "student", "speed-up", "size", "integer MACs", "parity", "training")
+    rows, lines = [], []
+    for path in sorted(RESULTS.glob("*_cifar10.json")):
+        report = Report.load(path)
+        by_variant = {row.variant: row for row in report.attribution if row.runtime == "onnxruntime"}
+        student, teacher = by_variant["student"], by_variant["teacher_fp32"]
+        parity = report.parity
+        assert parity is not None and teacher.size_bytes and student.size_bytes
+        rows.append(
+            [
+                f"`models/{path.stem}.toml`",
+                metric_text(report.metric, teacher.metric),
+                metric_text(report.metric, student.metric),
+                attribution_cells(report, student)[3],
+                f"1/{teacher.size_bytes / student.size_bytes:.1f}",
+                percent(report.integer_coverage),
+                f"{percent(parity.agreement)} agree" if parity.passed else "broken",
+                f"{report.conditions.training_epochs:g} epochs, {report.conditions.training_seconds / 60:.0f} min",
+            ]
+        )
+        lines.append(f"pqk compress models/{path.stem}.toml --data DATA --out out/{path.stem}")
+    text = "\n" + markdown_table(header, rows) + "\n\n```\n" + "\n".join(lines) + "\n```\n\n"
+    costs = RESULTS / "training_cost.json"
+    if costs.exists():
+        measured = json.loads(costs.read_text())
+        text += (
+            f"A distillation epoch with cached teacher logits costs {measured['cached_over_without']:.2f}x an epoch "
+            f"without a teacher ({measured['live_over_without']:.2f}x with the live one), a fake-quantized step "
+            f"{measured['fake_quantized_over_float']:.2f}x a float one: `python tests/costs.py --data DATA`.\n\n"
+        )
+    return text
+
+
+def main() -> None:
+    text = filled(README.read_text())
+    write_whole(README, lambda p: p.write_text(text))
+
+
+if __name__ == "__main__":
+    main()
