@@ -71,7 +71,7 @@ def compress(
     if last != Stage.INT8:
         raise InputError(f'recipe: it leaves the student in stage {last}; the last pass must be "convert"')
     for p in passes:
-        if isinstance(p, Training) or getattr(p, "recovery_epochs", 0):
+        if isinstance(p, Training) or getattr(p, "recovery_epochs", False):
             task.need_train(p.name)
     if not isinstance(teacher, nn.Module):
         raise InputError(f"teacher: a {type(teacher).__name__} is no torch module")

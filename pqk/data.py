@@ -53,7 +53,7 @@ def digest_of(head: object, items: Iterable[Tensor]) -> str:
     digest = hashlib.sha256(repr(head).encode())
     for t in items:
         digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
-        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -193,8 +193,8 @@ class LoaderData(Data):
             self.samples = len(loader.sampler)  # type: ignore[attr-defined]
         else:
             self.samples = sum(len(self._unpack(b, i)[0][0]) for i, b in enumerate(loader))
-        owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-        owners = (*owners, getattr(owners[2], "sampler", None))
+        outer = getattr(loader, "batch_sampler", None)
+        owners = (loader, getattr(loader, "sampler", None), outer, getattr(outer, "sampler", None))
         self.generators = [g for o in owners if (g := getattr(o, "generator", None)) is not None]
         if self.generators:
             self.resume_reason = (
@@ -281,12 +281,12 @@ def split(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
         return data.subset(rest, augmented=True), data.subset(held, augmented=False)
     loader = data.loader if isinstance(data, LoaderData) else None
     # A sampler of the user's own (a subset, weights) says which samples count: it cannot be carried over to a part.
-    plain = isinstance(loader, DataLoader) and type(loader.sampler) in (RandomSampler, SequentialSampler)
-    if plain and loader.batch_size is not None:
+    known = (RandomSampler, SequentialSampler)
+    if isinstance(loader, DataLoader) and type(loader.sampler) in known and loader.batch_size is not None:
         rest_set, held_set = random_split(loader.dataset, [data.samples - count, count], generator=generator)
         shuffle = isinstance(loader.sampler, RandomSampler)
-        rest = _same_loader(loader, rest_set, shuffle=shuffle, drop_last=loader.drop_last)
-        return LoaderData(rest), LoaderData(_same_loader(loader, held_set))
+        whole = _same_loader(loader, rest_set, shuffle=shuffle, drop_last=loader.drop_last)
+        return LoaderData(whole), LoaderData(_same_loader(loader, held_set))
     raise InputError("task: no validation data, and this training data cannot be split; pass validation=…")
 
 

@@ -72,6 +72,7 @@ def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, at
     networks = _networks(program, task, passes, folder, attribution)
     feeds = {n: t.numpy() for n, t in zip(task.input_names, task.example, strict=True)}
     fake_quant = _saved(program, task, passes, Stage.FAKE_QUANT)
+    assert isinstance(program.student, torch.fx.GraphModule)
     parity = check_parity(fake_quant.student, program.student, folder / "model.onnx", task, optimized=here is None)
     latency, notes = _latency(networks, program, task, here)
     rows = [_row(n, program, task, latency, feeds, here) for n in networks]
@@ -256,10 +257,10 @@ def _row(
 ) -> AttributionRow:
     """What a network is worth. One without a file (a torch module) has no size and no coverage of its own."""
     label = f"teacher, INT8 by {network.runtime}" if network.runtime != "onnxruntime" else None
-    named = {"variant": network.variant, "runtime": network.runtime, "label": label}
+    base = AttributionRow(variant=network.variant, runtime=network.runtime, label=label)
     if network.module is None or (network.path is None and network.runtime == "onnxruntime"):
         missing = ("metric", "latency_ms", "ratio", "size_bytes", "parameters", "macs", "integer_coverage")
-        return AttributionRow(**named, reasons=dict.fromkeys(missing, network.reason))
+        return base.model_copy(update={"reasons": dict.fromkeys(missing, network.reason)})
     reasons = {} if here is None else dict.fromkeys(("latency_ms", "ratio", "integer_coverage"), here)
     model, path = network.module, network.path
     if path is None:
@@ -269,19 +270,20 @@ def _row(
         (r for r in latency if (r.variant, r.runtime, r.batch) == (network.variant, network.runtime, 1) and r.spinning),
         None,
     )
-    return AttributionRow(
-        **named,
-        metric=task.score(_deployed(path, program, task, here) if path else model, task.evaluation),
-        latency_ms=timed.median_ms if timed else None,
-        ratio=timed.ratio if timed else None,
-        ratio_low=timed.ratio_low if timed else None,
-        ratio_high=timed.ratio_high if timed else None,
-        size_bytes=path.stat().st_size if path else None,
-        parameters=(network.parameters or count_parameters(model)) if path else None,
-        macs=count_macs(model, task.example) if path else None,
-        integer_coverage=integer_coverage(path, feeds).share if path and here is None else None,
-        reasons=reasons,
-    )
+    worth = {
+        "metric": task.score(_deployed(path, program, task, here) if path else model, task.evaluation),
+        "reasons": reasons,
+    }
+    if timed is not None:
+        worth |= {k: getattr(timed, k) for k in ("ratio", "ratio_low", "ratio_high")} | {"latency_ms": timed.median_ms}
+    if path is not None:
+        worth |= {
+            "size_bytes": path.stat().st_size,
+            "parameters": network.parameters or count_parameters(model),
+            "macs": count_macs(model, task.example),
+            "integer_coverage": integer_coverage(path, feeds).share if here is None else None,
+        }
+    return base.model_copy(update=worth)
 
 
 def _deployed(path: Path, program: Program, task: Task, here: str | None) -> OnnxModel:

@@ -273,7 +273,9 @@ def explain(error: ValidationError, kind: type[Any]) -> str:
             tag = e["input"]["term"]
             lines.append(f'{place}: unknown term "{tag}"{nearest(str(tag), (term_name(t) for t in TERMS))}')
         elif e["type"] == "union_tag_not_found":
-            lines.append(f'{place}: it needs a key "term"{nearest("", map(term_name, TERMS))} (got {e["input"]!r})')
+            lines.append(
+                f'{place}: it needs a key "term"{nearest("", (term_name(t) for t in TERMS))} (got {e["input"]!r})'
+            )
         else:
             shown = "" if e["type"] in ("missing", "value_error") else f" (got {e['input']!r})"
             text = e["msg"].removeprefix("Value error, ").removeprefix("recipe: ")

@@ -191,7 +191,13 @@ def test_bad_data_is_refused(make: Callable[[], object], message: str) -> None:
 
 def test_fingerprints_differ_where_the_data_does() -> None:
     base = images()
-    others = [images(count=11), images(batch_size=5), images(views=2), images(views=None), base.subset(torch.arange(5), augmented=True)]
+    others = [
+        images(count=11),
+        images(batch_size=5),
+        images(views=2),
+        images(views=None),
+        base.subset(torch.arange(5), augmented=True),
+    ]
     changed = images()
     changed.inputs[0][3, 0, 0, 0] += 1
     digests = [d.fingerprint() for d in (base, *others, changed)]

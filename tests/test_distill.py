@@ -56,16 +56,19 @@ def pruned(steps: int = 1) -> Program:
 def test_every_point_knows_its_surviving_channels(steps: int) -> None:
     """Layers, blocks, stages: the student's feature, pruned but not trained, is the masked teacher's at those channels.
 
-    By the law of pruning that is what a teacher computes whose doomed channels are zero, here in every batch norm.
+    By the law of pruning that is what a teacher computes in which every layer puts zero into its doomed channels.
     """
     done = pruned(steps)
     masked, narrowed = copy.deepcopy(done.teacher), set()
-    for name, norm in masked.named_modules():
-        kept = kept_channels(done.plan, name) if isinstance(norm, nn.BatchNorm2d) else None
-        if kept is not None:
+    for name, layer in masked.named_modules():
+        if (kept := kept_channels(done.plan, name)) is not None:
             narrowed.add(name.partition(".")[0])
-            doomed = torch.tensor([c not in kept for c in range(norm.num_features)])
-            norm.weight[doomed], norm.bias[doomed] = 0, 0
+
+            def zero(module: nn.Module, inputs: Any, output: Tensor, kept: list[int] = kept) -> Tensor:
+                mask = torch.zeros(output.shape[1]).index_fill(0, torch.tensor(kept), 1.0)
+                return output * mask[:, None, None]
+
+            layer.register_forward_hook(zero)
     assert narrowed >= {"layer1", "layer2", "layer3"}
     points = ["bn1", "layer1", "layer1.0", "layer1.0.bn1", "layer1.0.bn2", "layer2", "layer2.0", "layer3"]
     _, want = tap(masked, points)(*task().example)
@@ -115,7 +118,9 @@ def test_a_slice_hint_trains_after_a_prune_and_in_a_captured_graph(point: str) -
     for stage in range(2):
         if stage:
             start = replace(Capture().apply(start, task()), stage=Stage.GRAPH)
-        done = distill.apply(replace(start, student=copy.deepcopy(start.student) if not stage else start.student), task())
+        done = distill.apply(
+            replace(start, student=copy.deepcopy(start.student) if not stage else start.student), task()
+        )
         losses.append(done.details["losses"][0])
         assert done.details["teacher"] == "live: the terms compare features"
     assert losses[0] > 0 and losses[1] > 0

@@ -25,7 +25,7 @@ from pqk.run import Run
 from pqk.task import Task
 from pqk.train import Training, fit
 
-I, J = torch.arange(4.0, dtype=torch.float64)[:, None], torch.arange(5.0, dtype=torch.float64)
+I, J = torch.arange(4.0, dtype=torch.float64)[:, None], torch.arange(5.0, dtype=torch.float64)  # noqa: E741
 ZS, ZT, Y = 2 * (1.3 * I + 0.7 * J + 0.2).sin(), 4 * (0.9 * I - 0.5 * J + 0.1).cos(), torch.tensor([0, 3, 1, 4])
 
 
@@ -158,7 +158,9 @@ def test_outputs_that_differ_are_refused() -> None:
         CrossEntropy()(unlabelled, None)
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": -1}, {"weight": -1}, {"temperature": float("nan")}])
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0}, {"temperature": -1}, {"weight": -1}, {"temperature": float("nan")}]
+)
 def test_impossible_fields_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         KLDivergence(**fields)
@@ -280,9 +282,7 @@ def test_weight_zero_is_plain_training_bit_for_bit(tmp_path: Path) -> None:
 
 def test_the_teacher_joins_when_it_is_time() -> None:
     student, teacher = Net(4), Net(6, seed=1)
-    distillation = Distillation(
-        (CrossEntropy(), KLDivergence()), task(), student, FrozenTeacher(teacher), start=0.5
-    )
+    distillation = Distillation((CrossEntropy(), KLDivergence()), task(), student, FrozenTeacher(teacher), start=0.5)
     batch = next(images().batches())
     student.eval()
     plain = F.cross_entropy(student(*batch.inputs), batch.targets, reduction="none")

@@ -116,7 +116,11 @@ def test_a_run_records_every_pass(whole: tuple[Path, Program]) -> None:
     assert done.records[4].details["teacher"] == "cached"
     assert done.records[-1].size_bytes < done.records[0].size_bytes
     names = {p.name for p in folder.iterdir()}
-    assert names == {*(f"{i:02d}-{p.name}" for i, p in enumerate(PASSES)), "cache", "journal.jsonl"}  # no checkpoint is left
+    assert names == {
+        *(f"{i:02d}-{p.name}" for i, p in enumerate(PASSES)),
+        "cache",
+        "journal.jsonl",
+    }  # no checkpoint is left
 
 
 @pytest.mark.parametrize("index", [1, 2, 5, 6])
@@ -132,7 +136,7 @@ def test_a_run_killed_between_passes_is_the_same(whole: tuple[Path, Program], tm
 def test_a_run_killed_in_training_is_the_same(
     whole: tuple[Path, Program], tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In recovery, distillation and quantization-aware training (2, 3, 4 and 4 steps), at the ends of epochs and amid."""
+    """In recovery, distillation and quantization-aware training (2, 3, 4, 4 steps), at the ends of epochs and amid."""
     original, count = train._Fit._step, 0
 
     def step(self: Any, *arguments: Any) -> Any:
@@ -239,7 +243,10 @@ def hidden(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: nn.Sequential(m, nn.Linear(4, 3)), r"00-break: the student's outputs are \[\(\(2, 3\).*teacher's \[\(\(2, 4\)"),
+        (
+            lambda m: nn.Sequential(m, nn.Linear(4, 3)),
+            r"00-break: the student's outputs are \[\(\(2, 3\).*teacher's \[\(\(2, 4\)",
+        ),
         (lambda m: m.double() and nn.Sequential(Cast(), m), r"outputs are .*float64"),
         (poison, "00-break: output 0 of the student is not finite"),
         (hidden, "00-break: unused of the student is not finite"),

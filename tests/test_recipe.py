@@ -36,7 +36,9 @@ distills = st.builds(
     schedule=st.sampled_from(["cosine", "one_cycle", "constant"]),
     terms=st.lists(terms, min_size=1, max_size=3).map(tuple),
 )
-values: st.SearchStrategy[Any] = st.one_of(st.booleans(), st.integers(-(2**40), 2**40), st.floats(allow_nan=False), st.text())
+values: st.SearchStrategy[Any] = st.one_of(
+    st.booleans(), st.integers(-(2**40), 2**40), st.floats(allow_nan=False), st.text()
+)
 names = st.text("abcdefgh_", min_size=1)
 recipes = st.builds(
     Recipe,
@@ -76,7 +78,7 @@ REFUSED = [
     ("sed = 3\n" + DISTILL, 'unknown table "sed" .*"seed"'),
     ('[[passes]]\nname = "prune"', 'unknown table "passes" .*"pass"'),
     ('[pass]\nname = "prune"', "double brackets"),
-    ('[[pass]]\nepochs = 3', "pass 1: a .* needs a name .*distill"),
+    ("[[pass]]\nepochs = 3", "pass 1: a .* needs a name .*distill"),
     ('[[pass]]\nname = "distil"', 'pass 1: unknown pass "distil" .*"distill"'),
     (DISTILL + "epochz = 3", 'pass 1 "distill": unknown key "epochz" .*"epochs"'),
     (DISTILL + 'epochs = "3"', "epochs: .*valid number .*'3'"),
@@ -96,7 +98,10 @@ REFUSED = [
     (DISTILL + 'terms = [{ term = "kl", temprature = 2 }]', 'unknown key .*temprature" .*"temperature"'),
     (DISTILL + 'terms = [{ term = "hint" }]', "point: Field required|point.*[Mm]issing"),
     ('[[pass]]\nname = "convert"', r'pass 1 "convert" consumes FAKE_QUANT.*stage MODULE'),
-    ('[[pass]]\nname = "capture"\n[[pass]]\nname = "prune"\nmacs_ratio = 2.0', r'pass 2 "prune" consumes MODULE.*stage GRAPH there, after "capture"'),
+    (
+        '[[pass]]\nname = "capture"\n[[pass]]\nname = "prune"\nmacs_ratio = 2.0',
+        r'pass 2 "prune" consumes MODULE.*stage GRAPH there, after "capture"',
+    ),
     ("seed = -1\n" + DISTILL, "seed: .*greater than or equal to 0"),
     ('seed = "3"\n' + DISTILL, "seed: .*valid integer"),
     ("seed = 1.5\n" + DISTILL, "seed: .*valid integer"),
@@ -134,7 +139,9 @@ def test_settings_override() -> None:
     assert epochs("distill.epochs=3") == [3, 3]
     assert epochs("distill@2.epochs=3") == [10, 3]
     assert epochs("distill.epochs=3", "distill@1.epochs=7") == [7, 3]
-    changed = recipe.override(['distill@2.terms=[{term = "logit_mse"}]', "distill.optimizer=adamw", "prune.latency_ratio=2"])
+    changed = recipe.override(
+        ['distill@2.terms=[{term = "logit_mse"}]', "distill.optimizer=adamw", "prune.latency_ratio=2"]
+    )
     last = changed.passes[4]
     assert isinstance(last, Distill) and last.terms == (LogitMSE(),) and last.optimizer == "adamw"
     assert isinstance(changed.passes[0], Prune) and changed.passes[0].latency_ratio == 2
@@ -161,7 +168,9 @@ def test_a_setting_that_fits_nothing_is_refused(setting: str, message: str) -> N
         Recipe.default().override([setting])
 
 
-@pytest.mark.parametrize("text", ["sed = 3", "pass = []", '[[pass]]\nname = "nothing"', DISTILL + "epochs = 0", "seed = -1\n" + DISTILL])
+@pytest.mark.parametrize(
+    "text", ["sed = 3", "pass = []", '[[pass]]\nname = "nothing"', DISTILL + "epochs = 0", "seed = -1\n" + DISTILL]
+)
 def test_the_schema_refuses_what_the_parser_refuses(text: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(tomllib.loads(text), json_schema())

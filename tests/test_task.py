@@ -92,7 +92,11 @@ class Two(nn.Module):
         (lambda: Task(data(), data(), example=torch.zeros(2, 3, dtype=torch.float64)), net(), "do not fit|the example"),
         (lambda: Task(data(), data(), example=(torch.zeros(2, 3),) * 2), net(), "do not fit"),
         (lambda: Task(data(labels=torch.arange(12)), data()), net(), r"labels run from 0 to 11.*4 classes \(0 to 3\)"),
-        (lambda: Task(data(), data(), validation=data(labels=-(torch.arange(12) == 11).long())), net(), "labels run from -1"),
+        (
+            lambda: Task(data(), data(), validation=data(labels=-(torch.arange(12) == 11).long())),
+            net(),
+            "labels run from -1",
+        ),
         (lambda: Task(data(), data()), Two(), "output is a str without tensors"),
         (lambda: Task(data(), data(), loss=lambda o, y: cross_entropy(o, y).mean()), net(), "per sample"),
         (lambda: Task(data(), data(), metric=Metric("m", "share", lambda o, y: 1 / 0)), net(), "cannot score"),

@@ -1,4 +1,4 @@
-"""Training: a killed run ends in the same student bit for bit, and a loss that is not finite is survived or reported."""
+"""Training: a killed run ends in the same student bit for bit, and a loss that is not finite is survived or told."""
 
 from __future__ import annotations
 
@@ -111,7 +111,10 @@ def folder(path: Path) -> Run:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("make", [array, loader])
 def test_killed_anywhere_is_the_same_student(tmp_path: Path, make: Callable[[], Data], optimizer: str) -> None:
-    """At the first steps, around the end of an epoch and at the last, with a checkpoint after each: parameters, batch norm, momentum, average, the objective's own."""
+    """At the first steps, around the end of an epoch and at the last, with a checkpoint after each.
+
+    Parameters, batch norm, momentum, average and the objective's own are all the same.
+    """
     training = Training(
         epochs=EPOCHS, optimizer=optimizer, learning_rate=0.01, average=1.5, clip=1.0, checkpoint_seconds=1e-9
     )
@@ -203,7 +206,9 @@ def test_it_goes_back_three_times_and_then_says_so(tmp_path: Path, saved: bool) 
         if times == RETRIES:
             assert fit(run.enter("a"), student, array(), objective, Training(epochs=1)).retries == 3
             continue
-        with pytest.raises(PqkError, match=r"not finite at step 2 of 5, after 3 retries .* 0\.00078; lower learning_rate"):
+        with pytest.raises(
+            PqkError, match=r"not finite at step 2 of 5, after 3 retries .* 0\.00078; lower learning_rate"
+        ):
             fit(run.enter("b"), student, array(), objective, Training(epochs=1))
 
 
@@ -237,7 +242,8 @@ def test_an_infinite_gradient_of_a_finite_loss_is_not_the_last_good_state() -> N
 KNOWN = [
     ("cosine", 0.0, 0.0, 1.0), ("cosine", 0.0, 0.5, 0.5), ("cosine", 0.0, 1.0, 0.0), ("cosine", 0.2, 0.1, 0.5),
     ("cosine", 0.2, 0.2, 1.0), ("cosine", 0.2, 0.6, 0.5), ("one_cycle", 0.3, 0.0, 0.04), ("one_cycle", 0.3, 0.15, 0.52),
-    ("one_cycle", 0.3, 0.3, 1.0), ("one_cycle", 0.3, 1.0, 1e-4), ("constant", 0.5, 0.25, 0.5), ("constant", 0.5, 0.9, 1.0),
+    ("one_cycle", 0.3, 0.3, 1.0), ("one_cycle", 0.3, 1.0, 1e-4), ("constant", 0.5, 0.25, 0.5),
+    ("constant", 0.5, 0.9, 1.0),
 ]  # fmt: skip
 
 
@@ -260,7 +266,9 @@ def test_only_matrices_and_filters_decay(optimizer: Any) -> None:
 
 def test_gradients_are_clipped() -> None:
     """One step of plain SGD moves all that trains by at most rate times norm, and exactly that where it is clipped."""
-    training = Training(epochs=0.2, learning_rate=1.0, momentum=0, weight_decay=0, schedule="constant", warmup=0, clip=1e-3)
+    training = Training(
+        epochs=0.2, learning_rate=1.0, momentum=0, weight_decay=0, schedule="constant", warmup=0, clip=1e-3
+    )
     student, objective = net(), Classify()
     before = torch.cat([p.detach().flatten().clone() for m in (student, objective) for p in m.parameters()])
     fit(Run(), student, array(), objective, training)

@@ -65,7 +65,7 @@ class Hint(FeatureTerm):
                     "use conv1x1 or linear"
                 )
             case "slice":
-                return Slice(kept)
+                return Slice(kept or ())
             case "conv1x1" if student.dim() != 4:
                 raise InputError(f'hint at "{self.point}": conv1x1 maps images [B, C, H, W] ({shapes}); use linear')
             case "conv1x1":
