@@ -15,10 +15,10 @@ demo: .venv/demo.stamp
 	.venv/bin/pqk compress models/digits.toml --out out/digits
 
 test: check
-	PYTHONSAFEPATH=1 .venv/bin/pytest -q
+	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2
 
 test-full: check
-	PYTHONSAFEPATH=1 .venv/bin/pytest -q -m "full or not full"
+	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2 -m "full or not full"
 
 # Lint and types. mypy resolves pqk.passes, pqk.kernels and pqk.models in an installed copy only, so it checks one.
 check: .venv/test.stamp

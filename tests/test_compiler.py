@@ -89,6 +89,13 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.fixture
+def proven(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof, which takes most of the time here, is that of the whole run."""
+    report = Artifact.load(whole).report
+    monkeypatch.setattr(compiler, "prove", lambda *a, **k: report)
+
+
 def unfinished(out: Path) -> Path:
     """As a kill just before the files were renamed into place leaves it."""
     for name in SHIPPED:
@@ -107,7 +114,7 @@ def test_it_ships_what_it_says(whole: Path) -> None:
     assert set(artifact.report.seconds) == {f"{i:02d}-{p.name}" for i, p in enumerate(RECIPE.passes)}
 
 
-def test_the_teacher_is_never_changed(tmp_path: Path) -> None:
+def test_the_teacher_is_never_changed(tmp_path: Path, proven: None) -> None:
     teacher = Net().train()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     compress(teacher, task(), Recipe(passes=(Capture(), Quantize(samples=8), Convert())), "x86-avx2", tmp_path / "out")
@@ -127,7 +134,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("where", ["emit_onnx", "write_manifest"])
 def test_killed_while_finishing_is_the_same(
-    whole: Path, copied: Path, where: str, monkeypatch: pytest.MonkeyPatch
+    whole: Path, copied: Path, where: str, monkeypatch: pytest.MonkeyPatch, proven: None
 ) -> None:
     def killed(*arguments: Any) -> None:
         raise Killed
@@ -142,7 +149,7 @@ def test_killed_while_finishing_is_the_same(
         assert (copied / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_it_is_deterministic(whole: Path, tmp_path: Path) -> None:
+def test_it_is_deterministic(whole: Path, tmp_path: Path, proven: None) -> None:
     compress(Net(), task(), RECIPE, "x86-avx2", tmp_path / "again")
     for name in ("student.safetensors", "model.onnx"):
         assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
@@ -167,7 +174,7 @@ def test_a_resume_of_another_run_is_refused(copied: Path, change: dict[str, Any]
     assert sorted(copied.rglob("*")) == before
 
 
-def test_a_run_of_before_the_example_was_noted_goes_on(copied: Path) -> None:
+def test_a_run_of_before_the_example_was_noted_goes_on(copied: Path, proven: None) -> None:
     noted = json.loads((copied / ".work" / "run.json").read_text())
     del noted["example"]
     (copied / ".work" / "run.json").write_text(json.dumps(noted))
@@ -191,7 +198,7 @@ def test_saved_passes_without_their_run_are_not_continued(copied: Path) -> None:
         compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True)
 
 
-def test_killed_before_its_first_file_can_go_on(tmp_path: Path) -> None:
+def test_killed_before_its_first_file_can_go_on(tmp_path: Path, proven: None) -> None:
     (tmp_path / "out" / ".work").mkdir(parents=True)
     (tmp_path / "out" / ".work" / ".run.json.partial").write_text("{")
     recipe = Recipe(passes=(Capture(), Quantize(samples=8), Convert()))
@@ -238,7 +245,7 @@ def full(*arguments: Any, **options: Any) -> None:
     "where", [(files, "save_file"), (compiler, "emit_onnx"), (compiler, "write_json"), (shutil, "rmtree")]
 )
 def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(
-    whole: Path, copied: Path, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+    whole: Path, copied: Path, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch, proven: None
 ) -> None:
     unfinished(copied)
     shutil.rmtree(copied / ".work" / "05-convert")
@@ -251,7 +258,9 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(
     assert (copied / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
 
 
-def test_a_parity_failure_ships_nothing_unless_it_is_allowed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parity_failure_ships_nothing_unless_it_is_allowed(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, proven: None
+) -> None:
     original: Callable[..., Any] = compiler.prove
 
     def failed(*arguments: Any, **options: Any) -> Any:
