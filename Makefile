@@ -1,7 +1,6 @@
 # The front doors: `make demo`, `make test`, `make test-full`.
 # The first use creates .venv and installs into it; a later one installs only if these two files have changed.
-# For torch's CPU build where the index would give the CUDA one (several GB):
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# PIP_FLAGS goes to pip: where the index would give torch's CUDA build (several GB), name that of the CPU build.
 
 PYTHON ?= python3
 PIP_FLAGS ?=

@@ -200,7 +200,8 @@ name = "quantize"
 [[pass]]
 name = "distill"
 epochs = 2
-learning_rate = 0.002
+learning_rate = 0.001
+clip = 1.0
 teach_from = 0.1
 terms = [{ term = "cross_entropy", weight = 0.1 }, { term = "kl", weight = 0.9, temperature = 2.0 }]
 [[pass]]
