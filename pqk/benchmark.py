@@ -167,8 +167,9 @@ def batch_of(feeds: Feeds) -> int:
     return len(next(iter(feeds.values())))
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+def first_line(error: Exception, limit: int = 200) -> str:
+    """An unexpected error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:limit]}"
 
 
 # Measuring
@@ -270,18 +271,18 @@ def fastest(runs: Sequence[ort.InferenceSession], feeds: Feeds, *, rounds: int =
     Whatever else the machine does only adds time, so the fastest call is the one to decide by on a machine that is
     shared; a median there can be ten times the truth. Reports quote medians.
     """
-    calls = [session_call(run, feeds) for run in runs]
-    with torch_threads(1):
-        times = [[min(turn(call, burst=BURST, pause=PAUSE, warm=WARM)) for call in calls] for _ in range(rounds)]
-    return [float(t) for t in np.min(times, axis=0)]
+    return [float(t) for t in sessions_in_turn(runs, feeds, rounds).min(axis=(1, 2))]
 
 
 def ratio_to(
     baseline: ort.InferenceSession, candidate: ort.InferenceSession, feeds: Feeds, *, rounds: int = 7, seed: int = 0
 ) -> Ratio:
     """How many times faster `candidate` is than `baseline` on the same feeds, in turn."""
-    calls = [session_call(run, feeds) for run in (baseline, candidate)]
-    with torch_threads(1):
-        bursts = [[np.median(turn(call, burst=BURST, pause=PAUSE, warm=WARM)) for call in calls] for _ in range(rounds)]
-    times = np.array(bursts)
-    return bootstrap_ratio(times[:, 0] / times[:, 1], seed=seed)
+    reference, times = np.median(sessions_in_turn([baseline, candidate], feeds, rounds), axis=2)
+    return bootstrap_ratio(reference / times, seed=seed)
+
+
+def sessions_in_turn(runs: Sequence[ort.InferenceSession], feeds: Feeds, rounds: int) -> NDArray[np.float64]:
+    """Milliseconds of every timed call of some candidates, `[session, round, call]`, by the protocol."""
+    contenders = [Contender("student", "onnxruntime", batch_of(feeds), 1, session_call(run, feeds)) for run in runs]
+    return interleave(contenders, rounds, burst=BURST, pause=PAUSE, warm=WARM)

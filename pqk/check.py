@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqk.benchmark import ratio_to
+from pqk.benchmark import first_line, ratio_to
 from pqk.coverage import integer_coverage
 from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError, PqkError
@@ -165,7 +165,7 @@ class _Rehearsal:
             blocks, declined = find_blocks(self.teacher, samples, protect)
             self.found.blocks = {"removable": [b.path for b in blocks], "declined": declined}
         except Exception as error:  # blocks of the user's make, called in ways that they do not expect
-            self.found.warnings.append(f"blocks: {said(error)}")
+            self.found.warnings.append(f"blocks: {first_line(error, 300)}")
 
     def _rehearse(self, index: int, p: Pass) -> Rehearsed:
         row = Rehearsed(index, p.name, str(self.program.stage))
@@ -185,7 +185,7 @@ class _Rehearsal:
             row.problem = str(error)
             return row
         except Exception as error:  # a rehearsal exists to find what nobody thought of
-            row.problem = f'"{p.name}": {said(error)}'
+            row.problem = f'"{p.name}": {first_line(error, 300)}'
             return row
         took = time.perf_counter() - began
         row.declined = [{"layer": d.layer, "reason": d.reason} for d in after.declined]
@@ -248,7 +248,7 @@ class _Rehearsal:
             except PqkError as error:
                 self.found.problems.append(str(error))
             except Exception as error:  # as above
-                self.found.problems.append(f"emit: {said(error)}")
+                self.found.problems.append(f"emit: {first_line(error, 300)}")
 
     def _measure(self, path: Path, teacher: Path, here: bool) -> None:
         task = self.task
@@ -261,7 +261,7 @@ class _Rehearsal:
         }
         if not here:
             return
-        feeds = {n: t[:1].numpy() for n, t in zip(task.input_names, task.example, strict=True)}
+        feeds = task.feeds(1)
         emit_onnx(self.teacher, task.example, teacher, task.input_names, task.output_names)
         with self.watch.task("timing the student beside its teacher", 1) as advance:
             ratio = ratio_to(session(teacher, threads=THREADS), session(path, threads=THREADS), feeds)
@@ -323,8 +323,3 @@ def forward_seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float
     for m, mode in modes.items():
         m.training = mode
     return min(times)
-
-
-def said(error: BaseException) -> str:
-    """An unexpected error in one line."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"

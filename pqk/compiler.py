@@ -150,12 +150,15 @@ def _identity(recipe: Recipe, teacher: nn.Module, task: Task) -> dict[str, Any]:
 
 
 def _open(folder: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Make the output directory, or find the run to continue. Raises `InputError` for anything else that is there."""
+    """Rank 0 makes the output directory, or finds the run to continue.
+
+    Raises `InputError` for anything else that is there.
+    """
     work = folder / ".work"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; --out names a directory")
     there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    if not resume and there and is_main_process():
+    if not resume and there:
         raise InputError(f"{folder} is not empty ({', '.join(there[:4])}…); choose another, or continue with --resume")
     if resume and (work / "run.json").exists():
         before = read_json(work / "run.json")
@@ -168,12 +171,11 @@ def _open(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     begun = there == [".work"] and all(p.name.startswith(".") for p in work.iterdir())  # killed before its first file
     if resume and there and not begun:
         raise InputError(f"{folder} is not empty and holds no run to continue")
-    if is_main_process():
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make {work}: {error.strerror}") from error
-        write_json(work / "run.json", identity)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {work}: {error.strerror}") from error
+    write_json(work / "run.json", identity)
 
 
 def _finish(

@@ -11,7 +11,6 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 import torch
@@ -47,12 +46,14 @@ class Oracle:
 
     def baseline(self) -> float:
         """Milliseconds of the teacher in FP32, measured once in a run and journaled: all ratios are to it."""
-        return float(self.run.journal.decide("oracle/teacher_ms", lambda: fastest([self._teacher()], self._feeds())[0]))
+        return float(
+            self.run.journal.decide("oracle/teacher_ms", lambda: fastest([self._teacher()], self.task.feeds(1))[0])
+        )
 
     def latency(self, student: nn.Module) -> float:
         """Milliseconds of the INT8 form of a MODULE student: the baseline over the ratio measured in turn."""
         candidate = session(self.emit(student), threads=self.threads)
-        teacher, student_ms = fastest([self._teacher(), candidate], self._feeds())
+        teacher, student_ms = fastest([self._teacher(), candidate], self.task.feeds(1))
         return self.baseline() * student_ms / teacher
 
     def emit(self, student: nn.Module) -> Path:
@@ -71,6 +72,3 @@ class Oracle:
             emit_onnx(self.teacher, self.task.example, path, self.task.input_names, self.task.output_names)
             self._session = session(path, threads=self.threads)
         return self._session
-
-    def _feeds(self) -> dict[str, Any]:
-        return {n: t[:1].numpy() for n, t in zip(self.task.input_names, self.task.example, strict=True)}

@@ -31,6 +31,7 @@ from pqk.emit_onnx import emit_onnx
 from pqk.knowledge import CrossEntropy
 from pqk.machine import fingerprint, peak_memory
 from pqk.measure import count_macs, count_parameters
+from pqk.modules import quantizers
 from pqk.parity import OnnxModel, check_parity
 from pqk.passes import REWRITES, Distill, Prune
 from pqk.pipeline import load, run_passes
@@ -69,11 +70,11 @@ class Network:
 def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, *, seed: int) -> Report:
     """The report of a finished INT8 program whose `model.onnx` is in `folder`; other files are written beside it."""
     here = program.target.mismatch()
-    networks = _networks(program, task, passes, folder, attribution)
-    feeds = {n: t.numpy() for n, t in zip(task.input_names, task.example, strict=True)}
-    fake_quant = _saved(program, task, passes, Stage.FAKE_QUANT)
+    fake_quant = _saved(program, task, passes, Stage.FAKE_QUANT).student
+    networks = _networks(program, fake_quant, task, passes, folder, attribution)
+    feeds = task.feeds(len(task.example[0]))
     assert isinstance(program.student, torch.fx.GraphModule)
-    parity = check_parity(fake_quant.student, program.student, folder / "model.onnx", task, optimized=here is None)
+    parity = check_parity(fake_quant, program.student, folder / "model.onnx", task, optimized=here is None)
     latency, notes = _latency(networks, program, task, here)
     rows = [_row(n, program, task, latency, feeds, here) for n in networks]
     by_variant = {r.variant: r for r in rows if r.runtime == "onnxruntime"}
@@ -121,7 +122,9 @@ def _saved(
     raise LookupError(f"no saved pass in stage {stage}")
 
 
-def _networks(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str) -> list[Network]:
+def _networks(
+    program: Program, fake_quant: nn.Module, task: Task, passes: Sequence[Pass], folder: Path, attribution: str
+) -> list[Network]:
     def emit(variant: Variant, module: nn.Module, name: str) -> Network:
         path = folder / f"{name}.onnx"
         emit_onnx(module, task.example, path, task.input_names, task.output_names)
@@ -143,9 +146,8 @@ def _networks(program: Program, task: Task, passes: Sequence[Pass], folder: Path
     networks.append(_by_neural_compressor(program, task))
     networks += [stage("pruned", Prune), stage("pruned_distilled", Distill)]
     networks.append(_without_knowledge(program, task, passes, folder, attribution))
-    networks.append(Network("student", folder / "model.onnx", program.student))
-    float_student = _saved(program, task, passes, Stage.FAKE_QUANT).student
-    networks[-1].parameters = count_weights(float_student)
+    parameters = count_weights(fake_quant)
+    networks.append(Network("student", folder / "model.onnx", program.student, parameters=parameters))
     return networks
 
 
@@ -157,8 +159,6 @@ def _by_neural_compressor(program: Program, task: Task) -> Network:
 
 def count_weights(fake_quant: nn.Module) -> int:
     """Weights and biases, without the quantizers' own scales."""
-    from pqk.modules import quantizers
-
     scales = sum(p.numel() for q in quantizers(fake_quant).values() for p in q.parameters())
     return count_parameters(fake_quant) - scales
 
@@ -185,15 +185,8 @@ def _without_knowledge(program: Program, task: Task, passes: Sequence[Pass], fol
     done = run_passes(dataclasses.replace(start, run=run), task, rest, start=index)
     path = folder / "student_no_kd.onnx"
     emit_onnx(done.student, task.example, path, task.input_names, task.output_names)
-    network = Network("student_no_kd", path, done.student)
-    network.parameters = count_weights(_last_fake_quant(done, task, rest, index))
-    return network
-
-
-def _last_fake_quant(program: Program, task: Task, passes: Sequence[Pass], first: int) -> nn.Module:
-    assert program.run.folder is not None
-    record = next(r for r in reversed(program.records) if r.stage == "FAKE_QUANT" and r.index >= first)
-    return load(program, task, program.run.folder / f"{record.index:02d}-{record.pass_name}", REWRITES).student
+    parameters = count_weights(_saved(done, task, passes, Stage.FAKE_QUANT).student)
+    return Network("student_no_kd", path, done.student, parameters=parameters)
 
 
 def _latency(
@@ -205,8 +198,7 @@ def _latency(
     rows: list[LatencyRow] = []
     notes: list[str] = []
     for batch in (1, THROUGHPUT_BATCH):
-        inputs = tuple(torch.cat([t] * -(-batch // len(t)))[:batch] for t in task.example)
-        feeds = {n: t.numpy() for n, t in zip(task.input_names, inputs, strict=True)}
+        inputs, feeds = task.sized(batch), task.feeds(batch)
         files = {n.variant: n.path for n in networks if n.path is not None}
         found: list[Contender | Skipped] = [
             onnxruntime_contender(v, p, feeds, threads=THREADS) for v, p in files.items()
@@ -216,7 +208,7 @@ def _latency(
         contenders = [c for c in found if isinstance(c, Contender)]
         notes += [f"{s.variant} in {s.runtime} was not measured: {s.reason}" for s in found if isinstance(s, Skipped)]
         rows += measure(contenders, contenders[0])
-    feeds = {n: t[:1].numpy() for n, t in zip(task.input_names, task.example, strict=True)}
+    feeds = task.feeds(1)
     still = [
         onnxruntime_contender(v, files[v], feeds, threads=THREADS, spinning=False) for v in ("teacher_fp32", "student")
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pqk.data import ArrayData, Batch, Data, Inputs, as_data, map_tensors, split
@@ -153,6 +154,14 @@ class Task:
                 return
             yield tuple(t[:limit] for t in batch.inputs)
             limit -= len(batch.inputs[0])
+
+    def sized(self, batch: int) -> Inputs:
+        """The example inputs, repeated or cut to `batch` samples."""
+        return tuple(torch.cat([t] * -(-batch // len(t)))[:batch] for t in self.example)
+
+    def feeds(self, batch: int) -> dict[str, NDArray[Any]]:
+        """`sized(batch)` as arrays by input name, as ONNX runtimes take them."""
+        return {name: t.numpy() for name, t in zip(self.input_names, self.sized(batch), strict=True)}
 
     def score(self, model: Callable[..., Outputs], data: Data, limit: int | None = None) -> float:
         """The metric of `model` on (at most `limit` samples of) `data`."""
