@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -284,3 +287,31 @@ def test_full_attribution_trains_the_student_on_labels_alone(copied: Path) -> No
     plain = json.loads((out / ".work" / "without-knowledge" / "04-distill" / "program.json").read_text())
     assert plain["records"][-1]["details"]["teacher"] == "live: the terms need no teacher"
     assert CrossEntropy().needs_teacher is False
+
+
+TWO = """
+import functools, importlib.util, sys
+from pathlib import Path
+from pqk import benchmark, proof
+proof.measure = functools.partial(benchmark.measure, rounds=5, burst=1, warm=1, pause=0.0)
+proof._elsewhere = lambda *a, **k: []
+spec = importlib.util.spec_from_file_location("law", {this!r}); law = importlib.util.module_from_spec(spec)
+sys.modules["law"] = law; spec.loader.exec_module(law)
+done = law.compress(law.Net(), law.task(), law.RECIPE, "x86-avx2", Path({out!r}))
+assert done.report.parity.passed
+"""
+
+
+def test_two_processes_compile_one_student(tmp_path: Path, whole: Path) -> None:
+    """The whole of it under `torchrun`: rank 0 decides, proves and writes, both train, and the same things are made."""
+    script, out = tmp_path / "two.py", tmp_path / "out"
+    script.write_text(TWO.format(this=__file__, out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[:3000]
+    assert {p.name for p in out.iterdir()} == SHIPPED | {".work"}
+    ours, alone = Artifact.load(out), Artifact.load(whole)
+    assert ours.manifest["teacher"] == alone.manifest["teacher"] and ours.manifest["data"] == alone.manifest["data"]
+    plans = [json.loads((p / "student.json").read_text())["plan"] for p in (out, whole)]
+    assert [r["function"] for r in plans[0]] == [r["function"] for r in plans[1]]
