@@ -14,6 +14,10 @@ ROOT = Path(__file__).parents[1]
 # Tiny networks do not gain from a second thread, and timings of ONNX Runtime lose by torch's idle ones.
 torch.set_num_threads(1)
 
+# Read once, when Triton is imported: without a GPU, kernels run on CPU tensors in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:

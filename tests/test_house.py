@@ -75,7 +75,7 @@ def allowed(importer: str, imported: str) -> bool:
         case "passes":
             return there in ("ground", "passes", "kernels") and imported != "pqk.pipeline"
         case "kernels":
-            return there == "kernels" or imported == "pqk.qparams"
+            return there == "kernels" or imported in ("pqk.qparams", "pqk.errors")
         case "models":
             return there == "models" or imported in ("pqk.task", "pqk.data", "pqk.errors")
     return there == "ground"
