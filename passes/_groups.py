@@ -165,6 +165,11 @@ def _refusal(members: list[Member], bare: list[str], model: nn.Module, ignore: S
         module = model.get_submodule(member.path)
         if channels_of(module, member.dim) is None:
             return f'"{member.path}" is a {type(module).__name__}, whose channels pqk cannot cut'
+        if any(place >= member.of for slots in member.places for place in slots):
+            return (
+                f'"{member.path}" has {member.of} channels and the tracer sees more: they are padded, sliced or joined '
+                "on the way"
+            )
         for parameter in module.parameters(recurse=False):
             if len(users[id(parameter)]) > 1:
                 return f"a weight is shared by {', '.join(sorted(users[id(parameter)]))}"

@@ -14,7 +14,7 @@ import logging
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,21 +44,22 @@ class Capture(Pass):
     produces: ClassVar[Stage | None] = Stage.GRAPH
 
     def apply(self, program: Program, task: Task) -> Program:
-        program = program.rewrite(capture, task.example)
+        program = program.rewrite(capture, task.example, input_names=list(task.input_names))
         graph = program.student.graph
         return program.note(operators=sum(n.op == "call_function" for n in graph.nodes))  # type: ignore[union-attr]
 
 
-def capture(student: nn.Module, example: Example) -> nn.Module:
+def capture(student: nn.Module, example: Example, *, input_names: Sequence[str] | None = None) -> nn.Module:
     """The inference graph of `student` (changed to eval mode) as an `fx.GraphModule` that trains, batch dynamic.
 
-    `example` are inputs whose first axis is the batch, of at least 2. Raises `InputError` naming the construct and the
-    line of the user's code where the model cannot be traced.
+    `example` are inputs whose first axis is the batch, of at least 2; their layers are called by `input_names`, or by
+    the names of the arguments of `forward`. Raises `InputError` naming the construct and the line of the user's code
+    where the model cannot be traced.
     """
     exported = _export(student.eval(), example)
     _plain_signature(exported.graph)
     graph_module = fx.GraphModule(exported, exported.graph)
-    _describe(graph_module)
+    _describe(graph_module, input_names)
     _drop_no_ops(graph_module)
     _fold_constants(graph_module)
     fold_batch_norms(graph_module)
@@ -146,10 +147,12 @@ def _fixed_batch(student: nn.Module, example: Example) -> str:
 # ---- what each node is
 
 
-def _describe(graph_module: fx.GraphModule) -> None:
+def _describe(graph_module: fx.GraphModule, input_names: Sequence[str] | None) -> None:
     """Replace the tracer's metadata (fake tensors, source paths) by plain facts, and note every module's output."""
     points: dict[str, str] = {}
-    taken: set[str] = set()
+    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    named = dict(zip(inputs, input_names or [str(n.target) for n in inputs], strict=True))
+    taken = set(named.values())
     stacks = {node: _stack(node) for node in graph_module.graph.nodes}
     owners = Counter(stack[-1] for node, stack in stacks.items() if stack and "val" in node.meta)
     for node, stack in stacks.items():
@@ -160,7 +163,7 @@ def _describe(graph_module: fx.GraphModule) -> None:
         if isinstance(value, torch.Tensor):
             node.meta["shape"] = tuple(s if isinstance(s, int) else None for s in value.shape)
             node.meta["dtype"] = value.dtype
-        node.meta["layer"] = _layer(node, stack, owners, taken)
+        node.meta["layer"] = named.get(node) or _layer(node, stack, owners, taken)
         if node.op == "call_function" and "shape" in node.meta:
             points.update((path, node.name) for path in stack if path)
     graph_module.meta["points"] = points

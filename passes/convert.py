@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from pqk.graph import attach, attribute, call, finish, free_path, operand, replace, shape, tensor_node
 from pqk.modules import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, set_mode
 from pqk.passes._forms import OUTPUT_AXIS, aten
-from pqk.passes.quantize import moves
+from pqk.passes._placement import moves
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.qparams import QParams, quantize, quantize_bias
 from pqk.task import Task

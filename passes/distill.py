@@ -6,15 +6,17 @@ trainer and the terms are the same.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pqk.errors import InputError
-from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence
-from pqk.knowledge.objective import Distillation
-from pqk.knowledge.teacher import FrozenTeacher, LogitCache, cache_for
+from pqk.knowledge import AnySource, AnyTerm, CrossEntropy, FromModule, KLDivergence, Term
+from pqk.knowledge.objective import Distillation, blindness
+from pqk.knowledge.sources import Given
+from pqk.knowledge.teacher import LogitCache, cache_for
 from pqk.modules import quantizers
 from pqk.passes._survivors import surviving_channels
 from pqk.program import CONFIG, Pass, Program, Stage
@@ -31,6 +33,10 @@ class Distill(Training, Pass):
 
     terms: tuple[AnyTerm, ...] = (CrossEntropy(weight=0.1), KLDivergence(weight=0.9))
     """the knowledge terms: tables with `term`, `weight` and the term's own fields"""
+    teacher: AnySource = FromModule()
+    """who teaches: a table with `source` = "module" (the recipe's), "ema", "snapshot", "onnx" or "ensemble" """
+    balance: Literal["static", "gradient_norm", "learned"] = "static"
+    """what moves the weights during the training: nothing, equal gradients, or learned uncertainties"""
     teach_from: float = Field(default=0.0, ge=0, lt=1)
     """share of the training before the teacher joins (a tenth is usual under quantization)"""
     freeze_from: float = Field(default=0.5, ge=0, le=1)
@@ -41,20 +47,31 @@ class Distill(Training, Pass):
     def __post_init__(self) -> None:
         if not any(t.weight > 0 for t in self.terms):
             raise InputError("no term has a weight above 0; there is nothing to train on")
+        if (reason := blindness(self._counted())) is not None:
+            raise InputError(reason)
+
+    def _counted(self) -> Sequence[Term]:
+        return [t for t in self.terms if t.weight > 0]
+
+    def uncached(self) -> str | None:
+        """Why the teacher's answers are not kept, whatever the data is, else None."""
+        if any(t.points() for t in self._counted()):
+            return "the terms compare features"
+        if not any(t.needs_teacher or t.gate for t in self._counted()):
+            return "the terms need no teacher"
+        return self.teacher.uncached()
 
     def apply(self, program: Program, task: Task) -> Program:
         data = task.need_train("distill")
         if program.stage == Stage.FAKE_QUANT and self.precision == "bf16":
             raise InputError("distill: quantization-aware training needs fp32: bfloat16 is coarser than the INT8 grid")
-        terms = [t for t in self.terms if t.weight > 0]
-        points = sorted({p[1] for t in terms if (p := t.points())})
-        cache: LogitCache | str = "the terms compare features" if points else "the terms need no teacher"
-        if not points and any(t.needs_teacher for t in terms):
-            cache = cache_for(program.run.folder, program.teacher, data, self.teacher_precision, task.example)
-        teacher = FrozenTeacher(
-            program.teacher, points, self.teacher_precision, cache if isinstance(cache, LogitCache) else None
-        )
         student = program.student
+        points = sorted({p[1] for t in self._counted() if (p := t.points())})
+        teacher = self.teacher.make(Given(program.teacher, student, points, self.teacher_precision, task.example))
+        cache: LogitCache | str | None = self.uncached()
+        if cache is None:
+            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, task.example)
+        teacher.cache = cache if isinstance(cache, LogitCache) else None
         steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
 
         def on_progress(progress: float) -> None:
@@ -67,8 +84,9 @@ class Distill(Training, Pass):
             student,
             teacher,
             start=self.teach_from,
-            kept=lambda point: surviving_channels(program, task.example, point),
+            kept=lambda p: None if self.teacher.like_student else surviving_channels(program, task.example, p),
             on_progress=on_progress,
+            balance=self.balance,
         )
         log = fit(program.run, student, data, objective, self)
         for scale in steps:  # that they were frozen is a state of this training: a later one learns them again

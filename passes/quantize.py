@@ -1,53 +1,31 @@
-"""Quantize: fake-quantizers on every edge that the runtime needs to stay in integers.
+"""Quantize: fake-quantizers on the target's integer grid, with ranges chosen from data.
 
-A runtime fuses DequantizeLinear -> op -> QuantizeLinear into an integer kernel, so an operator that lacks a quantizer
-on one of its inputs or on its output becomes a float island. Three kinds of operator are told apart:
-
-    heavy     convolutions, linear, matmul: always integer, unless left in float by name
-    light     add, mul, concat, pooling, sigmoid: integer where a neighbour wants the result in integers, or where all
-              inputs are integers anyway; elsewhere rounding twice costs more than a float operator
-    movement  slice, pad, reshape, transpose, max-pool …: no quantizer of their own; `convert` lets them act on the
-              integers of their input, with its scale
-
-A ReLU or clamp, and a scaling by a constant, that a quantizer follows is taken over by it. Linear and matmul need no
-quantizer on an output that only float operators read: the runtime has integer kernels that put out floats.
+Where they go is told in `_placement`. A layer is left in float by name, because it is too sensitive (quantized alone it
+hurts the outputs by more than is allowed) or because the deployed student is faster for it; the reason is recorded.
 """
 
 from __future__ import annotations
 
-import fnmatch
+import copy
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from pqk.errors import InputError, nearest
-from pqk.graph import arguments, attach, attribute, facts, finish, free_path, is_float, operand, replace, shape
-from pqk.modules import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, quantizers, set_mode
-from pqk.passes._forms import CLAMPS, aten, move_points
+from pqk.graph import arguments, attach, attribute, facts, finish, free_path, operand, replace, shape
+from pqk.modules import ActivationFakeQuant, BiasFakeQuant, Quantizer, WeightFakeQuant, quantizers, set_mode
+from pqk.passes._forms import move_points
+from pqk.passes._placement import FLOAT_OUTPUT, HEAVY, Placement, absorbed, inputs, named_layers, placement, root
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.qparams import Grid, Method
-from pqk.task import Task
+from pqk.task import Task, tensors
 
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-WEIGHTED = (*CONVOLUTIONS, aten.linear.default)
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
-HEAVY = (*WEIGHTED, *PRODUCTS)
-FLOAT_OUTPUT = (aten.linear.default, *PRODUCTS)
-"""heavy operators whose integer kernel can put out floats"""
-LIGHT = (
-    aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.mean.dim, aten.avg_pool2d.default, aten.sigmoid.default,
-    aten.leaky_relu.default,
-)  # fmt: skip
-MOVEMENT = (
-    aten.slice.Tensor, aten.select.int, aten.pad.default, aten.constant_pad_nd.default, aten.reshape.default,
-    aten.flatten.using_ints, aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.t.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default, aten.expand.default,
-    aten.max_pool2d.default, aten.index_select.default,
-)  # fmt: skip
+QUIETEST = 1e-20
+"""noise over signal of outputs that do not change at all: 200 dB"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -63,190 +41,77 @@ class Quantize(Pass):
     percentile: float = Field(default=99.99, gt=50, le=100)
     """for `percentile`: the share of values, in per cent, that the range covers"""
     samples: int = Field(default=512, gt=0)
-    """validation samples that the ranges are chosen from"""
+    """validation samples that the ranges are chosen from, and sensitivity is measured on"""
     learned_scales: bool = True
     """whether training may move the step sizes (LSQ)"""
     float_layers: tuple[str, ...] = ()
     """patterns (such as `layer3.*`) of layers to leave in float"""
+    least_sqnr: float | None = Field(default=None, gt=0)
+    """a layer stays in float where quantizing it alone leaves less signal over noise in the outputs than this, in
+    decibels, before training: each output's squares over those of its error. 20 is a usual bar; by default none is"""
+    faster_float: bool = False
+    """leave a layer that multiplies in float where the deployed student is significantly faster for it, each measured
+    in turn in the target's runtime at batch 1; needs a machine that is the target"""
 
     def apply(self, program: Program, task: Task) -> Program:
+        """Raises `InputError` for a pattern that names no layer, and where speed cannot be measured here."""
         student = program.student
         assert isinstance(student, fx.GraphModule)
-        points, declined = placement(student, self.float_layers)
-        target = program.target
-        program = program.rewrite(
-            insert_fake_quant,
-            task.example,
-            points=points,
-            activation=asdict(target.activation),
-            weight=asdict(target.weight),
-            learned=self.learned_scales,
-        )
-        calibrate(program.student, task, self.calibration, self.percentile, self.samples)
+        floats = named_layers(student, self.float_layers)
+        if self.least_sqnr is not None:
+            floats |= self._sensitive(program, task, floats)
+        if self.faster_float:
+            floats |= self._faster(program, floats)
+        points, declined = placement(student, floats)
+        program = program.rewrite(insert_fake_quant, task.example, **self._arguments(program, points))
+        self._calibrate(program.student, task)
         kinds = [type(q) for q in quantizers(program.student).values()]
         program = program.decline(self.name, declined)
         return program.note(activations=kinds.count(ActivationFakeQuant), weights=kinds.count(WeightFakeQuant))
 
+    def _arguments(self, program: Program, points: list[dict[str, Any]]) -> dict[str, Any]:
+        grids = {"activation": asdict(program.target.activation), "weight": asdict(program.target.weight)}
+        return {"points": points, "learned": self.learned_scales, **grids}
 
-# ---- where
+    def _calibrate(self, student: nn.Module, task: Task) -> None:
+        calibrate(student, task, self.calibration, self.percentile, self.samples)
 
+    def _sensitive(self, program: Program, task: Task, floats: dict[str, str]) -> dict[str, str]:
+        """The layers whose quantization alone costs too much, and what it costs."""
 
-def bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
-    """The constant bounds of a ReLU or clamp whose range includes 0; None for anything else."""
-    if node.op != "call_function" or node.target not in CLAMPS:
-        return None
-    a = arguments(node)
-    if node.target in (aten.relu.default, aten.relu6.default):
-        low, high = 0.0, 6.0 if node.target is aten.relu6.default else None
-    elif node.target is aten.hardtanh.default:
-        low, high = a["min_val"], a["max_val"]
-    else:
-        low, high = a["min"], a.get("max")
-    fixed = all(b is None or isinstance(b, int | float) for b in (low, high))
-    return (low, high) if fixed and (low is None or low <= 0) and (high is None or high > 0) else None
+        def measure() -> dict[str, float]:
+            trial = copy.deepcopy(program.student)
+            assert isinstance(trial, fx.GraphModule)
+            layers = {n.meta["layer"] for n in Placement(trial, floats).integer}
+            insert_fake_quant(trial, task.example, **self._arguments(program, placement(trial, floats)[0]))
+            self._calibrate(trial, task)
+            return sensitivity(trial, layers, task.calibration(self.samples))
 
+        bar = self.least_sqnr or 0.0
+        return {
+            layer: f"too sensitive: quantized alone it leaves {sqnr:.1f} dB of signal over noise (least_sqnr = {bar:g})"
+            for layer, sqnr in program.run.decide("sensitivity", measure).items()
+            if sqnr < bar
+        }
 
-def gain(node: fx.Node) -> float | None:
-    """The positive constant that `node` multiplies its input by; None for anything else."""
-    if node.op != "call_function" or node.target not in (aten.mul.Tensor, aten.div.Tensor) or len(node.args) < 2:
-        return None
-    factor = node.args[1]
-    if not isinstance(factor, int | float) or factor <= 0:
-        return None
-    return float(factor) if node.target is aten.mul.Tensor else 1 / factor
+    def _faster(self, program: Program, floats: dict[str, str]) -> dict[str, str]:
+        """The layers that the deployed student is faster for in float, one after the other, and by how much."""
+        student, run, found = program.student, program.run, dict[str, str]()
+        assert isinstance(student, fx.GraphModule)
+        where = Placement(student, floats)
+        layers = [n.meta["layer"] for n in where.nodes if n in where.integer and n.target in HEAVY]
+        with run.observer.task(f"{run.scope}: timing layers in float", len(layers)) as advance:
+            for layer in layers:
+                ratio, low, high = self._float_gain(program, (*floats, *found), layer)
+                if low > 1:
+                    found[layer] = f"faster in float: the student runs {ratio:.2f}x as fast ({low:.2f} to {high:.2f})"
+                advance(1, f"{layer}: {ratio:.2f}x in float")
+        return found
 
-
-def absorbed(node: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None], float]:
-    """What a quantizer on `node` reads, and the bounds and the gain of the clamp and scaling that it takes over."""
-    factor = gain(node)
-    clamp = node if factor is None else operand(node)
-    limits = bounds(clamp) if clamp is node or len(clamp.users) == 1 else None
-    return operand(clamp) if limits else clamp, limits or (None, None), factor or 1.0
-
-
-def tail(node: fx.Node) -> fx.Node:
-    """The last of `node`, a clamp that alone reads it, and a constant scaling that alone reads that."""
-    for follows in (bounds, gain):
-        users = list(node.users)
-        if len(users) == 1 and follows(users[0]) is not None:
-            node = users[0]
-    return node
-
-
-def moves(node: fx.Node) -> bool:
-    """Whether `node` only moves values (or picks the largest), so that it can act on integers as it does on floats."""
-    if node.op != "call_function" or node.target not in MOVEMENT or not is_float(node):
-        return False
-    a = arguments(node)
-    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
-        return a.get("mode", "constant") == "constant" and not a["value"]
-    return node.target is not aten.max_pool2d.default or not a["ceil_mode"]
-
-
-def root(node: fx.Node) -> fx.Node:
-    """The node whose quantizer `node`'s value has: itself, or where it was moved from."""
-    while moves(node):
-        node = operand(node)
-    return node
-
-
-def inputs(node: fx.Node) -> list[fx.Node]:
-    """The values that `node` computes with, weights and biases of layers aside."""
-    if node.target in WEIGHTED:
-        return [operand(node)]
-    if node.target is aten.cat.default:
-        return list(node.args[0])  # type: ignore[arg-type]
-    return [a for a in node.args if is_float(a)]  # type: ignore[misc]
-
-
-class Placement:
-    """Which operators compute in integers and which values have a quantizer. The module's docstring has the rules."""
-
-    def __init__(self, graph_module: fx.GraphModule, float_layers: tuple[str, ...]) -> None:
-        self.nodes = [n for n in graph_module.graph.nodes if n.op != "output" and is_float(n)]
-        self.named = {n for n in self.nodes for p in float_layers if fnmatch.fnmatchcase(n.meta["layer"], p)}
-        self.integer = {n for n in self.nodes if n.target in HEAVY and self.capable(n)}
-        for node in reversed(self.nodes):
-            if self.light(node) and self.wanted(tail(node)):
-                self.integer.add(node)
-        self.values = {value for value in map(self.value, self.nodes) if value is not None}
-        for node in self.nodes:
-            pools = node.target in (aten.add.Tensor, aten.mean.dim, aten.avg_pool2d.default)
-            if pools and self.light(node) and all(root(i) in self.values for i in inputs(node)):
-                self.integer.add(node)
-                self.values.add(tail(node))
-
-    def capable(self, node: fx.Node) -> bool:
-        """Whether a heavy operator can compute in integers: its weight is a parameter, or both factors are values."""
-        if node in self.named or node.meta["dtype"] != torch.float32:
-            return False
-        if node.target in WEIGHTED:
-            return isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
-        return len(inputs(node)) == 2
-
-    def light(self, node: fx.Node) -> bool:
-        """Whether `node` is a light operator in a form that has an integer kernel."""
-        if node.op != "call_function" or node.target not in LIGHT or node in self.named:
-            return False
-        a = arguments(node)
-        if node.target is aten.mean.dim:
-            rank = len(shape(a["self"]))
-            return rank == 4 and a["keepdim"] and sorted(d % rank for d in a["dim"]) == [2, 3]
-        if node.target in (aten.add.Tensor, aten.mul.Tensor):
-            return len(inputs(node)) == 2 and a.get("alpha", 1) == 1
-        return node.meta["dtype"] == torch.float32
-
-    def wanted(self, node: fx.Node) -> bool:
-        """Whether some integer operator reads `node`, perhaps after movement."""
-        return any((u in self.integer and node in inputs(u)) or (moves(u) and self.wanted(u)) for u in node.users)
-
-    def value(self, node: fx.Node) -> fx.Node | None:
-        """The value of `node` that has a quantizer: its own, or that of the clamp and scaling after it; None: none."""
-        if node in self.integer and (node.target not in FLOAT_OUTPUT or self.wanted(tail(node))):
-            return tail(node)
-        return node if not moves(node) and self.wanted(node) else None
-
-
-def placement(
-    graph_module: fx.GraphModule, float_layers: tuple[str, ...] = ()
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Where quantizers go (JSON, the `points` of `insert_fake_quant`), and `(layer, reason)` of what stays in float.
-
-    Raises `InputError` where a pattern in `float_layers` names no layer.
-    """
-    layers = [n.meta["layer"] for n in graph_module.graph.nodes if n.op == "call_function" and is_float(n)]
-    for pattern in float_layers:
-        if not fnmatch.filter(layers, pattern):
-            raise InputError(f'quantize: float_layers "{pattern}" matches no layer{nearest(pattern, layers)}')
-    where = Placement(graph_module, float_layers)
-    tails = {tail(n) for n in where.integer}
-    points: list[dict[str, Any]] = []
-    for node in where.nodes:
-        if node in where.values:
-            readers = [u.name for u in node.users if node in tails or u in where.integer or moves(u)]
-            points.append({"kind": "activation", "node": node.name, "readers": readers})
-    points += [{"kind": "weight", "node": n.name} for n in where.nodes if n in where.integer and n.target in WEIGHTED]
-    return points, _reasons(where)
-
-
-def _reasons(where: Placement) -> list[tuple[str, str]]:
-    reasons = []
-    taken_over = {n for n in where.values if bounds(n) or gain(n)}
-    taken_over |= {operand(n) for n in taken_over if gain(n) and bounds(operand(n))}
-    for node in where.nodes:
-        operator = getattr(node.target, "_opname", str(node.target))
-        if node.op != "call_function" or node in where.integer or node in taken_over or moves(node):
-            continue
-        if node in where.named:
-            reason = "left in float by name (float_layers)"
-        elif node.target in HEAVY:
-            reason = f"{operator}: its weight is computed, not a parameter, or it is not float32"
-        elif where.light(node) or bounds(node):
-            reason = f"{operator}: no neighbour needs its result in integers"
-        else:
-            reason = f"{operator}: the runtime has no integer kernel for it"
-        reasons.append((node.meta["layer"], reason))
-    return reasons
+    def _float_gain(self, program: Program, floats: tuple[str, ...], layer: str) -> list[float]:
+        """How much faster the student with `floats` in float is with `layer` in float, too: journaled."""
+        student, run = program.student, program.run
+        return run.decide(f"float/{layer}", lambda: run.float_gain(student, floats, layer, "quantize.faster_float"))
 
 
 # ---- the rewrite
@@ -333,6 +198,54 @@ def calibrate(student: nn.Module, task: Task, method: Method, percentile: float,
             elif isinstance(module, BiasFakeQuant):
                 module.fit(attribute(student, str(operand(node).target)))
     student.train(was_training)
+
+
+# ---- what a layer costs
+
+
+def sensitivity(student: fx.GraphModule, layers: set[str], batches: Iterable[Example]) -> dict[str, float]:
+    """Layer -> signal over noise, in decibels, of a calibrated student's worst output with that layer alone quantized.
+
+    What a layer needs to run in integers is rounded: its inputs, its weight and bias, and its output where its kernel
+    cannot put out floats. `layers` are those that run in integers. All quantizers end switched on.
+    """
+    nodes = [n for n in student.graph.nodes if n.op == "call_function" and n.meta.get("layer") in layers]
+    inputs = list(batches)
+    set_mode(student, "off")
+    found = {}
+    with torch.no_grad():
+        want = [tensors(student(*batch)) for batch in inputs]
+        for node in nodes:
+            own = _own_quantizers(student, node)
+            for quantizer in own:
+                quantizer.mode = "on"
+            got = [tensors(student(*batch)) for batch in inputs]
+            found[node.meta["layer"]] = min(
+                _decibels(*sides) for sides in zip(_joined(want), _joined(got), strict=True)
+            )
+            for quantizer in own:
+                quantizer.mode = "off"
+    set_mode(student, "on")
+    return found
+
+
+def _own_quantizers(student: fx.GraphModule, node: fx.Node) -> list[Quantizer]:
+    """The quantizers that a node needs to run in integers (a bias's follows its weight's)."""
+    around = [root(i) for i in inputs(node)] + [n for n in node.all_input_nodes if n.op == "call_module"]
+    if node.target not in FLOAT_OUTPUT:
+        around += node.users
+    called = {n: attribute(student, str(n.target)) for n in around if n.op == "call_module"}
+    return [m for m in called.values() if isinstance(m, ActivationFakeQuant | WeightFakeQuant)]
+
+
+def _joined(outputs: list[list[Tensor]]) -> list[Tensor]:
+    """Each output over all batches."""
+    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _decibels(want: Tensor, got: Tensor) -> float:
+    signal, noise = want.double().square().sum(), (want.double() - got.double()).square().sum()
+    return float(-10 * torch.log10((noise / signal.clamp_min(1e-300)).clamp_min(QUIETEST)))
 
 
 REWRITES: tuple[RewriteFunction, ...] = (insert_fake_quant,)

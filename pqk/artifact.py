@@ -1,6 +1,7 @@
 """The directory that ships, and how it is read back. `model.onnx` is usable without pqk.
 
-model.onnx            the student, INT8, self-contained
+model.onnx            the student, INT8, self-contained; not where the target is a GPU
+student.pt2           the fused student, where the recipe fuses; it needs `import pqk.kernels`
 student.safetensors   its tensors, and
 student.json          the plan of rewrites that rebuilds the module from the teacher
 recipe.toml           what was done
@@ -11,16 +12,18 @@ manifest.json         sha256 of every other file, versions, seed, data, target, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 
 from pqk.benchmark import Contender, measure, onnxruntime_contender
+from pqk.emit_torch import load_student
 from pqk.errors import InputError
 from pqk.files import read_json, read_tensors, write_json
 from pqk.passes import REWRITES
@@ -30,10 +33,13 @@ from pqk.recipe import Recipe
 from pqk.report import LatencyRow, Report
 from pqk.runtime import session
 from pqk.target import Target
+from pqk.task import tensors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STUDENT = ("student.safetensors", "student.json")
+DEPLOYED = ("model.onnx", "student.pt2")
+"""what is run; an artifact has one of them or both"""
 
 
 def sha256(path: Path) -> str:
@@ -53,7 +59,7 @@ class Artifact:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self._session: Any = None
+        self._run: Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]] | None = None
 
     @staticmethod
     def load(folder: str | Path) -> Artifact:
@@ -66,7 +72,10 @@ class Artifact:
         manifest = read_json(folder / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}; it needs another pqk version")
-        unlisted = sorted({"model.onnx", "report.json", "recipe.toml", *STUDENT} - set(manifest.get("files", ())))
+        listed = set(manifest.get("files", ()))
+        unlisted = sorted({"report.json", "recipe.toml", *STUDENT} - listed)
+        if not listed & set(DEPLOYED):
+            unlisted.append(" or ".join(DEPLOYED))
         if unlisted:
             raise InputError(f"{folder / MANIFEST} was changed: it does not list {', '.join(unlisted)}")
         for name, entry in manifest["files"].items():
@@ -97,16 +106,25 @@ class Artifact:
     def target(self) -> Target:
         return Target.named(self.manifest["target"])
 
+    def student(self, device: str | torch.device = "cpu") -> fx.GraphModule:
+        """The fused student of `student.pt2` as a torch module. Raises `InputError` where there is none."""
+        path = self.folder / "student.pt2"
+        if not path.exists():
+            raise InputError(f'{self.folder} has no student.pt2: its recipe does not end in "fuse"')
+        return load_student(path, device)
+
     def run(self, *inputs: NDArray[Any] | torch.Tensor) -> Any:
         """Outputs of `model.onnx` in ONNX Runtime: an array, or a dict by name where there are several.
 
-        Raises `InputError` where inputs do not have the shapes and dtypes of the manifest.
+        Where there is only a `student.pt2`, of that on the CPU, by the reference bodies of its operators. Raises
+        `InputError` where inputs do not have the shapes and dtypes of the manifest.
         """
         arrays = [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs]
         feeds = self._feeds(arrays)
-        if self._session is None:
-            self._session = session(self.folder / "model.onnx")
-        outputs = dict(zip([o["name"] for o in self.manifest["outputs"]], self._session.run(None, feeds), strict=True))
+        if self._run is None:
+            onnx = self.folder / "model.onnx"
+            self._run = partial(session(onnx).run, None) if onnx.exists() else partial(_run_torch, self.student())
+        outputs = dict(zip([o["name"] for o in self.manifest["outputs"]], self._run(feeds), strict=True))
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def _feeds(self, arrays: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -127,6 +145,8 @@ class Artifact:
         The teacher's FP32 file is not part of an artifact: ratios need `teacher.onnx` beside `model.onnx`, as in a
         finished compile's run state; without it ratios are null.
         """
+        if not (self.folder / "model.onnx").exists():
+            raise InputError(f"{self.folder} has no model.onnx, which a CPU is timed with; use --device cuda on a GPU")
         teacher = self.folder / ".work" / "proof" / "teacher.onnx"
         rows: list[LatencyRow] = []
         for batch in batches:
@@ -167,3 +187,8 @@ class Artifact:
         if spec is None:
             raise InputError("rebuild: this artifact was compiled from a module in Python; pass it as teacher=…")
         return load_teacher(type(spec)(factory=spec.factory, arguments=spec.arguments), beside=self.folder)
+
+
+def _run_torch(student: fx.GraphModule, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    with torch.inference_mode():
+        return [t.numpy() for t in tensors(student(*(torch.from_numpy(np.array(x)) for x in feeds.values())))]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Feeds = Mapping[str, NDArray[Any]]
+Timer = Callable[[Callable[[], object]], float]
+"""the milliseconds of one call"""
 
 ROUNDS, WARM, BURST, PAUSE = 15, 20, 20, 0.05
 PROTOCOL = (
@@ -42,6 +44,13 @@ def protocol(rounds: int = ROUNDS, *, burst: int = BURST, pause: float = PAUSE, 
     return PROTOCOL.format(rounds=rounds, burst=burst, pause=1e3 * pause, warm=warm)
 
 
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds of one call, by the wall clock."""
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
 @dataclass(frozen=True, eq=False)
 class Contender:
     """Something to time: one `call` is one inference of `batch` samples."""
@@ -54,6 +63,8 @@ class Contender:
     spinning: bool = True
     torch_threads: int = 1
     """torch's own pool during its turn: 1 for everything that is not torch, whose threads would do harm"""
+    timer: Timer = timed
+    """what takes the time of one call; a device has its own clock"""
 
 
 @dataclass(frozen=True)
@@ -228,11 +239,13 @@ def interleave(
     for round_index in range(rounds):
         for index, contender in enumerate(contenders):
             with torch_threads(contender.torch_threads):
-                times[index, round_index] = turn(contender.call, burst=burst, pause=pause, warm=warm)
+                times[index, round_index] = turn(
+                    contender.call, burst=burst, pause=pause, warm=warm, timer=contender.timer
+                )
     return times
 
 
-def turn(call: Callable[[], object], *, burst: int, pause: float, warm: int) -> list[float]:
+def turn(call: Callable[[], object], *, burst: int, pause: float, warm: int, timer: Timer = timed) -> list[float]:
     """One turn: pause until the other pools sleep, warm up, then `burst` timed calls, in milliseconds.
 
     Two warm calls cost a small network 15 % (`warm` is 20), and a burst is not started while the calls still get
@@ -240,17 +253,11 @@ def turn(call: Callable[[], object], *, burst: int, pause: float, warm: int) -> 
     """
     time.sleep(pause)
     for _ in range(4):
-        calls = np.array([timed(call) for _ in range(warm)])
+        calls = np.array([timer(call) for _ in range(warm)])
         half = warm // 2
         if half == 0 or np.median(calls[half:]) > 0.9 * np.median(calls[:half]):
             break
-    return [timed(call) for _ in range(burst)]
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
+    return [timer(call) for _ in range(burst)]
 
 
 def bootstrap_ratio(ratios: NDArray[np.float64], *, seed: int = 0, resamples: int = 4000) -> Ratio:

@@ -24,18 +24,21 @@ from torch import nn
 from pqk.benchmark import first_line, ratio_to
 from pqk.coverage import integer_coverage
 from pqk.emit_onnx import emit_onnx
+from pqk.emit_torch import emit_torch
 from pqk.errors import InputError, PqkError
 from pqk.machine import peak_memory
 from pqk.measure import count_macs, count_parameters, float_bytes
 from pqk.oracle import Oracle
 from pqk.parity import check_layers, describe
+from pqk.parity_fused import check_launches
 from pqk.passes import Distill, Prune
 from pqk.passes._blocks import find_blocks
 from pqk.passes._groups import check_groups
 from pqk.passes.convert import quantized_tensors
 from pqk.pipeline import verify
 from pqk.program import Pass, Program, Stage
-from pqk.recipe import Recipe
+from pqk.recipe import Recipe, unfit
+from pqk.report import LayerParity
 from pqk.run import Advance, Observer, Run, Silent
 from pqk.runtime import session
 from pqk.target import Target
@@ -78,7 +81,7 @@ class Findings:
     """residual blocks: `removable` paths and `declined`, path -> reason"""
     passes: list[Rehearsed] = field(default_factory=list)
     student: dict[str, int] | None = None
-    """integer weights and biases, macs (per sample), size_bytes of model.onnx"""
+    """integer weights and biases, macs (per sample), size_bytes of model.onnx (on a GPU: of student.pt2)"""
     latency: dict[str, float] | None = None
     """teacher_ms, student_ms, ratio, ratio_low, ratio_high: ONNX Runtime, batch 1, two threads"""
     latency_reason: str | None = None
@@ -112,19 +115,19 @@ class _Rehearsal:
         self.watch = Stopwatch(observer)
         run = Run(recipe.seed, observer=self.watch)
         self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run, THREADS)
-        mismatch = self.target.mismatch()
+        mismatch = self.target.unmeasured()
         if mismatch is None:
-            run = dataclasses.replace(run, deployed_latency=self.oracle.latency, deployed_baseline=self.oracle.baseline)
+            run = self.oracle.serve(run)
         student = copy.deepcopy(self.teacher).requires_grad_(True)
         self.program = Program(self.teacher, student, Stage.MODULE, self.target, run)
         example = task.example
         costs = {"parameters": count_parameters(teacher), "macs": count_macs(self.teacher, example)}
         costs["float_bytes"] = float_bytes(teacher)
         self.found = Findings(self.target.name, recipe.seed, costs, latency_reason=mismatch)
-        if self.target.runtime != "onnxruntime":
-            self.found.problems.append(f"target {self.target.name}: this version compiles for CPUs only")
-        elif mismatch is not None:
+        if mismatch is not None:
             self.found.warnings.append(mismatch)
+        if (reason := unfit(recipe.passes, self.target)) is not None:
+            self.found.problems.append(reason)
         self.live_steps = _cacheable_steps(task)
 
     def run(self) -> Findings:
@@ -220,8 +223,7 @@ class _Rehearsal:
 
     def _cached(self, p: Pass, steps: int) -> float:
         """Seconds that cached teacher logits save: of all steps after every view was seen once."""
-        points = isinstance(p, Distill) and any(t.points() for t in p.terms if t.weight > 0)
-        if self.live_steps is None or not isinstance(p, Distill) or points or not any(t.needs_teacher for t in p.terms):
+        if self.live_steps is None or not isinstance(p, Distill) or p.uncached() is not None:
             return 0.0
         live = min(steps, self.live_steps)
         self.live_steps -= live
@@ -239,10 +241,16 @@ class _Rehearsal:
         assert isinstance(graph, torch.fx.GraphModule)
         here = self.found.latency_reason is None
         with tempfile.TemporaryDirectory(prefix="pqk-check-") as folder:
-            path = Path(folder) / "model.onnx"
+            fused, path = self.program.fused, Path(folder) / "student.pt2"
+            layers: list[LayerParity] = []
             try:
-                emit_onnx(graph, task.example, path, task.input_names, task.output_names)
-                layers = check_layers(graph, quantized_tensors(graph), path, task.example, optimized=here)
+                if fused is not None:
+                    emit_torch(fused, task.example, path)
+                    layers += check_launches(graph, fused, task.example)
+                if self.target.runtime == "onnxruntime":
+                    path = Path(folder) / "model.onnx"
+                    emit_onnx(graph, task.example, path, task.input_names, task.output_names)
+                    layers += check_layers(graph, quantized_tensors(graph), path, task.example, optimized=here)
                 self.found.problems += [f"parity: {describe(layer)}" for layer in layers if not layer.passed]
                 self._measure(path, Path(folder) / "teacher.onnx", here)
             except PqkError as error:

@@ -158,6 +158,31 @@ def benchmark(
 
 
 @app.command()
+def kernels(
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="An artifact that has a student.pt2.")] = None,
+    cases: Annotated[
+        bool, typer.Option("--cases", help="The cases that kernels are tested on, of all kernels.")
+    ] = False,
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Of sm_80, sm_89, sm_90, sm_100, gfx942; all if left out.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size that launches are planned for.")] = 1,
+    as_json: AsJson = False,
+) -> Work:
+    """Compile an artifact's GPU kernels ahead of time and count their bytes; no GPU is needed.
+
+    Says of each launch which integer tensor-core instructions its machine code holds, registers, spills, shared memory,
+    an upper bound of occupancy, the bytes it moves, and a predicted least time. Exit code 1 where a bar is missed.
+
+    pqk kernels out/my --arch sm_80,sm_90
+    """
+    if (folder is None) != cases:
+        raise InputError("pqk kernels: name an artifact's folder, or say --cases")
+
+    return lambda: _commands().kernels(folder, arch.split(",") if arch else [], batch, as_json=as_json)
+
+
+@app.command()
 def inspect(
     where: Annotated[Path, typer.Argument(metavar="DIR|RECIPE.toml", help="An artifact or a recipe.")],
     as_json: AsJson = False,

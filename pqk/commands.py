@@ -119,11 +119,7 @@ def check(
 
 def benchmark(folder: Path, batches: Sequence[int], threads: int, device: str) -> Answer:
     if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError(f"--device cuda: no CUDA device: torch {torch.__version__} sees none on this machine")
-        raise InputError("--device cuda: this version has no CUDA kernels yet; --device cpu runs model.onnx")
+        return _benchmark_cuda(folder, batches)
     artifact = Artifact.load(folder)
     warnings = [m for m in [artifact.target.mismatch()] if m is not None]
     rows = artifact.benchmark(tuple(batches), threads)
@@ -144,6 +140,19 @@ def benchmark(folder: Path, batches: Sequence[int], threads: int, device: str) -
     return Answer(document, [_latency(title, rows), where, *_warnings(warnings)])
 
 
+def _benchmark_cuda(folder: Path, batches: Sequence[int]) -> Answer:
+    from pqk.benchmark_cuda import benchmark as benchmark_on
+    from pqk.cuda import Cuda, missing
+
+    if (reason := missing()) is not None:
+        raise InputError(f"--device cuda: {reason}")
+    artifact = Artifact.load(folder)
+    warnings = [] if (mismatch := artifact.target.mismatch()) is None else [mismatch]
+    head = {"artifact": str(folder), "target": artifact.target.name, "machine": fingerprint(), "warnings": warnings}
+    document = head | benchmark_on(artifact, Cuda(), batches).document()
+    return Answer(document, [*describe.gpu(document), *_warnings(warnings)])
+
+
 def _latency(title: str, rows: Sequence[LatencyRow]) -> RenderableType:
     header = ("network", "runtime", "batch", "threads", "median", "5 % to 95 %", "against the teacher")
     cells = [
@@ -159,6 +168,57 @@ def _latency(title: str, rows: Sequence[LatencyRow]) -> RenderableType:
         for r in rows
     ]
     return table(title, header, cells, right=(2, 3, 4, 5, 6))
+
+
+def kernels(folder: Path | None, arches: Sequence[str], batch: int, *, as_json: bool) -> Answer:
+    from pqk.gpu_proof import prove
+
+    document = prove(folder, arches, batch=batch, observer=observer(as_json))
+    what = "the kernels' cases" if folder is None else f"{folder} at batch {batch}"
+    shown: list[RenderableType] = []
+    for arch in document["predictions_assume"]:
+        rows = [row for layer in document["layers"] for row in _launches(layer, arch["name"])]
+        untraced = {why for layer in document["layers"] if (why := layer["on"][arch["name"]]["traffic_reason"])}
+        shown += [
+            table(f"{what}, compiled for {arch['name']}", LAUNCHES, rows, right=range(3, len(LAUNCHES))),
+            f"≥ µs: predicted, not measured, by the peaks of one {arch['gpu']}: "
+            f"{arch['int8_ops'] / 1e12:.0f} TOPS INT8, {arch['bandwidth'] / 1e9:.0f} GB/s ({arch['source']})",
+            *(f"bytes not counted: {why}" for why in sorted(untraced)),
+        ]
+    missed = document["problems"]
+    verdict = [f"missed: {text}" for text in missed] or ["every bar is met: no spills, no more than 1.1x the bytes"]
+    return Answer(document, [*shown, READ, *verdict], 1 if missed else 0)
+
+
+LAUNCHES = (
+    "layer", "operator", "int8 units", "regs", "spills", "shared", "fills ≤", "moved", "to once", "issued", "≥ µs"
+)  # fmt: skip
+READ = (
+    "int8 units: integer matrix instructions in the code; fills: share of a core's warps that such programs can fill; "
+    "moved: distinct 32-byte sectors; to once: beside inputs, weights and outputs once; issued: all loads and stores"
+)
+
+
+def _launches(layer: dict[str, Any], arch: str) -> Rows:
+    """A row for each launch of a layer; its bytes and time stand in the first."""
+    there = layer["on"][arch]
+    traffic, predicted, alike = there["traffic"], there["predicted"], len(layer["layers"]) - 1
+    name, op = layer["layers"][0] + (f" +{alike}" if alike else ""), layer["op"].removeprefix("pqk::")
+    counted: list[str | None] = [None] * 4
+    if traffic:
+        moved, issued = (f"{traffic[k] / 1e3:.1f} kB" for k in ("moved", "issued"))
+        counted = [moved, f"{traffic['ratio']:.2f}x", issued, f"{predicted['microseconds']:.2f}"]
+    rows: Rows = []
+    for code in there["launches"]:
+        made: list[Any] = [None] * 5
+        if code["reason"] is None:
+            units = {name.partition(".")[0].removeprefix("v_").partition("_")[0].upper() for name in code["integer"]}
+            shared = f"{code['shared'] / 1024:.1f}/{code['shared_limit'] / 1024:.0f} K"
+            filled = f"{100 * code['occupancy']:.0f} %"
+            made = [", ".join(sorted(units)) or None, code["registers"], code["spills"], shared, filled]
+        rows.append([name, op, *made, *counted])
+        name, op, counted = "", "", [None] * 4
+    return rows or [[name, op, "not our kernel", *[None] * 8]]
 
 
 def inspect(where: Path) -> Answer:

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pqk.artifact import Artifact, write_manifest
+from pqk.artifact import DEPLOYED, Artifact, write_manifest
 from pqk.data import digest_of
-from pqk.emit_onnx import emit_onnx
+from pqk.emit_onnx import emit_onnx, names_of_outputs
+from pqk.emit_torch import emit_torch
 from pqk.errors import InputError, ParityError
 from pqk.files import read_json, write_json, write_tensors, write_whole
 from pqk.knowledge.teacher import fingerprint
@@ -25,7 +26,7 @@ from pqk.oracle import Oracle
 from pqk.pipeline import check_order, run_passes, state
 from pqk.program import Pass, Program, Stage
 from pqk.proof import prove
-from pqk.recipe import Recipe, TargetSpec
+from pqk.recipe import Recipe, TargetSpec, unfit
 from pqk.report import to_markdown
 from pqk.run import Journal, Observer, Run, Silent, from_main, is_main_process
 from pqk.target import Target
@@ -66,10 +67,13 @@ def compress(
         ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
     """
     recipe = _recipe(recipe, target, seed, task)
-    passes, chosen = recipe.passes, _target(recipe)
+    assert recipe.target is not None
+    passes, chosen = recipe.passes, Target.named(recipe.target.name)
     last = check_order(passes)
     if last != Stage.INT8:
-        raise InputError(f'recipe: it leaves the student in stage {last}; the last pass must be "convert"')
+        raise InputError(f'recipe: it leaves the student in stage {last}; the last pass must be "convert" or "fuse"')
+    if (reason := unfit(passes, chosen)) is not None:
+        raise InputError(f"recipe: {reason}")
     for p in passes:
         if isinstance(p, Training) or getattr(p, "recovery_epochs", False):
             task.need_train(p.name)
@@ -102,10 +106,10 @@ def compress(
 def _run(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Target, run: Run) -> Program:
     """The passes, with a latency oracle where this machine is the target."""
     student = copy.deepcopy(teacher).requires_grad_(True)
-    if target.mismatch() is not None:
+    if target.unmeasured() is not None:
         return run_passes(Program(teacher, student, Stage.MODULE, target, run), task, passes)
     oracle = Oracle(teacher, task, target, passes, run)
-    run = dataclasses.replace(run, deployed_latency=oracle.latency, deployed_baseline=oracle.baseline)
+    run = oracle.serve(run)
     try:
         return run_passes(Program(teacher, student, Stage.MODULE, target, run), task, passes)
     finally:
@@ -114,7 +118,9 @@ def _run(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Target,
 
 def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, seed: int | None, task: Task) -> Recipe:
     if recipe is None:
-        recipe = Recipe.default(trains=task.train is not None)
+        name = target.name if isinstance(target, Target) else target
+        runtime = "onnxruntime" if name is None else Target.named(name).runtime
+        recipe = Recipe.default(task.train is not None, runtime)
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     if target is not None:
@@ -125,17 +131,6 @@ def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, see
     if seed is not None and seed < 0:
         raise InputError(f"seed={seed} must not be negative")
     return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
-
-
-def _target(recipe: Recipe) -> Target:
-    assert recipe.target is not None
-    target = Target.named(recipe.target.name)
-    if target.runtime != "onnxruntime":
-        raise InputError(
-            f"target {target.name}: this version emits model.onnx for CPUs; the Triton kernels of cuda targets are not "
-            "in it. Choose a CPU target: x86-avx2 is exact on every x86"
-        )
-    return target
 
 
 def _identity(recipe: Recipe, teacher: nn.Module, task: Task) -> dict[str, Any]:
@@ -185,27 +180,33 @@ def _finish(
     proof = folder / ".work" / "proof"
     shutil.rmtree(proof, ignore_errors=True)
     proof.mkdir()
-    emit_onnx(program.student, task.example, proof / "model.onnx", task.input_names, task.output_names)
+    if program.target.runtime == "onnxruntime":
+        emit_onnx(program.student, task.example, proof / "model.onnx", task.input_names, task.output_names)
+    if program.fused is not None:
+        emit_torch(program.fused, task.example, proof / "student.pt2")
     report = prove(program, task, recipe.passes, proof, attribution, seed=recipe.seed)
     write_tensors(proof / "student.safetensors", program.student.state_dict())
     write_json(proof / "student.json", {"plan": state(program)["plan"]})
     write_whole(proof / "recipe.toml", lambda p: p.write_text(recipe.dumps()))
     write_whole(proof / "report.json", lambda p: p.write_text(report.dumps()))
     write_whole(proof / "report.md", lambda p: p.write_text(to_markdown(report)))
-    if report.parity is not None and not report.parity.passed and not allow_parity_failure:
+    contracts = [report.parity, None if report.fusion is None else report.fusion.parity]
+    broken = next((c for c in contracts if c is not None and not c.passed), None)
+    if broken is not None and not allow_parity_failure:
         raise ParityError(
-            f"parity: {report.parity.first_divergence}. The finished passes and the report are kept in "
+            f"parity: {broken.first_divergence}. The finished passes and the report are kept in "
             f"{folder / '.work'}; --resume --allow-parity-failure finishes the artifact all the same"
         )
-    for name in ("model.onnx", "student.safetensors", "student.json", "recipe.toml", "report.json", "report.md"):
-        (proof / name).replace(folder / name)
+    for name in ("student.safetensors", "student.json", "recipe.toml", "report.json", "report.md", *DEPLOYED):
+        if (proof / name).exists():
+            (proof / name).replace(folder / name)
     write_manifest(folder, _manifest(program, task, recipe, folder))
 
 
 def _manifest(program: Program, task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         outputs = program.student(*task.example)
-    names = task.output_names or tuple(o.name for o in _onnx_outputs(folder / "model.onnx"))
+    names = task.output_names or names_of_outputs(outputs)
     described = [_describe(n, t) for n, t in zip(names, tensors(outputs), strict=True)]
     work = read_json(folder / ".work" / "run.json")
     return {
@@ -223,9 +224,3 @@ def _manifest(program: Program, task: Task, recipe: Recipe, folder: Path) -> dic
 
 def _describe(name: str, t: torch.Tensor) -> dict[str, Any]:
     return {"name": name, "shape": ["batch", *t.shape[1:]], "dtype": str(t.dtype).removeprefix("torch.")}
-
-
-def _onnx_outputs(path: Path) -> list[Any]:
-    import onnx
-
-    return list(onnx.load(path, load_external_data=False).graph.output)

@@ -14,7 +14,7 @@ from pqk.console import clock, listed, table
 from pqk.knowledge import TERMS
 from pqk.passes import PASSES
 from pqk.recipe import documentation
-from pqk.report import Report, percent
+from pqk.report import LatencyRow, Report, percent
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
@@ -242,3 +242,33 @@ def machine(found: dict[str, Any]) -> list[RenderableType]:
         shown.append(table("Extras that are not installed", ("extra", "missing", "without it", "to install"), extras))
     problems = [f"problem: {p}" for p in found["problems"]]
     return [*shown, *(problems or ["pqk can work here"])]
+
+
+def gpu(found: dict[str, Any]) -> list[RenderableType]:
+    """What `pqk benchmark --device cuda` measured: latencies, shares of the device's ceilings, what was left out."""
+    shares, rows = {s["batch"]: s for s in found["shares"]}, []
+    for row in (LatencyRow(**r) for r in found["latency"]):
+        share = shares[row.batch] if row.runtime == "triton" else None
+        rows.append(
+            [
+                row.variant.partition("_")[0],
+                row.runtime,
+                row.batch,
+                f"{1e3 * row.median_ms:.1f} µs",
+                f"{1e3 * row.p05_ms:.1f} to {1e3 * row.p95_ms:.1f} µs",
+                row.verdict,
+                share and percent(share["bandwidth"]),
+                share and percent(share["integer"]),
+            ]
+        )
+    header = ("network", "runtime", "batch", "median", "5 % to 95 %", "against the teacher", "bandwidth", "int8 rate")
+    device, ceilings, gate = found["device"], found["ceilings"], found["gate"]
+    noise = "equal outputs" if gate["sqnr_db"] is None else f"SQNR {gate['sqnr_db']:.1f} dB"
+    return [
+        table(f"{found['artifact']}, compiled for {found['target']}", header, rows, right=range(2, len(header))),
+        f"{device['name']}, compute capability {device['capability']}, CUDA {device['cuda']}; shares are of "
+        f"{ceilings['bandwidth'] / 1e9:.0f} GB/s and {ceilings['integer'] / 1e12:.1f} TOPS, measured just before",
+        f"on the device and on the CPU: {noise}, {gate['alike']} of {gate['samples']} random samples decided alike",
+        *(f"left out: {s['variant']} in {s['runtime']}: {s['reason']}" for s in found["skipped"]),
+        found["protocol"],
+    ]

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.passes.convert import quantized_tensors
+from pqk.task import Outputs
 
 OPSET = 21
 BATCH = "batch"
@@ -69,7 +70,7 @@ def emit_onnx(
     cannot be exported, and for a full disk.
     """
     module.eval()
-    names = list(output_names or _output_names(module, example))
+    names = list(output_names or _names_of_outputs(module, example))
     batch = torch.export.Dim(BATCH)
     try:
         with _quiet(), torch.no_grad():
@@ -96,9 +97,13 @@ def emit_onnx(
     write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
 
 
-def _output_names(module: nn.Module, example: tuple[Tensor, ...]) -> list[str]:
+def _names_of_outputs(module: nn.Module, example: tuple[Tensor, ...]) -> list[str]:
     with torch.no_grad():
-        outputs = module(*example)
+        return names_of_outputs(module(*example))
+
+
+def names_of_outputs(outputs: Outputs) -> list[str]:
+    """What outputs are called where the task does not name them."""
     if isinstance(outputs, dict):
         return list(outputs)
     return ["logits"] if isinstance(outputs, Tensor) else [f"output_{i}" for i in range(len(outputs))]

@@ -1,7 +1,8 @@
 """The latency oracle: how long the deployed INT8 form of a float student takes in the target's runtime, here.
 
 A student is captured, quantized after training and converted as the recipe would, emitted, and timed in turn with the
-teacher in FP32, so that whatever else the machine is doing cancels out. Its weights do not matter.
+teacher in FP32, so that whatever else the machine is doing cancels out. Its weights do not matter, and layers that a
+measurement of the recipe's would leave in float are not looked for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from pqk.benchmark import fastest
+from pqk.benchmark import fastest, ratio_to
 from pqk.emit_onnx import emit_onnx
 from pqk.passes import Capture, Convert, Quantize
 from pqk.program import Pass, Program, Stage
@@ -39,10 +40,22 @@ class Oracle:
         found = {type(p): p for p in passes}
         quantize = found.get(Quantize, Quantize())
         assert isinstance(quantize, Quantize)
-        cheap = dataclasses.replace(quantize, calibration="minmax", samples=CALIBRATION)
+        cheap = dataclasses.replace(
+            quantize, calibration="minmax", samples=CALIBRATION, least_sqnr=None, faster_float=False
+        )
         self.passes: tuple[Pass, ...] = (found.get(Capture, Capture()), cheap, found.get(Convert, Convert()))
         self.folder = tempfile.TemporaryDirectory(prefix="pqk-oracle-")
         self._session: ort.InferenceSession | None = None
+        self._last: tuple[nn.Module, tuple[str, ...], ort.InferenceSession] | None = None
+
+    def serve(self, run: Run) -> Run:
+        """`run` with this oracle in it."""
+        return dataclasses.replace(
+            run,
+            deployed_latency=self.latency,
+            deployed_baseline=self.baseline,
+            deployed_float_gain=self.float_gain,
+        )
 
     def baseline(self) -> float:
         """Milliseconds of the teacher in FP32, measured once in a run and journaled: all ratios are to it."""
@@ -56,11 +69,27 @@ class Oracle:
         teacher, student_ms = fastest([self._teacher(), candidate], self.task.feeds(1))
         return self.baseline() * student_ms / teacher
 
-    def emit(self, student: nn.Module) -> Path:
-        """The ONNX file of a MODULE student's INT8 form."""
-        program = Program(self.teacher, copy.deepcopy(student).eval(), Stage.MODULE, self.target, Run())
+    def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str) -> tuple[float, float, float]:
+        """How many times faster the INT8 form of a GRAPH student is with `layer` in float beside `floats`.
+
+        In turn, with the ends of the 95 % interval.
+        """
+        if self._last is None or self._last[0] is not student or self._last[1] != floats:
+            integer = session(self.emit(student, Stage.GRAPH, floats), threads=self.threads)
+            self._last = student, floats, integer
+        candidate = session(self.emit(student, Stage.GRAPH, (*floats, layer)), threads=self.threads)
+        ratio, low, high = ratio_to(self._last[2], candidate, self.task.feeds(1))
+        return ratio, low, high
+
+    def emit(self, student: nn.Module, stage: Stage = Stage.MODULE, floats: tuple[str, ...] = ()) -> Path:
+        """The ONNX file of the INT8 form of a student in `stage`, with `floats` left in float beside the recipe's."""
+        program = Program(self.teacher, copy.deepcopy(student).eval(), stage, self.target, Run())
         with torch.random.fork_rng(devices=[]):
             for p in self.passes:
+                if program.stage not in p.consumes:
+                    continue
+                if isinstance(p, Quantize):
+                    p = dataclasses.replace(p, float_layers=(*p.float_layers, *floats))
                 program = dataclasses.replace(p.apply(program, self.task), stage=p.result_stage(program.stage))
         path = Path(self.folder.name) / "candidate.onnx"
         emit_onnx(program.student, self.task.example, path, self.task.input_names, self.task.output_names)

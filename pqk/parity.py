@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -25,6 +25,8 @@ from pqk.report import LayerParity, Parity
 from pqk.runtime import session
 from pqk.subgraph import Array, Layer, QdqFile, Twin
 from pqk.task import Outputs, Task, predict, tensors
+
+Model = Callable[..., Outputs]
 
 MAX_LSB = 1
 EXACT_SHARE = 0.999
@@ -59,7 +61,16 @@ def check_parity(
 
     inputs = next(task.calibration(layer_samples))
     layers = check_layers(int8_graph, quantized_tensors(int8_graph), onnx_path, inputs, optimized=optimized)
-    ends = compare_ends(fake_quant, onnx_path, task, optimized=optimized, samples=samples)
+    with torch.inference_mode():
+        deployed = OnnxModel(onnx_path, fake_quant(*task.example), optimized=optimized)
+    ends = compare_ends(fake_quant, deployed, task, samples=samples)
+    return verdict(layers, ends, "optimized" if optimized else "unoptimized")
+
+
+def verdict(
+    layers: Sequence[LayerParity], ends: Mapping[str, Any], mode: Literal["optimized", "unoptimized", "reference"]
+) -> Parity:
+    """The contract: every layer, then the ends."""
     broken = next((layer for layer in layers if not layer.passed), None)
     divergence = describe(broken) if broken else ends["divergence"]
     return Parity(
@@ -69,7 +80,7 @@ def check_parity(
         metric_delta=ends["metric_delta"],
         first_divergence=divergence,
         samples=ends["samples"],
-        mode="optimized" if optimized else "unoptimized",
+        mode=mode,
     )
 
 
@@ -251,13 +262,8 @@ def restructured(like: Outputs, values: Iterator[Tensor]) -> Outputs:
     return type(like)(restructured(part, values) for part in like)
 
 
-def compare_ends(
-    fake_quant: nn.Module, onnx_path: Path, task: Task, *, optimized: bool, samples: int | None
-) -> dict[str, Any]:
-    """Decisions and metric of the fake-quant graph against ONNX Runtime: agreement, delta, divergence."""
-    with torch.inference_mode():
-        like = fake_quant(*task.example)
-    deployed = OnnxModel(onnx_path, like, optimized=optimized)
+def compare_ends(fake_quant: nn.Module, deployed: Model, task: Task, *, samples: int | None) -> dict[str, Any]:
+    """Decisions and metric of the fake-quant graph against what is deployed: agreement, delta, divergence."""
     ours, targets = predict(fake_quant, task.evaluation, samples)
     theirs, _ = predict(deployed, task.evaluation, samples)
     mine, other = task.decision(ours), task.decision(theirs)

@@ -59,7 +59,7 @@ def run_passes(program: Program, task: Task, passes: Sequence[Pass], start: int 
         program = replace(program, run=program.run.enter(scope), details={})
         # Rank 0 looks: it may have saved a pass that another process has yet to begin.
         if saved is not None and from_main((saved / "program.json").exists):
-            program = load(program, task, saved, table)
+            program = p.derive(load(program, task, saved, table))
             continue
         began = time.perf_counter()
         torch.manual_seed(program.run.seed_for("pass"))
@@ -80,14 +80,16 @@ def verify(program: Program, task: Task, scope: str) -> None:
     if isinstance(program.student, torch.fx.GraphModule):
         program.student.graph.lint()
     program.student.eval()
-    with torch.no_grad():
-        want, got = tensors(program.teacher(*task.example)), tensors(program.student(*task.example))
-    shapes = [[(tuple(t.shape), t.dtype) for t in side] for side in (want, got)]
-    if shapes[0] != shapes[1]:
-        raise PqkError(f"{scope}: the student's outputs are {shapes[1]} and the teacher's {shapes[0]}")
-    for i, t in enumerate(got):
-        if t.is_floating_point() and not bool(t.isfinite().all()):
-            raise PqkError(f"{scope}: output {i} of the student is not finite on the example inputs")
+    forms = {"student": program.student} | ({} if program.fused is None else {"fused student": program.fused})
+    for form, module in forms.items():
+        with torch.no_grad():
+            want, got = tensors(program.teacher(*task.example)), tensors(module(*task.example))
+        shapes = [[(tuple(t.shape), t.dtype) for t in side] for side in (want, got)]
+        if shapes[0] != shapes[1]:
+            raise PqkError(f"{scope}: the {form}'s outputs are {shapes[1]} and the teacher's {shapes[0]}")
+        for i, t in enumerate(got):
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                raise PqkError(f"{scope}: output {i} of the {form} is not finite on the example inputs")
     for name, t in program.student.state_dict().items():
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise PqkError(f"{scope}: {name} of the student is not finite")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 if TYPE_CHECKING:
     from pqk.run import Run
@@ -103,6 +103,8 @@ class Program:
     records: tuple[Record, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     """what the current pass wants noted in its record (JSON)"""
+    fused: fx.GraphModule | None = None
+    """the INT8 student as a program of fused operators; made from the student, so it is not saved"""
 
     def rewrite(self, function: RewriteFunction, example: Example, **arguments: Any) -> Program:
         """Apply one rewrite to the student and append it to the plan. `arguments` must be JSON."""
@@ -130,6 +132,10 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, program: Program, task: Task) -> Program:
         """Return the program with this pass done. Raises `InputError` where it cannot apply."""
+
+    def derive(self, program: Program) -> Program:
+        """What this pass makes of the student without changing it. Called where its saved result is loaded."""
+        return program
 
     def result_stage(self, stage: Stage) -> Stage:
         """The stage after this pass on a student in `stage`."""

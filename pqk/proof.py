@@ -7,7 +7,7 @@ and timed in turn with the teacher.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,29 +28,33 @@ from pqk.benchmark import (
 )
 from pqk.coverage import integer_coverage
 from pqk.emit_onnx import emit_onnx
+from pqk.emit_torch import load_student
 from pqk.knowledge import CrossEntropy
 from pqk.machine import fingerprint, peak_memory
 from pqk.measure import count_macs, count_parameters
 from pqk.modules import quantizers
-from pqk.parity import OnnxModel, check_parity
-from pqk.passes import REWRITES, Distill, Prune
+from pqk.parity import Model, OnnxModel, check_parity
+from pqk.parity_fused import check_fused_parity
+from pqk.passes import REWRITES, Distill, Fuse, Prune
 from pqk.pipeline import load, run_passes
 from pqk.program import Pass, Program, Stage
 from pqk.report import (
     AttributionRow,
     Conditions,
     DeclinedRow,
+    Fusion,
     LatencyRow,
     Metric,
     PassRecord,
     Report,
     Variant,
 )
-from pqk.task import Task
+from pqk.task import Outputs, Task
 from pqk.train import Training
 
 THREADS = 2
 NEURAL_COMPRESSOR = "neural-compressor"
+TRITON = "triton"
 THROUGHPUT_BATCH = 32
 
 
@@ -65,19 +69,26 @@ class Network:
     """why there is nothing to measure"""
     parameters: int | None = None
     runtime: str = "onnxruntime"
+    deployed: Callable[..., Outputs] | None = None
+    """what is run for the metric, where it is not the file in ONNX Runtime"""
 
 
 def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, *, seed: int) -> Report:
-    """The report of a finished INT8 program whose `model.onnx` is in `folder`; other files are written beside it."""
-    here = program.target.mismatch()
+    """The report of a finished INT8 program; what it deploys is in `folder`, other files are written beside it."""
+    here = program.target.unmeasured()
     fake_quant = _saved(program, task, passes, Stage.FAKE_QUANT).student
     networks = _networks(program, fake_quant, task, passes, folder, attribution)
     feeds = task.feeds(len(task.example[0]))
     assert isinstance(program.student, torch.fx.GraphModule)
-    parity = check_parity(fake_quant, program.student, folder / "model.onnx", task, optimized=here is None)
+    fusion = _fusion(program, fake_quant, task, folder / "student.pt2")
+    if program.target.runtime == TRITON:
+        assert fusion is not None
+        parity = fusion.parity
+    else:
+        parity = check_parity(fake_quant, program.student, folder / "model.onnx", task, optimized=here is None)
     latency, notes = _latency(networks, program, task, here)
     rows = [_row(n, program, task, latency, feeds, here) for n in networks]
-    by_variant = {r.variant: r for r in rows if r.runtime == "onnxruntime"}
+    by_variant = {r.variant: r for r in rows if r.runtime != NEURAL_COMPRESSOR}
     student, teacher = by_variant["student"], by_variant["teacher_fp32"]
     training = [p for p in passes if isinstance(p, Training)]
     trained = {r.index: r.seconds for r in program.records if isinstance(passes[r.index], Training)}
@@ -88,6 +99,7 @@ def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, at
         integer_coverage=student.integer_coverage,
         integer_coverage_reason=here,
         parity=parity,
+        fusion=fusion,
         size_bytes=student.size_bytes or 0,
         parameters=student.parameters or 0,
         macs=student.macs or 0,
@@ -108,6 +120,21 @@ def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, at
         ),
         passes=tuple(PassRecord(**dataclasses.asdict(r)) for r in program.records),
         notes=tuple(notes),
+    )
+
+
+def _fusion(program: Program, fake_quant: nn.Module, task: Task, path: Path) -> Fusion | None:
+    """What `fuse` noted, and the parity of its file; None where the recipe does not fuse."""
+    if program.fused is None:
+        return None
+    assert isinstance(program.student, torch.fx.GraphModule)
+    noted = next(r.details for r in reversed(program.records) if r.pass_name == Fuse.name)
+    left = [d for d in program.declined if d.pass_name == Fuse.name]
+    return Fusion(
+        **noted,
+        size_bytes=path.stat().st_size,
+        left_out=tuple(DeclinedRow(pass_name=d.pass_name, layer=d.layer, reason=d.reason) for d in left),
+        parity=check_fused_parity(fake_quant, program.student, program.fused, load_student(path), task),
     )
 
 
@@ -137,18 +164,24 @@ def _networks(
             return Network(variant, None, None, f'the recipe has no "{kind.name}" in stage MODULE')
         return emit(variant, saved.student, variant)
 
-    networks = [emit("teacher_fp32", program.teacher, "teacher")]
-    teacher = networks[0].path
-    assert teacher is not None
-    quantized = folder / "teacher_ptq.onnx"
-    reason = ptq(teacher, quantized, task, program.target)
-    networks.append(Network("teacher_ptq", None if reason else quantized, program.teacher, reason or ""))
-    networks.append(_by_neural_compressor(program, task))
+    networks = [emit("teacher_fp32", program.teacher, "teacher"), *_quantized_teachers(program, task, folder)]
     networks += [stage("pruned", Prune), stage("pruned_distilled", Distill)]
     networks.append(_without_knowledge(program, task, passes, folder, attribution))
-    parameters = count_weights(fake_quant)
-    networks.append(Network("student", folder / "model.onnx", program.student, parameters=parameters))
-    return networks
+    student = Network("student", folder / "model.onnx", program.student, parameters=count_weights(fake_quant))
+    if program.target.runtime == TRITON:
+        file = folder / "student.pt2"
+        student = dataclasses.replace(student, path=file, runtime=TRITON, deployed=load_student(file))
+    return [*networks, student]
+
+
+def _quantized_teachers(program: Program, task: Task, folder: Path) -> list[Network]:
+    """The teacher after post-training quantization alone, by ONNX Runtime and by neural-compressor."""
+    if program.target.runtime == TRITON:
+        return [Network("teacher_ptq", None, None, "the tools that quantize after training write for CPUs")]
+    quantized = folder / "teacher_ptq.onnx"
+    reason = ptq(folder / "teacher.onnx", quantized, task, program.target)
+    by_onnxruntime = Network("teacher_ptq", None if reason else quantized, program.teacher, reason or "")
+    return [by_onnxruntime, _by_neural_compressor(program, task)]
 
 
 def _by_neural_compressor(program: Program, task: Task) -> Network:
@@ -263,7 +296,7 @@ def _row(
         None,
     )
     worth = {
-        "metric": task.score(_deployed(path, program, task, here) if path else model, task.evaluation),
+        "metric": task.score(network.deployed or _deployed(path, program, task, here, model), task.evaluation),
         "reasons": reasons,
     }
     if timed is not None:
@@ -278,7 +311,10 @@ def _row(
     return base.model_copy(update=worth)
 
 
-def _deployed(path: Path, program: Program, task: Task, here: str | None) -> OnnxModel:
+def _deployed(path: Path | None, program: Program, task: Task, here: str | None, model: nn.Module) -> Model:
+    """What a row's file computes; its module where it has none."""
+    if path is None:
+        return model
     with torch.inference_mode():
         like = program.teacher(*task.example)
     return OnnxModel(path, like, optimized=here is None)

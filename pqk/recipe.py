@@ -31,8 +31,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pqk.errors import InputError, nearest
-from pqk.knowledge import TERMS, Term
-from pqk.passes import PASSES
+from pqk.knowledge import SOURCES, TERMS
+from pqk.passes import PASSES, Fuse, Quantize
 from pqk.pipeline import check_order
 from pqk.program import CONFIG, Pass, Stage
 from pqk.target import Target
@@ -162,12 +162,15 @@ class Recipe:
         return replace(self, passes=tuple(passes))
 
     @staticmethod
-    def default(trains: bool = True) -> Recipe:
+    def default(trains: bool = True, runtime: str = "onnxruntime") -> Recipe:
         """What `compress` does where no recipe is given: prune to a third of the teacher's latency, recover, quantize.
 
-        Without training data: post-training quantization alone.
+        Without training data: post-training quantization alone. For Triton, whose latency no compile measures: a third
+        of the MACs, and the fused kernels.
         """
         text = _DEFAULT if trains else _DEFAULT_PTQ
+        if runtime == "triton":
+            text = text.replace("latency_ratio", "macs_ratio") + _FUSE
         return Recipe.loads(text)
 
     def stages(self) -> list[Stage]:
@@ -176,6 +179,15 @@ class Recipe:
         for p in self.passes:
             stages.append(p.result_stage(stages[-1]))
         return stages[:-1]
+
+
+def unfit(passes: Sequence[Pass], target: Target) -> str | None:
+    """Why these passes do not make what `target` runs, or cannot make it here, else None."""
+    if target.runtime == "triton" and passes[-1].name != Fuse.name:
+        return f'target {target.name} runs fused kernels: the last pass of the recipe must be "fuse"'
+    if any(isinstance(p, Quantize) and p.faster_float for p in passes) and (reason := target.unmeasured()) is not None:
+        return f"quantize.faster_float times layers, but {reason}; set it to false, or compile on the target"
+    return None
 
 
 _DEFAULT_PTQ = """
@@ -206,6 +218,10 @@ teach_from = 0.1
 terms = [{ term = "cross_entropy", weight = 0.1 }, { term = "kl", weight = 0.9, temperature = 2.0 }]
 [[pass]]
 name = "convert"
+"""
+_FUSE = """
+[[pass]]
+name = "fuse"
 """
 
 
@@ -268,15 +284,14 @@ def explain(error: ValidationError, kind: type[Any]) -> str:
     for e in error.errors():
         place = ".".join(str(part) for part in e["loc"])
         if e["type"] == "unexpected_keyword_argument":
-            key, owner = str(e["loc"][-1]), kind if len(e["loc"]) == 1 else _term_named(e["loc"][-2])
+            key, owner = str(e["loc"][-1]), kind if len(e["loc"]) == 1 else _tagged(e["loc"][-2])
             lines.append(f'unknown key "{place}"' + (nearest(key, [f.name for f in fields(owner)]) if owner else ""))
         elif e["type"] == "union_tag_invalid":
-            tag = e["input"]["term"]
-            lines.append(f'{place}: unknown term "{tag}"{nearest(str(tag), (term_name(t) for t in TERMS))}')
+            key, tag = e["ctx"]["discriminator"].strip("'"), e["ctx"]["tag"]
+            lines.append(f'{place}: unknown {key} "{tag}"{nearest(tag, _tags(key))}')
         elif e["type"] == "union_tag_not_found":
-            lines.append(
-                f'{place}: it needs a key "term"{nearest("", (term_name(t) for t in TERMS))} (got {e["input"]!r})'
-            )
+            key = e["ctx"]["discriminator"].strip("'")
+            lines.append(f'{place}: it needs a key "{key}"{nearest("", _tags(key))} (got {e["input"]!r})')
         else:
             shown = "" if e["type"] in ("missing", "value_error") else f" (got {e['input']!r})"
             text = e["msg"].removeprefix("Value error, ").removeprefix("recipe: ")
@@ -284,13 +299,15 @@ def explain(error: ValidationError, kind: type[Any]) -> str:
     return "; ".join(lines)
 
 
-def term_name(term: type[Term]) -> str:
-    """What a recipe calls a knowledge term."""
-    return str(next(f.default for f in fields(term) if f.name == "term"))
+def _tags(key: str) -> dict[str, type[Any]]:
+    """The terms by name, or the sources of teachers: what a table's `term` or `source` may be."""
+    kinds: tuple[type[Any], ...] = SOURCES if key == "source" else TERMS
+    return {str(next(f.default for f in fields(k) if f.name == key)): k for k in kinds}
 
 
-def _term_named(name: object) -> type[Term] | None:
-    return next((t for t in TERMS if term_name(t) == name), None)
+def _tagged(name: object) -> type[Any] | None:
+    """The term or source of that name."""
+    return {**_tags("term"), **_tags("source")}.get(str(name))
 
 
 def documentation(kind: type[Any]) -> dict[str, str]:

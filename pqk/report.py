@@ -84,11 +84,11 @@ class LatencyRow(Part):
 
 
 class LayerParity(Part):
-    """One layer, INT8 graph against ONNX Runtime on the same integer inputs."""
+    """One layer, INT8 graph against ONNX Runtime (or the fused student) on the same integer inputs."""
 
     name: str
     op: str
-    """the ONNX operators between the layer's integer inputs and its integer output"""
+    """the ONNX operators between the layer's integer inputs and its integer output, or the fused operator's name"""
     max_lsb: Annotated[float, Field(ge=0)] | None
     """largest difference in steps of the output; null for a float output"""
     exact: Share
@@ -101,20 +101,21 @@ class LayerParity(Part):
 
 
 class Parity(Part):
-    """The parity contract: fake-quant graph, INT8 graph and ONNX Runtime agree."""
+    """The parity contract: fake-quant graph, INT8 graph and what is deployed (ONNX Runtime, fused student) agree."""
 
     passed: bool
     layers: tuple[LayerParity, ...]
     agreement: Share | None
-    """share of evaluation samples with the same decision, fake-quant graph and ONNX Runtime"""
+    """share of evaluation samples with the same decision, fake-quant graph and what is deployed"""
     metric_delta: float | None
-    """ONNX Runtime's metric less the fake-quant graph's"""
+    """the metric of what is deployed less the fake-quant graph's"""
     first_divergence: str | None
     """the first layer that breaks the contract and by how much; null where none does"""
     samples: Count
     """evaluation samples compared end to end"""
-    mode: Literal["optimized", "unoptimized"]
-    """whether ONNX Runtime ran with its optimizations: without them where the target is not this machine"""
+    mode: Literal["optimized", "unoptimized", "reference"]
+    """whether ONNX Runtime ran with its optimizations: without them where the target is not this machine;
+    `reference`: the fused student ran instead, by the reference bodies of its operators"""
 
 
 class DeclinedRow(Part):
@@ -125,6 +126,23 @@ class DeclinedRow(Part):
     reason: str
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+
+class Fusion(Part):
+    """What `fuse` made of the INT8 graph: `student.pt2`. Launches and bytes are those of one sample."""
+
+    launches_before: Count
+    """operators of the INT8 graph that depend on the input and write memory"""
+    launches_after: Count
+    bytes_before: Count
+    """inputs, weights and outputs of those operators, each tensor of an operator once"""
+    bytes_after: Count
+    size_bytes: Count
+    """of `student.pt2`"""
+    left_out: tuple[DeclinedRow, ...]
+    """layers that stay operators of torch, or end sooner than they might, and why"""
+    parity: Parity
+    """the fused student against the INT8 graph, by the reference bodies of its operators"""
 
 
 class AttributionRow(Part):
@@ -191,6 +209,8 @@ class Report(Part):
     parity: Parity | None
     parity_reason: str | None = None
     """why `parity` is null"""
+    fusion: Fusion | None = None
+    """null where the recipe does not fuse"""
     size_bytes: Count
     """of the student's deployed file"""
     parameters: Count
@@ -316,6 +336,7 @@ def to_markdown(report: Report) -> str:
         latency_section(report),
         "## Parity",
         parity_section(report),
+        *fusion_section(report),
         "## Declined",
         declined_section(report),
         "## Conditions",
@@ -363,10 +384,16 @@ def parity_section(report: Report) -> str:
     lines = [f"Integer coverage (share of MACs in integer kernels): {coverage}.", ""]
     if parity is None:
         return "\n".join([*lines, f"Parity was not checked: {report.parity_reason or 'no reason given'}."])
+    return "\n".join([*lines, contract(parity)])
+
+
+def contract(parity: Parity) -> str:
+    """Whether the parity contract is met, and every layer's numbers."""
     agreement = percent(parity.agreement)
     delta = "–" if parity.metric_delta is None else f"{parity.metric_delta:+.4f}"
-    lines += [
-        f"The contract is **{'met' if parity.passed else 'broken'}** ({parity.mode} ONNX Runtime): "
+    deployed = "fused student, reference bodies" if parity.mode == "reference" else f"{parity.mode} ONNX Runtime"
+    lines = [
+        f"The contract is **{'met' if parity.passed else 'broken'}** ({deployed}): "
         f"{agreement} of {parity.samples} samples decided alike, metric differs by {delta}.",
     ]
     if parity.first_divergence:
@@ -378,6 +405,25 @@ def parity_section(report: Report) -> str:
         for la in parity.layers
     ]
     return "\n".join([*lines, "", markdown_table(header, rows, texts=2)])
+
+
+def fusion_section(report: Report) -> list[str]:
+    """What `fuse` did; nothing where the recipe has none."""
+    fusion = report.fusion
+    if fusion is None:
+        return []
+    rows = [
+        ["launches", str(fusion.launches_before), str(fusion.launches_after)],
+        ["bytes moved", str(fusion.bytes_before), str(fusion.bytes_after)],
+    ]
+    left = [[d.layer, d.reason] for d in fusion.left_out]
+    return [
+        "## Fusion",
+        f"`student.pt2`, {fusion.size_bytes} bytes; counted for one sample, not timed.",
+        markdown_table(("", "INT8 graph", "fused"), rows),
+        *([markdown_table(("left out", "reason"), left, texts=2)] if left else []),
+        *([contract(fusion.parity)] if fusion.parity != report.parity else []),
+    ]
 
 
 def declined_section(report: Report) -> str:

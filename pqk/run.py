@@ -94,9 +94,13 @@ def from_main(value: Callable[[], Json]) -> Json:
     return box[0]
 
 
-_NO_ORACLE = (
+_NO_BUDGET = (
     "{where}: a latency budget needs the target's runtime, and this machine is not the target; "
     "use a budget in macs, parameters or size, or compile on the target"
+)
+_NO_GAIN = (
+    "{where}: how fast a layer is must be measured in the target's runtime, and this machine is not the target; "
+    "set it to false, or compile on the target"
 )
 
 
@@ -113,6 +117,9 @@ class Run:
     """the oracle: milliseconds of a MODULE student's INT8 form, batch 1, in the target's runtime; None: not here"""
     deployed_baseline: Callable[[], float] | None = None
     """milliseconds of the teacher in FP32 in the same runtime"""
+    deployed_float_gain: Callable[[nn.Module, tuple[str, ...], str], tuple[float, float, float]] | None = None
+    """(GRAPH student, layers left in float, one more) -> how many times faster one more makes the INT8 form, with the
+    ends of its 95 % interval"""
     scope: str = ""
     """the pass that is running, such as `02-distill`"""
 
@@ -140,11 +147,20 @@ class Run:
     def latency(self, student: nn.Module, where: str) -> float:
         """Milliseconds of `student`'s deployed INT8 form. Raises `InputError` where it cannot be measured here."""
         if self.deployed_latency is None:
-            raise InputError(_NO_ORACLE.format(where=where))
+            raise InputError(_NO_BUDGET.format(where=where))
         return self.deployed_latency(student)
 
     def baseline_latency(self, where: str) -> float:
         """Milliseconds of the teacher in FP32. Raises `InputError` where it cannot be measured here."""
         if self.deployed_baseline is None:
-            raise InputError(_NO_ORACLE.format(where=where))
+            raise InputError(_NO_BUDGET.format(where=where))
         return self.deployed_baseline()
+
+    def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str, where: str) -> tuple[float, ...]:
+        """How many times faster `student`'s deployed form is with `layer` in float beside `floats`: ratio, low, high.
+
+        Raises `InputError` where it cannot be measured here.
+        """
+        if self.deployed_float_gain is None:
+            raise InputError(_NO_GAIN.format(where=where))
+        return self.deployed_float_gain(student, floats, layer)

@@ -45,6 +45,15 @@ class Target:
         """The target that this machine's CPU is. Raises `InputError` for a CPU without integer dot products."""
         return Target.named(machine_target())
 
+    def unmeasured(self) -> str | None:
+        """Why a compile cannot time this target's students, nor read what its runtime executes; None where it can.
+
+        A compile measures in ONNX Runtime. Triton students are timed on their GPU, by `pqk benchmark --device cuda`.
+        """
+        if self.runtime == "triton":
+            return f"target {self.name}: student.pt2 is timed on its GPU: pqk benchmark DIR --device cuda"
+        return self.mismatch()
+
     def mismatch(self) -> str | None:
         """Why the numbers of this target are not this machine's; None where they are."""
         here = machine_target()

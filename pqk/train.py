@@ -280,6 +280,7 @@ class _Fit:
         retries, factor = self.log.retries, self.factor / 4
         self._restore()
         self.log.retries, self.factor = retries, factor
+        self._save()  # a run that is killed from here on goes on at the lower rate, too
         log.warning("%s: non-finite loss; back to step %d at %.2g of the rate", self.run.scope, self.step, factor)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:

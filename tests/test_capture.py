@@ -143,6 +143,28 @@ def test_inputs_and_outputs_keep_their_structure(build: Any) -> None:
     agree(Structure(build).eval(), torch.randn(3, 3), torch.randn(3, 3))
 
 
+def test_inputs_are_called_as_the_task_calls_them() -> None:
+    """Also where a layer of the model has that name."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.image(x) + y
+
+    example = torch.randn(2, 4), torch.randn(2, 4)
+    for names, expected in (
+        (None, ["x", "y", "image", "add"]),
+        (["image", "depth"], ["image", "depth", "image_1", "add"]),
+    ):
+        graph = capture(Two(), example, input_names=names)
+        assert isinstance(graph, fx.GraphModule)
+        nodes = [n for n in graph.graph.nodes if n.op in ("placeholder", "call_function")]
+        assert [n.meta["layer"] for n in nodes] == expected
+
+
 @pytest.mark.parametrize(
     ("layers", "shape"),
     [

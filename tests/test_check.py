@@ -227,3 +227,12 @@ def test_the_command_says_it_in_words_and_exits_with_two(
     document = json.loads(capsys.readouterr().out)
     assert document["passes"][0]["problem"] in document["problems"][0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.toml"]
+
+
+def test_a_gpu_s_recipe_is_rehearsed_without_a_gpu(toy: Any) -> None:
+    recipe = '[[pass]]\nname = "capture"\n[[pass]]\nname = "quantize"\nsamples = 64\n[[pass]]\nname = "convert"\n'
+    target, fuse = '[target]\nname = "cuda-sm90"\n', '[[pass]]\nname = "fuse"\n'
+    found = rehearse(toy, target + recipe + fuse)
+    assert found.problems == [] and found.student is not None and found.student["size_bytes"] > 0
+    assert found.latency is None and "--device cuda" in (found.latency_reason or "")
+    assert any('must be "fuse"' in p for p in rehearse(toy, target + recipe).problems)

@@ -319,7 +319,7 @@ RECIPES = {
     ),
     "NaN from the teacher": (('"toy:teacher"', '"toy:teacher"\narguments = { output = "nan" }'), ["NaN"]),
     "missing weights": (("toy.safetensors", "gone.safetensors"), ["gone.safetensors", "--data"]),
-    "cuda target": (("x86-avx2", "cuda-sm90"), ["cuda-sm90", "CPU target"]),
+    "cuda target": (("x86-avx2", "cuda-sm90"), ["cuda-sm90", "fuse"]),
 }
 
 

@@ -24,7 +24,7 @@ from pqk.compiler import compress
 from pqk.data import ArrayData
 from pqk.errors import InputError, ParityError
 from pqk.knowledge import CrossEntropy
-from pqk.passes import Capture, Convert, Distill, Prune, Quantize
+from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.recipe import Recipe
 from pqk.task import Task
 
@@ -220,7 +220,7 @@ def no_train() -> Task:
         ({"task": no_train()}, r"^distill: there is no training data"),
         ({"teacher": "resnet"}, "a str is no torch module"),
         ({"target": "x86-avx3"}, 'unknown target "x86-avx3"'),
-        ({"target": "cuda-sm90"}, "Choose a CPU target"),
+        ({"target": "cuda-sm90"}, 'runs fused kernels: the last pass of the recipe must be "fuse"'),
         ({"seed": -1}, "must not be negative"),
         ({"recipe": "nowhere.toml"}, r"cannot read the recipe nowhere\.toml"),
         ({"task": task(example=torch.zeros(2, 5))}, r"example inputs \(\(2, 5\) float32\) do not fit"),
@@ -238,6 +238,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_without_training_data_the_default_recipe_quantizes() -> None:
     recipe = compiler._recipe(None, "x86-avx2", None, no_train())
     assert [p.name for p in recipe.passes] == ["capture", "quantize", "convert"]
+    recipe = compiler._recipe(None, "cuda-sm80", None, no_train())
+    assert [p.name for p in recipe.passes] == ["capture", "quantize", "convert", "fuse"]
 
 
 def full(*arguments: Any, **options: Any) -> None:
@@ -315,3 +317,73 @@ def test_two_processes_compile_one_student(tmp_path: Path, whole: Path) -> None:
     assert ours.manifest["teacher"] == alone.manifest["teacher"] and ours.manifest["data"] == alone.manifest["data"]
     plans = [json.loads((p / "student.json").read_text())["plan"] for p in (out, whole)]
     assert [r["function"] for r in plans[0]] == [r["function"] for r in plans[1]]
+
+
+FUSED = Recipe(passes=(Capture(), Quantize(samples=16), Convert(), Fuse()))
+
+
+def test_a_gpu_s_student_is_student_pt2_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    artifact = compress(Net(), task(), FUSED, "cuda-sm80", out)
+    assert {p.name for p in out.iterdir()} == (SHIPPED - {"model.onnx"}) | {"student.pt2", ".work"}
+    report = artifact.report
+    assert report.latency == () and report.latency_reason is not None and "--device cuda" in report.latency_reason
+    assert report.integer_coverage is None and report.integer_coverage_reason == report.latency_reason
+    assert report.parity is not None and report.parity.passed and report.parity.mode == "reference"
+    assert report.fusion is not None and report.fusion.parity == report.parity and report.fusion.left_out == ()
+    assert report.fusion.launches_after == 5 < report.fusion.launches_before  # quantize, two layers, pool, linear
+    assert report.fusion.bytes_after < report.fusion.bytes_before
+    student = next(r for r in report.attribution if r.variant == "student")
+    assert student.runtime == "triton" and student.metric is not None and student.latency_ms is None
+    assert report.size_bytes == student.size_bytes == (out / "student.pt2").stat().st_size
+    page = (out / "report.md").read_text()
+    assert "## Fusion" in page and "| launches |" in page and "fused student, reference bodies" in page
+
+
+def test_a_gpu_s_artifact_runs_on_a_cpu_and_is_rebuilt(tmp_path: Path) -> None:
+    teacher, data = Net(), task()
+    artifact = compress(teacher, data, FUSED, "cuda-sm80", tmp_path / "out")
+    x = next(data.evaluation.batches()).inputs[0]
+    with torch.no_grad():
+        want, unfused = artifact.student()(x), artifact.rebuild(teacher)(x)
+    assert torch.equal(torch.from_numpy(artifact.run(x)), want)
+    assert torch.equal(unfused.argmax(1), want.argmax(1))
+    assert artifact.manifest["outputs"] == [{"name": "logits", "shape": ["batch", 4], "dtype": "float32"}]
+    with pytest.raises(InputError, match=r"has no model\.onnx.*--device cuda"):
+        artifact.benchmark()
+
+
+def test_a_cpu_s_student_may_be_fused_beside_its_file(tmp_path: Path) -> None:
+    artifact = compress(Net(), task(), FUSED, "x86-avx2", tmp_path / "out")
+    assert {"model.onnx", "student.pt2"} <= set(artifact.manifest["files"])
+    report = artifact.report
+    assert report.parity is not None and report.parity.mode != "reference" and report.parity.passed
+    assert report.fusion is not None and report.fusion.parity.passed and report.fusion.parity.mode == "reference"
+    x = next(task().evaluation.batches()).inputs[0]
+    with torch.no_grad():
+        assert torch.equal(artifact.student()(x).argmax(1), torch.from_numpy(artifact.run(x)).argmax(1))
+
+
+def test_without_fuse_there_is_no_student_pt2(whole: Path) -> None:
+    artifact = Artifact.load(whole)
+    assert artifact.report.fusion is None
+    with pytest.raises(InputError, match='its recipe does not end in "fuse"'):
+        artifact.student()
+
+
+def test_a_broken_fused_student_ships_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original: Callable[..., Any] = proof.check_fused_parity
+
+    def failed(*arguments: Any, **options: Any) -> Any:
+        return original(*arguments, **options).model_copy(update={"passed": False, "first_divergence": "head differs"})
+
+    monkeypatch.setattr(proof, "check_fused_parity", failed)
+    with pytest.raises(ParityError, match="parity: head differs"):
+        compress(Net(), task(), FUSED, "x86-avx2", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".work"]
+
+
+def test_a_latency_budget_is_refused_for_a_gpu(tmp_path: Path) -> None:
+    recipe = replace(FUSED, passes=(Prune(latency_ratio=2.0), *FUSED.passes))
+    with pytest.raises(InputError, match="latency budget"):
+        compress(Net(), task(), recipe, "cuda-sm80", tmp_path / "out")

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pqk.passes._placement import placement
 from pqk.passes.capture import capture
 from pqk.passes.convert import DEQUANTIZE, QUANTIZE, convert, quantized_tensors
-from pqk.passes.quantize import calibrate, insert_fake_quant, placement
+from pqk.passes.quantize import calibrate, insert_fake_quant
 from pqk.target import Target
 
 aten = torch.ops.aten

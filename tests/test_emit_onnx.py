@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,150 +15,35 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from zoo import IMAGE, NETWORKS, Residual
 
 from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError
+from pqk.passes._placement import named_layers, placement
 from pqk.passes.capture import capture
 from pqk.passes.convert import convert, quantized_tensors
-from pqk.passes.quantize import calibrate, insert_fake_quant, placement
+from pqk.passes.quantize import calibrate, insert_fake_quant
 from pqk.target import Target
 
-
-def block(i: int, o: int, act: type[nn.Module] = nn.ReLU, **conv: Any) -> nn.Sequential:
-    conv = {"kernel_size": 3, "padding": 1, "bias": False} | conv
-    return nn.Sequential(nn.Conv2d(i, o, **conv), nn.BatchNorm2d(o), act())
-
-
-class Head(nn.Sequential):
-    def __init__(self, channels: int, classes: int = 5) -> None:
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-
-
-def plain() -> nn.Module:
-    return nn.Sequential(block(3, 16), nn.MaxPool2d(2), block(16, 16), nn.AvgPool2d(2), Head(16))
-
-
-class Residual(nn.Module):
-    """A block with a shortcut of slices and a pad; two outputs, as a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.conv, self.linear, self.small = block(3, 16), nn.Conv2d(16, 32, 3, 2, 1), Head(32), Head(16, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.stem(x)
-        y = F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8)))
-        return self.linear(y), self.small(x)
-
-
-class Dense(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.conv = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
-        self.norm, self.head = nn.BatchNorm2d(32), Head(32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(F.relu(self.norm(torch.cat([x, self.conv(x)], 1))))
-
-
-class Separable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.deep = block(3, 16, nn.ReLU6), block(16, 16, nn.ReLU6, groups=16)
-        self.point, self.linear = nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.linear(F.dropout(x + self.point(self.deep(x)), 0.2, self.training).mean((2, 3)))
-
-
-class Gated(nn.Module):
-    """Squeeze and excitation as MobileNetV3 has it, with hard-swish and hard sigmoid."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = block(3, 16, nn.Hardswish), Head(16)
-        self.less, self.more = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(x * F.hardsigmoid(self.more(F.relu(self.less(F.adaptive_avg_pool2d(x, 1))))))
-
-
-def silu() -> nn.Module:
-    return nn.Sequential(block(3, 16, nn.SiLU), block(16, 16, nn.SiLU), Head(16))
-
-
-def grouped() -> nn.Module:
-    leaky = nn.Sequential(nn.Conv2d(32, 32, 3, padding="same"), nn.LeakyReLU(0.1))
-    return nn.Sequential(block(3, 16), block(16, 32, groups=4), block(32, 32, dilation=2, padding=2), leaky, Head(32))
-
-
-def transposed() -> nn.Module:
-    up = nn.Sequential(nn.ConvTranspose2d(16, 8, 2, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-    return nn.Sequential(block(3, 16, stride=2), up, nn.Conv2d(8, 4, 3, padding=1))
-
-
-class Several(nn.Module):
-    """Two inputs; outputs in a dict."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.fine, self.coarse = block(3, 8), block(1, 8), block(16, 16), Head(16), Head(16, 2)
-
-    def forward(self, image: Tensor, depth: Tensor) -> dict[str, Tensor]:
-        x = self.c(torch.cat([self.a(image), self.b(depth)], 1))
-        return {"fine": self.fine(x), "coarse": self.coarse(x)}
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int = 32, heads: int = 4) -> None:
-        super().__init__()
-        self.heads, self.embed = heads, nn.Linear(12, width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.one, self.two, self.out = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, 5)
-        self.up, self.down = nn.Linear(width, 64), nn.Linear(64, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        batch, tokens, width = x.shape
-        q, k, v = (f(x).view(batch, tokens, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-        x = self.one(x + self.o(mixed))
-        return self.out(self.two(x + self.down(F.gelu(self.up(x))))[:, 0])
-
-
-def linear() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 5)
-    )
-
-
-def tokens() -> nn.Module:
-    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
-
-
-IMAGE = (3, 12, 12)
 INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
 MOVEMENT = {"Reshape", "Transpose", "Slice", "Pad", "Squeeze", "Unsqueeze", "Gather", "MaxPool", "NhwcMaxPool"}
 FREE = {"QuantizeLinear", "DequantizeLinear", *MOVEMENT}
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], set[str], dict[str, int]]] = {
-    "plain": (plain, [IMAGE], set(), {"QLinearConv": 2, "QLinearAveragePool": 1, "QLinearGlobalAveragePool": 1}),
-    "residual": (Residual, [IMAGE], set(), {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 2}),
-    "dense": (Dense, [IMAGE], set(), {"QLinearConv": 3, "QLinearConcat": 1, "QGemm": 1}),
-    "separable": (Separable, [IMAGE], set(), {"QLinearConv": 3, "QLinearAdd": 1, "QGemm": 1}),
-    "gated": (Gated, [IMAGE], set(), {"QLinearConv": 3, "QLinearMul": 2, "QLinearAdd": 2}),
-    "silu": (silu, [IMAGE], set(), {"QLinearConv": 2, "QLinearSigmoid": 2, "QLinearMul": 2}),
-    "grouped": (grouped, [IMAGE], set(), {"QLinearConv": 4, "QLinearLeakyRelu": 1, "QGemm": 1}),
-    "transposed": (transposed, [IMAGE], {"ConvTranspose"}, {"QLinearConv": 2}),
-    "several": (Several, [IMAGE, (1, 12, 12)], set(), {"QLinearConv": 3, "QLinearConcat": 1, "QGemm": 2}),
-    "attention": (Attention, [(7, 12)], {"Mul", "Softmax", "SkipLayerNormalization", "Gelu"}, {"QGemm": 8}),
-    "linear": (linear, [(20,)], {"Tanh"}, {"QGemm": 3}),
-    "tokens": (tokens, [(6, 20)], set(), {"QGemm": 3}),
+EXPECTED: dict[str, tuple[set[str], dict[str, int]]] = {
+    "plain": (set(), {"QLinearConv": 2, "QLinearAveragePool": 1, "QLinearGlobalAveragePool": 1}),
+    "residual": (set(), {"QLinearConv": 4, "QLinearAdd": 2, "QGemm": 2}),
+    "dense": (set(), {"QLinearConv": 3, "QLinearConcat": 1, "QGemm": 1}),
+    "separable": (set(), {"QLinearConv": 3, "QLinearAdd": 1, "QGemm": 1}),
+    "gated": (set(), {"QLinearConv": 3, "QLinearMul": 2, "QLinearAdd": 2}),
+    "silu": (set(), {"QLinearConv": 2, "QLinearSigmoid": 2, "QLinearMul": 2}),
+    "grouped": (set(), {"QLinearConv": 4, "QLinearLeakyRelu": 1, "QGemm": 1}),
+    "transposed": ({"ConvTranspose"}, {"QLinearConv": 2}),
+    "several": (set(), {"QLinearConv": 3, "QLinearConcat": 1, "QGemm": 2}),
+    "attention": ({"Mul", "Softmax", "SkipLayerNormalization", "Gelu"}, {"QGemm": 8}),
+    "linear": ({"Tanh"}, {"QGemm": 3}),
+    "tokens": (set(), {"QGemm": 3}),
 }
+"""network -> operators that stay in float, integer kernels and how many of them"""
 
 
 @dataclass(frozen=True)
@@ -195,15 +80,15 @@ def operators(path: Path) -> collections.Counter[str]:
 
 def emit(name: str, folder: Path, float_layers: tuple[str, ...] = ()) -> Emitted:
     torch.manual_seed(0)
-    build, shapes, _, _ = NETWORKS[name]
-    module, inputs = build(), tuple(torch.randn(24, *s) for s in shapes)
+    network = NETWORKS[name]
+    module, inputs = network.build(), tuple(torch.randn(24, *s) for s in network.shapes)
     with torch.no_grad():
         for _ in range(3):
             module(*inputs)  # statistics of batch norm
     example, target = tuple(x[:2] for x in inputs), Target.named("x86-avx2")
     graph = capture(module.eval(), example)
     assert isinstance(graph, fx.GraphModule)
-    points, declined = placement(graph, float_layers)
+    points, declined = placement(graph, named_layers(graph, float_layers))
     grids = {"activation": asdict(target.activation), "weight": asdict(target.weight)}
     fake = insert_fake_quant(graph, example, points=points, learned=True, **grids)
     calibrate(fake, Inputs(inputs), "mse", 99.99, 24)  # type: ignore[arg-type]
@@ -251,7 +136,7 @@ def test_onnx_runtime_agrees_with_the_integer_graph_and_that_with_the_float_netw
 
 def test_multiplications_run_in_integer_kernels(emitted: Any) -> None:
     name, e = emitted
-    _, _, floats, needed = NETWORKS[name]
+    floats, needed = EXPECTED[name]
     found = e.optimized
     assert needed.items() <= dict(found).items(), (name, found)
     left = {op for op in found if not op.startswith("QLinear")} - INTEGER - FREE

@@ -212,16 +212,19 @@ def a_task(**changes: object) -> Task:
 
 def test_ends_agree_and_a_corrupted_end_does_not(tmp_path: Path) -> None:
     path = save_onnx(tmp_path / "m.onnx", Numbers())
-    same = compare_ends(int8_module(Numbers()), path, a_task(), optimized=True, samples=None)
+    deployed = OnnxModel(path, torch.zeros(()))
+    same = compare_ends(int8_module(Numbers()), deployed, a_task(), samples=None)
     assert same["divergence"] is None and same["agreement"] == 1.0 and same["samples"] == 64
-    other = compare_ends(int8_module(Numbers(seed=5)), path, a_task(), optimized=True, samples=32)
+    other = compare_ends(int8_module(Numbers(seed=5)), deployed, a_task(), samples=32)
     assert "end to end" in other["divergence"] and other["samples"] == 32
 
 
 def test_a_float_decision_is_refused(tmp_path: Path) -> None:
     path = save_onnx(tmp_path / "m.onnx", Numbers())
     with pytest.raises(InputError, match="decision"):
-        compare_ends(int8_module(Numbers()), path, a_task(decision=lambda y: y), optimized=True, samples=None)
+        compare_ends(
+            int8_module(Numbers()), OnnxModel(path, torch.zeros(())), a_task(decision=lambda y: y), samples=None
+        )
 
 
 @pytest.mark.parametrize(

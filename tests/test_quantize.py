@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from pqk.errors import InputError
 from pqk.modules import ActivationFakeQuant, BiasFakeQuant, freeze_scales, quantizers, set_mode
+from pqk.passes._placement import named_layers
 from pqk.passes.capture import capture
-from pqk.passes.quantize import Quantize, insert_fake_quant, placement
+from pqk.passes.quantize import Quantize, insert_fake_quant
 from pqk.program import Program, Stage, replay
 from pqk.qparams import Grid
 from pqk.run import Run
@@ -53,10 +55,12 @@ class Net(nn.Module):
         return self.head(self.norm(x.mean((2, 3))))
 
 
-def quantized(module: nn.Module, *inputs: Tensor, target: str = "x86-avx2", **fields: Any) -> Program:
+def quantized(
+    module: nn.Module, *inputs: Tensor, target: str = "x86-avx2", run: Run | None = None, **fields: Any
+) -> Program:
     task = Inputs(*inputs)
     graph = capture(module.eval(), task.example)
-    program = Program(nn.Module(), graph, Stage.GRAPH, Target.named(target), Run())
+    program = Program(nn.Module(), graph, Stage.GRAPH, Target.named(target), run or Run())
     return Quantize(samples=16, **fields).apply(program, task)  # type: ignore[arg-type]
 
 
@@ -201,7 +205,74 @@ def test_a_pattern_that_names_nothing_is_refused(net: Any) -> None:
     graph = capture(copy.deepcopy(net[0]), (net[2][:2],))
     assert isinstance(graph, fx.GraphModule)
     with pytest.raises(InputError, match=r'float_layers "stam" matches no layer \(did you mean "stem"'):
-        placement(graph, ("stam",))
+        named_layers(graph, ("stam",))
+
+
+def outlier() -> tuple[nn.Module, Tensor]:
+    """Layer 2 reads one channel that is 10,000 times the others, and gives it a ten thousandth of the weight."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        module[0].weight[0] *= 1e4
+        module[2].weight[:, 0] /= 1e4
+    return module.eval(), torch.randn(16, 8)
+
+
+def test_a_layer_that_is_too_sensitive_stays_in_float_with_its_number() -> None:
+    module, x = outlier()
+    whole = quantized(copy.deepcopy(module), x, calibration="minmax")
+    program = quantized(copy.deepcopy(module), x, calibration="minmax", least_sqnr=20.0)
+    reasons = {d.layer: d.reason for d in program.declined}
+    assert set(reasons) == {"1", "2"} and reasons["1"] == "relu: no neighbour needs its result in integers"
+    match = re.fullmatch(
+        r"too sensitive: quantized alone it leaves (\S+) dB of signal over noise \(least_sqnr = 20\)", reasons["2"]
+    )
+    assert match is not None and float(match[1]) < 20
+    assert not whole.declined and sqnr(module(x), whole.student(x)) < 20 < 30 < sqnr(module(x), program.student(x))
+
+
+def test_the_sensitivity_of_the_only_layer_is_that_of_the_network() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(16, 3, 6, 6)
+    program = quantized(copy.deepcopy(module), x, least_sqnr=1e-3)
+    (found,) = program.run.journal.decisions.values()
+    assert not program.declined and list(found) == ["0"]
+    assert found["0"] == pytest.approx(sqnr(module(x), program.student.eval()(x)), abs=1e-3)
+
+
+def test_what_is_sensitive_is_journaled_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = outlier()
+    run = Run().enter("03-quantize")
+    first = quantized(copy.deepcopy(module), x, least_sqnr=20.0, run=run)
+    monkeypatch.setattr("pqk.passes.quantize.sensitivity", lambda *a: pytest.fail("measured again"))
+    again = quantized(copy.deepcopy(module), x, least_sqnr=20.0, run=run)
+    assert again.plan == first.plan and again.declined == first.declined
+    assert list(run.journal.decisions) == ["03-quantize/sensitivity"]
+
+
+def test_a_layer_that_is_faster_in_float_stays_there_and_the_decision_is_replayed(net: Any) -> None:
+    module, _, x = net
+    asked = []
+
+    def gain(student: nn.Module, floats: tuple[str, ...], layer: str) -> tuple[float, float, float]:
+        asked.append((floats, layer))
+        return {"deep": (1.2, 1.1, 1.3), "gate": (1.1, 0.98, 1.2)}.get(layer, (0.9, 0.85, 0.95))
+
+    run = Run(deployed_float_gain=gain).enter("03-quantize")
+    program = quantized(copy.deepcopy(module), x, faster_float=True, float_layers=("head",), run=run)
+    reasons = {d.layer: d.reason for d in program.declined}
+    assert reasons["deep"] == "faster in float: the student runs 1.20x as fast (1.10 to 1.30)"
+    assert "gate" not in reasons, "1.1x is not more than the noise"
+    assert asked == [(("head",), n) for n in ("stem", "deep")] + [(("head", "deep"), n) for n in ("gate", "down")]
+    assert "quantizers.deep_weight" not in dict(program.student.named_modules())
+    blind = replace(run, deployed_float_gain=None)  # the journal has all that is asked
+    again = quantized(copy.deepcopy(module), x, faster_float=True, float_layers=("head",), run=blind)
+    assert again.plan == program.plan and again.declined == program.declined
+
+
+def test_speed_is_not_guessed_where_it_cannot_be_measured(net: Any) -> None:
+    with pytest.raises(InputError, match=r"^quantize.faster_float: how fast .* this machine is not the target; set it"):
+        quantized(copy.deepcopy(net[0]), net[2], faster_float=True)
 
 
 class Mixed(nn.Module):

@@ -64,9 +64,11 @@ def test_the_recipes_here_survive_toml_and_fit_the_schema(path: Path) -> None:
     jsonschema.validate(tomllib.loads(path.read_text()), json_schema())
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "triton"])
 @pytest.mark.parametrize("trains", [True, False])
-def test_the_default_recipe_survives_toml(trains: bool) -> None:
-    recipe = Recipe.default(trains)
+def test_the_default_recipe_survives_toml(trains: bool, runtime: str) -> None:
+    recipe = Recipe.default(trains, runtime)
+    assert recipe.passes[-1].name == ("fuse" if runtime == "triton" else "convert")
     assert Recipe.loads(recipe.dumps()) == recipe
     assert any(isinstance(p, Distill) for p in recipe.passes) == trains
 

@@ -225,6 +225,19 @@ def test_the_state_in_memory_survives_being_restored() -> None:
     assert_same(after({6, 7, 8}), after({9, 13, 17}))
 
 
+@pytest.mark.parametrize("spoiled", [3, BATCHES + 1])
+def test_killed_after_a_loss_that_was_not_finite(tmp_path: Path, spoiled: int) -> None:
+    """The lower rate is saved with the state that it goes on from: what was infinite once need not be again."""
+    training = Training(epochs=2, learning_rate=0.05, checkpoint_seconds=1e9)
+    whole, log = train(Run(7).enter("01-distill"), array(), training, spoil=lambda call: call == spoiled)
+    run = folder(tmp_path)
+    with pytest.raises(Killed):
+        train(run, array(), training, spoil=lambda call: call == spoiled, kill=spoiled + 3)
+    rest, resumed = train(run, array(), training)
+    assert_same(rest, whole)
+    assert resumed == log and log.retries == 1
+
+
 @pytest.mark.parametrize("at", [3, BATCHES])
 def test_an_infinite_gradient_of_a_finite_loss_is_not_the_last_good_state(at: int) -> None:
     """Neither in a checkpoint amid an epoch nor in the one at its end."""

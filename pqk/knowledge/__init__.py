@@ -6,11 +6,55 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pqk.knowledge.feature import AttentionTransfer, Hint
-from pqk.knowledge.response import CrossEntropy, KLDivergence, LogitMSE
+from pqk.knowledge.black_box import CallableTeacher, OnnxTeacher
+from pqk.knowledge.dual_space import DualSpace
+from pqk.knowledge.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
+from pqk.knowledge.neurons import TaskNeurons, neuron_scores
+from pqk.knowledge.pairs import Pair, suggest_pairs
+from pqk.knowledge.relation import (
+    PKT,
+    CorrelationCongruence,
+    LocalGeometry,
+    RKDAngle,
+    RKDDistance,
+    SimilarityPreserving,
+)
+from pqk.knowledge.response import (
+    DIST,
+    JSD,
+    CrossEntropy,
+    DecoupledKD,
+    KLDivergence,
+    LabelSmoothing,
+    LogitMSE,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    SortedULD,
+    StandardizedKD,
+)
+from pqk.knowledge.sources import SOURCES, AnySource, FromModule, Source
+from pqk.knowledge.teacher import FrozenTeacher, Teacher
+from pqk.knowledge.teachers import EMATeacher, EnsembleTeacher, UncertaintyTeacher
 from pqk.knowledge.term import Term, View
 
-TERMS = (CrossEntropy, KLDivergence, LogitMSE, Hint, AttentionTransfer)
-AnyTerm = Annotated[CrossEntropy | KLDivergence | LogitMSE | Hint | AttentionTransfer, Field(discriminator="term")]
+TERMS = (
+    CrossEntropy, KLDivergence, ReverseKL, JSD, SkewKL, SkewReverseKL, LogitMSE, DecoupledKD, StandardizedKD, DIST,
+    LabelSmoothing, SortedULD,
+    Hint, AttentionTransfer, AttentionMaps, HiddenCosine, TaskNeurons, DualSpace,
+    RKDDistance, RKDAngle, SimilarityPreserving, CorrelationCongruence, LocalGeometry, PKT,
+)  # fmt: skip
+AnyTerm = Annotated[
+    CrossEntropy | KLDivergence | ReverseKL | JSD | SkewKL | SkewReverseKL | LogitMSE | DecoupledKD | StandardizedKD
+    | DIST | LabelSmoothing | SortedULD
+    | Hint | AttentionTransfer | AttentionMaps | HiddenCosine | TaskNeurons | DualSpace
+    | RKDDistance | RKDAngle | SimilarityPreserving | CorrelationCongruence | LocalGeometry | PKT,
+    Field(discriminator="term"),
+]  # fmt: skip
 
-__all__ = ["TERMS", "AnyTerm", "Term", "View", *(t.__name__ for t in TERMS)]
+TEACHERS = (FrozenTeacher, CallableTeacher, OnnxTeacher, EnsembleTeacher, UncertaintyTeacher, EMATeacher)
+
+__all__ = [
+    "SOURCES", "TEACHERS", "TERMS", "AnySource", "AnyTerm", "FromModule", "Pair", "Source", "Teacher", "Term", "View",
+    "neuron_scores", "suggest_pairs", *(t.__name__ for t in (*TEACHERS, *TERMS)),
+]  # fmt: skip

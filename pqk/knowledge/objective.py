@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,21 +11,27 @@ from torch import Tensor, nn
 
 from pqk.data import Batch
 from pqk.errors import InputError
+from pqk.knowledge.balance import Gate, balancer, gate_named, ramp, temperature_for
+from pqk.knowledge.response import Divergence, pick
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teacher import FrozenTeacher
-from pqk.knowledge.term import Term, View
-from pqk.task import Task
+from pqk.knowledge.teacher import Teacher
+from pqk.knowledge.term import Place, Term, View
+from pqk.task import Task, first_tensor, widened
 from pqk.train import Objective
 
 Kept = Callable[[str], Sequence[int] | None]
 """student's module path -> the teacher's output channels that survive there, where the compiler cut some"""
 
+CALIBRATION = 512
+"""validation samples on which a temperature is chosen"""
+
 
 class Distillation(Objective):
     """Σ weight · term. Terms that need the teacher join after the first `start` share of the training.
 
-    Raises `InputError`, before training, for a point that is missing in teacher or student, and where all weights are
-    zero.
+    `balance` is "static", "gradient_norm" or "learned" (`pqk.knowledge.balance`). `masks` (batch -> [B, positions…])
+    and `gates` (view -> [B]) are functions that terms name. Raises `InputError`, before training, for a point, a gate
+    or a head that is missing, where all weights are zero, and where no term can see what the student is for.
     """
 
     def __init__(
@@ -32,21 +39,31 @@ class Distillation(Objective):
         terms: Sequence[Term],
         task: Task,
         student: nn.Module,
-        teacher: FrozenTeacher,
+        teacher: Teacher,
         *,
         start: float = 0.0,
         kept: Kept = lambda point: None,
         on_progress: Callable[[float], None] = lambda progress: None,
+        balance: str = "static",
+        masks: Mapping[str, Callable[[Batch], Tensor]] | None = None,
+        gates: Mapping[str, Gate] | None = None,
     ) -> None:
         super().__init__()
-        self.terms = [t for t in terms if t.weight > 0]  # a term of weight zero must not even draw random numbers
-        if not self.terms:
+        terms = [t for t in terms if t.weight > 0]  # a term of weight zero must not even draw random numbers
+        if not terms:
             raise InputError("distill: no term has a weight above 0; there is nothing to train on")
+        if (reason := blindness(terms)) is not None:
+            raise InputError(f"distill: {reason}")
+        if any(t.needs_teacher or t.gate for t in terms):
+            teacher.check(task.example)
         self.task, self.start, self.progress, self.on_progress = task, start, 0.0, on_progress
-        self.teacher = teacher
+        self.teacher, self.masks = teacher, masks or {}
+        self.gates = {i: gate_named(t.gate, gates or {}) for i, t in enumerate(terms) if t.gate}
+        self.terms = [_tempered(t, teacher, task) for t in terms]
         self.student_points = sorted({p[0] for t in self.terms if (p := t.points())})
         self.projectors = nn.ModuleDict()
         self._build_projectors(student, kept)
+        self.balance = balancer(balance, len(self.terms))
 
     def _build_projectors(self, student: nn.Module, kept: Kept) -> None:
         if not self.student_points:
@@ -58,7 +75,13 @@ class Distillation(Objective):
         for i, term in enumerate(self.terms):
             points = term.points()
             if points is not None:
-                projector = term.projector(features[points[0]], teacher_features[points[1]], kept(points[0]))
+                if points[1] not in teacher_features:
+                    raise InputError(
+                        f'distill: {type(term).__name__} compares the teacher\'s features at "{points[1]}", but '
+                        f"{self.teacher.featureless}"
+                    )
+                s, t = features[points[0]], teacher_features[points[1]]
+                projector = term.projector(Place(s, t, kept(points[0]), student, self.teacher.module, self.task))
                 if projector is not None:
                     self.projectors[str(i)] = projector
 
@@ -67,6 +90,7 @@ class Distillation(Objective):
 
     def begin(self, progress: float) -> None:
         self.progress = progress
+        self.teacher.begin(progress)
         self.on_progress(progress)
 
     def forward(self, student: nn.Module, batch: Batch) -> Tensor:
@@ -76,13 +100,33 @@ class Distillation(Objective):
         if not terms:  # a recipe without a supervised term has nothing else to begin with
             terms = list(enumerate(self.terms))
         answer: tuple[Any, dict[str, Tensor]] = (None, {})
-        if any(t.needs_teacher for _, t in terms):
+        if any(t.needs_teacher or t.gate for _, t in terms):
             answer = self.teacher(batch)
-        view = View(outputs, answer[0], batch.targets, features, answer[1], self.task)
-        total: Tensor | None = None
+        masks = {name: function(batch) for name, function in self.masks.items()}
+        view = View(outputs, answer[0], batch.targets, features, answer[1], self.task, batch.inputs, masks)
+        losses, ramps = {}, {}
         for i, term in terms:
             projector = self.projectors[str(i)] if str(i) in self.projectors else None  # noqa: SIM401 (a ModuleDict)
-            loss = term.weight * term(view, projector)
-            total = loss if total is None else total + loss
-        assert total is not None
-        return total
+            losses[i] = term.weight * term(view, projector)
+            if i in self.gates:
+                losses[i] = losses[i] * self.gates[i](view).detach()
+            ramps[i] = ramp(term, self.progress, self.start if term.needs_teacher else 0.0)
+        return self.balance(losses, ramps, student)
+
+
+def blindness(terms: Sequence[Term]) -> str | None:
+    """Why these terms alone cannot see what the student is for, else None."""
+    if not terms or not all(t.blind for t in terms):
+        return None
+    return f"{type(terms[0]).__name__} must not be the only term: {terms[0].blind}; add another"
+
+
+def _tempered(term: Term, teacher: Teacher, task: Task) -> Term:
+    """The term, with the temperature at which the teacher is as confident as it wishes."""
+    if not isinstance(term, Divergence) or term.teacher_top is None:
+        return term
+    answers = []
+    for inputs in task.calibration(CALIBRATION):
+        answer, _ = teacher(Batch(inputs, None, None))
+        answers.append(widened(first_tensor(pick(answer, term.output))))
+    return replace(term, temperature=temperature_for(term.scaled(torch.cat(answers)), term.teacher_top))

@@ -1,0 +1,391 @@
+"""The fused student: one launch a layer, the same numbers as the INT8 graph, and a reason for all that is left out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lowered import int8_graph
+from torch import Tensor, fx, nn
+from zoo import NETWORKS
+
+from pqk.emit_torch import emit_torch, load_student
+from pqk.models.resnet import ChannelPadShortcut, resnet
+from pqk.parity_fused import check_launches
+from pqk.passes import Capture, Convert, Fuse, Quantize, _rules_weighted
+from pqk.passes._launches import traffic
+from pqk.passes._rules import Match
+from pqk.passes.fuse import fuse, launches, stands_for
+from pqk.pipeline import run_passes
+from pqk.program import Program, Stage
+from pqk.run import Run
+from pqk.target import Target
+from pqk.task import tensors
+
+WHOLE = {"plain", "residual", "dense", "separable", "several", "tokens"}
+"""networks of the zoo in which every layer has a kernel"""
+
+
+def operators(module: fx.GraphModule, example: tuple[Tensor, ...]) -> list[str]:
+    """What is launched for one sample, in order."""
+    return [op.removeprefix("pqk::") for _, op, _ in launches(module, tuple(x[:1] for x in example))]
+
+
+def at(fused: fx.GraphModule, layer: str) -> fx.Node:
+    """The launch of a layer."""
+    (node,) = (n for n in fused.graph.nodes if stands_for(n) is not None and n.meta["layer"] == layer)
+    return node
+
+
+def value(fused: fx.GraphModule, node: fx.Node, name: str) -> Any:
+    """A tensor argument of a launch."""
+    return fused.get_buffer(str(node.kwargs[name].target))  # type: ignore[union-attr]
+
+
+def agree(graph: fx.GraphModule, fused: fx.GraphModule, *inputs: Tensor) -> None:
+    """Every launch keeps the contract, and so do the ends, for several samples and for one."""
+    rows = check_launches(graph, fused, inputs)
+    assert rows and all(r.passed for r in rows), [r for r in rows if not r.passed]
+    for part in (inputs, tuple(x[:1] for x in inputs)):
+        with torch.no_grad():
+            for want, got in zip(tensors(graph(*part)), tensors(fused(*part)), strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(want.abs().max()))
+
+
+# ---- ResNets
+
+
+@pytest.fixture(scope="module", params=[("x86-avx2", 3), ("cuda-sm80", 1)], ids=["resnet20-x86", "resnet8-cuda"])
+def lowered(request: Any) -> tuple[fx.GraphModule, fx.GraphModule, list[tuple[str, str]], Tensor]:
+    """INT8 graph, fused student, what was left out, inputs."""
+    torch.manual_seed(0)
+    target, blocks = request.param
+    x = torch.randn(8, 3, 16, 16)
+    graph = int8_graph(resnet((blocks,) * 3), x, target=target)
+    return graph, *fuse(graph), x
+
+
+def test_a_resnet_is_one_launch_a_layer(lowered: Any) -> None:
+    graph, fused, declined, x = lowered
+    convolutions = sum(n.target is torch.ops.aten.conv2d.default for n in graph.graph.nodes)
+    assert convolutions in (7, 19)
+    want = ["quantize_static", *["int8_conv2d"] * convolutions, "int8_pool", "int8_linear"]
+    assert operators(fused, (x,)) == want
+    assert declined == []
+
+
+def test_pixels_come_first_from_end_to_end(lowered: Any) -> None:
+    """The image is turned as it is quantized, by strides; nothing is turned after that."""
+    _, fused, _, _ = lowered
+    moved = [n for n in fused.graph.nodes if n.op == "call_function" and stands_for(n) is None]
+    assert [n.target._opname for n in moved] == ["permute", "flatten"]
+
+
+def test_a_residual_block_rounds_in_registers(lowered: Any) -> None:
+    _, fused, _, _ = lowered
+    second = at(fused, "layer1.0.conv2")
+    assert second.kwargs["steps"] == "requantize,add,quantize"
+    assert second.kwargs["residual"] is at(fused, "conv1") and second.kwargs["x"] is at(fused, "layer1.0.conv1")
+    assert at(fused, "linear").kwargs["steps"] == "" and at(fused, "linear").kwargs["out_dtype"] == torch.float32
+
+
+def test_a_shortcut_between_stages_is_read_not_written(lowered: Any) -> None:
+    _, fused, _, _ = lowered
+    wide = at(fused, "layer2.0.conv2")
+    assert wide.kwargs["residual_stride"] == 2
+    assert value(fused, wide, "residual_channels").tolist() == [-1] * 8 + [*range(16)] + [-1] * 8
+    assert wide.kwargs["residual"] is at(fused, "layer2.0.conv1").kwargs["x"]
+
+
+def test_a_resnet_computes_what_the_int8_graph_does(lowered: Any) -> None:
+    graph, fused, _, x = lowered
+    agree(graph, fused, x)
+    with torch.no_grad():
+        want, got = graph(x), fused(x)
+    assert float(want.std()) > 0.1 and torch.equal(want.argmax(1), got.argmax(1))
+
+
+def test_it_launches_and_moves_far_less(lowered: Any) -> None:
+    graph, fused, _, x = lowered
+    before, after = traffic(graph, (x[:1],)), traffic(fused, (x[:1],))
+    assert 3 * after.launches < before.launches and 5 * after.bytes < before.bytes
+
+
+def test_the_student_stays_as_it_is(lowered: Any) -> None:
+    graph, _, _, _ = lowered
+    before, code = copy.deepcopy(graph.state_dict()), graph.code
+    fuse(graph)
+    assert graph.code == code and list(graph.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in graph.state_dict().items())
+
+
+# ---- other networks
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_computes_the_same(name: str) -> None:
+    network = NETWORKS[name]
+    inputs = network.inputs(16)
+    graph = int8_graph(network.teacher(), *inputs)
+    fused, declined = fuse(graph)
+    agree(graph, fused, *inputs)
+    assert (declined == []) == (name in WHOLE), declined
+    ours = [op for op in operators(fused, inputs) if not op.startswith("aten::")]
+    if name in WHOLE:
+        assert ours == operators(fused, inputs)
+    one = tuple(x[:1] for x in inputs)
+    assert traffic(fused, one).launches < traffic(graph, one).launches
+
+
+class Twins(nn.Module):
+    """Both sides of the sum are convolutions, one of them 1x1; then ReLU6, depthwise, an average, a maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6())
+        self.head = nn.Linear(8 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x) + self.b(x))
+        x = F.max_pool2d(F.avg_pool2d(self.deep(x), 2), 3, 2, 1)
+        return self.head(x.flatten(1))
+
+
+def small(net: Callable[[], nn.Module], size: int = 8, **options: Any) -> tuple[fx.GraphModule, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, size, size)
+    return int8_graph(net(), x, **options), x
+
+
+def test_one_of_two_convolutions_takes_in_their_sum() -> None:
+    graph, x = small(Twins)
+    fused, declined = fuse(graph)
+    agree(graph, fused, x)
+    assert declined == []
+    want = "quantize_static int8_conv2d int8_conv2d int8_depthwise_conv2d int8_pool int8_pool int8_linear"
+    assert operators(fused, (x,)) == want.split()
+    assert at(fused, "a").kwargs["residual"] is at(fused, "b")
+
+
+def test_a_flattened_image_is_not_turned_back() -> None:
+    """The weight of the linear layer is turned instead, once."""
+    graph, _ = small(Twins)
+    fused, _ = fuse(graph)
+    moved = [n.target._opname for n in fused.graph.nodes if n.op == "call_function" and stands_for(n) is None]
+    assert moved == ["permute", "flatten"]
+    turned = value(fused, at(fused, "head"), "weight").unflatten(1, (2, 2, 8)).permute(0, 3, 1, 2)
+    assert torch.equal(turned.flatten(1), graph.get_buffer("head.weight_int8"))
+
+
+class Scaled(nn.Module):
+    """A constant factor belongs to the quantizer before it, as another scale of the same integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.c((self.b(x) * 0.25 + x).relu()).mean((2, 3))
+
+
+def test_a_scaled_value_is_read_on_its_other_scale() -> None:
+    graph, x = small(Scaled)
+    fused, declined = fuse(graph)
+    agree(graph, fused, x)
+    assert declined == [] and at(fused, "b").kwargs["steps"] == "requantize,add,quantize"
+    row = value(fused, at(fused, "b"), "params")[0]
+    torch.testing.assert_close(row[4], row[0] * 0.25)
+
+
+class Shortened(nn.Module):
+    """A shortcut whose channels were cut unevenly (a gather), or that has values below zero (`signed`)."""
+
+    def __init__(self, source: list[int], signed: bool = False) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.two, self.signed = nn.Conv2d(8, len(source), 3, padding=1), signed
+        self.shortcut = ChannelPadShortcut(8, source, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x if self.signed else x.relu()
+        return (self.two(self.one(x).relu()) + self.shortcut(x)).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("source", [[-1, 0, 3, 2, -1, 7], [2, 3, 4], [-1, *range(8), -1]])
+def test_a_shortcut_may_move_its_channels_as_it_likes(source: list[int]) -> None:
+    graph, x = small(lambda: Shortened(source))
+    fused, declined = fuse(graph)
+    agree(graph, fused, x)
+    assert declined == []
+    assert value(fused, at(fused, "two"), "residual_channels").tolist() == source
+    assert operators(fused, (x,)) == ["quantize_static", *["int8_conv2d"] * 3, "int8_pool"]
+
+
+def test_a_shortcut_whose_zero_is_not_0_is_written() -> None:
+    """The launch reads the integer 0 for channels that are not there, which is another value here."""
+    graph, x = small(lambda: Shortened([-1, *range(8), -1], signed=True))
+    fused, declined = fuse(graph)
+    agree(graph, fused, x)
+    assert [layer for layer, _ in declined] == ["shortcut.pad"]
+    assert "aten::pad" in operators(fused, (x,))
+    no_channel_is_added, _ = small(lambda: Shortened([*range(1, 8)], signed=True))
+    assert fuse(no_channel_is_added)[1] == []
+
+
+# ---- what does not apply
+
+
+def test_a_float_layer_is_named_with_its_reason() -> None:
+    graph, x = small(Scaled, floats={"b": "by name"})
+    fused, declined = fuse(graph)
+    agree(graph, fused, x)
+    assert ("b", "conv2d: no rule makes it part of a launch; torch runs it") in declined
+
+
+def test_a_match_that_is_refused_is_tried_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = _rules_weighted.unlike
+
+    def unlike(match: Match) -> str | None:
+        return "no sums today" if "add" in match.ending.steps else original(match)
+
+    monkeypatch.setattr(_rules_weighted, "unlike", unlike)
+    graph, x = small(Scaled)
+    fused, declined = fuse(graph)
+    agree(graph, fused, x)
+    assert declined == [("b", "no sums today")]
+    assert at(fused, "b").kwargs["steps"] == "quantize"
+    assert operators(fused, (x,)).count("int8_add") == 1
+
+
+def test_a_bias_on_another_scale_is_no_accumulator() -> None:
+    graph, _ = small(Scaled)
+    graph.get_buffer("qparams.quantizers_b_bias_scale").mul_(1.01)
+    _, declined = fuse(graph)
+    assert ("b", "its bias is not on the scale of its accumulator") in declined
+
+
+# ---- counting, and the pass
+
+
+def test_bytes_are_each_tensor_of_a_launch_once() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 20)
+    fused, _ = fuse(int8_graph(nn.Linear(20, 5), x))
+    quantized = 20 * 4 + 20
+    multiplied = 20 + 5 * 20 + 5 * 4 + 5 * 4 + 5 * 4  # input, weight, bias, scale, output
+    assert traffic(fused, (x[:1],)) == (2, quantized + multiplied)
+    assert traffic(fused, (x,)).bytes == 8 * quantized + 8 * (20 + 20) + 5 * 20 + 5 * 4 + 5 * 4
+
+
+def test_a_resumed_run_fuses_again(tmp_path: Path) -> None:
+    network = NETWORKS["residual"]
+    teacher = network.teacher().requires_grad_(False)
+    task, passes = network.task(teacher), (Capture(), Quantize(samples=16), Convert(), Fuse())
+
+    def run() -> Program:
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        program = Program(teacher, student, Stage.MODULE, Target.named("cuda-sm80"), Run(0, tmp_path))
+        return run_passes(program, task, passes)
+
+    first, again = run(), run()
+    assert first.fused is not None and again.fused is not None
+    assert first.stage == again.stage == Stage.INT8 and first.plan == again.plan
+    x = network.inputs(5, seed=3)
+    with torch.no_grad():
+        for one, other in zip(tensors(first.fused(*x)), tensors(again.fused(*x)), strict=True):
+            assert torch.equal(one, other)
+    noted = again.records[-1].details
+    assert set(noted) == {"launches_before", "launches_after", "bytes_before", "bytes_after"}
+    assert noted["launches_after"] == 9 and noted["bytes_after"] < noted["bytes_before"]
+    assert again.records[-1].metric == again.records[-2].metric
+
+
+# ---- encoders
+
+
+class Encoder(nn.Module):
+    """A post-norm layer, its scores masked where `masked`; [B, 7, 12] -> [B, 5]."""
+
+    def __init__(self, width: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.embed = heads, nn.Linear(12, width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.one, self.two, self.out = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, 5)
+        self.up, self.down = nn.Linear(width, 96), nn.Linear(96, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embed(x)
+        batch, tokens, width = x.shape
+        q, k, v = (f(x).view(batch, tokens, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        seen = None if mask is None else (1 - mask)[:, None, None, :] * -1e4
+        mixed = F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).reshape(batch, tokens, width)
+        x = self.one(x + self.o(mixed))
+        return self.out(self.two(x + self.down(F.gelu(self.up(x))))[:, 0])
+
+
+def encoder(target: str, masked: bool = False) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    x: tuple[Tensor, ...] = (torch.randn(16, 7, 12),)
+    if masked:
+        x = (*x, (torch.arange(7) < torch.arange(16)[:, None] % 6 + 2).float())
+    return int8_graph(Encoder(), *x, target=target), x
+
+
+def test_an_encoder_layer_is_six_launches() -> None:
+    graph, x = encoder("cuda-sm80")
+    fused, declined = fuse(graph)
+    rows = check_launches(graph, fused, x)
+    assert all(r.passed for r in rows), [r for r in rows if not r.passed]
+    layer = ["int8_linear", "int8_attention", "int8_linear", "layer_norm_quantize", "int8_linear", "int8_linear"]
+    assert operators(fused, x) == ["quantize_static", "int8_linear", *layer, "layer_norm_quantize", "int8_linear"]
+    assert declined == []
+    steps = {n.meta["layer"]: n.kwargs["steps"] for n in fused.graph.nodes if "int8_linear" in str(n.target)}
+    assert steps == {"embed": "quantize", "q": "quantize", "o": "add", "up": "gelu,quantize", "down": "add", "out": ""}
+    with torch.no_grad():
+        want, got = graph(*x), fused(*x)
+    assert float(want.std()) > 0.1
+    torch.testing.assert_close(got, want, rtol=0, atol=0.03 * float(want.abs().max()))
+
+
+def test_scores_may_be_masked() -> None:
+    graph, x = encoder("cuda-sm80", masked=True)
+    fused, _ = fuse(graph)
+    assert "int8_attention" in operators(fused, x)
+    rows = check_launches(graph, fused, x)
+    assert all(r.passed for r in rows), [r for r in rows if not r.passed]
+    with torch.no_grad():
+        hidden = fused(*x)
+        changed = fused(torch.where(x[1][..., None] > 0, x[0], 7.0), x[1])
+    assert torch.equal(hidden, changed), "a hidden token was read"
+
+
+def test_zero_points_keep_queries_keys_and_values_apart() -> None:
+    graph, x = encoder("x86-avx2")
+    fused, declined = fuse(graph)
+    assert [layer for layer, _ in declined] == ["q"] and "zero points of their own" in declined[0][1]
+    assert operators(fused, x).count("int8_linear") == 8
+    rows = check_launches(graph, fused, x)
+    assert all(r.passed for r in rows), [r for r in rows if not r.passed]
+
+
+def test_an_attention_of_small_heads_is_left_to_torch() -> None:
+    network = NETWORKS["attention"]
+    _, declined = fuse(int8_graph(network.teacher(), *network.inputs(8)))
+    assert any("heads of size 8" in reason for _, reason in declined)
+
+
+def test_an_encoder_survives_its_file(tmp_path: Path) -> None:
+    graph, x = encoder("cuda-sm80")
+    fused, _ = fuse(graph)
+    emit_torch(fused, tuple(t[:2] for t in x), tmp_path / "student.pt2")
+    student = load_student(tmp_path / "student.pt2")
+    with torch.no_grad():
+        assert torch.equal(student(x[0][:5]), fused(x[0][:5]))
