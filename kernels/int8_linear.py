@@ -229,6 +229,8 @@ def choose(m: int, n: int, k: int, capability: tuple[int, int] = (8, 0), process
     table = SKINNY if m <= 16 else HOPPER if hopper and m >= 64 else TILED
     busy = [c for c in table if blocks(c, m, n) >= processors]
     config = busy[-1] if busy else table[0]
+    if table is HOPPER and k % 16:
+        config = replace(config, num_warps=8)  # loads of single bytes keep more addresses than four warps have room for
     if table is HOPPER and blocks(config, m, n) >= 2 * processors:
         return replace(config, persistent=True)
     if m <= 64:

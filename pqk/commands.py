@@ -207,7 +207,7 @@ def _launches(layer: dict[str, Any], arch: str) -> Rows:
     counted: list[str | None] = [None] * 4
     if traffic:
         moved, issued = (f"{traffic[k] / 1e3:.1f} kB" for k in ("moved", "issued"))
-        counted = [moved, f"{traffic['ratio']:.2f}x", issued, f"{predicted['microseconds']:.2f}"]
+        counted = [moved, f"{traffic['ratio']:.2f}x", issued, f"{predicted['microseconds']:.3f}"]
     rows: Rows = []
     for code in there["launches"]:
         made: list[Any] = [None] * 5

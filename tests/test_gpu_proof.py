@@ -126,7 +126,7 @@ def test_tables_show_every_launch(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     write(answer, as_json=False)
     shown = " ".join(capsys.readouterr().out.split())
-    for word in ("fc +1", "IMMA", "2.50", "predicted, not measured", "A100 80GB SXM", "aten::softmax", "every bar"):
+    for word in ("fc +1", "IMMA", "2.500", "predicted, not measured", "A100 80GB SXM", "aten::softmax", "every bar"):
         assert word in shown, word
     document["problems"] = ["something"]
     assert commands.kernels(None, ["sm_80"], 1, as_json=False).exit_code == 1
