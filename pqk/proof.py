@@ -281,7 +281,7 @@ def _row(
     here: str | None,
 ) -> AttributionRow:
     """What a network is worth. One without a file (a torch module) has no size and no coverage of its own."""
-    label = f"teacher, INT8 by {network.runtime}" if network.runtime != "onnxruntime" else None
+    label = f"teacher, INT8 by {network.runtime}" if network.runtime == NEURAL_COMPRESSOR else None
     base = AttributionRow(variant=network.variant, runtime=network.runtime, label=label)
     if network.module is None or (network.path is None and network.runtime == "onnxruntime"):
         missing = ("metric", "latency_ms", "ratio", "size_bytes", "parameters", "macs", "integer_coverage")
