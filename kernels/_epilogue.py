@@ -157,19 +157,11 @@ def apply_steps(y: Tensor, steps: str, params: Tensor, residual: Tensor | None, 
 
 
 @jit
-def round_half_even(y):  # type: ignore[no-untyped-def]
-    """The nearest integer, as a float, for |y| up to 2**22: 1.5 * 2**23 added leaves no bit for a fraction.
-
-    Beyond it the result is less exact but no smaller than 2**21, so that clamping it to a grid gives the same.
-    """
-    return (y + 12582912.0) - 12582912.0
-
-
-@jit
 def on_grid(y, scale, zero_point, qmin, qmax):  # type: ignore[no-untyped-def]
     """`clamp(rint(y / scale) + zero_point, qmin, qmax)`, as a float. `tl.maximum` gives qmin for a NaN.
 
-    Rounding is written out as calls are what Triton's interpreter spends its time on.
+    Rounding adds 1.5 * 2**23, which leaves no bit for a fraction: half to even for |y / scale| up to 2**22. Beyond it
+    the result is less exact but no smaller than 2**21, so that clamping it to a grid gives the same.
     """
     y = ((tl.div_rn(y, scale) + 12582912.0) - 12582912.0) + zero_point
     return tl.minimum(tl.maximum(y, qmin), qmax)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pqk.errors import InputError
 from pqk.kernels._epilogue import apply_steps, encode, epilogue
-from pqk.kernels._triton import Launch, allocate, cdiv, check_tensor, example, jit, processors_of, tl
+from pqk.kernels._triton import Launch, allocate, cdiv, check_tensor, example, jit, launch, processors_of, tl
 from pqk.kernels._values import (
     MAX_ROWS,
     check_plain_steps,
@@ -189,6 +189,22 @@ def plan(norm: Norm, centre: bool) -> Launch:
         },
         num_warps=warps,
     )  # fmt: skip
+
+
+def run(op: str, norm: Norm, centre: bool) -> tuple[Tensor, Tensor]:
+    """(out, kept) of `op` by the kernel. Raises `InputError` for arguments that it cannot run."""
+    norm.check()
+    if reason := supports(norm):
+        raise InputError(f"{op}: {reason}")
+    planned = plan(norm, centre)
+    launch(planned)
+    return planned.args["out_ptr"], planned.args["kept_ptr"]  # type: ignore[return-value]
+
+
+def empty(norm: Norm) -> tuple[Tensor, Tensor]:
+    """What (out, kept) will look like."""
+    x = norm.x
+    return x.new_empty(x.shape, dtype=norm.out_dtype), x.new_empty(norm.kept_shape, dtype=norm.kept_dtype)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ A row all of whose keys are masked, or that has no keys, gives 0 before `steps`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -305,41 +306,15 @@ def int8_attention(
 
 
 @int8_attention.register_kernel("cuda")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    params: Tensor,
-    steps: str,
-    score_scale: float,
-    value_scale: float,
-    q_zero_point: int,
-    k_zero_point: int,
-    v_zero_point: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    zero_points = (q_zero_point, k_zero_point, v_zero_point)
-    a = Attention(q, k, v, mask, params, steps, score_scale, value_scale, *zero_points, out_dtype)
-    return reference(a) if falls_back("int8_attention", q.device) else run(a)
+def _(*arguments: Any, **named: Any) -> Tensor:
+    a = Attention(*arguments, **named)
+    return reference(a) if falls_back("int8_attention", a.q.device) else run(a)
 
 
 @int8_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    params: Tensor,
-    steps: str,
-    score_scale: float,
-    value_scale: float,
-    q_zero_point: int,
-    k_zero_point: int,
-    v_zero_point: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return q.new_empty(q.shape, dtype=out_dtype)
+def _(*arguments: Any, **named: Any) -> Tensor:
+    a = Attention(*arguments, **named)
+    return a.q.new_empty(a.q.shape, dtype=a.out_dtype)
 
 
 def unpack(packed: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

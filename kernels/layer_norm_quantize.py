@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
 from pqk.kernels import _norm
 from pqk.kernels._norm import Case, Norm, supports
-from pqk.kernels._triton import Launch, falls_back, launch
+from pqk.kernels._triton import Launch, falls_back
 
 
 def reference(norm: Norm) -> tuple[Tensor, Tensor]:
@@ -32,12 +31,7 @@ def plan(norm: Norm) -> Launch:
 
 def run(norm: Norm) -> tuple[Tensor, Tensor]:
     """(out, kept) by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
-    norm.check()
-    if reason := supports(norm):
-        raise InputError(f"layer_norm_quantize: {reason}")
-    planned = plan(norm)
-    launch(planned)
-    return planned.args["out_ptr"], planned.args["kept_ptr"]  # type: ignore[return-value]
+    return _norm.run("layer_norm_quantize", norm, centre=True)
 
 
 @torch.library.custom_op("pqk::layer_norm_quantize", mutates_args=(), device_types="cpu")
@@ -70,9 +64,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @layer_norm_quantize.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    norm = Norm(*arguments)
-    x = norm.x
-    return x.new_empty(x.shape, dtype=norm.out_dtype), x.new_empty(norm.kept_shape, dtype=norm.kept_dtype)
+    return _norm.empty(Norm(*arguments))
 
 
 CASES = (

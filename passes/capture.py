@@ -9,12 +9,9 @@ integer kernel). Parameters keep their module paths, so the saved tensors read l
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import traceback
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
 from pqk.errors import InputError
-from pqk.graph import arguments, attach, attribute, calls, finish, free_path, replace, shape, tensor_node
+from pqk.graph import arguments, attach, attribute, calls, finish, free_path, quiet_export, replace, shape, tensor_node
 from pqk.passes._forms import aten, canonical_forms, fold_batch_norms
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.task import Task
@@ -72,24 +69,11 @@ def capture(student: nn.Module, example: Example, *, input_names: Sequence[str] 
 # ---- tracing
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export warns of its own internals and prints the graph it failed on."""
-    level = logging.getLogger("torch").level
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger("torch").setLevel(level)
-
-
 def _export(student: nn.Module, example: Example) -> fx.GraphModule:
     batch = torch.export.Dim("batch")
     dynamic = tuple({0: batch} if t.ndim else None for t in example)
     try:
-        with _quiet():
+        with quiet_export():
             program = torch.export.export(student, example, dynamic_shapes=dynamic, strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: only functionalizes
@@ -130,7 +114,7 @@ def _user_line(error: BaseException) -> str:
 def _fixed_batch(student: nn.Module, example: Example) -> str:
     """Where a literal equal to the batch size enters a shape: found by tracing once more with a fixed batch."""
     try:
-        with _quiet():
+        with quiet_export():
             graph = torch.export.export(student, example, strict=False).graph
     except Exception:  # what is wrong with the model is reported without a line, not hidden behind this search
         return ""

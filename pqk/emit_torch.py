@@ -7,14 +7,10 @@ taken out; each launch keeps the name of its layer, in the node's `custom` metad
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import logging
 import re
-import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from torch import Tensor, fx
 
 from pqk.errors import InputError
 from pqk.files import write_whole
+from pqk.graph import quiet_export
 
 BATCH = "batch"
 NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
@@ -45,14 +42,14 @@ def emit_torch(fused: fx.GraphModule, example: tuple[Tensor, ...], path: Path) -
     batch = torch.export.Dim(BATCH)
     free = tuple({0: batch} if t.ndim else None for t in example)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet_export(), torch.no_grad():
             exported = torch.export.export(fused, example, dynamic_shapes=free, strict=False)
     except Exception as error:  # whatever the tracer raised
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"emit_torch: the fused student cannot be exported: {reason}") from error
     _annotate(exported.graph, fused.graph)
     buffer = io.BytesIO()
-    with _quiet():
+    with quiet_export():
         torch.export.save(exported, buffer)
     write_whole(Path(path), lambda partial: _write_records(partial, buffer))
 
@@ -69,7 +66,7 @@ def load_student(path: Path | str, device: str | torch.device = "cpu") -> fx.Gra
     if foreign:
         raise InputError(f"{path} holds {', '.join(foreign[:4])}, which may run code when opened; pqk did not write it")
     try:
-        with _quiet():
+        with quiet_export():
             module = torch.export.load(str(path)).module(check_guards=False)
     except Exception as error:  # damaged JSON, another torch
         reason = str(error).strip().partition("\n")[0]
@@ -122,16 +119,3 @@ def _annotate(exported: fx.Graph, fused: fx.Graph) -> None:
     sides = [[n for n in g.nodes if n.op == "call_function" and "pqk" in str(n.target)] for g in (exported, fused)]
     for node, original in zip(*sides, strict=True):
         node.meta["custom"] = {"layer": original.meta["layer"]}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export warns of its own internals, and logs what it also raises."""
-    level = logging.getLogger("torch").level
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger("torch").setLevel(level)

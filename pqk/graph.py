@@ -11,6 +11,10 @@ Only tensor-valued nodes have a shape. `graph_module.meta["points"]` maps a modu
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,3 +138,16 @@ def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """torch.export warns of its own internals, and logs and prints what it also raises."""
+    level = logging.getLogger("torch").level
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch").setLevel(level)
