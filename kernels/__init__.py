@@ -6,9 +6,14 @@ load. On a CPU an op runs its reference, on a CUDA device its kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
+
+import torch
 
 from pqk.kernels import (
+    columns,
     int8_add,
     int8_attention,
     int8_concat,
@@ -16,6 +21,7 @@ from pqk.kernels import (
     int8_depthwise_conv2d,
     int8_embedding,
     int8_linear,
+    int8_mul,
     int8_pool,
     layer_norm_quantize,
     quantize,
@@ -29,10 +35,20 @@ KERNELS: tuple[ModuleType, ...] = (
     int8_depthwise_conv2d,
     int8_attention,
     int8_add,
+    int8_mul,
     int8_pool,
     int8_concat,
+    columns,
     layer_norm_quantize,
     rms_norm_quantize,
     int8_embedding,
 )
 """every kernel module: a new one is a file and a line here"""
+
+
+def on_cuda(op: str) -> Callable[..., Any] | None:
+    """What torch runs for the operator `pqk::…` on a CUDA device; None for one that is not in `KERNELS`."""
+    space, _, name = op.partition("::")
+    ours = (getattr(module, name, None) for module in KERNELS if space == "pqk")
+    found = next((each for each in ours if isinstance(each, torch.library.CustomOpDef)), None)
+    return None if found is None else found._backend_fns["cuda"]

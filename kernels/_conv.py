@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from pqk.errors import InputError
 from pqk.kernels._epilogue import FLOATS, INTEGERS, apply_steps, centred, check_steps, program, reads_residual, scaled
-from pqk.kernels._triton import allocate, cdiv, check_scale, check_tensor, example
+from pqk.kernels._triton import TYPES, allocate, cdiv, check_scale, check_tensor, example
 
 MAX_TERMS = (1 << 16) - 1
 """products an accumulator sums: so many of at most 2**14, and a bias of at most 2**30, stay within int32"""
@@ -80,6 +80,14 @@ class Conv:
     def rows(self) -> int:
         """Output pixels in the batch."""
         return self.out_shape[0] * self.out_shape[1] * self.out_shape[2]
+
+    @property
+    def key(self) -> str:
+        """The shape in words, under which a choice of configuration is remembered."""
+        (n, h, w, c), (o, kh, kw, _) = self.x.shape, self.weight.shape
+        (down, along), (top, left), (dy, dx) = self.stride, self.padding, self.dilation
+        window = f"{kh}x{kw} stride={down},{along} padding={top},{left} dilation={dy},{dx} groups={self.groups}"
+        return f"{n}x{h}x{w}x{c} {window} out={o} {TYPES[self.x.dtype]}"
 
     def check(self) -> None:
         """Raise `InputError` for arguments that neither op takes; how the weight lies in memory is left to each."""

@@ -10,10 +10,12 @@ what a chain of separate quantized layers computes:
     requantize   (clamp(rint(y / scale) + zero_point, qmin, qmax) - zero_point) * out_scale
     add, mul     y + r, y * r         with r = (residual - zero_point) * scale
     quantize     clamp(rint(y / scale) + zero_point, qmin, qmax), left as an integer; last
+    table        t[clamp(rint(y / scale) + zero_point, qmin, qmax) - qmin]: any function of up to 256 integers; one
 
 Which steps is known when the kernel is compiled (four bits a step); their numbers are `params`, float32 [steps, 5], a
 row a step: (scale, zero_point, qmin, qmax, out_scale) for the quantizing ones, (scale, zero_point, 0, 0, 0) for the
-residual ones, zeros for activations. A float residual has scale 1 and zero point 0.
+residual ones, zeros for activations. A float residual has scale 1 and zero point 0. Where a step is a table, `params`
+has 60 rows: eight for steps, of which the first are used, and the table's numbers in the others, one after the other.
 
 Division is IEEE division, rounding is half to even, and a NaN quantizes to qmin, as in ONNX Runtime's kernels.
 """
@@ -31,11 +33,18 @@ from pqk.kernels._triton import check_tensor, jit, tl
 
 STEPS = (
     "relu", "relu6", "gelu", "gelu_tanh", "silu", "hard_swish", "sigmoid", "requantize", "add", "mul", "quantize",
+    "table",
 )  # fmt: skip
 """a step's code is its place here, from 1; 0 ends a program"""
 MAX_STEPS = 8
 PARAMS = 5
 """numbers a step"""
+ENTRIES = 256
+"""most numbers of a table"""
+WITH_TABLE = MAX_STEPS + -(-ENTRIES // PARAMS)
+"""rows of `params` where a step is a table"""
+ON_GRID = ("requantize", "quantize", "table")
+"""steps that round"""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int8)
 
@@ -55,12 +64,21 @@ def reads_residual(steps: str) -> bool:
     return not {"add", "mul"}.isdisjoint(names_of(steps))
 
 
-def program(*rows: tuple[str, *tuple[float, ...]]) -> tuple[str, Tensor]:
-    """`program(("relu",), ("quantize", 0.1, 3, 0, 255))` → the words `"relu,quantize"` and their params [2, 5]."""
-    params = torch.zeros(len(rows), PARAMS)
+def program(*rows: tuple[str, *tuple[float, ...]], table: Sequence[float] = ()) -> tuple[str, Tensor]:
+    """`program(("relu",), ("quantize", 0.1, 3, 0, 255))` → the words `"relu,quantize"` and their params [2, 5].
+
+    `table`: the numbers that a table step picks from, params then have `WITH_TABLE` rows.
+    """
+    params = torch.zeros(WITH_TABLE if table else len(rows), PARAMS)
     for i, (_, *numbers) in enumerate(rows):
         params[i, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
+    params[MAX_STEPS:].view(-1)[: len(table)] = torch.tensor(table, dtype=torch.float32)
     return ",".join(name for name, *_ in rows), params
+
+
+def rows_of(steps: str, params: Tensor) -> Tensor:
+    """The rows of `params` that belong to steps: all but a table."""
+    return params[: len(names_of(steps))]
 
 
 def check_steps(
@@ -87,7 +105,10 @@ def check_steps(
     if out_dtype not in wanted:
         last = "end in quantize" if wanted is INTEGERS else "do not end in quantize"
         raise InputError(f'steps "{steps}" {last}: out_dtype {out_dtype} must be one of {[str(d) for d in wanted]}')
-    check_tensor("params", params, torch.float32, device=device, shape=(len(names), PARAMS))
+    if names.count("table") > 1:
+        raise InputError(f'steps "{steps}": {names.count("table")} tables, there is room for one')
+    rows = WITH_TABLE if "table" in names else len(names)
+    check_tensor("params", params, torch.float32, device=device, shape=(rows, PARAMS))
     if reads_residual(steps) != (residual is not None):
         need = "needs a residual tensor" if residual is None else "reads no residual, but one is given"
         raise InputError(f'steps "{steps}": {need}')
@@ -97,16 +118,14 @@ def check_steps(
 
 def check_params(steps: str, params: Tensor) -> None:
     """Raise `InputError` for numbers that make no sense: a scale that is not finite and above 0, an empty range."""
-    for i, (name, row) in enumerate(zip(names_of(steps), params.tolist(), strict=True)):
+    for i, (name, row) in enumerate(zip(names_of(steps), rows_of(steps, params).tolist(), strict=True)):
         scale, zero_point, qmin, qmax, out_scale = row
         where = f'step {i} ({name}) of "{steps}"'
-        scales = {"requantize": (scale, out_scale), "quantize": (scale,), "add": (scale,), "mul": (scale,)}.get(
-            name, ()
-        )
+        scales = (scale, out_scale) if name == "requantize" else (scale,) if name in (*ON_GRID, "add", "mul") else ()
         for s in scales:
             if not (math.isfinite(s) and s > 0):
                 raise InputError(f"{where}: scale {s}; must be finite and above 0")
-        if name in ("requantize", "quantize") and not (-128 <= qmin <= zero_point <= qmax <= 255):
+        if name in ON_GRID and not (-128 <= qmin <= zero_point <= qmax <= 255):
             raise InputError(
                 f"{where}: qmin {qmin} ≤ zero point {zero_point} ≤ qmax {qmax} does not hold in [-128, 255]"
             )
@@ -122,7 +141,7 @@ def _sigmoid(y: Tensor) -> Tensor:
     return torch.where(y >= 0, 1.0, t) / (t + 1.0)
 
 
-def _apply(y: Tensor, name: str, row: Tensor, residual: Tensor | None) -> Tensor:
+def _apply(y: Tensor, name: str, row: Tensor, table: Tensor, residual: Tensor | None) -> Tensor:
     """One step of the reference; the operations and their order are those of `_step`."""
     scale, zero_point, qmin, qmax, out_scale = row
     match name:
@@ -144,6 +163,8 @@ def _apply(y: Tensor, name: str, row: Tensor, residual: Tensor | None) -> Tensor
             return (_on_grid(y, scale, zero_point, qmin, qmax) - zero_point) * out_scale
         case "quantize":
             return _on_grid(y, scale, zero_point, qmin, qmax)
+        case "table":
+            return table[(_on_grid(y, scale, zero_point, qmin, qmax) - qmin).long()]
     assert residual is not None, name
     r = (residual.to(torch.float32) - zero_point) * scale
     return y + r if name == "add" else y * r
@@ -151,8 +172,8 @@ def _apply(y: Tensor, name: str, row: Tensor, residual: Tensor | None) -> Tensor
 
 def apply_steps(y: Tensor, steps: str, params: Tensor, residual: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """The reference: float32 `y` of any shape through the program; `residual` has its shape. → `out_dtype`."""
-    for name, row in zip(names_of(steps), params, strict=True):
-        y = _apply(y, name, row, residual)
+    for name, row in zip(names_of(steps), rows_of(steps, params), strict=True):
+        y = _apply(y, name, row, params[MAX_STEPS:].reshape(-1), residual)
     return y.to(out_dtype)
 
 
@@ -181,8 +202,8 @@ def _relu_to(y, top):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _step(y, S: tl.constexpr, row_ptr, residual_ptr, residual_offsets, mask):  # type: ignore[no-untyped-def]
-    """One step; `S` is its code. `row_ptr` points at its five numbers."""
+def _step(y, S: tl.constexpr, row_ptr, table_ptr, residual_ptr, residual_offsets, mask):  # type: ignore[no-untyped-def]
+    """One step; `S` is its code. `row_ptr` points at its five numbers, `table_ptr` at a table's."""
     if S == 1:
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif S == 2:
@@ -197,11 +218,13 @@ def _step(y, S: tl.constexpr, row_ptr, residual_ptr, residual_offsets, mask):  #
         y = tl.div_rn(y * _relu_to(y + 3.0, 6.0), 6.0)
     elif S == 7:
         y = sigmoid(y)
-    elif S == 8 or S == 11:
+    elif S == 8 or S == 11 or S == 12:
         zero_point = tl.load(row_ptr + 1)
         y = on_grid(y, tl.load(row_ptr), zero_point, tl.load(row_ptr + 2), tl.load(row_ptr + 3))
         if S == 8:
             y = (y - zero_point) * tl.load(row_ptr + 4)
+        if S == 12:
+            y = tl.load(table_ptr + (y - tl.load(row_ptr + 2)).to(tl.int32))
     elif S == 9 or S == 10:
         r = tl.load(residual_ptr + residual_offsets, mask=mask, other=0).to(tl.float32)
         r = (r - tl.load(row_ptr + 1)) * tl.load(row_ptr)
@@ -217,7 +240,8 @@ def epilogue(y, STEPS: tl.constexpr, params_ptr, residual_ptr, residual_offsets,
     """
     for i in tl.static_range(8):
         if (STEPS >> (4 * i)) & 15 != 0:
-            y = _step(y, (STEPS >> (4 * i)) & 15, params_ptr + 5 * i, residual_ptr, residual_offsets, mask)
+            row_ptr, table_ptr = params_ptr + 5 * i, params_ptr + 40
+            y = _step(y, (STEPS >> (4 * i)) & 15, row_ptr, table_ptr, residual_ptr, residual_offsets, mask)
     return y
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pqk.errors import InputError
 from pqk.kernels._epilogue import apply_steps, encode, epilogue
-from pqk.kernels._triton import Launch, allocate, cdiv, check_tensor, example, jit, launch, processors_of, tl
+from pqk.kernels._triton import Launch, allocate, cdiv, check_tensor, example, gpu_of, jit, launched, tl
 from pqk.kernels._values import (
     MAX_ROWS,
     check_plain_steps,
@@ -171,7 +171,7 @@ def norm_kernel(  # type: ignore[no-untyped-def]
 def plan(norm: Norm, centre: bool) -> Launch:
     """The launch; its outputs are `args["out_ptr"]` and `args["kept_ptr"]`. Tensors may be on the `meta` device."""
     rows, columns = rows_of(norm.x.shape), norm.x.shape[-1]
-    height, width, warps = whole_rows(rows, columns, processors_of(norm.x.device))
+    height, width, warps = whole_rows(rows, columns, gpu_of(norm.x.device).processors)
     return Launch(
         norm_kernel,
         (cdiv(rows, height),),
@@ -197,8 +197,7 @@ def run(op: str, norm: Norm, centre: bool) -> tuple[Tensor, Tensor]:
     if reason := supports(norm):
         raise InputError(f"{op}: {reason}")
     planned = plan(norm, centre)
-    launch(planned)
-    return planned.args["out_ptr"], planned.args["kept_ptr"]  # type: ignore[return-value]
+    return launched(planned), planned.tensor("kept_ptr")
 
 
 def empty(norm: Norm) -> tuple[Tensor, Tensor]:

@@ -65,28 +65,6 @@ _log = logging.getLogger("pqk.kernels")
 
 
 @dataclass(frozen=True)
-class Config:
-    """Block sizes of a matmul-shaped kernel, and how Triton is to compile it."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8
-    """row blocks that are walked together, so that a column of weight blocks is read while it is in the L2 cache"""
-    split_k: int = 1
-    """programs that share one block of the output, each with a part of K"""
-    persistent: bool = False
-    """as many programs as the GPU has processors, each walking many blocks"""
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of int8 operands: `num_stages` slices of both in flight. Blocks of the epilogue reuse it."""
-        return (self.block_m + self.block_n) * self.block_k * self.num_stages
-
-
-@dataclass(frozen=True)
 class Launch:
     """One kernel over one grid. `args` and `constexprs` together name every parameter of `kernel`."""
 
@@ -105,6 +83,12 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """Compile options, the same for a launch and for the ahead-of-time compiler."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
+    def tensor(self, name: str = "out_ptr") -> Tensor:
+        """An argument that is a tensor; the output where no other is named."""
+        found = self.args[name]
+        assert isinstance(found, Tensor)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +114,12 @@ def launch(run: Launch) -> None:
         )
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         run.kernel[run.grid](**run.args, **run.constexprs, **run.options)
+
+
+def launched(run: Launch) -> Tensor:
+    """Run it and give its output."""
+    launch(run)
+    return run.tensor()
 
 
 _collected: list[Launch] | None = None
@@ -189,31 +179,6 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not below `n`; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-MAX_STRIDE = 1 << 24
-"""elements from row to row: the rows of a block, at most 128, are addressed with 32 bits from its 64-bit base"""
-
-
-def row_stride(x: Tensor) -> int:
-    """Elements from one row of [..., K] to the next; -1 where rows are not evenly spaced."""
-    stride, expected = x.shape[-1] if x.ndim else 1, -1
-    for size, step in reversed(list(zip(x.shape[:-1], x.stride()[:-1], strict=True))):
-        if size == 1:
-            continue
-        if expected == -1:
-            stride = step
-        elif step != expected:
-            return -1
-        expected = step * size
-    return stride
-
-
-def rows_reason(name: str, x: Tensor) -> str | None:
-    """Why a kernel cannot read or write the rows of `x` in place, else None."""
-    if x.numel() and ((x.stride(-1) != 1 and x.shape[-1] > 1) or not 0 <= row_stride(x) < MAX_STRIDE):
-        return f"{name}: shape {list(x.shape)} has strides {x.stride()}; rows must be dense and evenly spaced"
-    return None
 
 
 on_allocate: Callable[[Tensor], object] | None = None
@@ -305,33 +270,6 @@ def check_number(name: str, value: float) -> None:
         raise InputError(f"{name}: {value}; a scale must be finite and above 0")
 
 
-def byte_range(tensor: Tensor) -> tuple[int, int]:
-    """The first byte that `tensor` reaches, and the one after its last."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def check_disjoint(name: str, out: Tensor, inputs: Mapping[str, Tensor | None]) -> None:
-    """Raise `InputError` where `out`, which a kernel will write, shares memory with an input or with itself."""
-    spans = sorted((stride, n) for n, stride in zip(out.shape, out.stride(), strict=True) if n > 1)
-    reach = 0
-    for stride, n in spans:
-        if stride <= reach:
-            raise InputError(
-                f"{name}: strides {out.stride()} of shape {list(out.shape)} overlap; a kernel cannot write it"
-            )
-        reach += stride * (n - 1)
-    low, high = byte_range(out)
-    for other, tensor in inputs.items():
-        if tensor is None or tensor.device != out.device:
-            continue
-        start, end = byte_range(tensor)
-        if start < high and low < end:
-            raise InputError(f"{name}: shares memory with {other}; write to a tensor of its own")
-
-
 @cache
 def too_old(index: int) -> str | None:
     """Why CUDA device `index` cannot run the kernels, else None."""
@@ -343,32 +281,47 @@ def too_old(index: int) -> str | None:
     return f"{name} has compute capability {have}; the kernels need {want}"
 
 
-_absent: tuple[tuple[int, int], int] = OLDEST, 108
-"""compute capability and processors of the GPU that launches are planned for where there is none: an A100"""
+@dataclass(frozen=True)
+class Gpu:
+    """What a launch is planned for."""
+
+    capability: tuple[int, int]
+    """compute capability; an AMD GPU, which numbers otherwise, counts as the oldest"""
+    processors: int
+    """streaming multiprocessors, or compute units"""
+    shared: int
+    """bytes of shared memory that one program may have"""
+
+
+_absent = Gpu(OLDEST, 108, 163 * 1024)
+"""the GPU that launches are planned for where there is none: an A100"""
 
 
 @contextlib.contextmanager
-def planning_for(capability: tuple[int, int], processors: int) -> Iterator[None]:
-    """Within it, launches of tensors that are on no GPU are planned for one like this."""
+def planning_for(gpu: Gpu) -> Iterator[None]:
+    """Within it, launches of tensors that are on no GPU are planned for this one."""
     global _absent
-    before, _absent = _absent, (capability, processors)
+    before, _absent = _absent, gpu
     try:
         yield
     finally:
         _absent = before
 
 
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability; for what is no CUDA device that of the GPU that is planned for. An AMD GPU, which numbers
-    otherwise and has less shared memory than Hopper, counts as the oldest."""
+def gpu_of(device: torch.device | str) -> Gpu:
+    """The GPU that tensors are on; for what is no CUDA device the one that is planned for."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _absent
+    return _present(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _present(index: int) -> Gpu:
+    p: Any = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        return OLDEST
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _absent[0]
-
-
-def processors_of(device: torch.device) -> int:
-    """Streaming multiprocessors; for what is no CUDA device those of the GPU that is planned for."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _absent[1]
+        return Gpu(OLDEST, p.multi_processor_count, p.shared_memory_per_block)
+    return Gpu((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
 @cache

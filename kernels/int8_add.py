@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pqk.kernels._epilogue import apply_steps, encode, epilogue
-from pqk.kernels._triton import Launch, allocate, cdiv, example, falls_back, jit, launch, tl
+from pqk.kernels._triton import Launch, allocate, cdiv, example, falls_back, jit, launched, tl
 from pqk.kernels._values import check_plain_steps, check_values, example_steps, load_values, values
 
 
@@ -86,9 +86,7 @@ def plan(add: Add) -> Launch:
 def run(add: Add) -> Tensor:
     """The sum by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     add.check()
-    planned = plan(add)
-    launch(planned)
-    return planned.args["out_ptr"]  # type: ignore[return-value]
+    return launched(plan(add))
 
 
 def supports(add: Add) -> str | None:

@@ -29,9 +29,11 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels._configs import Config, chosen, fitting
 from pqk.kernels._epilogue import INTEGERS, apply_steps, check_steps, encode, epilogue, reads_residual
 from pqk.kernels._triton import (
-    Config,
+    TYPES,
+    Gpu,
     Launch,
     allocate,
     cdiv,
@@ -39,8 +41,9 @@ from pqk.kernels._triton import (
     check_tensor,
     example,
     falls_back,
+    gpu_of,
     jit,
-    launch,
+    launched,
     tl,
 )
 from pqk.kernels._values import example_steps
@@ -211,23 +214,32 @@ def fits(config: Config, head: int, shared_memory: int) -> bool:
     return config.block_m * (head + 2 * KEYS) + 2 * KEYS * head * config.num_stages <= shared_memory
 
 
-def choose(queries: int, pairs: int, head: int, shared_memory: int = 99 * 1024) -> Config:
+def candidates(head: int, gpu: Gpu) -> list[Config]:
+    """What fits the GPU."""
+    return fitting(CONFIGS, gpu, lambda config, shared: fits(config, head, shared))
+
+
+def choose(queries: int, pairs: int, head: int, gpu: Gpu) -> Config:
     """The configuration for `pairs` (samples times heads) of `queries` rows; by reasoning, not by measurement.
 
-    Large blocks read the keys less often, but most of their rows should be used, and every multiprocessor of a big
-    GPU (132 of them) should have a program.
+    Large blocks read the keys less often, but most of their rows should be used, and every processor should have a
+    program.
     """
-    for config in CONFIGS[:-1]:
-        busy = config.block_m <= 32 or pairs * cdiv(queries, config.block_m) >= 132
-        if busy and 2 * queries > config.block_m and fits(config, head, shared_memory):
+    found = candidates(head, gpu)
+    for config in found[:-1]:
+        busy = config.block_m <= 32 or pairs * cdiv(queries, config.block_m) >= gpu.processors
+        if busy and 2 * queries > config.block_m:
             return config
-    return CONFIGS[-1]
+    return found[-1]
 
 
-def plan(a: Attention, out: Tensor, config: Config | None = None) -> Launch:
-    """The launch that writes `out` [B, Sq, heads, D], contiguous. The tensors may be on the `meta` device."""
+def plan(a: Attention, config: Config | None = None) -> Launch:
+    """The launch; its output is [B, Sq, heads, D], contiguous. The tensors may be on the `meta` device."""
     batch, queries, heads, head = a.q.shape
-    config = config or choose(queries, batch * heads, head)
+    gpu, key = gpu_of(a.q.device), f"{batch}x{queries}x{heads}x{head} keys={a.k.shape[1]} {TYPES[a.q.dtype]}"
+    if config is None:
+        work = (queries, batch * heads, head)
+        config = chosen("int8_attention", key, gpu, lambda: choose(*work, gpu), lambda: candidates(head, gpu))
     shift = 128 if a.q.dtype == torch.uint8 else 0  # the kernel reads uint8 less 128
     q_zero, k_zero, v_zero = (zero_point - shift for zero_point in a.zero_points)
     mask = a.mask.view(torch.uint8) if a.mask is not None and a.mask.dtype == torch.bool else a.mask
@@ -240,7 +252,8 @@ def plan(a: Attention, out: Tensor, config: Config | None = None) -> Launch:
         attention_kernel,
         (batch * heads * cdiv(queries, config.block_m),),
         {
-            "q_ptr": a.q, "k_ptr": a.k, "v_ptr": a.v, "mask_ptr": mask, "params_ptr": a.params, "out_ptr": out,
+            "q_ptr": a.q, "k_ptr": a.k, "v_ptr": a.v, "mask_ptr": mask, "params_ptr": a.params,
+            "out_ptr": allocate(a.q.shape, a.out_dtype, a.q.device),
             "queries": queries, "keys": a.k.shape[1], "heads": heads, **strides,
             "mask_batch": 0 if mask is None else mask.stride(0), "mask_key": 0 if mask is None else mask.stride(1),
             "score_scale": float(a.score_scale * LOG2E), "value_scale": float(a.value_scale),
@@ -259,9 +272,7 @@ def plan(a: Attention, out: Tensor, config: Config | None = None) -> Launch:
 def run(a: Attention, config: Config | None = None) -> Tensor:
     """The attention by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     a.check()
-    out = allocate(a.q.shape, a.out_dtype, a.q.device)
-    launch(plan(a, out, config))
-    return out
+    return launched(plan(a, config))
 
 
 def supports(a: Attention) -> str | None:
@@ -358,5 +369,4 @@ CASES = (
 
 def specialize(case: Case, device: str = "meta") -> Launch:
     """The launch of a case."""
-    a = case.arguments(device)
-    return plan(a, allocate(a.q.shape, a.out_dtype, device))
+    return plan(case.arguments(device))

@@ -5,7 +5,8 @@
 with `first_i` the channels of the inputs before. A launch an input reads it once and writes its slice of the shared
 buffer once. Absorbed: the dequantize of each input, the concatenation as a copy of its own, an activation after it and
 the quantize of the result. Where an input has the qparams of the result, requantization gives back its integers. Not
-absorbed: the write of the input itself, as its producer writes a tensor of its own.
+absorbed: the write of the input itself, as its producer writes a tensor of its own; a producer that nothing else reads
+writes its slice by itself (`columns`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from torch import Tensor
 
 from pqk.errors import InputError
 from pqk.kernels._epilogue import apply_steps, encode, epilogue
-from pqk.kernels._triton import Launch, allocate, cdiv, example, falls_back, jit, launch, processors_of, tl
+from pqk.kernels._strides import row_stride
+from pqk.kernels._triton import (
+    Launch,
+    allocate,
+    cdiv,
+    example,
+    falls_back,
+    gpu_of,
+    jit,
+    launch,
+    launched,
+    tl,
+)
 from pqk.kernels._values import (
     MAX_ROWS,
     blocks,
@@ -91,20 +104,24 @@ def int8_concat_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def plan(concat: Concat) -> tuple[Launch, ...]:
-    """The launches, one an input; all write `args["out_ptr"]`. The tensors may be on the `meta` device."""
-    out = allocate(concat.out_shape, concat.out_dtype, concat.inputs[0].device)
+def plan(concat: Concat, out: Tensor | None = None) -> tuple[Launch, ...]:
+    """The launches, one an input; all write one output, `out` where it is given: columns of a wider tensor.
+
+    The tensors may be on the `meta` device.
+    """
+    if out is None:
+        out = allocate(concat.out_shape, concat.out_dtype, concat.inputs[0].device)
     launches, first, rows = [], 0, rows_of(concat.out_shape)
     for x, scale, zero_point in zip(concat.inputs, concat.scales, concat.zero_points, strict=True):
         columns = x.shape[-1]
-        height, width, warps = blocks(rows, columns, processors_of(out.device))
+        height, width, warps = blocks(rows, columns, gpu_of(out.device).processors)
         launches.append(
             Launch(
                 int8_concat_kernel,
                 (cdiv(rows, height), cdiv(columns, width)),
                 {
                     "x_ptr": x, "out_ptr": out, "params_ptr": concat.params, "rows": rows, "columns": columns,
-                    "first": first, "out_columns": concat.out_shape[-1],
+                    "first": first, "out_columns": row_stride(out),
                     "scale": float(scale), "zero_point": float(zero_point),
                 },
                 {"STEPS": encode(concat.steps), "BLOCK_R": height, "BLOCK_C": width},
@@ -120,10 +137,10 @@ def run(concat: Concat) -> Tensor:
     concat.check()
     if reason := supports(concat):
         raise InputError(f"int8_concat: {reason}")
-    planned = plan(concat)
-    for part in planned:
+    *others, last = plan(concat)
+    for part in others:
         launch(part)
-    return planned[0].args["out_ptr"]  # type: ignore[return-value]
+    return launched(last)
 
 
 def supports(concat: Concat) -> str | None:

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from pqk.errors import InputError
 from pqk.kernels import int8_linear
+from pqk.kernels._configs import Config, chosen, fitting
 from pqk.kernels._conv import Case, Conv, too_large
 from pqk.kernels._epilogue import encode, epilogue, exact_dtype
-from pqk.kernels._triton import Config, Launch, cdiv, check_tensor, falls_back, jit, launch, processors_of, tl
+from pqk.kernels._strides import row_stride
+from pqk.kernels._triton import Gpu, Launch, cdiv, check_tensor, falls_back, gpu_of, jit, launched, tl
 
 
 def accumulate(conv: Conv) -> Tensor:
@@ -43,14 +45,15 @@ def reference(conv: Conv) -> Tensor:
 
 @jit
 def int8_conv2d_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, channels_ptr, y_ptr,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, channels_ptr, out_ptr,
     rows, height, width, out_height, out_width, zero_point, residual_height, residual_width, residual_c,
     C: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    RS: tl.constexpr, STEPS: tl.constexpr,
+    RS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M output pixels x BLOCK_N output channels of one group; C and OUT are channels of a group.
+    """BLOCK_M output pixels x BLOCK_N output channels of one group; C and OUT are channels of a group, WIDTH elements
+    lie from one pixel of the output to the next.
 
     Neighbouring programs take the channel blocks of the same pixels, whose input they find in the L2 cache. Offsets are
     32 bits wide, from a 64-bit base: the image that the block starts in. Pixels and channels past the end read the
@@ -95,8 +98,10 @@ def int8_conv2d_kernel(  # type: ignore[no-untyped-def]
     acc += tl.load(bias_ptr + n, mask=present, other=0)[None, :]
     base = row_0.to(tl.int64) * (GROUPS * OUT)
     to = i[:, None] * (GROUPS * OUT) + n[None, :]
-    if y_ptr.dtype.element_ty == tl.int32:
-        tl.store(y_ptr + base + to, acc, mask=mask)
+    out_block = out_ptr + row_0.to(tl.int64) * WIDTH
+    out_offsets = i[:, None] * WIDTH + n[None, :]
+    if out_ptr.dtype.element_ty == tl.int32:
+        tl.store(out_block + out_offsets, acc, mask=mask)
     else:
         y = acc.to(tl.float32) * tl.load(scale_ptr + n, mask=present, other=0.0)[None, :]
         residual_block = residual_ptr
@@ -111,7 +116,7 @@ def int8_conv2d_kernel(  # type: ignore[no-untyped-def]
         elif residual_ptr is not None:
             residual_block = residual_ptr + base
         y = epilogue(y, STEPS, params_ptr, residual_block, at, there)
-        tl.store(y_ptr + base + to, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_block + out_offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 CONFIGS = (
@@ -133,26 +138,21 @@ CONFIGS = (
 32 bytes of input a thread and step"""
 
 
-def fits(config: Config, shared_memory_bytes: int) -> bool:
-    """Whether the operands in flight fit a processor's shared memory."""
-    return config.shared_bytes <= shared_memory_bytes
-
-
-def choose(conv: Conv, processors: int) -> Config:
+def choose(conv: Conv, gpu: Gpu) -> Config:
     """The configuration whose busiest processor stages the fewest operand bytes.
 
     A model, for choosing only: programs run in waves of one a processor, each step of a program stages `block_m +
-    block_n` rows of `block_k` bytes and waits as long as 16 bytes a row more would take. A measured choice is passed as
-    `config=`.
+    block_n` rows of `block_k` bytes and waits as long as 16 bytes a row more would take. A measured choice is
+    remembered (`_configs`) or passed as `config=`.
     """
     outputs = conv.weight.shape[0] // conv.groups
 
     def cost(c: Config) -> tuple[int, int]:
         programs = cdiv(conv.rows, c.block_m) * cdiv(outputs, c.block_n) * conv.groups
         step = (c.block_m + c.block_n) * (c.block_k + 16)
-        return cdiv(programs, processors) * cdiv(conv.terms, c.block_k) * step, programs
+        return cdiv(programs, gpu.processors) * cdiv(conv.terms, c.block_k) * step, programs
 
-    return min(CONFIGS, key=cost)
+    return min(fitting(CONFIGS, gpu), key=cost)
 
 
 def pointwise(conv: Conv) -> bool:
@@ -161,13 +161,16 @@ def pointwise(conv: Conv) -> bool:
     return plain and (*conv.kernel, *conv.stride, *conv.padding) == (1, 1, 1, 1, 0, 0)
 
 
-def plan(conv: Conv, config: Config | None = None) -> Launch:
-    """The launch; its output is `args["y_ptr"]`. The tensors may be on the `meta` device."""
+def plan(conv: Conv, config: Config | None = None, out: Tensor | None = None) -> Launch:
+    """The launch. The tensors may be on the `meta` device; `out` may be channels of a wider contiguous tensor."""
     if pointwise(conv):
         weight = conv.weight.flatten(1)
         epilogue_of_it = (conv.steps, conv.params, conv.residual, conv.out_dtype)
-        return int8_linear.plan(conv.x, weight, conv.bias, conv.scale, *epilogue_of_it, config=config)
-    c = config or choose(conv, processors_of(conv.x.device))
+        return int8_linear.plan(conv.x, weight, conv.bias, conv.scale, *epilogue_of_it, out=out, config=config)
+    gpu, y = gpu_of(conv.x.device), conv.allocate() if out is None else out
+    c = config
+    if c is None:
+        c = chosen("int8_conv2d", conv.key, gpu, lambda: choose(conv, gpu), lambda: fitting(CONFIGS, gpu))
     _, height, width, _ = conv.x.shape
     _, out_height, out_width, channels = conv.out_shape
     per_group = channels // conv.groups
@@ -179,7 +182,7 @@ def plan(conv: Conv, config: Config | None = None) -> Launch:
         args={
             "x_ptr": conv.x, "weight_ptr": conv.weight, "bias_ptr": conv.bias, "scale_ptr": conv.scale,
             "params_ptr": conv.params, "residual_ptr": conv.residual, "channels_ptr": conv.residual_channels,
-            "y_ptr": conv.allocate(),
+            "out_ptr": y,
             "rows": conv.rows, "height": height, "width": width, "out_height": out_height, "out_width": out_width,
             "zero_point": conv.zero_point,
             "residual_height": residual_height, "residual_width": residual_width, "residual_c": residual_c,
@@ -187,7 +190,7 @@ def plan(conv: Conv, config: Config | None = None) -> Launch:
         constexprs={
             "C": conv.weight.shape[3], "OUT": per_group, "GROUPS": conv.groups, "KH": kh, "KW": kw,
             "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw, "RS": conv.residual_stride,
-            "STEPS": encode(conv.steps),
+            "WIDTH": row_stride(y), "STEPS": encode(conv.steps),
             "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
         },
         num_warps=c.num_warps,
@@ -215,14 +218,15 @@ def check(conv: Conv) -> None:
     check_tensor("weight", conv.weight, torch.int8)
 
 
-def run(conv: Conv, config: Config | None = None) -> Tensor:
-    """The layer by its kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
+def run(conv: Conv, config: Config | None = None, out: Tensor | None = None) -> Tensor:
+    """The layer by its kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`.
+
+    `out` [N, OH, OW, O] is written in place of a new tensor: channels of a wider one.
+    """
     check(conv)
     if reason := supports(conv):
         raise InputError(f"int8_conv2d: {reason}")
-    planned = plan(conv, config)
-    launch(planned)
-    return planned.args["y_ptr"]  # type: ignore[return-value]
+    return launched(plan(conv, config, out))
 
 
 @torch.library.custom_op("pqk::int8_conv2d", mutates_args=(), device_types="cpu")

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels._configs import Config, chosen, fitting
 from pqk.kernels._conv import Case, Conv, too_large
 from pqk.kernels._epilogue import encode, epilogue
-from pqk.kernels._triton import Config, Launch, cdiv, falls_back, jit, launch, tl
+from pqk.kernels._triton import Gpu, Launch, cdiv, falls_back, gpu_of, jit, launched, tl
 
 
 def taps_first(weight: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def reference(conv: Conv) -> Tensor:
 
 @jit
 def int8_depthwise_conv2d_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, y_ptr,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, out_ptr,
     rows, height, width, out_height, out_width, zero_point, stride_wn, stride_wt,
     C: tl.constexpr, OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
@@ -81,15 +82,15 @@ def int8_depthwise_conv2d_kernel(  # type: ignore[no-untyped-def]
     acc += tl.load(bias_ptr + n, mask=present, other=0)[None, :]
     base = row_0.to(tl.int64) * OUT
     to = i[:, None] * OUT + n[None, :]
-    if y_ptr.dtype.element_ty == tl.int32:
-        tl.store(y_ptr + base + to, acc, mask=mask)
+    if out_ptr.dtype.element_ty == tl.int32:
+        tl.store(out_ptr + base + to, acc, mask=mask)
     else:
         y = acc.to(tl.float32) * tl.load(scale_ptr + n, mask=present, other=0.0)[None, :]
         residual_block = residual_ptr
         if residual_ptr is not None:
             residual_block = residual_ptr + base
         y = epilogue(y, STEPS, params_ptr, residual_block, to, mask)
-        tl.store(y_ptr + base + to, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + base + to, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 CONFIGS = (
@@ -103,19 +104,21 @@ CONFIGS = (
 reads whole sectors"""
 
 
-def choose(conv: Conv) -> Config:
+def choose(conv: Conv, gpu: Gpu) -> Config:
     """The configuration that pads these shapes least, of equals the one that reads the longest runs of channels."""
 
     def cost(c: Config) -> tuple[int, int]:
         padded = cdiv(conv.rows, c.block_m) * c.block_m * cdiv(conv.out_shape[3], c.block_n) * c.block_n
         return padded, -c.block_n * c.num_warps
 
-    return min(CONFIGS, key=cost)
+    return min(fitting(CONFIGS, gpu), key=cost)
 
 
 def plan(conv: Conv, config: Config | None = None) -> Launch:
-    """The launch; its output is `args["y_ptr"]`. The tensors may be on the `meta` device."""
-    c = config or choose(conv)
+    """The launch; its output is `args["out_ptr"]`. The tensors may be on the `meta` device."""
+    gpu, c = gpu_of(conv.x.device), config
+    if c is None:
+        c = chosen("int8_depthwise_conv2d", conv.key, gpu, lambda: choose(conv, gpu), lambda: fitting(CONFIGS, gpu))
     _, height, width, channels = conv.x.shape
     _, out_height, out_width, outputs = conv.out_shape
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = conv.kernel, conv.stride, conv.padding, conv.dilation
@@ -124,7 +127,7 @@ def plan(conv: Conv, config: Config | None = None) -> Launch:
         grid=(cdiv(conv.rows, c.block_m) * cdiv(outputs, c.block_n),),
         args={
             "x_ptr": conv.x, "weight_ptr": conv.weight, "bias_ptr": conv.bias, "scale_ptr": conv.scale,
-            "params_ptr": conv.params, "residual_ptr": conv.residual, "y_ptr": conv.allocate(),
+            "params_ptr": conv.params, "residual_ptr": conv.residual, "out_ptr": conv.allocate(),
             "rows": conv.rows, "height": height, "width": width, "out_height": out_height, "out_width": out_width,
             "zero_point": conv.zero_point, "stride_wn": conv.weight.stride(0), "stride_wt": tap_stride(conv.weight),
         },
@@ -170,9 +173,7 @@ def check(conv: Conv) -> None:
 def run(conv: Conv, config: Config | None = None) -> Tensor:
     """The layer by its kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     check(conv)
-    planned = plan(conv, config)
-    launch(planned)
-    return planned.args["y_ptr"]  # type: ignore[return-value]
+    return launched(plan(conv, config))
 
 
 @torch.library.custom_op("pqk::int8_depthwise_conv2d", mutates_args=(), device_types="cpu")

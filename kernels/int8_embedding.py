@@ -32,9 +32,9 @@ from pqk.kernels._triton import (
     check_tensor,
     example,
     falls_back,
+    gpu_of,
     jit,
-    launch,
-    processors_of,
+    launched,
     tl,
 )
 from pqk.kernels._values import check_plain_steps, example_steps, whole_rows
@@ -187,7 +187,7 @@ def plan(embedding: Embedding) -> Launch:
     """The launch; its output is `args["out_ptr"]`. The tensors may be on the `meta` device."""
     e = embedding
     tokens, columns = e.ids.numel(), e.words.shape[1]
-    height, width, warps = whole_rows(tokens, columns, processors_of(e.ids.device))
+    height, width, warps = whole_rows(tokens, columns, gpu_of(e.ids.device).processors)
 
     def scales(scale: Tensor | None) -> bool:
         return scale is not None and scale.ndim == 1
@@ -219,9 +219,7 @@ def run(embedding: Embedding) -> Tensor:
     embedding.check()
     if reason := supports(embedding):
         raise InputError(f"int8_embedding: {reason}")
-    planned = plan(embedding)
-    launch(planned)
-    return planned.args["out_ptr"]  # type: ignore[return-value]
+    return launched(plan(embedding))
 
 
 def supports(embedding: Embedding) -> str | None:

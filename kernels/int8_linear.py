@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels._configs import Config, chosen, fitting
 from pqk.kernels._epilogue import (
     INTEGERS,
     apply_steps,
@@ -34,23 +35,20 @@ from pqk.kernels._epilogue import (
     reads_residual,
     scaled,
 )
+from pqk.kernels._strides import MAX_STRIDE, check_disjoint, row_stride, rows_reason
 from pqk.kernels._triton import (
-    MAX_STRIDE,
-    Config,
+    TYPES,
+    Gpu,
     Launch,
     allocate,
-    capability_of,
     cdiv,
-    check_disjoint,
     check_scale,
     check_tensor,
     example,
     falls_back,
+    gpu_of,
     jit,
-    launch,
-    processors_of,
-    row_stride,
-    rows_reason,
+    launched,
     tl,
 )
 from pqk.kernels._values import MAX_ROWS, example_steps
@@ -107,7 +105,7 @@ def _product(  # type: ignore[no-untyped-def]
 
 @jit
 def _finish(  # type: ignore[no-untyped-def]
-    acc, y_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
+    acc, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
     STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Bias, scale, epilogue and store of one block; an int32 output is left as accumulators."""
@@ -116,9 +114,9 @@ def _finish(  # type: ignore[no-untyped-def]
     present = n_0 + j < N
     mask = (i < M - m_0)[:, None] & present[None, :]
     acc += tl.load(bias_ptr + n_0 + j, mask=present, other=0)[None, :]
-    y_block = y_ptr + m_0.to(tl.int64) * stride_ym + n_0
+    y_block = out_ptr + m_0.to(tl.int64) * stride_ym + n_0
     y_offsets = i[:, None] * stride_ym + j[None, :]
-    if y_ptr.dtype.element_ty == tl.int32:
+    if out_ptr.dtype.element_ty == tl.int32:
         tl.store(y_block + y_offsets, acc, mask=mask)
     else:
         y = acc.to(tl.float32) * tl.load(scale_ptr + n_0 + j, mask=present, other=0.0)[None, :]
@@ -126,7 +124,7 @@ def _finish(  # type: ignore[no-untyped-def]
         if residual_ptr is not None:
             residual_block = residual_ptr + m_0.to(tl.int64) * N + n_0
         y = epilogue(y, STEPS, params_ptr, residual_block, i[:, None] * N + j[None, :], mask)
-        tl.store(y_block + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_block + y_offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -143,7 +141,7 @@ def _block_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M:
 
 @jit
 def _linear(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, y_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, M, N, K, stride_xm, stride_wn, stride_ym,
+    x_ptr, w_ptr, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, M, N, K, stride_xm, stride_wn, stride_ym,
     STEPS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -153,14 +151,14 @@ def _linear(  # type: ignore[no-untyped-def]
         m_0, n_0 = _block_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = _product(x_ptr, w_ptr, m_0, n_0, M, N, 0, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
         _finish(
-            acc, y_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
+            acc, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
             STEPS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
 @jit
 def _linear_split_k(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, y_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, sums_ptr, arrived_ptr,
+    x_ptr, w_ptr, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, sums_ptr, arrived_ptr,
     M, N, K, part, stride_xm, stride_wn, stride_ym,
     STEPS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -186,7 +184,7 @@ def _linear_split_k(  # type: ignore[no-untyped-def]
     if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1:
         total = tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
         _finish(
-            total, y_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
+            total, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
             STEPS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -210,49 +208,57 @@ HOPPER = (
 CONFIGS = (*SKINNY, *TILED, *HOPPER)
 
 
-def fits(config: Config, shared_memory_bytes: int) -> bool:
-    """Whether the operands in flight fit a processor's shared memory."""
-    return config.shared_bytes <= shared_memory_bytes
-
-
 def blocks(config: Config, m: int, n: int) -> int:
     """Blocks of an [m, n] output."""
     return cdiv(m, config.block_m) * cdiv(n, config.block_n)
 
 
-def choose(m: int, n: int, k: int, capability: tuple[int, int] = (8, 0), processors: int = 108) -> Config:
-    """The largest blocks that still give every processor one; failing that the smallest, and K split for few rows.
+def candidates(m: int, n: int, k: int, gpu: Gpu) -> list[Config]:
+    """What is worth trying for a shape, from small to large blocks, each in the variant that suits it."""
+    hopper = gpu.capability >= (9, 0) and m >= 64
+    table = SKINNY if m <= 16 else HOPPER if hopper else TILED
+    return [_variant(c, hopper, m, n, k, gpu.processors) for c in fitting(table, gpu)]
 
-    A guess from the shape: a measured choice is passed as `config=`.
-    """
-    hopper = capability >= (9, 0)
-    table = SKINNY if m <= 16 else HOPPER if hopper and m >= 64 else TILED
-    busy = [c for c in table if blocks(c, m, n) >= processors]
-    config = busy[-1] if busy else table[0]
-    if table is HOPPER and k % 16:
+
+def _variant(config: Config, hopper: bool, m: int, n: int, k: int, processors: int) -> Config:
+    """Persistent where there are several blocks a processor (Hopper), K split where there are few rows."""
+    if hopper and k % 16:
         config = replace(config, num_warps=8)  # loads of single bytes keep more addresses than four warps have room for
-    if table is HOPPER and blocks(config, m, n) >= 2 * processors:
+    if hopper and blocks(config, m, n) >= 2 * processors:
         return replace(config, persistent=True)
-    if m <= 64:
-        wanted = processors // max(1, blocks(config, m, n))
-        return replace(config, split_k=max(1, min(wanted, k // (4 * config.block_k), 16)))
-    return config
+    if m > 64:
+        return config
+    wanted = processors // max(1, blocks(config, m, n))
+    return replace(config, split_k=max(1, min(wanted, k // (4 * config.block_k), 16)))
+
+
+def choose(m: int, n: int, k: int, gpu: Gpu) -> Config:
+    """The largest blocks that still give every processor one; failing that the smallest.
+
+    A guess from the shape: a measured choice is remembered (`_configs`) or passed as `config=`.
+    """
+    found = candidates(m, n, k, gpu)
+    busy = [c for c in found if blocks(c, m, n) >= gpu.processors]
+    return busy[-1] if busy else found[0]
 
 
 def plan(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, steps: str, params: Tensor, residual: Tensor | None,
     out_dtype: torch.dtype, *, out: Tensor | None = None, config: Config | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch; its output is `args["y_ptr"]`, [..., N]. `out` may be columns of a wider contiguous tensor."""
+    """The launch; its output is [..., N]. `out` may be columns of a wider contiguous tensor."""
     n, k = weight.shape
     m = x.numel() // k if k else x.shape[:-1].numel()
-    config = config or choose(m, n, k, capability_of(x.device), processors_of(x.device))
+    gpu, shape = gpu_of(x.device), (m, n, k)
+    key = f"m={m} n={n} k={k} {TYPES[x.dtype]}"
+    if config is None:
+        config = chosen("int8_linear", key, gpu, lambda: choose(*shape, gpu), lambda: candidates(*shape, gpu))
     y = allocate((*x.shape[:-1], n), out_dtype, x.device) if out is None else out
     parts = min(config.split_k, cdiv(k, config.block_k)) or 1
     part = cdiv(cdiv(k, parts), config.block_k) * config.block_k
     parts = cdiv(k, part) if k else 1
     args: dict[str, Any] = {
-        "x_ptr": x, "w_ptr": weight, "y_ptr": y, "bias_ptr": bias, "scale_ptr": scale, "params_ptr": params,
+        "x_ptr": x, "w_ptr": weight, "out_ptr": y, "bias_ptr": bias, "scale_ptr": scale, "params_ptr": params,
         "residual_ptr": residual, "M": m, "N": n, "K": k,
         "stride_xm": row_stride(x), "stride_wn": weight.stride(0), "stride_ym": row_stride(y),
     }  # fmt: skip
@@ -262,7 +268,7 @@ def plan(
     }  # fmt: skip
     tiles = blocks(config, m, n)
     if parts == 1 or tiles == 0:
-        grid = min(tiles, processors_of(x.device)) if config.persistent else tiles
+        grid = min(tiles, gpu.processors) if config.persistent else tiles
         return Launch(_linear, (grid,), args, constexprs, config.num_warps, config.num_stages)
     scratch = torch.zeros(m * n + tiles, dtype=torch.int32, device=x.device)
     args |= {"part": part, "sums_ptr": scratch[: m * n], "arrived_ptr": scratch[m * n :]}
@@ -318,9 +324,7 @@ def run(
         if reason := rows_reason("out", out):
             raise InputError(f"int8_linear: {reason}")
         check_disjoint("out", out, {"x": x, "weight": weight, "bias": bias, "scale": scale, "residual": residual})
-    planned = plan(x, weight, bias, scale, steps, params, residual, out_dtype, out=out, config=config)
-    launch(planned)
-    return planned.args["y_ptr"]  # type: ignore[return-value]
+    return launched(plan(x, weight, bias, scale, steps, params, residual, out_dtype, out=out, config=config))
 
 
 @torch.library.custom_op("pqk::int8_linear", mutates_args=(), device_types="cpu")
@@ -338,23 +342,17 @@ def int8_linear(
 
 
 @int8_linear.register_kernel("cuda")
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, steps: str, params: Tensor, residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     x = x if rows_reason("x", x) is None else x.contiguous()
     if falls_back("int8_linear", x.device, supports(x, weight)):
-        check(x, weight, bias, scale, steps, params, residual, out_dtype)
-        return reference(x, weight, bias, scale, steps, params, residual, out_dtype)
-    return run(x, weight, bias, scale, steps, params, residual, out_dtype)
+        check(x, weight, *others)
+        return reference(x, weight, *others)
+    return run(x, weight, *others)
 
 
 @int8_linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, steps: str, params: Tensor, residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=others[-1])
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from pqk.kernels._triton import (
     cdiv,
     example,
     falls_back,
+    gpu_of,
     jit,
-    launch,
+    launched,
     next_power_of_2,
-    processors_of,
     tl,
 )
 from pqk.kernels._values import MAX_ROWS, blocks, check_plain_steps, check_values, example_steps
@@ -233,7 +233,7 @@ def plan(pool: Pool) -> Launch:
         return _plan_global(pool, out)
     images, out_height, out_width, channels = pool.out_shape
     rows = images * out_height * out_width
-    height, width, warps = blocks(rows, channels, processors_of(pool.x.device))
+    height, width, warps = blocks(rows, channels, gpu_of(pool.x.device).processors)
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = pool.kernel, pool.stride, pool.padding, pool.dilation
     return Launch(
         int8_pool_kernel,
@@ -272,9 +272,7 @@ def run(pool: Pool) -> Tensor:
     pool.check()
     if reason := supports(pool):
         raise InputError(f"int8_pool: {reason}")
-    planned = plan(pool)
-    launch(planned)
-    return planned.args["out_ptr"]  # type: ignore[return-value]
+    return launched(plan(pool))
 
 
 def supports(pool: Pool) -> str | None:

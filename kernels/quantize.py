@@ -27,7 +27,7 @@ from pqk.kernels._triton import (
     example,
     falls_back,
     jit,
-    launch,
+    launched,
     next_power_of_2,
     tl,
 )
@@ -54,7 +54,7 @@ def reference_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @jit
 def _static(  # type: ignore[no-untyped-def]
-    x_ptr, y_ptr, scale, zero_point, qmin, qmax,
+    x_ptr, out_ptr, scale, zero_point, qmin, qmax,
     rows, columns, size_1, size_2, stride_0, stride_1, stride_2, stride_c,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -68,12 +68,12 @@ def _static(  # type: ignore[no-untyped-def]
     start = (outer // size_1) * stride_0 + (outer % size_1) * stride_1 + (row % size_2) * stride_2
     x = tl.load(x_ptr + start[:, None] + (column * stride_c)[None, :], mask=inside, other=0.0).to(tl.float32)
     y = on_grid(x, scale, zero_point, qmin, qmax)
-    tl.store(y_ptr + row[:, None] * columns + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row[:, None] * columns + column[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
 def _dynamic(  # type: ignore[no-untyped-def]
-    x_ptr, y_ptr, scales_ptr, rows, columns, stride_r, stride_c, tiny,
+    x_ptr, out_ptr, scales_ptr, rows, columns, stride_r, stride_c, tiny,
     WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R rows: their largest magnitudes, then their integers. `WHOLE`: a row fits one block and is read once."""
@@ -81,7 +81,7 @@ def _dynamic(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK_C)
     there = row < rows
     x_row = x_ptr + (row * stride_r)[:, None]
-    y_row = y_ptr + (row * columns)[:, None]
+    y_row = out_ptr + (row * columns)[:, None]
     inside = there[:, None] & (column < columns)[None, :]
     x = tl.load(x_row + (column.to(tl.int64) * stride_c)[None, :], mask=inside, other=0.0).to(tl.float32)
     largest = tl.abs(x)
@@ -119,7 +119,7 @@ def merged_axes(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[tuple[i
 
 
 def plan(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dtype: torch.dtype) -> Launch:
-    """The launch of the static kernel; its output is `args["y_ptr"]`."""
+    """The launch of the static kernel; its output is `args["out_ptr"]`."""
     y = allocate(x.shape, out_dtype, x.device)
     axes = merged_axes(tuple(x.shape), x.stride())
     columns, stride_c = axes.pop() if axes else (1, 1)
@@ -131,7 +131,7 @@ def plan(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dty
         kernel=_static,
         grid=(cdiv(rows, block_r) * cdiv(columns, block_c) if x.numel() else 0,),
         args={
-            "x_ptr": x, "y_ptr": y,
+            "x_ptr": x, "out_ptr": y,
             "scale": float(scale), "zero_point": float(zero_point), "qmin": float(qmin), "qmax": float(qmax),
             "rows": rows, "columns": columns, "size_1": size_1, "size_2": size_2,
             "stride_0": stride_0, "stride_1": stride_1, "stride_2": stride_2, "stride_c": stride_c,
@@ -141,7 +141,7 @@ def plan(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dty
 
 
 def plan_dynamic(x: Tensor) -> Launch:
-    """The launch of the dynamic kernel; its outputs are `args["y_ptr"]` and `args["scales_ptr"]`."""
+    """The launch of the dynamic kernel; its outputs are `args["out_ptr"]` and `args["scales_ptr"]`."""
     (rows, stride_r), (columns, stride_c) = [(1, 0), (1, 1), *_rows(x)][-2:]
     y = allocate(x.shape, torch.int8, x.device)
     scales = allocate(x.shape[:-1], torch.float32, x.device)
@@ -151,7 +151,7 @@ def plan_dynamic(x: Tensor) -> Launch:
         kernel=_dynamic,
         grid=(cdiv(rows, block_r) if x.numel() else 0,),
         args={
-            "x_ptr": x, "y_ptr": y, "scales_ptr": scales,
+            "x_ptr": x, "out_ptr": y, "scales_ptr": scales,
             "rows": rows, "columns": columns, "stride_r": stride_r, "stride_c": stride_c, "tiny": TINY,
         },
         constexprs={"WHOLE": columns <= block_c, "BLOCK_R": block_r, "BLOCK_C": block_c},
@@ -204,9 +204,7 @@ def run(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dtyp
     check(x, scale, zero_point, qmin, qmax, out_dtype)
     if reason := supports(x, out_dtype):
         raise InputError(f"quantize_static: {reason}")
-    planned = plan(x, scale, zero_point, qmin, qmax, out_dtype)
-    launch(planned)
-    return planned.args["y_ptr"]  # type: ignore[return-value]
+    return launched(plan(x, scale, zero_point, qmin, qmax, out_dtype))
 
 
 def run_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,9 +213,8 @@ def run_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(f"quantize_dynamic: {reason}")
     planned = plan_dynamic(x)
     if x.numel() == 0:
-        planned.args["scales_ptr"].fill_(TINY)  # type: ignore[union-attr]
-    launch(planned)
-    return planned.args["y_ptr"], planned.args["scales_ptr"]  # type: ignore[return-value]
+        planned.tensor("scales_ptr").fill_(TINY)
+    return launched(planned), planned.tensor("scales_ptr")
 
 
 @torch.library.custom_op("pqk::quantize_static", mutates_args=(), device_types="cpu")

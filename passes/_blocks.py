@@ -1,7 +1,9 @@
 """Residual blocks that can be left out, and what leaving something out costs on data.
 
 A block is removable when its shortcut alone passes its input through: with its own parameters at zero, on the real
-activations that reach it, output equals input (`relu(x + 0) = x` holds where x came from a ReLU).
+activations that reach it, output equals input (`relu(x + 0) = x` holds where x came from a ReLU). A layer of a
+post-norm encoder puts out its input normalized once more, which is the same where the input came out of a norm: there
+the gains of norms are set to one and everything else to zero.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 
 from pqk.passes._cut import Skip
 from pqk.passes._groups import matches
-from pqk.task import first_tensor
+from pqk.task import first_tensor, tensors
 
 Inputs = tuple[Tensor, ...]
+NORMALIZED = 1e-3
+"""largest difference of values normalized once and twice: what the epsilon of a norm makes"""
 
 
 @dataclass
@@ -32,7 +36,7 @@ class _Calls:
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
     output: Any = None
-    version: int = 0
+    versions: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -43,8 +47,7 @@ def _watch(modules: dict[str, nn.Module]) -> Iterator[dict[str, _Calls]]:
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             times = seen.pop(path, _Calls()).times + 1
-            version = output._version if isinstance(output, Tensor) else 0
-            seen[path] = _Calls(times, args, kwargs, output, version)
+            seen[path] = _Calls(times, args, kwargs, output, tuple(t._version for t in tensors(output)))
 
         return hook
 
@@ -62,6 +65,8 @@ class Block:
 
     path: str
     signature: str
+    returns: int = 0
+    """length of the tuple that it returns; 0: a tensor"""
 
 
 def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -> tuple[list[Block], dict[str, str]]:
@@ -76,7 +81,7 @@ def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -
         model(*inputs)
     reasons: dict[str, str | None] = {p: _block_reason(candidates[p], seen[p]) for p in candidates if p in seen}
     passing = [p for p, why in reasons.items() if why is None]
-    innermost = [p for p in passing if not any(q.startswith(f"{p}.") for q in passing)]
+    innermost = _innermost(model, passing)
     kinds = {type(candidates[p]) for p in innermost}
     declined = {p: why for p, why in reasons.items() if why is not None and type(candidates[p]) in kinds}
     for block in list(innermost):
@@ -84,39 +89,77 @@ def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -
         if pattern is not None:
             innermost.remove(block)
             declined[block] = f'kept by protect = "{pattern}"'
-    return [Block(p, _signature(candidates[p], seen[p])) for p in innermost], declined
+    return [Block(p, _signature(candidates[p], seen[p]), _returns(seen[p].output)) for p in innermost], declined
+
+
+def _innermost(model: nn.Module, passing: list[str]) -> list[str]:
+    """The passing modules that hold no other; of an encoder's layer and its parts, the layer: what is in a list."""
+
+    def innermost(paths: list[str]) -> list[str]:
+        return [p for p in paths if not any(q.startswith(f"{p}.") for q in paths)]
+
+    lists = (nn.Sequential, nn.ModuleList)
+    listed = innermost([p for p in passing if isinstance(model.get_submodule(p.rpartition(".")[0]), lists)])
+    parts = [p for p in passing if any(p.startswith(f"{q}.") for q in listed)]
+    rest = innermost([p for p in passing if p not in parts])
+    return [p for p in passing if p in listed or (p in rest and not any(q.startswith(f"{p}.") for q in listed))]
+
+
+def _returns(output: Any) -> int:
+    return len(output) if isinstance(output, tuple) else 0
 
 
 def _signature(module: nn.Module, calls: _Calls) -> str:
     shapes = [tuple(p.shape) for p in module.parameters()]
-    return hashlib.sha256(f"{module!r}{shapes}{calls.arguments[0].shape[1:]}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{module!r}{shapes}{_hidden(calls)[0].shape[1:]}".encode()).hexdigest()[:16]
+
+
+def _hidden(calls: _Calls) -> tuple[Any, Any]:
+    """The first input of a block, however it was passed, and its output or the tensor that heads the tuple of it."""
+    inputs = (*calls.arguments, *calls.keywords.values())
+    output = calls.output
+    alone = isinstance(output, tuple) and len(output) > 0 and all(part is None for part in output[1:])
+    return (inputs[0] if inputs else None), (output[0] if alone else output)
 
 
 def _block_reason(module: nn.Module, calls: _Calls) -> str | None:
     if calls.times != 1:
         return f"it is called {calls.times} times in one forward pass"
-    x, y = (calls.arguments or (None,))[0], calls.output
+    x, y = _hidden(calls)
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return "it does not take and return one tensor"
+    if not calls.arguments:
+        return f"its input is passed by name, as {next(iter(calls.keywords))}"
     if x.shape != y.shape or x.dtype != y.dtype:
         return f"it changes its input from {[*x.shape[1:]]} to {[*y.shape[1:]]}"
-    silent = copy.deepcopy(module)
+    for gain in (0.0, 1.0):
+        out = first_tensor(_silent(module, gain)(*calls.arguments, **calls.keywords))
+        if torch.equal(out, x) or (gain and torch.allclose(out, F.layer_norm(x, x.shape[-1:]), atol=NORMALIZED)):
+            return None
+    return "its input does not pass through it when its own parameters are zero"
+
+
+def _silent(module: nn.Module, gain: float) -> nn.Module:
+    """A copy whose parameters are zero, but for the gains of layer norms."""
+    silent = copy.deepcopy(module).eval()
     with torch.no_grad():
-        for tensor in silent.parameters():
-            tensor.zero_()
+        for parameter in silent.parameters():
+            parameter.zero_()
+        for layer in silent.modules():
+            if isinstance(layer, nn.LayerNorm) and layer.weight is not None:
+                layer.weight.fill_(gain)
         for name, buffer in silent.named_buffers():
             if name.endswith("running_mean"):
                 buffer.zero_()
-        out = silent(*calls.arguments, **calls.keywords)
-    return None if torch.equal(out, x) else "its input does not pass through it when its own parameters are zero"
+    return silent.requires_grad_(False)
 
 
 @contextmanager
-def without_block(model: nn.Module, block: str) -> Iterator[nn.Module]:
-    """`model` with a block replaced by its shortcut for a while."""
+def without_block(model: nn.Module, block: str, returns: int = 0) -> Iterator[nn.Module]:
+    """`model` with a block replaced by its shortcut (see `Skip`) for a while."""
     parent, _, name = block.rpartition(".")
     holder, module = model.get_submodule(parent), model.get_submodule(block)
-    setattr(holder, name, Skip())
+    setattr(holder, name, Skip(returns))
     try:
         yield model
     finally:
@@ -156,7 +199,9 @@ def edit_costs(
     order = {path: i for i, path in enumerate(seen)}
     # a tensor that was changed in place after it was returned is not what the module returns
     stable = [
-        p for p, c in seen.items() if c.times == 1 and isinstance(c.output, Tensor) and c.output._version == c.version
+        p
+        for p, c in seen.items()
+        if c.times == 1 and c.versions and tuple(t._version for t in tensors(c.output)) == c.versions
     ]
     unit_of = {path: unit for unit in units for path, _ in model.get_submodule(unit).named_modules(prefix=unit)}
     costs = []
@@ -182,7 +227,7 @@ def _units(module: nn.Module, path: str, blocks: set[str]) -> Iterator[tuple[str
 
 
 @contextmanager
-def _answering(module: nn.Module, output: Tensor) -> Iterator[None]:
+def _answering(module: nn.Module, output: Any) -> Iterator[None]:
     """`module` returning `output` whatever it is given."""
     module.forward = lambda *args, **kwargs: output
     try:

@@ -2,12 +2,15 @@
 
 torch-pruning finds what must be cut together; the plan keeps only the result, so that a rebuild needs no tracing. A
 module of the user's takes part by defining `cut_channels(dim, indices)` with `in_channels` and `out_channels`.
+
+Beside the channels of layers a cut may name the heads of an attention module, and the last axis of a bare parameter
+(a table of positions, a class token).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +19,38 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from pqk.errors import InputError
+from pqk.passes._heads import cut_heads
 from pqk.program import Example, Rewrite
 
-Dim = Literal["out", "in"]
+Dim = Literal["out", "in", "heads", "values"]
+"""a layer's outputs or inputs; the heads of an attention module; the last axis of a bare parameter"""
 
 
 class Cut(TypedDict):
-    """Remove `indices` of the `of` input or output channels of layer `module`."""
+    """Remove `indices` of the `of` input or output channels of layer `module`, or heads of `size` channels."""
 
     module: str
     dim: Dim
     indices: list[int]
     of: int
+    size: NotRequired[int]
 
 
 class Skip(nn.Identity):
-    """What is left of a removed block: its first input, whatever else it was called with."""
+    """What is left of a removed block: its first input, whatever else it was called with.
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return input
+    `returns` is the length of the tuple that the block returned, of which all but the first were None; 0: a tensor.
+    """
+
+    def __init__(self, returns: int = 0) -> None:
+        super().__init__()
+        self.returns = returns
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (input, *[None] * (self.returns - 1)) if self.returns else input
+
+    def extra_repr(self) -> str:
+        return f"returns={self.returns}" if self.returns else ""
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -78,14 +94,21 @@ def cut_channels(student: nn.Module, example: Example, *, cuts: Sequence[Cut]) -
     Raises `InputError` where a layer is not the one that the cut was made for.
     """
     for cut in cuts:
-        _cut_layer(student.get_submodule(cut["module"]), cut)
+        if cut["dim"] == "values":
+            parent, _, name = cut["module"].rpartition(".")
+            kept = [c for c in range(cut["of"]) if c not in set(cut["indices"])]
+            _replace(student.get_submodule(parent), name, _select(-1, kept))
+        elif cut["dim"] == "heads":
+            cut_heads(student.get_submodule(cut["module"]), cut["indices"], cut["of"], cut["size"])
+        else:
+            _cut_layer(student.get_submodule(cut["module"]), cut)
     return student
 
 
-def drop_block(student: nn.Module, example: Example, *, block: str) -> nn.Module:
-    """Rewrite: replace a residual block by its shortcut. Changes `student`."""
+def drop_block(student: nn.Module, example: Example, *, block: str, returns: int = 0) -> nn.Module:
+    """Rewrite: replace a residual block by its shortcut (see `Skip` for `returns`). Changes `student`."""
     parent, _, name = block.rpartition(".")
-    setattr(student.get_submodule(parent), name, Skip())
+    setattr(student.get_submodule(parent), name, Skip(returns))
     return student
 
 

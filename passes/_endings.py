@@ -3,7 +3,8 @@
     conv -> quantize -> dequantize -> + shortcut -> quantize        requantize, add, quantize
 
 The chain goes on while each value has one reader and the reader is a step: an activation function, a sum or product
-with one other tensor, a quantize (and the dequantize behind it, which together are `requantize`). A reshape between
+with one other tensor, a quantize (and the dequantize behind it, which together are `requantize`; or all that is
+computed from its integers alone, which is a `table`). A reshape between
 steps is no work; the result gets the last one's shape. What the steps mean is in `pqk.kernels._epilogue`.
 """
 
@@ -16,6 +17,7 @@ from torch import fx
 
 from pqk.graph import arguments, attribute, is_float, operand, shape
 from pqk.passes._forms import CLAMPS, aten
+from pqk.passes._tables import tabulated
 from pqk.passes.convert import DEQUANTIZE, QUANTIZE
 
 MAX_STEPS = 8
@@ -41,6 +43,8 @@ class Ending:
     steps: tuple[str, ...] = ()
     params: tuple[Row, ...] = ()
     residual: fx.Node | None = None
+    table: tuple[float, ...] = ()
+    """the numbers of the step that is a table"""
     reshaped: bool = False
     """whether `end` has another shape than the layer's result"""
 
@@ -83,7 +87,7 @@ def endings(root: fx.GraphModule, anchor: fx.Node) -> list[Ending]:
         elif user.target is QUANTIZE:
             row = _grid(root, user)
             found.append(at.then(user, "quantize", row))
-            at = _through(root, at, user, row, image)
+            at = _behind(root, at, user, row, image)
             continue
         else:
             at = _step(root, at, user)
@@ -95,6 +99,20 @@ def endings(root: fx.GraphModule, anchor: fx.Node) -> list[Ending]:
 def _grid(root: fx.GraphModule, node: fx.Node) -> Row:
     scale, zero_point = (attribute(root, str(operand(node, i).target)) for i in (1, 2))
     return (float(scale), float(zero_point), float(node.args[3]), float(node.args[4]), 0.0)  # type: ignore[arg-type]
+
+
+def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: Row, image: bool) -> Ending | None:
+    """Behind a quantize: its dequantize, if that leads to another step, else whatever its integers are looked up in."""
+    plain = _through(root, at, node, row, image)
+    if plain is not None and len(plain.end.users) == 1:
+        (user,) = plain.end.users
+        if user.target is QUANTIZE or user.target in VIEWS or _step(root, plain, user) is not None:
+            return plain
+    found = None if at.table else tabulated(root, node)
+    if found is None:
+        return plain
+    end, table = found
+    return replace(at.then(end, "table", row), table=table)
 
 
 def _through(root: fx.GraphModule, at: Ending, node: fx.Node, row: Row, image: bool) -> Ending | None:

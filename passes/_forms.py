@@ -33,6 +33,11 @@ OUTPUT_AXIS: dict[Any, int] = {
     aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 1, aten.conv_transpose3d.input: 1,
 }  # fmt: skip
 """operators that batch norm folds into -> the axis of the weight that holds output channels"""
+SAME_SHAPE = (
+    aten.add.Tensor, aten.mul.Tensor, aten.layer_norm.default, aten.gelu.default, aten.relu.default, aten.tanh.default,
+    aten.linear.default,
+)  # fmt: skip
+"""operators whose output has the axes of an input, but for the last"""
 CLAMPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default)
 
 
@@ -42,8 +47,6 @@ CLAMPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.cla
 def canonical_forms(graph_module: fx.GraphModule) -> None:
     """Rewrite every operator that has several spellings into the one that passes and runtimes know."""
     graph = graph_module.graph
-    for node in calls(graph, aten.view.default):
-        node.target = aten.reshape.default  # view refuses the strides of channels_last
     for node in calls(graph, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding):
         _explicit_padding(node)
     for node in calls(graph, aten.adaptive_avg_pool2d.default):
@@ -186,7 +189,7 @@ def _two_dimensional(graph_module: fx.GraphModule, node: fx.Node) -> None:
     """A linear layer on [B, T, K] as one on [B*T, K]: the integer kernel with an int32 bias takes two axes."""
     x, graph, result = node.args[0], graph_module.graph, shape(node)
     assert isinstance(x, fx.Node)
-    if len(result) <= 2 or sum(size is None for size in result) > 1:
+    if len(result) <= 2:
         return
     with graph.inserting_before(node):
         columns = shape(x)[-1]
@@ -203,13 +206,43 @@ def _two_dimensional(graph_module: fx.GraphModule, node: fx.Node) -> None:
     users = list(node.users)
     if len(users) == 1 and users[0].target in CLAMPS:
         last = users[0]  # a ReLU stays next to its layer, which folds it
-    sizes = [-1 if size is None else size for size in result]
+    free = [axis for axis, size in enumerate(result) if size is None]
+    # Several free sizes are all said: what follows from a -1 is a quotient that grows from layer to layer.
+    lengths = {axis: _length(graph_module, x, axis) if len(free) > 1 else -1 for axis in free}
+    sizes = [lengths.get(axis, size) for axis, size in enumerate(result)]
     with graph.inserting_after(last):
         whole = call(graph, aten.reshape.default, (last, sizes), last, layer=f"{last.meta['layer']}.reshape")
     for flattened in {node, last}:
         flattened.meta["shape"] = (None, result[-1])
     last.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
     move_points(graph_module, last, whole)
+
+
+def _length(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> fx.Node:
+    """The node of a free size, read where it enters the graph: what lies between would be kept alive for it."""
+    while True:
+        if x.target is aten.reshape.default:
+            size = arguments(x)["shape"][axis]
+            if isinstance(size, fx.Node):
+                return size
+        if x.target is aten.embedding.default and axis < len(shape(operand(x, 1))):
+            x = operand(x, 1)
+            continue
+        before = [n for n in x.all_input_nodes if x.target in SAME_SHAPE and _like(n, x, axis)]
+        if not before:
+            break
+        x = before[0]
+    graph = graph_module.graph
+    behind = x if x.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(behind):
+        node = graph.call_function(aten.sym_size.int, (x, axis))
+    node.meta["layer"] = f"{x.meta['layer']}.size"
+    return node
+
+
+def _like(node: fx.Node, x: fx.Node, axis: int) -> bool:
+    """Whether `node` has the axes of `x` as far as `axis`, of which `axis` is free in both."""
+    return is_float(node) and len(shape(node)) == len(shape(x)) and shape(node)[axis] is None
 
 
 def _one_reshape(graph_module: fx.GraphModule, node: fx.Node) -> None:

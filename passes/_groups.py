@@ -4,6 +4,9 @@ torch-pruning (Fang et al. 2023, arXiv:2301.12900) traces the dependencies. Its 
 silent where it is wrong, so every group is held to a law before it is cut.
 
     Law: setting the doomed channels to zero where they are made and cutting them give the same output.
+
+Where a layer norm reduces over the channels, zeros would still count in its mean and variance: there the reference is
+the model whose norms take their statistics over the channels that stay.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 from pqk.errors import InputError
 from pqk.passes._cut import Cut, Dim, channel_axis, channels_of, cut_channels, is_depthwise
+from pqk.passes._heads import Attention, find_attention
 from pqk.task import tensors
 
 TOLERANCE = 1e-4
@@ -38,6 +44,8 @@ class Member:
     dim: Dim
     of: int
     places: tuple[tuple[int, ...], ...]
+    size: int = 1
+    """channels of one head"""
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,14 @@ class ChannelGroup:
     def cuts(self, channels: Iterable[int]) -> list[Cut]:
         """The cuts that remove these channels of the group."""
         doomed = sorted(channels)
-        places = ((m, sorted({p for c in doomed for p in m.places[c]})) for m in self.members)
-        return [Cut(module=m.path, dim=m.dim, indices=indices, of=m.of) for m, indices in places if indices]
+        found = []
+        for m in self.members:
+            cut = Cut(module=m.path, dim=m.dim, indices=sorted({p for c in doomed for p in m.places[c]}), of=m.of)
+            if m.dim == "heads":  # its module is told also where its heads stay and only what is around them narrows
+                found.append(Cut(**cut, size=m.size))
+            elif cut["indices"]:
+                found.append(cut)
+        return found
 
 
 @dataclass(frozen=True)
@@ -114,20 +128,50 @@ def find_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[
         raise InputError(f"prune: torch-pruning cannot trace the model: {type(error).__name__}: {error}") from error
     names = {module: path for path, module in shadow.named_modules()}
     order = {path: i for i, path in enumerate(names.values())}
-    groups = [_describe(_members(graph, group, names), model, ignore) for group in found]
+    attention = find_attention(model, example)
+    made = {path for a in attention.values() for path in a.makers}
+    groups = [_heads(path, a, model, ignore) for path, a in attention.items()]
+    for group in found:
+        members, bare = _members(graph, group, names)
+        if not any(m.dim == "out" and m.path in made for m in members):
+            groups.append(_describe((members + _around(members, attention), bare), model, ignore))
     return sorted(groups, key=lambda group: order[group.name])
+
+
+def _heads(path: str, attention: Attention, model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
+    """The channels of one attention, in portions of a head."""
+    channels, size = attention.heads * attention.size, attention.size
+    same = tuple((c,) for c in range(channels))
+    members = [Member(maker, "out", channels, same) for maker in attention.makers]
+    members += [Member(reader, "in", channels, same) for reader in attention.readers]
+    reason = _refusal(members, [], model, ignore)
+    members.append(Member(path, "heads", attention.heads, tuple((c // size,) for c in range(channels)), size))
+    units = tuple(tuple(range(h * size, (h + 1) * size)) for h in range(attention.heads))
+    return ChannelGroup(members[0].path, channels, tuple(members), units, reason)
+
+
+def _around(members: list[Member], attention: dict[str, Attention]) -> list[Member]:
+    """The attentions whose inputs have these channels: their heads stay and are told so."""
+    read = {m.path for m in members if m.dim == "in"}
+    nothing = tuple(() for _ in members[0].places)
+    return [Member(p, "heads", a.heads, nothing, a.size) for p, a in attention.items() if read & {*a.makers}]
 
 
 def _members(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[list[Member], list[str]]:
     """A torch-pruning group as members, and what of it has no name: bare parameters."""
     width = graph.get_out_channels(group[0].dep.target.module)
     places: dict[tuple[str, Dim], list[list[int]]] = {}
-    bare = []
+    bare, parameters = [], []
     for i in range(len(group)):
         item = group[i]
         module = item.dep.target.module
         if isinstance(module, nn.Parameter):
-            bare.append(graph._param_to_name.get(module, "a parameter"))
+            name = graph._param_to_name.get(module, "")
+            if any(name.startswith(f"{path}.") for path in names.values() if path) and item.idxs == item.root_idxs:
+                same = tuple((c,) for c in range(width))
+                parameters.append(Member(name, "values", module.shape[-1] if module.ndim else 0, same))
+            else:
+                bare.append(name or "a parameter")
         elif module in names:
             dim: Dim = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
             slots = places.setdefault((names[module], dim), [[] for _ in range(width)])
@@ -138,7 +182,7 @@ def _members(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[list[
         Member(path, dim, channels_of(modules[path], dim) or 0, tuple(map(tuple, slots)))
         for (path, dim), slots in places.items()
     ]
-    return members, bare
+    return members + parameters, bare
 
 
 def _describe(traced: tuple[list[Member], list[str]], model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
@@ -162,6 +206,10 @@ def _refusal(members: list[Member], bare: list[str], model: nn.Module, ignore: S
         pattern = matches(member.path, ignore)
         if pattern is not None:
             return f'"{member.path}" is kept by ignore = "{pattern}"'
+        if member.dim in ("heads", "values"):
+            if member.dim == "values" and member.of != len(member.places):
+                return f'the bare parameter "{member.path}" has other channels on its last axis'
+            continue
         module = model.get_submodule(member.path)
         if channels_of(module, member.dim) is None:
             return f'"{member.path}" is a {type(module).__name__}, whose channels pqk cannot cut'
@@ -181,7 +229,7 @@ def _units(members: list[Member], model: nn.Module, channels: int) -> tuple[tupl
     one_each = tuple((c,) for c in range(channels))
     conv_groups, block = 1, 1
     for member in members:
-        module = model.get_submodule(member.path)
+        module = layer_of(model, member.path)
         if isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module):
             if member.places != one_each:
                 return one_each, f'the grouped convolution "{member.path}" sees these channels in another order'
@@ -199,19 +247,57 @@ def _units(members: list[Member], model: nn.Module, channels: int) -> tuple[tupl
     ), None
 
 
+def layer_of(model: nn.Module, path: str) -> nn.Module | None:
+    """The layer of a member, the network itself for an empty path; None for a bare parameter."""
+    parent, _, name = path.rpartition(".")
+    found = getattr(model.get_submodule(parent), name) if path else model
+    return found if isinstance(found, nn.Module) else None
+
+
 @contextmanager
 def masked(model: nn.Module, cuts: Iterable[Cut]) -> Iterator[nn.Module]:
     """`model` with the doomed output channels of these cuts zero at every layer that makes or normalizes them."""
-    handles = []
+    handles, saved, norms = [], [], {}
     for cut in cuts:
-        if cut["dim"] == "out":
+        if cut["dim"] == "values":
+            parameter = model.get_parameter(cut["module"])
+            saved.append((parameter, parameter.detach().clone()))
+            parameter.data[..., cut["indices"]] = 0
+        elif cut["dim"] == "out":
             module = model.get_submodule(cut["module"])
-            handles.append(module.register_forward_hook(_zeroing(channel_axis(module), cut["indices"])))
+            if isinstance(module, nn.LayerNorm) and module.weight is not None:
+                norms[id(module.weight)] = [c for c in range(cut["of"]) if c not in set(cut["indices"])]
+            else:
+                handles.append(module.register_forward_hook(_zeroing(channel_axis(module), cut["indices"])))
     try:
-        yield model
+        with _NormsOfTheKept(norms):
+            yield model
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, value in saved:
+            parameter.data = value
+
+
+class _NormsOfTheKept(TorchFunctionMode):
+    """Layer norms, told by their weight, whose statistics run over some channels; the others come out as zero."""
+
+    def __init__(self, norms: dict[int, list[int]]) -> None:
+        super().__init__()
+        self.norms = norms
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        weight = args[2] if len(args) > 2 else kwargs.get("weight")
+        kept = self.norms.get(id(weight)) if func is F.layer_norm else None
+        if kept is None:
+            return func(*args, **kwargs)
+        values = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)) | kwargs
+        bias = None if values.get("bias") is None else values["bias"][kept]
+        some = F.layer_norm(values["input"][..., kept], (len(kept),), weight[kept], bias, values.get("eps", 1e-5))
+        whole = torch.zeros_like(values["input"])
+        whole[..., kept] = some
+        return whole
 
 
 def _zeroing(axis: int, indices: Sequence[int]) -> Any:

@@ -1,8 +1,8 @@
 """What a graph asks of a GPU, counted by running it: launches, and the bytes that they must move.
 
-A launch is an operator that depends on the inputs and writes memory of its own; one that returns a view of an argument
-is none. Its bytes are those of its arguments and results, each tensor once, which no cache can save. Operators on
-constants alone are not counted: any runtime computes them once.
+A launch is an operator that depends on the inputs and writes memory, its own or an argument's; one that returns a view
+of an argument is none. Its bytes are those of its arguments and results, each tensor once, which no cache can save.
+Operators on constants alone are not counted: any runtime computes them once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from pqk.program import Example
 
+NONE = ("pqk::concat_buffer",)
+"""operators that launch nothing: they give memory that others write"""
 SEVERAL = {"pqk::int8_concat": "inputs"}
 """operators that launch once for each tensor of an argument"""
 
@@ -69,7 +71,8 @@ class _Ledger(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         inputs = _tensors((args, kwargs))
         outputs = _tensors(result)
-        if not outputs or {_storage(t) for t in outputs} <= {_storage(t) for t in inputs}:
+        writes = op._schema.is_mutable or not {_storage(t) for t in outputs} <= {_storage(t) for t in inputs}
+        if not writes or op._schema.name in NONE:
             return
         names = [a.name for a in op._schema.arguments]
         arguments = {a.name: a.default_value for a in op._schema.arguments}

@@ -11,6 +11,8 @@ on one of its inputs or on its output becomes a float island. Three kinds of ope
 
 A ReLU or clamp, and a scaling by a constant, that a quantizer follows is taken over by it. Linear and matmul need no
 quantizer on an output that only float operators read: the runtime has integer kernels that put out floats.
+
+Tables of embeddings are stored as integers and their rows dequantized (see `_embedding_tables`), whoever reads them.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import fx
 
 from pqk.errors import InputError, nearest
 from pqk.graph import arguments, is_float, operand, shape
+from pqk.passes._embedding_tables import LEAST, is_table
 from pqk.passes._forms import CLAMPS, aten
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -186,6 +189,7 @@ def placement(
             readers = [u.name for u in node.users if node in tails or u in where.integer or moves(u)]
             points.append({"kind": "activation", "node": node.name, "readers": readers})
     points += [{"kind": "weight", "node": n.name} for n in where.nodes if n in where.integer and n.target in WEIGHTED]
+    points += [{"kind": "table", "node": n.name} for n in where.nodes if is_table(n) and n not in where.left]
     return points, _reasons(where)
 
 
@@ -199,6 +203,10 @@ def _reasons(where: Placement) -> list[tuple[str, str]]:
             continue
         if node in where.left:
             reason = where.left[node]
+        elif is_table(node):
+            continue
+        elif node.target is aten.embedding.default:
+            reason = f"{operator}: its table is computed, or has fewer than {LEAST} values"
         elif node.target in HEAVY:
             reason = f"{operator}: its weight is computed, not a parameter, or it is not float32"
         elif where.light(node) or bounds(node):

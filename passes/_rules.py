@@ -80,10 +80,16 @@ def epilogue(match: Match, size: Sequence[int | None], residual: fx.Node | None 
     The residual is laid out as the result, of `size`, unless another way to read it is given as `residual`.
     """
     ending = match.ending
-    steps, params = program(*((name, *row) for name, row in zip(ending.steps, ending.params, strict=True)))
+    steps, params = numbers(ending)
     if residual is None and ending.residual is not None:
         residual = as_shape(nhwc(ending.residual), size)
     return {"steps": steps, "params": params, "residual": residual, "out_dtype": ending.dtype}
+
+
+def numbers(ending: Ending) -> tuple[str, Tensor]:
+    """The steps of an ending in words, and their params."""
+    rows = zip(ending.steps, ending.params, strict=True)
+    return program(*((name, *row) for name, row in rows), table=ending.table)
 
 
 def plain_epilogue(match: Match) -> dict[str, Any]:
@@ -115,9 +121,8 @@ def as_shape(node: fx.Node, size: Sequence[int | None]) -> fx.Node:
 
 def unlike(match: Match) -> str | None:
     """Why the numbers of the ending cannot be those of an epilogue."""
-    steps, params = program(*((name, *row) for name, row in zip(match.ending.steps, match.ending.params, strict=True)))
     try:
-        check_params(steps, params)
+        check_params(*numbers(match.ending))
     except InputError as error:
         return str(error)
     return None

@@ -152,11 +152,15 @@ def _heads_second(node: fx.Node) -> fx.Node:
     return call(node.graph, aten.transpose.int, (node, 1, 2), node, shape=(b, two, one, width))
 
 
-class LayerNormRule(Rule):
-    """`pqk::layer_norm_quantize`: a layer norm and the quantize behind it; who reads the norm itself gets floats."""
+NORMS: dict[Any, str] = {aten.layer_norm.default: "layer_norm_quantize", aten.rms_norm.default: "rms_norm_quantize"}
+
+
+class NormRule(Rule):
+    """`pqk::layer_norm_quantize`, `pqk::rms_norm_quantize`: a norm and the quantize behind it; who reads the norm
+    itself gets floats."""
 
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
-        if node.target is not aten.layer_norm.default:
+        if node.target not in NORMS:
             return ()
         quantizers = [u for u in node.users if u.target is QUANTIZE]
         if len(node.users) == 1 or len(quantizers) != 1:
@@ -168,7 +172,7 @@ class LayerNormRule(Rule):
     def check(self, root: fx.GraphModule, match: Match) -> str | None:
         a = arguments(match.anchor)
         if len(a["normalized_shape"]) != 1:
-            return f"layer_norm: over {len(a['normalized_shape'])} axes; the kernel norms over the last"
+            return f"{NORMS[match.anchor.target]}: over {len(a['normalized_shape'])} axes; it norms over the last"
         return too_large(1, a["normalized_shape"][0]) or unlike(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
@@ -179,8 +183,10 @@ class LayerNormRule(Rule):
             x = call(graph, aten.contiguous.default, (value.integers,), value.integers)
             named: dict[str, Any] = {"x": x, "x_scale": value.scale, "x_zero_point": value.zero_point}
             named |= {"residual": None, "residual_scale": 1.0, "residual_zero_point": 0}
-            named |= {"weight": a["weight"], "bias": a["bias"], "eps": a["eps"], "keep": keep}
-            node = launch(root, "layer_norm_quantize", match, shape(anchor), **named, **plain_epilogue(match))
+            eps = a["eps"] if a["eps"] is not None else torch.finfo(anchor.meta["dtype"]).eps
+            named |= {"weight": a["weight"], "bias": a.get("bias"), "eps": eps, "keep": keep}
+            op = NORMS[anchor.target]
+            node = launch(root, op, match, shape(anchor), **named, **plain_epilogue(match))
             del node.meta["stands_for"]
             result = stand(call(graph, operator.getitem, (node, 0), end, layer=anchor.meta["layer"]), end)
             kept = call(graph, operator.getitem, (node, 1), anchor)

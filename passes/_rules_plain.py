@@ -46,6 +46,35 @@ class AddRule(Rule):
         return as_end(match, launch(root, "int8_add", match, size, **named, **plain_epilogue(match)))
 
 
+class MulRule(Rule):
+    """`pqk::int8_mul`: a product of two quantized values that no layer takes in, or an image and its gate."""
+
+    def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
+        sides = [quantized(root, a) for a in node.args] if node.target is aten.mul.Tensor else [None]
+        values = [s for s in sides if s is not None]
+        if len(values) < 2:
+            return ()
+        a, b = values if shape(values[0].integers) == shape(node) else values[::-1]
+        return [Match(node, (a, b), e) for e in endings(root, node) if e.residual is None]
+
+    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+        a, b = (s.integers for s in match.inputs)
+        image, gate = shape(a), shape(b)
+        gates = len(image) == len(gate) == 4 and gate == (*image[:2], 1, 1)
+        if image != shape(match.anchor) or (image != gate and not gates):
+            return f"it multiplies {list(image)} by {list(gate)}, which is neither of one shape nor a gate"
+        return "it multiplies by a constant" if "get_attr" in (a.op, b.op) else unlike(match)
+
+    def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
+        a, b = match.inputs
+        left, right = nhwc(a.integers), nhwc(b.integers)
+        named = {
+            "a": left, "b": right,
+            "a_scale": a.scale, "a_zero_point": a.zero_point, "b_scale": b.scale, "b_zero_point": b.zero_point,
+        }  # fmt: skip
+        return as_end(match, launch(root, "int8_mul", match, shape(left), **named, **plain_epilogue(match)))
+
+
 class PoolRule(Rule):
     """`pqk::int8_pool`: an average of a quantized value over windows or over all pixels."""
 

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from pqk.errors import InputError
 from pqk.passes._cut import NORMS, Cut, Dim, is_depthwise
-from pqk.passes._groups import ChannelGroup, Member, merge_cuts
+from pqk.passes._groups import ChannelGroup, Member, layer_of, merge_cuts
 from pqk.task import Task
 
 Importance = Literal["magnitude", "taylor", "bn_scale"]
@@ -68,7 +68,8 @@ def unit_importance(
       the layer where there is one (Molchanov et al. 2019, arXiv:1906.10771); `grads` are the gradients.
     - bn_scale: mean |scale| of the group's batch norms (Liu et al. 2017, arXiv:1708.06519).
     """
-    layers = [(m, model.get_submodule(m.path)) for m in group.members]
+    found = [(m, layer_of(model, m.path)) for m in group.members]
+    layers = [(m, layer) for m, layer in found if layer is not None and m.dim in ("out", "in")]
     norms = [(m, layer) for m, layer in layers if isinstance(layer, tuple(NORMS)) and _weight(layer) is not None]
     weighted = [(m, layer) for m, layer in layers if isinstance(layer, _ConvNd | nn.Linear)]
     scores = torch.zeros(group.channels)
@@ -107,6 +108,8 @@ def _per_channel(layer: nn.Module, dim: Dim, values: Tensor) -> Tensor:
     """Sum values shaped like a conv's or linear's weight over all but the channels of one side."""
     if values.ndim == 1:
         return values
+    if isinstance(layer, nn.Embedding):
+        return values.sum(0)
     groups = layer.groups if isinstance(layer, _ConvNd) and not is_depthwise(layer) else 1
     transposed = isinstance(layer, _ConvNd) and layer.transposed
     values = values.flatten(2).sum(-1) if values.ndim > 2 else values

@@ -1,14 +1,16 @@
 """Capture: the float module becomes the ATen graph that will be deployed.
 
-`torch.export` traces the student in eval mode with a dynamic batch. Then everything that inference does not need is
-taken out: guards, dropout, no-op slices and copies, and batch norm, which is folded into the convolution or linear
-layer before it (a batch norm with none before it becomes a depthwise 1x1 convolution, for which runtimes have an
-integer kernel). Parameters keep their module paths, so the saved tensors read like the model they came from.
+`torch.export` traces the student in eval mode with a dynamic batch, and whatever else the task calls free. Then
+everything that inference does not need is taken out: guards, dropout, no-op slices and copies, and batch norm, which is
+folded into the convolution or linear layer before it (a batch norm with none before it becomes a depthwise 1x1
+convolution, for which runtimes have an integer kernel). Parameters keep their module paths, so the saved tensors read
+like the model they came from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +22,20 @@ from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
 from pqk.errors import InputError
-from pqk.graph import arguments, attach, attribute, calls, finish, free_path, quiet_export, replace, shape, tensor_node
+from pqk.graph import (
+    Axes,
+    arguments,
+    attach,
+    attribute,
+    calls,
+    finish,
+    free_axes,
+    free_path,
+    quiet_export,
+    replace,
+    shape,
+    tensor_node,
+)
 from pqk.passes._forms import aten, canonical_forms, fold_batch_norms
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.task import Task
@@ -41,20 +56,24 @@ class Capture(Pass):
     produces: ClassVar[Stage | None] = Stage.GRAPH
 
     def apply(self, program: Program, task: Task) -> Program:
-        program = program.rewrite(capture, task.example, input_names=list(task.input_names))
+        axes = [list(a) for a in task.axes]
+        program = program.rewrite(capture, task.example, input_names=list(task.input_names), axes=axes)
         graph = program.student.graph
         return program.note(operators=sum(n.op == "call_function" for n in graph.nodes))  # type: ignore[union-attr]
 
 
-def capture(student: nn.Module, example: Example, *, input_names: Sequence[str] | None = None) -> nn.Module:
+def capture(
+    student: nn.Module, example: Example, *, input_names: Sequence[str] | None = None, axes: Axes | None = None
+) -> nn.Module:
     """The inference graph of `student` (changed to eval mode) as an `fx.GraphModule` that trains, batch dynamic.
 
     `example` are inputs whose first axis is the batch, of at least 2; their layers are called by `input_names`, or by
-    the names of the arguments of `forward`. Raises `InputError` naming the construct and the line of the user's code
-    where the model cannot be traced.
+    the names of the arguments of `forward`. `axes` names the free axes of each input, the batch alone by default.
+    Raises `InputError` naming the construct and the line of the user's code where the model cannot be traced.
     """
-    exported = _export(student.eval(), example)
+    exported = _export(student.eval(), example, axes)
     _plain_signature(exported.graph)
+    _say_sizes(exported.graph)
     graph_module = fx.GraphModule(exported, exported.graph)
     _describe(graph_module, input_names)
     _drop_no_ops(graph_module)
@@ -69,21 +88,21 @@ def capture(student: nn.Module, example: Example, *, input_names: Sequence[str] 
 # ---- tracing
 
 
-def _export(student: nn.Module, example: Example) -> fx.GraphModule:
-    batch = torch.export.Dim("batch")
-    dynamic = tuple({0: batch} if t.ndim else None for t in example)
+def _export(student: nn.Module, example: Example, axes: Axes | None) -> fx.GraphModule:
     try:
         with quiet_export():
-            program = torch.export.export(student, example, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(student, example, dynamic_shapes=free_axes(example, axes), strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: only functionalizes
             return program.module(check_guards=False)
     except Exception as error:  # whatever the user's code or the tracer raised
         message = str(error).strip().partition("\n")[0]
         if "specialized" in str(error) or "Constraints violated" in str(error):
-            size = len(example[0])
-            message = f"the batch size is fixed to {size} somewhere; use x.shape[0] or -1, not a number"
-            where = _fixed_batch(student, example)
+            found = re.search(r"size\(\)\[(\d+)\]", str(error))
+            axis = int(found[1]) if found else 0
+            name, size = (axes[0][axis] if axes and axis else "batch"), example[0].shape[axis]
+            message = f"the {name} size is fixed to {size} somewhere; use x.shape[{axis}] or -1, not a number"
+            where = _fixed_size(student, example, size)
         else:
             where = _user_line(error)
         raise InputError(
@@ -100,6 +119,22 @@ def _plain_signature(graph: fx.Graph) -> None:
     graph.set_codegen(fx.graph.CodeGen())
 
 
+def _say_sizes(graph: fx.Graph) -> None:
+    """A -1 in a view that is a free size of an input becomes that size: as a quotient it grows from layer to layer."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    free = {str(s): (n, i) for n in inputs for i, s in enumerate(n.meta["val"].shape) if not isinstance(s, int)}
+    said: dict[str, fx.Node] = {}
+    for node in calls(graph, aten.view.default, aten.reshape.default):
+        sizes = list(node.args[1])  # type: ignore[arg-type]
+        size = str(node.meta["val"].shape[sizes.index(-1)]) if -1 in sizes else ""
+        if size in free and any(isinstance(s, fx.Node) for s in sizes):
+            if size not in said:
+                with graph.inserting_after(inputs[-1]):
+                    said[size] = graph.call_function(aten.sym_size.int, free[size])
+            sizes[sizes.index(-1)] = said[size]
+            node.args = (node.args[0], sizes)
+
+
 def _mutates(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
@@ -111,15 +146,16 @@ def _user_line(error: BaseException) -> str:
     return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}: '{frames[-1].line}'" if frames else ""
 
 
-def _fixed_batch(student: nn.Module, example: Example) -> str:
-    """Where a literal equal to the batch size enters a shape: found by tracing once more with a fixed batch."""
+def _fixed_size(student: nn.Module, example: Example, size: int) -> str:
+    """Where a literal equal to a free size enters a shape: found by tracing once more with every size fixed."""
     try:
         with quiet_export():
-            graph = torch.export.export(student, example, strict=False).graph
+            unmarked = tuple(t.clone() for t in example)  # a failed export leaves its marks of free axes on the tensors
+            graph = torch.export.export(student, unmarked, strict=False).graph
     except Exception:  # what is wrong with the model is reported without a line, not hidden behind this search
         return ""
     for node in graph.nodes:
-        if len(example[0]) in (a for b in node.args if isinstance(b, list | tuple) for a in b if isinstance(a, int)):
+        if size in (a for b in node.args if isinstance(b, list | tuple) for a in b if isinstance(a, int)):
             lines = [text.strip() for text in node.meta.get("stack_trace", "").strip().splitlines()]
             files = [i for i, text in enumerate(lines) if text.startswith("File ") and "/torch/" not in text]
             if files:
@@ -183,6 +219,8 @@ def _drop_no_ops(graph_module: fx.GraphModule) -> None:
         if (node.op == "call_function" and node.target in GUARDS) or str(node.target).startswith("_guards"):
             node.replace_all_uses_with(None) if node.users else None
             graph.erase_node(node)
+    for node in calls(graph, aten.view.default):
+        node.target = aten.reshape.default  # without the copies, what is viewed need not be contiguous
     for node in calls(graph, *NO_OPS, aten.slice.Tensor, aten.to.dtype, aten._to_copy.default, aten.expand.default):
         if node.target in NO_OPS or _keeps_everything(node):
             replace(graph_module, node, node.args[0])  # type: ignore[arg-type]
@@ -192,7 +230,8 @@ def _keeps_everything(node: fx.Node) -> bool:
     source, a = node.args[0], arguments(node)
     if node.target is aten.slice.Tensor:
         size = shape(source)[a["dim"]]  # type: ignore[arg-type]
-        return not a["start"] and a["step"] == 1 and (a["end"] is None or a["end"] >= (size or 1 << 62))
+        end = 1 << 62 if a["end"] is None else a["end"]
+        return not a["start"] and a["step"] == 1 and isinstance(end, int) and end >= (size or 1 << 62)
     if node.target is aten.expand.default:
         return shape(node) == shape(source) and all(not isinstance(s, fx.Node) for s in a["size"])  # type: ignore[arg-type]
     return node.meta["dtype"] == source.meta["dtype"]  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from pqk.graph import attach, attribute, call, finish, free_path, operand, replace, shape, tensor_node
 from pqk.modules import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, set_mode
+from pqk.passes._embedding_tables import TableFakeQuant, convert_table
 from pqk.passes._forms import OUTPUT_AXIS, aten
 from pqk.passes._placement import moves
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
@@ -52,7 +53,9 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
     for node in list(student.graph.nodes):
         if node.op == "call_module":
             module = attribute(student, str(node.target))
-            if isinstance(module, ActivationFakeQuant):
+            if isinstance(module, TableFakeQuant):
+                convert_table(student, node, module, DEQUANTIZE)
+            elif isinstance(module, ActivationFakeQuant):
                 _activation(student, node, module, integers)
             elif isinstance(module, WeightFakeQuant | BiasFakeQuant):
                 _tensor(student, node, module)
@@ -71,10 +74,14 @@ def _constants(student: fx.GraphModule, stem: str, qparams: QParams, dtype: torc
     return [tensor_node(student, attach(student, free_path(student, f"{stem}_{k}"), v)) for k, v in values.items()]
 
 
+def _layer(quantizer: fx.Node) -> str:
+    return str(quantizer.target).removeprefix("quantizers.")
+
+
 def _activation(student: fx.GraphModule, node: fx.Node, module: ActivationFakeQuant, integers: Integers) -> None:
     qparams, grid, graph, source = module.qparams(), module.grid, student.graph, operand(node)
     with graph.inserting_before(node):
-        scale, zero_point = _constants(student, f"qparams.{node.name}", qparams, grid.torch_dtype)
+        scale, zero_point = _constants(student, f"qparams.{_layer(node)}", qparams, grid.torch_dtype)
         if source.op == "get_attr":  # a constant operand is stored as its integers
             integer = quantize(attribute(student, str(source.target)).detach(), qparams)
             q = tensor_node(student, attach(student, free_path(student, f"{source.target}_{grid.dtype}"), integer))
@@ -137,7 +144,7 @@ def _tensor(student: fx.GraphModule, node: fx.Node, module: WeightFakeQuant | Bi
         stored = tensor_node(
             student, attach(student, free_path(student, f"{path}_{integer.dtype}".replace("torch.", "")), integer)
         )
-        scales = _constants(student, f"qparams.{node.name}", qparams, dtype)
+        scales = _constants(student, path, qparams, dtype)
         replace(student, node, call(student.graph, DEQUANTIZE, (stored, *scales, 0), node))
 
 

@@ -21,13 +21,15 @@ from torch import fx
 
 from pqk.graph import attribute, calls, finish, operand
 from pqk.graph import replace as replace_node
+from pqk.kernels._epilogue import rows_of
 from pqk.passes._endings import VIEWS, quantized
 from pqk.passes._forms import aten
+from pqk.passes._join import join
 from pqk.passes._launches import LaunchedOp, launches, traffic
 from pqk.passes._layout import settle
 from pqk.passes._rules import Match, Rule
-from pqk.passes._rules_encoder import AttentionRule, LayerNormRule, SiblingsRule
-from pqk.passes._rules_plain import AddRule, ConcatRule, MaxPoolRule, PoolRule, QuantizeRule
+from pqk.passes._rules_encoder import AttentionRule, NormRule, SiblingsRule
+from pqk.passes._rules_plain import AddRule, ConcatRule, MaxPoolRule, MulRule, PoolRule, QuantizeRule
 from pqk.passes._rules_weighted import ConvolutionRule, LinearRule
 from pqk.passes.convert import DEQUANTIZE
 from pqk.program import CONFIG, Pass, Program, Stage
@@ -36,8 +38,8 @@ from pqk.task import Task
 __all__ = ["Fuse", "LaunchedOp", "fuse", "launches", "stands_for"]
 
 RULES: tuple[Rule, ...] = (
-    AttentionRule(), SiblingsRule(), ConvolutionRule(), LinearRule(), LayerNormRule(),
-    AddRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
+    AttentionRule(), SiblingsRule(), ConvolutionRule(), LinearRule(), NormRule(),
+    AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
 )  # fmt: skip
 """those that take in the most first"""
 FREE = (
@@ -51,6 +53,9 @@ FREE = (
 class Fuse(Pass):
     """Lower the INT8 student to fused Triton kernels: one launch a layer, emitted as `student.pt2`."""
 
+    tuning: str = ""
+    """a file of measured kernel configurations to store with the artifact: what `pqk benchmark --device cuda --json`
+    wrote; without one those that the kernels choose by rule are stored"""
     name: ClassVar[str] = "fuse"
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.INT8})
 
@@ -95,6 +100,7 @@ def fuse(int8_graph: fx.GraphModule) -> tuple[fx.GraphModule, list[tuple[str, st
     fused.graph.eliminate_dead_code()
     for node in calls(fused.graph, DEQUANTIZE):
         _end_in_float(fused, node)
+    reasons |= dict.fromkeys(join(fused))
     finish(fused)
     reasons |= dict.fromkeys(_left_out(fused))
     return fused, list(reasons)
@@ -123,10 +129,9 @@ def _end_in_float(fused: fx.GraphModule, node: fx.Node) -> None:
         source = operand(source)
     if value is None or len(source.users) != 1 or not str(source.kwargs.get("steps", "")).endswith("quantize"):
         return
-    path = str(source.kwargs["params"].target)  # type: ignore[union-attr]
-    params = attribute(fused, path)
-    params[-1, 4] = value.scale
-    words = str(source.kwargs["steps"]).split(",")
+    path, steps = str(source.kwargs["params"].target), str(source.kwargs["steps"])  # type: ignore[union-attr]
+    rows_of(steps, attribute(fused, path))[-1, 4] = value.scale
+    words = steps.split(",")
     source.kwargs = {**source.kwargs, "steps": ",".join([*words[:-1], "requantize"]), "out_dtype": torch.float32}
     for changed in (source, *views):
         changed.meta["dtype"] = torch.float32

@@ -11,8 +11,9 @@ next narrowings) the one goes that moves the outputs least away from the teacher
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from pqk.data import Batch
 from pqk.errors import InputError, nearest
 from pqk.measure import count_macs, count_parameters, float_bytes, integer_bytes
-from pqk.passes._blocks import Edit, Inputs, distance, edit_costs, find_blocks, without_block
+from pqk.passes._blocks import Block, Edit, Inputs, distance, edit_costs, find_blocks, without_block
 from pqk.passes._budget import UNITS, Budget, digest
 from pqk.passes._cut import Skip, channels_of, cut_channels, drop_block
 from pqk.passes._groups import ChannelGroup, find_groups, law_reason, masked, probe
@@ -202,7 +203,7 @@ class _Width:
             scores = (unit_importance(student, group, kind, grads) for group in groups)
             return [s if isinstance(s, str) else s.tolist() for s in scores]
 
-        return program.run.decide(f"importance/{key}", measure)
+        return program.run.decide(f"importance/{key}/{_named((g.name, g.channels) for g in groups)}", measure)
 
     def reach(self, program: Program, goal: float, step: int) -> Program:
         """Cut the least important channels that bring the student to `goal`. Raises `InputError` where none do."""
@@ -285,7 +286,8 @@ class _Depth(_Width):
         blocks, declined = find_blocks(program.student, head, self.config.protect)
         self.refused.update(declined)
         blocks = [b for b in blocks if not self._at_floor(program.student, b.path)]
-        edits = [Edit(b.path, _without(b.path), (b.path,)) for b in blocks]
+        returns = {b.path: b.returns for b in blocks}
+        edits = [Edit(b.path, _without(b), (b.path,)) for b in blocks]
         rungs = _lowest(self.rungs(program, key, check=key.endswith("/1"))) if self.config.width else {}
         edits += [Edit(n, _masked(r), tuple(c["module"] for c in r.cuts)) for n, r in rungs.items()]
         if not edits:
@@ -297,14 +299,14 @@ class _Depth(_Width):
             return {"now": now, "costs": edit_costs(program.student, inputs, teacher, edits, paths)}
 
         with torch.no_grad():
-            ranked = program.run.decide(f"rank/{key}", measure)
+            ranked = program.run.decide(f"rank/{key}/{_named((e.name, e.touches) for e in edits)}", measure)
         signatures = {b.path: b.signature for b in blocks}
         rows = [
-            {"name": e.name, "distance": cost, "saved": self._saved(program, e, rungs, signatures)}
+            {"name": e.name, "distance": cost, "saved": self._saved(program, e, rungs, signatures, returns)}
             for e, cost in zip(edits, ranked["costs"], strict=True)
         ]
         rows.sort(key=lambda row: _harm(row["distance"] - ranked["now"], row["saved"]))
-        return self._remove(program, rows, rungs, value, goal)
+        return self._remove(program, rows, rungs, returns, value, goal)
 
     def _at_floor(self, student: nn.Module, block: str) -> bool:
         """Whether the container of `block` is down to its `keep_blocks`, which is then the reason to keep it."""
@@ -317,7 +319,14 @@ class _Depth(_Width):
             self.refused[block] = f"keep_blocks leaves at least {fewest} in {container}"
         return left <= fewest
 
-    def _saved(self, program: Program, edit: Edit, rungs: dict[str, Rung], signatures: dict[str, str]) -> float:
+    def _saved(
+        self,
+        program: Program,
+        edit: Edit,
+        rungs: dict[str, Rung],
+        signatures: dict[str, str],
+        returns: dict[str, int],
+    ) -> float:
         """What an edit saves in the budget's unit; for blocks of one shape the mean over all of them, measured once.
 
         One block of many is worth no more than the noise of a measurement; all of them together are.
@@ -330,13 +339,19 @@ class _Depth(_Width):
             else:
                 alike = [path for path, s in signatures.items() if s == signature]
                 for path in alike:
-                    student = drop_block(student, self.task.example, block=path)
+                    student = drop_block(student, self.task.example, block=path, returns=returns[path])
             before = self.budget.value(program.student)
             self.savings[signature] = max((before - self.budget.value(student)) / len(alike), 1e-4 * before)
         return self.savings[signature]
 
     def _remove(
-        self, program: Program, rows: list[dict[str, Any]], rungs: dict[str, Rung], value: float, goal: float
+        self,
+        program: Program,
+        rows: list[dict[str, Any]],
+        rungs: dict[str, Rung],
+        returns: dict[str, int],
+        value: float,
+        goal: float,
     ) -> tuple[Program, float]:
         """Let the best rows go, until the goal is near. Narrowings go last and together: their indices are of now."""
         gone: list[str] = []
@@ -344,13 +359,14 @@ class _Depth(_Width):
         saved = 0.0
         for row in rows[: self.config.removals_per_ranking]:
             name = row["name"]
-            if _inside(name, gone):
+            if _inside(name, gone) or (name not in rungs and self._at_floor(program.student, name)):
                 continue
             if name in rungs:
                 narrowed.append(rungs[name])
             else:
                 gone.append(name)
-                program = program.rewrite(drop_block, self.task.example, block=name)
+                wrap = {"returns": returns[name]} if returns[name] else {}
+                program = program.rewrite(drop_block, self.task.example, block=name, **wrap)
             saved += row["saved"]
             self.ranking.append({"removed": name, "ranking": rows if not self.ranking else rows[:3]})
             if self.budget.ratio(value - saved) >= goal:
@@ -364,6 +380,11 @@ class _Depth(_Width):
         return program.rewrite(cut_channels, self.task.example, cuts=cuts) if cuts else program, saved
 
 
+def _named(things: Iterable[tuple[Any, ...]]) -> str:
+    """What a list of measurements is of: two prunes of one run may measure other groups and must not share them."""
+    return hashlib.sha256(repr(list(things)).encode()).hexdigest()[:16]
+
+
 def _inside(path: str, blocks: list[str]) -> bool:
     return any(f"{path}.".startswith(f"{block}.") for block in blocks)
 
@@ -373,8 +394,8 @@ def _harm(cost: float, saved: float) -> float:
     return cost / saved if cost > 0 else cost * saved
 
 
-def _without(block: str) -> Callable[[nn.Module], Any]:
-    return lambda model: without_block(model, block)
+def _without(block: Block) -> Callable[[nn.Module], Any]:
+    return lambda model: without_block(model, block.path, block.returns)
 
 
 def _masked(rung: Rung) -> Callable[[nn.Module], Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from pqk.graph import arguments, attach, attribute, facts, finish, free_path, operand, replace, shape
 from pqk.modules import ActivationFakeQuant, BiasFakeQuant, Quantizer, WeightFakeQuant, quantizers, set_mode
+from pqk.passes._embedding_tables import insert_table, table_of
 from pqk.passes._forms import move_points
 from pqk.passes._placement import FLOAT_OUTPUT, HEAVY, Placement, absorbed, inputs, named_layers, placement, root
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
@@ -130,7 +131,7 @@ def insert_fake_quant(
 
     Each point names a node. `activation`: its value, for the nodes in `readers`, goes through an `ActivationFakeQuant`
     on the grid `activation`; a clamp is replaced by it. `weight`: its weight and bias go through quantizers of the grid
-    `weight` and of the accumulator.
+    `weight` and of the accumulator. `table`: the rows that it looks up go through a `TableFakeQuant`.
     """
     assert isinstance(student, fx.GraphModule)
     nodes = {n.name: n for n in student.graph.nodes}
@@ -140,6 +141,8 @@ def insert_fake_quant(
     for point in points:
         if point["kind"] == "weight":
             _insert_weight(student, nodes[point["node"]], Grid(**weight), learned)
+        elif point["kind"] == "table":
+            insert_table(student, nodes[point["node"]], learned)
     return finish(student)
 
 
@@ -194,7 +197,7 @@ def calibrate(student: nn.Module, task: Task, method: Method, percentile: float,
                 module.calibrate(method, percentile)
         for node, module in called:
             if isinstance(module, WeightFakeQuant):
-                module.calibrate(attribute(student, str(operand(node).target)), method, percentile)
+                module.calibrate(attribute(student, str(table_of(node).target)), method, percentile)
             elif isinstance(module, BiasFakeQuant):
                 module.fit(attribute(student, str(operand(node).target)))
     student.train(was_training)

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from pqk.artifact import Artifact as Artifact
     from pqk.compiler import compress as compress
     from pqk.recipe import Recipe as Recipe
+    from pqk.synthesis import pseudo_labels as pseudo_labels
+    from pqk.synthesis import synthesize as synthesize
     from pqk.target import Target as Target
     from pqk.task import Metric as Metric
     from pqk.task import Task as Task
@@ -20,6 +22,8 @@ _HOME = {
     "Target": "pqk.target",
     "Task": "pqk.task",
     "compress": "pqk.compiler",
+    "pseudo_labels": "pqk.synthesis",
+    "synthesize": "pqk.synthesis",
 }
 __all__ = sorted(_HOME)
 

@@ -2,6 +2,7 @@
 
 model.onnx            the student, INT8, self-contained; not where the target is a GPU
 student.pt2           the fused student, where the recipe fuses; it needs `import pqk.kernels`
+tuning.json           the block sizes that its kernels run with on a GPU
 student.safetensors   its tensors, and
 student.json          the plan of rewrites that rebuilds the module from the teacher
 recipe.toml           what was done
@@ -34,6 +35,8 @@ from pqk.report import LatencyRow, Report
 from pqk.runtime import session
 from pqk.target import Target
 from pqk.task import tensors
+from pqk.tuning import NAME as TUNING
+from pqk.tuning import Tuning
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -111,6 +114,8 @@ class Artifact:
         path = self.folder / "student.pt2"
         if not path.exists():
             raise InputError(f'{self.folder} has no student.pt2: its recipe does not end in "fuse"')
+        if (self.folder / TUNING).exists():
+            Tuning.load(self.folder / TUNING).install()
         return load_student(path, device)
 
     def run(self, *inputs: NDArray[Any] | torch.Tensor) -> Any:

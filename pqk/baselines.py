@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from pqk.benchmark import first_line
 from pqk.errors import InputError
+from pqk.graph import Axes, free_axes
 from pqk.machine import installed
 from pqk.runtime import session
 from pqk.target import Target, machine_target
@@ -75,23 +76,23 @@ def onnxruntime_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs], tar
 def ptq(teacher: Path, out: Path, task: Task, target: Target, samples: int = CALIBRATION) -> str | None:
     """`onnxruntime_ptq` on (at most `samples`) validation samples: None, or why there is no such file."""
     try:
-        onnxruntime_ptq(teacher, out, task.calibration(samples), target)
+        onnxruntime_ptq(teacher, out, task.calibration(samples, teacher=True), target)
     except InputError as error:
         return str(error)
     return None
 
 
 def neural_compressor_ptq(
-    teacher: nn.Module, example: Inputs, calibration: Iterable[Inputs]
+    teacher: nn.Module, example: Inputs, calibration: Iterable[Inputs], axes: Axes | None = None
 ) -> tuple[fx.GraphModule | None, str | None]:
     """The teacher quantized by neural-compressor with its default static INT8 configuration, or None and the reason.
 
-    `example` is a batch of at least 2 inputs, so that the batch axis is seen. The result is a float graph with
-    quantize / dequantize operators: measure it with `compiled_contender(…, runtime="neural-compressor")`.
+    `example` is a batch of at least 2 inputs, so that the batch axis is seen; `axes` names further free axes. The
+    result is a float graph with quantize / dequantize operators: measure it with
+    `compiled_contender(…, runtime="neural-compressor")`.
     """
     if installed("neural-compressor") is None:
         return None, "neural-compressor is not installed: pip install 'pqk[ptq]'"
-    batch = torch.export.Dim("batch", min=1)
     with quiet_logging("neural_compressor"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao and the exporter deprecate a good part of themselves
         try:
@@ -99,7 +100,7 @@ def neural_compressor_ptq(
             from neural_compressor.torch.quantization import StaticQuantConfig, convert, prepare
 
             with torch.no_grad():
-                exported = export(teacher, example, dynamic_shapes=tuple({0: batch} for _ in example))
+                exported = export(teacher, example, dynamic_shapes=free_axes(example, axes))
                 if exported is None:
                     return None, "neural-compressor could not export the teacher (torch.export failed)"
                 prepared = prepare(exported, StaticQuantConfig(), example_inputs=example)

@@ -37,6 +37,7 @@ from pqk.factories import load_teacher
 from pqk.passes._launches import traffic
 from pqk.report import LatencyRow, Variant
 from pqk.task import tensors
+from pqk.tuning import Tuning, measured, merged
 
 STUDENT = "student.pt2"
 GATE_SAMPLES = 64
@@ -237,19 +238,27 @@ class Found:
     shares: list[Share]
     skipped: list[Skipped]
     protocol: str
+    tuning: Tuning | None
+    """the fastest configurations of the student's kernels, which it was then timed with; None where not measured"""
 
     def document(self) -> dict[str, Any]:
         rows = [row.model_dump(mode="json") for row in self.latency]
-        return {**{k: v for k, v in asdict(self).items() if k != "latency"}, "latency": rows}
+        tuning = self.tuning and self.tuning.document()
+        plain = {k: v for k, v in asdict(self).items() if k not in ("latency", "tuning")}
+        return {**plain, "latency": rows, "tuning": tuning}
 
 
-def benchmark(artifact: Artifact, device: Device, batches: Sequence[int] = (1,), rounds: int = ROUNDS) -> Found:
+def benchmark(
+    artifact: Artifact, device: Device, batches: Sequence[int] = (1,), rounds: int = ROUNDS, tune: bool = True
+) -> Found:
     """The artifact's `student.pt2` on `device` beside its teacher and beside its INT8 graph in plain torch.
 
-    The student by Triton is the last row of a batch size. Raises `InputError` where there is no such file, and
-    `ParityError` where the device computes something else than the CPU.
+    With `tune` the kernels' configurations are measured first, for the shapes of `batches`, and the student then runs
+    with the fastest. The student by Triton is the last row of a batch size. Raises `InputError` where there is no such
+    file, and `ParityError` where the device computes something else than the CPU.
     """
     cpu, student = artifact.student(), artifact.student(device.name)
+    tuning = _tuned(artifact, cpu, device, batches) if tune else None
     agreement = gate(cpu, student, example(artifact, GATE_SAMPLES), device.name)
     ceilings, macs = device.ceilings(), artifact.report.macs
     teacher, absent = _teacher(artifact)
@@ -268,7 +277,14 @@ def benchmark(artifact: Artifact, device: Device, batches: Sequence[int] = (1,),
         rows = in_turn([each for each in tried if isinstance(each, Contender)], rounds)
         latency += rows
         shares.append(share(batch, traffic(cpu, inputs).bytes, macs * batch, rows[-1].median_ms, ceilings))
-    return Found(device.describe(), agreement, ceilings, latency, shares, skipped, PROTOCOL.format(rounds))
+    return Found(device.describe(), agreement, ceilings, latency, shares, skipped, PROTOCOL.format(rounds), tuning)
+
+
+def _tuned(artifact: Artifact, cpu: Any, device: Device, batches: Sequence[int]) -> Tuning:
+    """What is fastest on the device, by measurement; from now on the process runs so."""
+    found = merged([measured(cpu, example(artifact, batch), device) for batch in batches])
+    found.install()
+    return found
 
 
 def in_turn(contenders: Sequence[Contender], rounds: int, *, burst: int = BURST, warm: int = WARM) -> list[LatencyRow]:

@@ -245,11 +245,11 @@ class _Rehearsal:
             layers: list[LayerParity] = []
             try:
                 if fused is not None:
-                    emit_torch(fused, task.example, path)
+                    emit_torch(fused, task.example, path, task.axes)
                     layers += check_launches(graph, fused, task.example)
                 if self.target.runtime == "onnxruntime":
                     path = Path(folder) / "model.onnx"
-                    emit_onnx(graph, task.example, path, task.input_names, task.output_names)
+                    emit_onnx(graph, task.example, path, task.input_names, task.output_names, task.axes)
                     layers += check_layers(graph, quantized_tensors(graph), path, task.example, optimized=here)
                 self.found.problems += [f"parity: {describe(layer)}" for layer in layers if not layer.passed]
                 self._measure(path, Path(folder) / "teacher.onnx", here)
@@ -270,7 +270,7 @@ class _Rehearsal:
         if not here:
             return
         feeds = task.feeds(1)
-        emit_onnx(self.teacher, task.example, teacher, task.input_names, task.output_names)
+        emit_onnx(self.teacher, task.example, teacher, task.input_names, task.output_names, task.axes)
         with self.watch.task("timing the student beside its teacher", 1) as advance:
             ratio = ratio_to(session(teacher, threads=THREADS), session(path, threads=THREADS), feeds)
             advance(1, f"{ratio.ratio:.2f}x")

@@ -91,7 +91,7 @@ def compress(
     seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out that was stopped.")] = False,
     attribution: Annotated[
-        AttributionChoice, typer.Option(help="full also trains the student without distillation, for the table.")
+        AttributionChoice, typer.Option(help="full also trains the controls: the student without its teacher.")
     ] = AttributionChoice.standard,
     allow_parity_failure: Annotated[
         bool, typer.Option("--allow-parity-failure", help="Finish although the deployed numbers differ.")
@@ -117,6 +117,26 @@ def compress(
         allow_parity_failure=allow_parity_failure,
         as_json=as_json,
     )
+
+
+@app.command()
+def compare(
+    comparison: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A recipe with [[variant]] tables.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where cells and result go: a new or empty folder.")],
+    data: Data = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Instead of the file's [screen] seeds.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the cells in --out; run what is missing.")] = False,
+    as_json: AsJson = False,
+) -> Work:
+    """Train variants of a recipe under one budget on several seeds; a table with intervals.
+
+    Each variant is compiled to INT8 on each seed and paired with the baseline. Exit code 1 where a variant failed.
+
+    pqk compare my_variants.toml --data data --out out/variants --seeds 0,1,2
+    """
+    given = None if seeds is None else _numbers("--seeds", seeds, 0)
+
+    return lambda: _commands().compare(comparison, out, data=data, seeds=given, resume=resume, as_json=as_json)
 
 
 @app.command()
@@ -154,7 +174,7 @@ def benchmark(
     pqk benchmark out/my --batch 1,32 --threads 2
     """
 
-    return lambda: _commands().benchmark(folder, _batches(batch), threads, device.value)
+    return lambda: _commands().benchmark(folder, _numbers("--batch", batch, 1), threads, device.value)
 
 
 @app.command()
@@ -206,14 +226,16 @@ def passes(as_json: AsJson = False) -> Work:
 
 @app.command()
 def schema(
-    report: Annotated[bool, typer.Option("--report", help="Of report.json instead.")] = False, as_json: AsJson = False
+    report: Annotated[bool, typer.Option("--report", help="Of report.json instead.")] = False,
+    comparison: Annotated[bool, typer.Option("--comparison", help="Of files for `pqk compare` instead.")] = False,
+    as_json: AsJson = False,
 ) -> Work:
     """Print the JSON Schema of recipes, for editors.
 
     pqk schema > recipe.schema.json
     """
 
-    return lambda: _commands().schema(report)
+    return lambda: _commands().schema(report, comparison)
 
 
 @app.command()
@@ -223,14 +245,15 @@ def doctor(as_json: AsJson = False) -> Work:
     return lambda: _commands().doctor()
 
 
-def _batches(text: str) -> list[int]:
+def _numbers(option: str, text: str, least: int) -> list[int]:
     try:
-        sizes = [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise InputError(f'--batch "{text}": write positive numbers with commas between them, such as 1,32')
-    return sizes
+        found = [least - 1]
+    if min(found) < least:
+        wanted = "positive numbers" if least else "numbers from 0 on"
+        raise InputError(f'{option} "{text}": write {wanted} with commas between them, such as 1,32')
+    return found
 
 
 def main() -> None:
@@ -287,10 +310,10 @@ def _usage(error: Any) -> str:
 
 def _interrupted(arguments: Sequence[str]) -> str:
     """How to go on, where that is possible."""
-    if arguments and arguments[0] == "compress":
+    if arguments and arguments[0] in ("compress", "compare"):
         again = [a for a in arguments if a != "--resume"]
-        line = shlex.join(["pqk", *again, "--resume"])
-        return f"stopped; finished passes and the last checkpoint are kept. Continue with: {line}"
+        line, cells = shlex.join(["pqk", *again, "--resume"]), "cells, " if arguments[0] == "compare" else ""
+        return f"stopped; finished {cells}passes and the last checkpoint are kept. Continue with: {line}"
     return "stopped"
 
 

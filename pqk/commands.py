@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from pqk import describe
 from pqk.artifact import MANIFEST, Artifact
+from pqk.comparison import Comparison, comparison_schema
 from pqk.compiler import compress as compile_student
 from pqk.console import Answer, clock, listed, observer, table
 from pqk.doctor import examine
@@ -20,7 +21,8 @@ from pqk.factories import load_task, load_teacher
 from pqk.files import read_json
 from pqk.machine import fingerprint
 from pqk.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, json_schema, plain
-from pqk.report import TITLES, LatencyRow, Report, attribution_table, metric_text, percent, schema_text
+from pqk.report import LatencyRow, Report, schema_text
+from pqk.report_table import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent
 from pqk.run import Observer
 from pqk.target import Target
 
@@ -56,7 +58,8 @@ def _loaded(teacher: TeacherSpec, task: TaskSpec, data: Path | None, recipe: Pat
     if data is not None and not data.is_dir():
         raise InputError(f"--data {data}: there is no such folder")
     beside = recipe.resolve().parent
-    return load_teacher(teacher, data, beside), load_task(task, data, beside)
+    model = load_teacher(teacher, data, beside)
+    return model, load_task(task, data, beside, model)
 
 
 def compress(
@@ -85,12 +88,16 @@ def compress(
         observer=observer(as_json),
     )
     report = artifact.report
-    warnings = [m for m in [artifact.target.mismatch()] if m is not None]
+    warnings = [m for m in [artifact.target.mismatch()] if m is not None] + _diagnosed(report)
     files = sorted([*artifact.manifest["files"], MANIFEST])
     document = {"out": str(out), "files": files, "warnings": warnings, "report": json.loads(report.dumps())}
     spent = f"{clock(sum(report.seconds.values()))} in passes; parity {_parity(report)}"
     shown = [attribution_table(report), spent, *_warnings(warnings), f"written to {out}: {', '.join(files)}"]
     return Answer(document, shown)
+
+
+def _diagnosed(report: Report) -> list[str]:
+    return [] if report.diagnostics is None else list(report.diagnostics.warnings)
 
 
 def _parity(report: Report) -> str:
@@ -99,6 +106,31 @@ def _parity(report: Report) -> str:
     if report.parity.passed:
         return f"met, {percent(report.parity.agreement)} of {report.parity.samples} samples decided alike"
     return f"BROKEN: {report.parity.first_divergence}"
+
+
+def compare(
+    path: Path, out: Path, *, data: Path | None, seeds: list[int] | None, resume: bool, as_json: bool
+) -> Answer:
+    from pqk import cells
+    from pqk.compare import compare as run_cells
+
+    comparison = Comparison.load(path)
+    if seeds is not None:
+        comparison = comparison.seeded(tuple(seeds))
+    recipe = comparison.recipe
+    if recipe.teacher is None or recipe.task is None:
+        raise InputError(f"{path}: it needs a [teacher] and a [task] table, as recipes have them")
+    teacher, task = _loaded(recipe.teacher, recipe.task, data, path)
+    chosen = "" if seeds is None else f" --seeds {','.join(map(str, seeds))}"
+    command = f"pqk compare {path}{'' if data is None else ' --data DATA'} --out {out}{chosen}"
+    document = run_cells(teacher, task, comparison, out, resume=resume, observer=observer(as_json), command=command)
+    shown: list[RenderableType] = [
+        table(title, cells.HEADER, cells.table_of(document, part), right=(2, 3, 4, 6))
+        for part, title in (("screen", "Screened"), ("confirm", "Confirmed"))
+        if part in document
+    ]
+    shown += [*cells.notes_of(document), f"written to {out}: comparison.json, comparison.md"]
+    return Answer(document, shown, 1 if document["failed"] else 0)
 
 
 def check(
@@ -150,24 +182,12 @@ def _benchmark_cuda(folder: Path, batches: Sequence[int]) -> Answer:
     warnings = [] if (mismatch := artifact.target.mismatch()) is None else [mismatch]
     head = {"artifact": str(folder), "target": artifact.target.name, "machine": fingerprint(), "warnings": warnings}
     document = head | benchmark_on(artifact, Cuda(), batches).document()
-    return Answer(document, [*describe.gpu(document), *_warnings(warnings)])
+    stores = "kernel configurations were measured first; to store them, compile with the file of --json as fuse.tuning"
+    return Answer(document, [*describe.gpu(document), stores, *_warnings(warnings)])
 
 
 def _latency(title: str, rows: Sequence[LatencyRow]) -> RenderableType:
-    header = ("network", "runtime", "batch", "threads", "median", "5 % to 95 %", "against the teacher")
-    cells = [
-        [
-            TITLES[r.variant],
-            r.runtime if r.spinning else f"{r.runtime}, no spinning",
-            r.batch,
-            r.threads,
-            f"{r.median_ms:.3f} ms",
-            f"{r.p05_ms:.3f} to {r.p95_ms:.3f} ms",
-            r.verdict,
-        ]
-        for r in rows
-    ]
-    return table(title, header, cells, right=(2, 3, 4, 5, 6))
+    return table(title, LATENCY_HEADER, [latency_cells(r) for r in rows], right=(2, 3, 4, 5, 6))
 
 
 def kernels(folder: Path | None, arches: Sequence[str], batch: int, *, as_json: bool) -> Answer:
@@ -292,7 +312,8 @@ def _inspect_artifact(artifact: Artifact) -> Answer:
         f"integer coverage {percent(report.integer_coverage)}; parity {_parity(report)}",
         "every file is as it was written",
     ]
-    return Answer(document, ["\n".join(head), attribution_table(report), *describe.passes_done(report)])
+    shown = [*describe.passes_done(report), *_warnings(_diagnosed(report))]
+    return Answer(document, ["\n".join(head), attribution_table(report), *shown])
 
 
 # Reference
@@ -303,8 +324,8 @@ def passes() -> Answer:
     return Answer(document, describe.reference_tables(document))
 
 
-def schema(report: bool) -> Answer:
-    document = json.loads(schema_text()) if report else json_schema()
+def schema(report: bool, comparison: bool) -> Answer:
+    document = comparison_schema() if comparison else json.loads(schema_text()) if report else json_schema()
     return Answer(document, [json.dumps(document, indent=2, ensure_ascii=False)])
 
 

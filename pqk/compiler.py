@@ -8,6 +8,7 @@ import errno
 import importlib.metadata
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +28,15 @@ from pqk.pipeline import check_order, run_passes, state
 from pqk.program import Pass, Program, Stage
 from pqk.proof import prove
 from pqk.recipe import Recipe, TargetSpec, unfit
-from pqk.report import to_markdown
+from pqk.report_markdown import to_markdown
 from pqk.run import Journal, Observer, Run, Silent, from_main, is_main_process
 from pqk.target import Target
 from pqk.task import Task, tensors
 from pqk.train import Training, launched
+from pqk.tuning import NAME as TUNING
+from pqk.tuning import by_rule, for_target, given
 
+OWN = ("student.safetensors", "student.json", "recipe.toml", "report.json", "report.md", TUNING, *DEPLOYED)
 Attribution = Literal["standard", "full"]
 
 
@@ -58,7 +62,8 @@ def compress(
         target: a `Target` or its name; the recipe's, or this machine, where None.
         out: the artifact's directory, empty or new (or, with `resume`, that of the run to continue).
         seed: overrides the recipe's.
-        attribution: "full" also trains the student without distillation, for the table.
+        attribution: "full" also trains the student's controls (no distillation, smoothed labels, an untrained
+            teacher, from scratch) for the table and the diagnostics.
         allow_parity_failure: finish the artifact although its numbers differ from the trained ones.
         observer: shows progress.
 
@@ -74,6 +79,7 @@ def compress(
         raise InputError(f'recipe: it leaves the student in stage {last}; the last pass must be "convert" or "fuse"')
     if (reason := unfit(passes, chosen)) is not None:
         raise InputError(f"recipe: {reason}")
+    given(passes)
     for p in passes:
         if isinstance(p, Training) or getattr(p, "recovery_epochs", False):
             task.need_train(p.name)
@@ -181,9 +187,13 @@ def _finish(
     shutil.rmtree(proof, ignore_errors=True)
     proof.mkdir()
     if program.target.runtime == "onnxruntime":
-        emit_onnx(program.student, task.example, proof / "model.onnx", task.input_names, task.output_names)
+        emit_onnx(program.student, task.example, proof / "model.onnx", task.input_names, task.output_names, task.axes)
     if program.fused is not None:
-        emit_torch(program.fused, task.example, proof / "student.pt2")
+        emit_torch(program.fused, task.example, proof / "student.pt2", task.axes)
+        one = tuple(x[:1] if x.ndim else x for x in task.example)
+        tuning = given(recipe.passes) or by_rule(program.fused, one, for_target(program.target.name))
+        write_json(proof / TUNING, tuning.document())
+    extra = _extra_files(program, task, proof)
     report = prove(program, task, recipe.passes, proof, attribution, seed=recipe.seed)
     write_tensors(proof / "student.safetensors", program.student.state_dict())
     write_json(proof / "student.json", {"plan": state(program)["plan"]})
@@ -197,17 +207,24 @@ def _finish(
             f"parity: {broken.first_divergence}. The finished passes and the report are kept in "
             f"{folder / '.work'}; --resume --allow-parity-failure finishes the artifact all the same"
         )
-    for name in ("student.safetensors", "student.json", "recipe.toml", "report.json", "report.md", *DEPLOYED):
+    for name in (*OWN, *extra):
         if (proof / name).exists():
             (proof / name).replace(folder / name)
     write_manifest(folder, _manifest(program, task, recipe, folder))
 
 
+def _extra_files(program: Program, task: Task, folder: Path) -> tuple[str, ...]:
+    """Write what the task ships beside the student; their names."""
+    files = {} if task.extra_files is None else task.extra_files(program.student)
+    for name, content in files.items():
+        if name in (*OWN, "manifest.json") or Path(name).name != name or name.startswith(".") or ".onnx" in name:
+            raise InputError(f'task: extra_files gives "{name}", which is no plain name or one of the artifact\'s own')
+        write_whole(folder / name, partial(Path.write_bytes, data=content))
+    return tuple(files)
+
+
 def _manifest(program: Program, task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    with torch.no_grad():
-        outputs = program.student(*task.example)
-    names = task.output_names or names_of_outputs(outputs)
-    described = [_describe(n, t) for n, t in zip(names, tensors(outputs), strict=True)]
+    inputs = zip(task.input_names, task.example, task.axes, strict=True)
     work = read_json(folder / ".work" / "run.json")
     return {
         "pqk": importlib.metadata.version("pqk"),
@@ -216,11 +233,27 @@ def _manifest(program: Program, task: Task, recipe: Recipe, folder: Path) -> dic
         "seed": recipe.seed,
         "teacher": work["teacher"],
         "data": work["data"],
-        "inputs": [_describe(n, t) for n, t in zip(task.input_names, task.example, strict=True)],
-        "outputs": described,
+        "inputs": [_describe(n, t, axes) for n, t, axes in inputs],
+        "outputs": _outputs(program.student, task),
         "preprocessing": task.preprocessing,
     }
 
 
-def _describe(name: str, t: torch.Tensor) -> dict[str, Any]:
-    return {"name": name, "shape": ["batch", *t.shape[1:]], "dtype": str(t.dtype).removeprefix("torch.")}
+def _describe(name: str, t: torch.Tensor, axes: Sequence[str | None]) -> dict[str, Any]:
+    shape = [called or size for called, size in zip(axes, t.shape, strict=True)]
+    return {"name": name, "shape": shape, "dtype": str(t.dtype).removeprefix("torch.")}
+
+
+@torch.no_grad()
+def _outputs(student: nn.Module, task: Task) -> list[dict[str, Any]]:
+    """Names, shapes and dtypes of the outputs. An axis that gets shorter with the inputs' "sequence" is one, too."""
+    outputs = student(*task.example)
+    found = tensors(outputs)
+    axes: list[list[str | None]] = [[None] * t.ndim for t in found]
+    for name in dict.fromkeys(n for names in task.axes for n in names if n):
+        cuts = [tuple(slice(None, -1 if n == name else None) for n in names) for names in task.axes]
+        shorter = tensors(student(*(t[cut] for t, cut in zip(task.example, cuts, strict=True))))
+        for named, whole, part in zip(axes, found, shorter, strict=True):
+            named[:] = [name if whole.shape[i] != part.shape[i] else n for i, n in enumerate(named)]
+    names = task.output_names or names_of_outputs(outputs)
+    return [_describe(*described) for described in zip(names, found, axes, strict=True)]

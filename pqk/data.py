@@ -2,6 +2,7 @@
 
 `ArrayData` holds tensors and draws everything by key, so any epoch can be entered in the middle and a teacher's answer
 to (sample, view) can be cached. `LoaderData` wraps whatever loader the user has and says what it cannot promise.
+`TwoViews` shows teacher and student different sides of the same samples.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,11 +25,19 @@ Inputs = tuple[Tensor, ...]
 
 
 class Batch(NamedTuple):
-    """`inputs` each [B, …]; `targets` a tensor or several; `keys` int64 [B], one for each (sample, view)."""
+    """`inputs` each [B, …]; `targets` a tensor or several; `keys` int64 [B], one for each (sample, view).
+
+    `teacher_inputs` is what the teacher sees of the same samples where that is something else (`TwoViews`).
+    """
 
     inputs: Inputs
     targets: Any
     keys: Tensor | None
+    teacher_inputs: Inputs | None = None
+
+    def for_teacher(self) -> Batch:
+        """The batch as the teacher sees it: with its inputs as `inputs`."""
+        return self if self.teacher_inputs is None else Batch(self.teacher_inputs, self.targets, self.keys)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -96,7 +106,8 @@ class ArrayData(Data):
 
     `inputs`: tensor(s) [N, …]; `targets`: [N, …] or None. `augment` is keyed; `views` bounds the distinct views of a
     sample (epoch e shows view e mod views), which is what makes the teacher's answers cacheable: None draws a fresh
-    one each epoch. `prepare` turns stored inputs into model inputs (such as normalisation) after augmentation.
+    one each epoch. As stored, a sample that is augmented in training is none of its views and has no key. `prepare`
+    turns stored inputs into model inputs (such as normalisation) after augmentation.
     Raises `InputError` for empty data, NaN, lengths that differ, or an impossible batch size or number of views.
     """
 
@@ -152,8 +163,16 @@ class ArrayData(Data):
                 inputs = self.augment(inputs, ids, view)
             if self.prepare is not None:
                 inputs = self.prepare(inputs)
-            keys = None if self.views is None else ids * self.views + view
+            keyed = self.views is not None and (seed is not None or self.augment is None)
+            keys = ids * (self.views or 1) + view if keyed else None
             yield Batch(inputs, None if self.targets is None else self.targets[ids], keys)
+
+    def with_targets(self, targets: Tensor) -> ArrayData:
+        """The same samples with other targets [N, …], of all that are in memory."""
+        return ArrayData(
+            self.inputs, targets, self.batch_size, augment=self.augment, views=self.views, prepare=self.prepare,
+            ids=self.ids,
+        )  # fmt: skip
 
     def subset(self, ids: Tensor, *, augmented: bool) -> ArrayData:
         """The samples with these ids, sharing memory and keys."""
@@ -252,6 +271,81 @@ class LoaderData(Data):
         found: list[Tensor] = []
         map_tensors(found.append, (batch.inputs, batch.targets))
         return digest_of((len(self), self.samples), found)
+
+
+View = Callable[[Inputs], Inputs]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What teacher and student see of one batch (`Task(views=…)`): functions of all that the data gives.
+
+    The student is a rewritten copy of the teacher, so both views must have the same shapes and dtypes: a view may be
+    cheaper (fewer bands or frames repeated in place, a lower resolution enlarged again, a sensor that is zero), not
+    smaller.
+    """
+
+    teacher: View
+    student: View
+
+
+@dataclass(frozen=True)
+class Take:
+    """The view that is some of the inputs, by position: `Views(teacher=Take(0), student=Take(1))`."""
+
+    first: int
+    count: int = 1
+
+    def __call__(self, inputs: Inputs) -> Inputs:
+        if not 0 <= self.first <= self.first + self.count <= len(inputs):
+            raise InputError(f"data: {self} of {len(inputs)} inputs; each view takes some of what the data gives")
+        return inputs[self.first : self.first + self.count]
+
+
+class _Shown(Data):
+    """Another data's batches, each shown in another way."""
+
+    def __init__(self, data: Data) -> None:
+        self.data, self.samples, self.key_count = data, data.samples, data.key_count
+        self.unkeyed_reason, self.resume_reason = data.unkeyed_reason, data.resume_reason
+        self.views: int | None = getattr(data, "views", None)
+        self.targets: Tensor | None = getattr(data, "targets", None)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(
+        self, seed: int | None = None, epoch: int = 0, start: int = 0, state: Tensor | None = None
+    ) -> Iterator[Batch]:
+        return map(self.show, self.data.batches(seed, epoch, start, state))
+
+    @abstractmethod
+    def show(self, batch: Batch) -> Batch:
+        """What becomes of one batch."""
+
+    def fingerprint(self) -> str:
+        """Of the data, and of what is shown of its first batch: functions do not say what they compute."""
+        batch = next(self.batches())
+        return digest_of(self.data.fingerprint(), (*batch.inputs, *(batch.teacher_inputs or ())))
+
+
+class TwoViews(_Shown):
+    """`data` as its `views` show it: batches have the student's inputs, and the teacher's as `teacher_inputs`."""
+
+    def __init__(self, data: Data, views: Views) -> None:
+        super().__init__(data)
+        self.shown = views
+
+    def show(self, batch: Batch) -> Batch:
+        student, teacher = self.shown.student(batch.inputs), self.shown.teacher(batch.inputs)
+        return Batch(student, batch.targets, batch.keys, teacher)
+
+
+class TeachersView(_Shown):
+    """`data` as the teacher sees it: for scoring and calibrating the teacher itself."""
+
+    def show(self, batch: Batch) -> Batch:
+        return batch.for_teacher()
 
 
 def as_data(source: Any, what: str) -> Data:

@@ -11,10 +11,11 @@ from pydantic import TypeAdapter
 from rich.console import RenderableType
 
 from pqk.console import clock, listed, table
-from pqk.knowledge import TERMS
+from pqk.knowledge import SOURCES, TERMS
 from pqk.passes import PASSES
 from pqk.recipe import documentation
-from pqk.report import LatencyRow, Report, percent
+from pqk.report import LatencyRow, Report
+from pqk.report_table import percent
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
@@ -22,7 +23,7 @@ BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "m
 
 
 def reference() -> dict[str, Any]:
-    """Every pass and distillation term, with its fields: name, type, default, required, documentation."""
+    """Every pass, distillation term and source of a teacher, with its fields: name, type, default, documentation."""
     passes = [
         {
             "name": p.name,
@@ -39,7 +40,14 @@ def reference() -> dict[str, Any]:
         name = next(f["default"] for f in entries if f["name"] == "term")
         about = {"name": name, "documentation": inspect.getdoc(kind) or "", "needs_teacher": kind.needs_teacher}
         terms.append({**about, "fields": [f for f in entries if f["name"] != "term"]})
-    return {"passes": passes, "terms": terms}
+    sources = [{"name": entries[0]["default"], **about} for entries, about in map(_source, SOURCES)]
+    return {"passes": passes, "terms": terms, "sources": sources}
+
+
+def _source(kind: type[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    entries = _fields(kind)
+    named, others = ([f for f in entries if (f["name"] == "source") == is_name] for is_name in (True, False))
+    return named, {"documentation": inspect.getdoc(kind) or "", "fields": others}
 
 
 def _fields(kind: type[Any]) -> list[dict[str, Any]]:
@@ -84,6 +92,8 @@ def reference_tables(document: dict[str, Any]) -> list[RenderableType]:
     for t in document["terms"]:
         teacher = "" if t["needs_teacher"] else " (needs no teacher)"
         shown += [f'term = "{t["name"]}": {t["documentation"]}{teacher}', _field_table(t["fields"]), ""]
+    for s in document["sources"]:
+        shown += [f'teacher = {{ source = "{s["name"]}" }}: {s["documentation"]}', _field_table(s["fields"]), ""]
     return shown
 
 

@@ -7,81 +7,36 @@ float64. Shares are 0 to 1, divergences in nats. All raise `InputError`, naming 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.report import TITLES
+from pqk.report_diagnostics import (
+    BreakEven,
+    Calibration,
+    ControlRow,
+    ControlVariant,
+    CorruptionRow,
+    Fidelity,
+    Interval,
+    NegativeTransfer,
+    TeacherHealth,
+)
 
 SOFT = 0.02
 """a teacher that leaves less than this to all classes but its first teaches no more than its decisions do"""
 BINS = 15
+SERIOUS = 0.05
+"""a warning is due where a student surely loses this much more to a corruption than its teacher, relative to itself"""
+RESAMPLES = 2000
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % interval (normal approximation over samples)."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How far probabilities can be believed."""
-
-    accuracy: float
-    ece: float
-    """expected calibration error"""
-    nll: float
-    temperature: float
-    """dividing the logits by this makes `nll` least; it can be folded into the last layer"""
-    ece_after: float
-    nll_after: float
-
-
-@dataclass(frozen=True)
-class TeacherHealth:
-    """What there is to learn from a teacher's soft targets, at temperature 1."""
-
-    top: float
-    """mean probability of its decision"""
-    entropy: float
-    """mean entropy, over that of a guess: 0 to 1"""
-    calibration: Calibration | None
-    """None: there are no labels"""
-    warning: str | None
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How much the student answers as the teacher does."""
-
-    agreement: float
-    kl: float
-    """mean KL(teacher ‖ student) at temperature 1"""
-    lost: float | None
-    """share of all samples that only the teacher has right; None: there are no labels"""
-    won: float | None
-    """share of all samples that only the student has right"""
-    agreement_per_class: tuple[float | None, ...]
-    """by the label (without labels by the teacher's decision); None: the class does not occur"""
-
-
-@dataclass(frozen=True)
-class NegativeTransfer:
-    """How often the student gives the teacher's wrong label where the teacher is wrong."""
-
-    samples: int
-    """on which the teacher is wrong"""
-    copied: float | None
-    """share of them on which the student says the same; None: there are none"""
-    control: float | None
-    """the same share of a student that was trained without the teacher"""
-    warning: str | None
+Flags = tuple[Tensor, Tensor]
+"""bool [N] each: which samples are right without and with a corruption"""
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
@@ -90,30 +45,33 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
     top, decided = logits.softmax(1).max(1)
     index = (top * bins).long().clamp_max(bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, (decided == labels).double() - top)
-    return float(gaps.abs().sum() / len(logits))
+    return _share(gaps.abs().sum() / len(logits))
 
 
-def calibration(logits: Tensor, labels: Tensor) -> Calibration:
-    """ECE and NLL, before and after the best temperature."""
+def calibration(logits: Tensor, labels: Tensor, temperature: float | None = None, reason: str = "") -> Calibration:
+    """ECE and NLL, before and after a temperature; `reason`: why there is none."""
     logits, labels = _checked(logits, labels)
-    temperature = best_temperature(logits, labels)
-    after = logits / temperature
+    after = None if temperature is None else logits / temperature
     return Calibration(
-        float((logits.argmax(1) == labels).double().mean()),
-        calibration_error(logits, labels),
-        float(F.cross_entropy(logits, labels)),
-        temperature,
-        calibration_error(after, labels),
-        float(F.cross_entropy(after, labels)),
+        accuracy=_accuracy(logits, labels),
+        ece=calibration_error(logits, labels),
+        nll=float(F.cross_entropy(logits, labels)),
+        temperature=temperature,
+        ece_after=None if after is None else calibration_error(after, labels),
+        nll_after=None if after is None else float(F.cross_entropy(after, labels)),
+        reason=reason or "none was looked for" if after is None else None,
     )
 
 
-def best_temperature(logits: Tensor, labels: Tensor) -> float:
+def best_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The T from 0.01 to 100 at which the NLL of logits / T is least (Guo et al. 2017, section 4.2).
 
-    The NLL is convex in 1 / T, so its derivative there, mean_p(z) − z_label, has one sign on each side.
+    The NLL is convex in 1 / T, so its derivative there, mean_p(z) − z_label, has one sign on each side. None where no
+    T is best, as all samples are right: the smaller it is, the smaller the NLL.
     """
     logits, labels = _checked(logits, labels)
+    if bool((logits.argmax(1) == labels).all()):
+        return None
     given = logits.gather(1, labels[:, None])[:, 0].mean()
     low, high = -math.log(100.0), math.log(100.0)  # of log 1 / T
     for _ in range(60):
@@ -123,12 +81,12 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
-def teacher_health(logits: Tensor, labels: Tensor | None = None) -> TeacherHealth:
+def teacher_health(logits: Tensor, calibrated: Calibration | None = None) -> TeacherHealth:
     """Confidence, entropy and calibration of a teacher, with a warning where soft targets hold nothing to learn."""
-    logits, labels = _checked(logits, labels)
+    logits, _ = _checked(logits, None)
     log_p = logits.log_softmax(1)
-    top = float(log_p.exp().amax(1).mean())
-    entropy = float(-(log_p.exp() * log_p).sum(1).mean()) / math.log(max(2, logits.shape[1]))
+    top = _share(log_p.exp().amax(1).mean())
+    entropy = _share(-(log_p.exp() * log_p).sum(1).mean() / math.log(max(2, logits.shape[1])))
     warning = None
     if 1 - top < SOFT:
         warning = (
@@ -137,7 +95,7 @@ def teacher_health(logits: Tensor, labels: Tensor | None = None) -> TeacherHealt
         )
     elif entropy > 0.98:
         warning = f"the teacher's answers are nearly uniform (mean top probability {top:.4f}); is it trained?"
-    return TeacherHealth(top, entropy, None if labels is None else calibration(logits, labels), warning)
+    return TeacherHealth(top=top, entropy=entropy, calibration=calibrated, warning=warning)
 
 
 def fidelity(student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Fidelity:
@@ -150,20 +108,21 @@ def fidelity(student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> 
     sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, groups, agree)
     per_class = tuple(float(a / n) if n else None for a, n in zip(sums, counts, strict=True))
     log_s, log_t = student.log_softmax(1), teacher.log_softmax(1)
-    kl = float(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1).mean())
+    kl = max(0.0, float(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1).mean()))
     lost = won = None
     if labels is not None:
         lost = float(((t == labels) & (s != labels)).double().mean())
         won = float(((s == labels) & (t != labels)).double().mean())
-    return Fidelity(float(agree.mean()), kl, lost, won, per_class)
+    return Fidelity(agreement=float(agree.mean()), kl=kl, lost=lost, won=won, agreement_per_class=per_class)
 
 
 def negative_transfer(
-    student: Tensor, teacher: Tensor, labels: Tensor, control: Tensor | None = None
+    student: Tensor, teacher: Tensor, labels: Tensor, control: Tensor | None = None, reason: str | None = None
 ) -> NegativeTransfer:
     """How often wrong labels were learned from the teacher, against a control that never saw it.
 
-    The warning needs the control, and a difference on the same samples whose 95 % interval excludes zero.
+    The warning needs the control, and a difference on the same samples whose 95 % interval excludes zero. `reason`:
+    why there is no control.
     """
     (student, labels), (teacher, _) = _checked(student, labels), _checked(teacher, labels)
     _same(student, teacher)
@@ -174,50 +133,112 @@ def negative_transfer(
         control, _ = _checked(control, labels)
         _same(control, teacher)
     if not len(copied):
-        return NegativeTransfer(0, None, None, None)
+        return NegativeTransfer(samples=0, copied=None, control=None, control_reason="the teacher is never wrong")
     share = float(copied.double().mean())
     if control is None:
-        return NegativeTransfer(len(copied), share, None, None)
+        return NegativeTransfer(samples=len(copied), copied=share, control=None, control_reason=reason)
     by_itself = (control.argmax(1) == decided)[wrong]
-    difference = paired_difference(copied, by_itself)
-    warning = None
+    alone, difference, warning = float(by_itself.double().mean()), paired_difference(copied, by_itself), None
     if difference.low > 0:
         warning = (
             f"where the teacher is wrong ({len(copied)} samples) the student repeats its label on {share:.1%}, a "
-            f"student without it on {float(by_itself.double().mean()):.1%} (difference {difference.low:.1%} to "
-            f"{difference.high:.1%}): it learned the teacher's mistakes; gate the term with teacher_right"
+            f"student without it on {alone:.1%} (difference {difference.low:.1%} to {difference.high:.1%}): it learned "
+            "the teacher's mistakes; gate the term with teacher_right"
         )
-    return NegativeTransfer(len(copied), share, float(by_itself.double().mean()), warning)
+    return NegativeTransfer(samples=len(copied), copied=share, control=alone, warning=warning)
 
 
 def paired_difference(a: Tensor, b: Tensor) -> Interval:
-    """The mean of a − b over the same samples [N], with its interval; of one sample the interval is everything."""
+    """The share of a less that of b, bool over the same samples [N], with its 95 % interval.
+
+    The interval adds half a sample to each of the four outcomes (Agresti and Min 2005, "Wald + 2"), so that few
+    samples that all say the same are no proof.
+    """
     if a.shape != b.shape or a.dim() != 1 or not len(a):
         raise InputError(f"diagnostics: {tuple(a.shape)} and {tuple(b.shape)} are no pairs of samples [N]")
-    difference = a.double() - b.double()
-    mean, half = float(difference.mean()), math.inf
-    if len(difference) > 1:
-        half = 1.96 * float(difference.std()) / math.sqrt(len(difference))
-    return Interval(mean, mean - half, mean + half)
+    a, b = a.bool(), b.bool()
+    more, less, count = int((a & ~b).sum()) + 0.5, int((b & ~a).sum()) + 0.5, len(a) + 2
+    middle = (more - less) / count
+    half = 1.96 * math.sqrt((more + less) / count - middle**2) / math.sqrt(count)
+    mean = (more - less) / len(a)
+    return Interval(mean=mean, low=max(-1.0, middle - half), high=min(1.0, middle + half))
 
 
-def control_warning(student: Tensor, control: Tensor, labels: Tensor, name: str) -> str | None:
-    """In words, where a student is less accurate than its control (such as "label smoothing"); None where it is not."""
+def control_row(student: Tensor, control: Tensor, labels: Tensor, variant: ControlVariant) -> ControlRow:
+    """The student beside a control, with a warning in words where it is less accurate for sure."""
     (student, labels), (control, _) = _checked(student, labels), _checked(control, labels)
     difference = paired_difference(student.argmax(1) == labels, control.argmax(1) == labels)
-    if difference.high >= 0:
-        return None
-    return (
-        f"the student is worse than its control ({name}) by {-difference.mean:.2%} of samples (95 % interval "
-        f"{-difference.high:.2%} to {-difference.low:.2%}): what the teacher says does harm here"
+    warning = None
+    if difference.high < 0:
+        warning = (
+            f'the student is worse than its control "{TITLES[variant]}" by {-difference.mean:.2%} of samples (95 % '
+            f"interval {-difference.high:.2%} to {-difference.low:.2%}): what the teacher says does not help here"
+        )
+    return ControlRow(variant=variant, accuracy=_accuracy(control, labels), difference=difference, warning=warning)
+
+
+def corruption_row(name: str, what: str, teacher: Flags, student: Flags) -> CorruptionRow:
+    """What a corruption costs teacher and student: relative drops with bootstrap 95 % intervals over the samples.
+
+    A resample of the samples is a draw of how often each of the 16 outcomes (right or wrong, clean or corrupted,
+    teacher and student) occurs, so the two networks' drops are compared on the same resamples.
+    """
+    outcome = sum(flags.long() << bit for bit, flags in enumerate((*teacher, *student)))
+    assert isinstance(outcome, Tensor)
+    counts = torch.bincount(outcome, minlength=16).numpy()
+    draws = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
+    bits = (np.arange(16)[:, None] >> np.arange(4)) & 1
+    found, resampled = _drops(counts[None] @ bits), _drops(draws @ bits)
+    return CorruptionRow(
+        corruption=name,
+        what=what,
+        teacher=float(teacher[1].double().mean()),
+        student=float(student[1].double().mean()),
+        teacher_drop=_interval(found[:, 0], resampled[:, 0]),
+        student_drop=_interval(found[:, 1], resampled[:, 1]),
+        excess=_interval(found[:, 1] - found[:, 0], resampled[:, 1] - resampled[:, 0]),
     )
 
 
-def break_even(compile_seconds: float, teacher_ms: float, student_ms: float) -> int | None:
-    """After how many queries the compile time has paid; None: never, as the student is not faster."""
-    if student_ms >= teacher_ms:
+def corruption_warning(row: CorruptionRow) -> str | None:
+    """In words, where the student is much more fragile than its teacher."""
+    if row.excess is None or row.excess.low < SERIOUS or row.student_drop is None or row.teacher_drop is None:
         return None
-    return math.ceil(compile_seconds * 1000 / (teacher_ms - student_ms))
+    return (
+        f"{row.corruption} costs the student {row.student_drop.mean:.1%} of its accuracy and the teacher "
+        f"{row.teacher_drop.mean:.1%} ({row.excess.low:.1%} to {row.excess.high:.1%} more): train it on such inputs"
+    )
+
+
+def _drops(right: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[R, 4] counts that are right (teacher clean, corrupted, student clean, corrupted) -> relative drops [R, 2]."""
+    clean, corrupted = right[:, ::2].astype(np.float64), right[:, 1::2]
+    return np.where(clean > 0, 1 - corrupted / np.maximum(clean, 1), np.nan)
+
+
+def _interval(value: NDArray[np.float64], resampled: NDArray[np.float64]) -> Interval | None:
+    if not np.isfinite(value).all():
+        return None
+    low, high = np.quantile(resampled[np.isfinite(resampled)], [0.025, 0.975])
+    return Interval(mean=float(value[0]), low=float(low), high=float(high))
+
+
+def break_even(compile_seconds: float, teacher_ms: float, student_ms: float) -> BreakEven | None:
+    """After how many queries the compile time has paid; None: never, as the student is not faster."""
+    saved = teacher_ms - student_ms
+    if saved <= 0:
+        return None
+    queries = math.ceil(compile_seconds * 1000 / saved)
+    return BreakEven(queries=queries, compile_seconds=compile_seconds, saved_ms=saved)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def _share(value: Tensor) -> float:
+    """A mean of shares may leave 0 to 1 by its own rounding."""
+    return min(1.0, max(0.0, float(value)))
 
 
 def _checked(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

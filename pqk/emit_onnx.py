@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 
 from pqk.errors import InputError
 from pqk.files import write_whole
+from pqk.graph import Axes, free_axes
 from pqk.passes.convert import quantized_tensors
 from pqk.task import Outputs
 
 OPSET = 21
-BATCH = "batch"
 aten = torch.ops.aten
 Value = Any
 """a tensor of the ONNX graph that is being built"""
@@ -61,17 +61,17 @@ def emit_onnx(
     path: Path,
     input_names: Sequence[str],
     output_names: Sequence[str] | None = None,
+    axes: Axes | None = None,
 ) -> None:
     """Write `module`, a float module or an INT8 graph, to `path`, whole or not at all; its mode becomes eval.
 
-    `example` are inputs whose first axis is the batch (at least 2), which becomes the dynamic axis "batch". Outputs are
-    named by `output_names`; by default by the keys of a dict, else `logits`, or `output_0`, `output_1` … for several.
-    The outputs of the QuantizeLinear nodes of activations are named `LAYER_q`. Raises `InputError` where the module
-    cannot be exported, and for a full disk.
+    `example` are inputs whose first axis is the batch (at least 2), which becomes the dynamic axis "batch"; `axes`
+    names further free axes. Outputs are named by `output_names`; by default by the keys of a dict, else `logits`, or
+    `output_0`, `output_1` … for several. The outputs of the QuantizeLinear nodes of activations are named `LAYER_q`.
+    Raises `InputError` where the module cannot be exported, and for a full disk.
     """
     module.eval()
     names = list(output_names or _names_of_outputs(module, example))
-    batch = torch.export.Dim(BATCH)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -79,7 +79,7 @@ def emit_onnx(
                 example,
                 input_names=list(input_names),
                 output_names=names,
-                dynamic_shapes=tuple({0: batch} if t.ndim else None for t in example),
+                dynamic_shapes=free_axes(example, axes),
                 custom_translation_table=TRANSLATIONS,
                 opset_version=OPSET,
                 dynamo=True,
@@ -91,8 +91,10 @@ def emit_onnx(
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}") from error
     _anonymize(model)
+    _name_axes(model, axes or ())
     if isinstance(module, fx.GraphModule):
         _name_layers(model, module)
+    _slim(model)
     onnx.checker.check_model(model, full_check=True)
     write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
 
@@ -126,13 +128,50 @@ def _anonymize(model: onnx.ModelProto) -> None:
     """Take out what the exporter notes about the machine and the source it ran on."""
     graph = model.graph
     del model.metadata_props[:]
-    model.doc_string = graph.doc_string = ""
+    model.ClearField("doc_string")
     model.producer_name, model.producer_version = "pqk", ""
     graph.name = "student"
     values = (*graph.initializer, *graph.value_info, *graph.input, *graph.output)
     for part in (graph, *graph.node, *values, *model.functions):
         del part.metadata_props[:]
-        part.doc_string = ""
+        part.ClearField("doc_string")
+
+
+def _name_axes(model: onnx.ModelProto, axes: Axes) -> None:
+    """Call free axes by their names, in the inputs and wherever an output has the same one."""
+    named: dict[str, str] = {}
+    for value, names in zip(model.graph.input, axes, strict=False):
+        dims = value.type.tensor_type.shape.dim
+        named.update({d.dim_param: n for d, n in zip(dims, names, strict=True) if n and d.dim_param})
+    for value in (*model.graph.input, *model.graph.output):
+        for d in value.type.tensor_type.shape.dim:
+            if d.dim_param in named:
+                d.dim_param = named[d.dim_param]
+
+
+def _slim(model: onnx.ModelProto) -> None:
+    """Take out what every reader infers: shapes inside the graph, where that works, and attributes that say defaults.
+
+    Beside the integer weights of a small student these were a tenth of the file. Nodes are named as what they make.
+    """
+    written = list(model.graph.value_info)
+    del model.graph.value_info[:]
+    inferred = {v.name: v.type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    constant = {tensor.name for tensor in model.graph.initializer}
+    model.graph.value_info.extend(v for v in written if v.name not in constant and inferred.get(v.name) != v.type)
+    for node in model.graph.node:
+        node.name = node.output[0]
+        schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
+        said = [a for a in node.attribute if not _is_default(a, schema.attributes[a.name])]
+        del node.attribute[:]
+        node.attribute.extend(said)
+
+
+def _is_default(attribute: onnx.AttributeProto, declared: onnx.defs.OpSchema.Attribute) -> bool:
+    default = declared.default_value
+    return default.type == attribute.type and onnx.helper.get_attribute_value(
+        default
+    ) == onnx.helper.get_attribute_value(attribute)
 
 
 def _name_layers(model: onnx.ModelProto, int8_graph: fx.GraphModule) -> None:

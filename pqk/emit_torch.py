@@ -19,9 +19,8 @@ from torch import Tensor, fx
 
 from pqk.errors import InputError
 from pqk.files import write_whole
-from pqk.graph import quiet_export
+from pqk.graph import Axes, free_axes, quiet_export
 
-BATCH = "batch"
 NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 SAMPLES = "data/sample_inputs/model.pt"
 RECORDS = re.compile(
@@ -33,14 +32,13 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 """the date of every record: the same student is the same file"""
 
 
-def emit_torch(fused: fx.GraphModule, example: tuple[Tensor, ...], path: Path) -> None:
+def emit_torch(fused: fx.GraphModule, example: tuple[Tensor, ...], path: Path, axes: Axes | None = None) -> None:
     """Write a fused student to `path`, whole or not at all.
 
-    `example` are inputs whose first axis is the batch (at least 2), which stays free. Raises `InputError` where the
-    module cannot be exported, and for a full disk.
+    `example` are inputs whose first axis is the batch (at least 2), which stays free, as does what `axes` names. Raises
+    `InputError` where the module cannot be exported, and for a full disk.
     """
-    batch = torch.export.Dim(BATCH)
-    free = tuple({0: batch} if t.ndim else None for t in example)
+    free = free_axes(example, axes)
     try:
         with quiet_export(), torch.no_grad():
             exported = torch.export.export(fused, example, dynamic_shapes=free, strict=False)

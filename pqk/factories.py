@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -60,9 +61,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def load_task(spec: TaskSpec, data: Path | None = None, beside: Path | None = None) -> Task:
-    """The task. Raises `InputError` for a factory that does not fit."""
-    task = _call(spec.factory, {"data": data, **spec.arguments}, "[task]", beside)
+def load_task(
+    spec: TaskSpec, data: Path | None = None, beside: Path | None = None, teacher: nn.Module | None = None
+) -> Task:
+    """The task. A factory with a parameter `teacher` gets it, for data that only a teacher can make.
+
+    Raises `InputError` for a factory that does not fit.
+    """
+    arguments = {"data": data, **spec.arguments}
+    if teacher is not None and "teacher" in inspect.signature(_find(spec.factory, "[task]", beside)).parameters:
+        arguments["teacher"] = teacher
+    task = _call(spec.factory, arguments, "[task]", beside)
     if not isinstance(task, Task):
         raise InputError(f"[task] {spec.factory} returned a {type(task).__name__}, not a pqk.Task")
     return task

@@ -23,7 +23,7 @@ from torch import Tensor
 from pqk.artifact import Artifact
 from pqk.codegen import Code, Job, answer, compile_all, job, worker
 from pqk.errors import InputError, PqkError
-from pqk.kernels import KERNELS
+from pqk.kernels import KERNELS, on_cuda
 from pqk.kernels._triton import TRITON_MISSING, Launch, collecting, planning_for
 from pqk.machine import installed
 from pqk.passes.fuse import LaunchedOp, launches
@@ -90,18 +90,16 @@ def planned(called: LaunchedOp, arch: str) -> tuple[Launch, ...]:
 
     It runs what torch would run on a CUDA device, with launches collected in place of done.
     """
-    space, _, name = called.op.partition("::")
-    found = next((op for m in KERNELS if isinstance(op := getattr(m, name, None), torch.library.CustomOpDef)), None)
-    if space != "pqk" or found is None:
+    kernel = on_cuda(called.op)
+    if kernel is None:
         return ()
     with _planning(arch), collecting() as collected, torch.no_grad():
-        found._backend_fns["cuda"](*called.arguments.values())
+        kernel(*called.arguments.values())
     return tuple(collected)
 
 
 def _planning(arch: str) -> Any:
-    known = arch_named(arch)
-    return planning_for(known.capability, known.cores)
+    return planning_for(arch_named(arch).planned)
 
 
 def _trace_all(request: dict[str, Any]) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 Every node carries three plain facts in `node.meta`, which survive copies and rewrites:
 
-    shape   tuple of int, None where the axis depends on the batch
+    shape   tuple of int, None where the axis is free: the batch, or a length
     dtype   torch.dtype
     layer   a name a user knows: `layer1.0.conv1`, or `layer1.0.add` for an operator in a forward method
 
@@ -15,12 +15,32 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 FACTS = ("shape", "dtype", "layer")
+BATCH = "batch"
+Axes = Sequence[Sequence[str | None]]
+"""for each input the names of its axes; None: of a fixed size"""
+
+
+def batch_axes(example: Sequence[Tensor]) -> tuple[tuple[str | None, ...], ...]:
+    """The axes of inputs that are free in their first one only."""
+    return tuple((BATCH, *[None] * (t.ndim - 1)) if t.ndim else () for t in example)
+
+
+def free_axes(example: Sequence[Tensor], axes: Axes | None = None) -> tuple[dict[int, Any], ...]:
+    """`axes` (by default the batch alone) as the `dynamic_shapes` of `torch.export`.
+
+    The batch is one `Dim` for all inputs. Other axes are free within the limits that the model itself sets, such as a
+    table of positions, which the exporter finds.
+    """
+    batch = torch.export.Dim(BATCH)
+    named = [list(enumerate(a)) for a in (axes or batch_axes(example))]
+    return tuple({i: torch.export.Dim.DYNAMIC if i else batch for i, name in a if name} for a in named)
 
 
 def facts(node: fx.Node) -> dict[str, Any]:
@@ -29,7 +49,7 @@ def facts(node: fx.Node) -> dict[str, Any]:
 
 
 def shape(node: fx.Node) -> tuple[int | None, ...]:
-    """The shape of a tensor-valued node; None stands for the batch."""
+    """The shape of a tensor-valued node; None stands for the batch or another free axis."""
     return node.meta["shape"]
 
 

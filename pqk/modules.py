@@ -13,6 +13,8 @@ An activation that ended in ReLU or ReLU6 has no activation node any more: the q
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -199,6 +201,24 @@ def set_mode(student: nn.Module, mode: Mode) -> None:
     """Switch every quantizer of a FAKE_QUANT student."""
     for quantizer in quantizers(student).values():
         quantizer.mode = mode
+
+
+@contextmanager
+def bounded_steps(student: nn.Module, share: float) -> Iterator[None]:
+    """Whatever moves the step sizes within moves none by more than a factor of `1 + share`; so they stay positive.
+
+    LSQ scales a step's gradient so that it moves, relative to its size, about as much as the layer's weights do (Esser
+    et al. 2020, arXiv:1902.08153, section 2.2). That holds for the median channel, not for each: of weights with batch
+    norm folded in, the median scale moved by 0.001 of itself in a step at a rate of 0.003 and one by 0.6; at 0.01 one
+    moved by 3000 times itself. A relative bound is one in the log domain, independent of the scale, which is where
+    Jain et al. 2020 ("Trained Quantization Thresholds", arXiv:1903.08066) learn their thresholds.
+    """
+    moving = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
+    before = [scale.detach().clone() for scale in moving]
+    yield
+    with torch.no_grad():
+        for scale, old in zip(moving, before, strict=True):
+            scale.clamp_(old / (1 + share), old * (1 + share))
 
 
 def freeze_scales(student: nn.Module, frozen: bool = True) -> None:

@@ -92,12 +92,14 @@ class Oracle:
                     p = dataclasses.replace(p, float_layers=(*p.float_layers, *floats))
                 program = dataclasses.replace(p.apply(program, self.task), stage=p.result_stage(program.stage))
         path = Path(self.folder.name) / "candidate.onnx"
-        emit_onnx(program.student, self.task.example, path, self.task.input_names, self.task.output_names)
+        task = self.task
+        emit_onnx(program.student, task.example, path, task.input_names, task.output_names, task.axes)
         return path
 
     def _teacher(self) -> ort.InferenceSession:
         if self._session is None:
             path = Path(self.folder.name) / "teacher.onnx"
-            emit_onnx(self.teacher, self.task.example, path, self.task.input_names, self.task.output_names)
+            task = self.task
+            emit_onnx(self.teacher, task.example, path, task.input_names, task.output_names, task.axes)
             self._session = session(path, threads=self.threads)
         return self._session

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from pqk.graph import operand
+from pqk.kernels._epilogue import MAX_STEPS, rows_of
 from pqk.parity import EXACT_SHARE, MAX_LSB, RELATIVE, Model, Recorder, Ties, compare_ends, verdict
 from pqk.passes.fuse import stands_for
 from pqk.report import LayerParity, Parity
 from pqk.task import Task
 
-PRODUCTS = ("int8_linear", "int8_conv2d", "int8_depthwise_conv2d")
+PRODUCTS = ("int8_linear", "int8_conv2d", "int8_depthwise_conv2d", "int8_linear_into", "int8_conv2d_into")
 APPROXIMATE = {"int8_attention": 30.0}
 """operators that are not the graph's arithmetic -> the least SQNR in dB that they owe (their decisions must agree)"""
 
@@ -86,22 +87,25 @@ class _Comparison(fx.Interpreter):
         if name is None:
             return result
         made = n if getattr(n.target, "namespace", "") == "pqk" else operand(n)
-        expected = laid_out_as(self.values[name], result, n.meta["image"])
+        columns = n.meta.get("columns")
+        if columns is not None:  # it wrote to an argument
+            result = self.env[n.kwargs["out"]]  # type: ignore[index]
+        expected = laid_out_as(self.values[name], result, n.meta["image"], columns)
         if not expected.is_floating_point() and result.is_floating_point():  # a last requantize: the integers in float
-            zero_point, out_scale = self._params(made)[-1, [1, 4]]
+            zero_point, out_scale = self._rows(made)[-1, [1, 4]]
             expected = (expected.float() - zero_point) * out_scale
-        ties = laid_out_as(self.ties[name], result, n.meta["image"]) if name in self.ties else None
+        ties = laid_out_as(self.ties[name], result, n.meta["image"], columns) if name in self.ties else None
         self.rows.append(self._compare(n.meta["layer"], made, result, expected, ties))
-        return expected
+        return expected if columns is None else result.copy_(expected)
 
     def _compare(self, layer: str, node: fx.Node, got: Tensor, expected: Tensor, ties: Tensor | None) -> LayerParity:
         op, steps = str(node.target._opname), str(node.kwargs.get("steps") or "")  # type: ignore[union-attr]
         name = f"pqk::{op} {steps}".strip()
         if op in APPROXIMATE:
-            zero_point = self._params(node)[-1, 1].item() if steps.endswith(",quantize") or steps == "quantize" else 0
+            zero_point = self._rows(node)[-1, 1].item() if steps.endswith(",quantize") or steps == "quantize" else 0
             return _by_sqnr(layer, name, got.double() - zero_point, expected.double() - zero_point, APPROXIMATE[op])
         if name.endswith("requantize"):  # floats on a grid: a tie that falls the other way is a step, not an error
-            step = self._params(node)[-1, 4]
+            step = self._rows(node)[-1, 4]
             got, expected = (got / step).round(), (expected / step).round()
         elif got.is_floating_point():
             worst = _relative(got, expected)
@@ -122,20 +126,29 @@ class _Comparison(fx.Interpreter):
         params: Tensor = self.fetch_args_kwargs_from_env(node)[1]["params"]
         return params
 
+    def _rows(self, node: fx.Node) -> Tensor:
+        return rows_of(str(node.kwargs["steps"]), self._params(node))
+
     def _allowed(self, node: fx.Node) -> int:
         """Steps of the result that one step of a value rounded in registers is, at least 1."""
         names = str(node.kwargs.get("steps", "")).split(",")
-        if "requantize" not in names:
+        if {"requantize", "table"}.isdisjoint(names):
             return MAX_LSB
-        params = self._params(node)
-        steps = [float(params[i, 4] / params[-1, 0]) for i, name in enumerate(names[:-1]) if name == "requantize"]
+        rows = self._rows(node)
+        steps = [float(rows[i, 4] / rows[-1, 0]) for i, name in enumerate(names[:-1]) if name == "requantize"]
+        if "table" in names:
+            row = rows[names.index("table")]
+            table = self._params(node)[MAX_STEPS:].flatten()[: int(row[3] - row[2]) + 1]
+            steps.append(float(table.diff().abs().max() / rows[-1, 0]))
         return max([MAX_LSB, *map(math.ceil, steps)])
 
 
-def laid_out_as(value: Tensor, like: Tensor, image: bool) -> Tensor:
-    """A value of the INT8 graph in the layout of what stands for it: NHWC where that is an image."""
+def laid_out_as(value: Tensor, like: Tensor, image: bool, columns: tuple[int, int] | None = None) -> Tensor:
+    """A value of the INT8 graph, or some of its channels, in the layout of what stands for it: an image in NHWC."""
     if image:
         value = value.permute(0, 2, 3, 1)
+    if columns is not None:
+        value = value[..., slice(*columns)]
     return value.reshape(like.shape).contiguous()
 
 

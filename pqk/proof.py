@@ -1,7 +1,7 @@
 """What the student is worth: parity, coverage, accuracy and latency of every step, beside the teacher.
 
 Every network of the attribution table is emitted to ONNX, evaluated through ONNX Runtime on all evaluation samples,
-and timed in turn with the teacher.
+and timed in turn with the teacher. What they answered is what the diagnostics are about.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -26,18 +26,19 @@ from pqk.benchmark import (
     protocol,
     torch_contender,
 )
+from pqk.controls import CONTROLS
 from pqk.coverage import integer_coverage
+from pqk.diagnose import Judged, answers, diagnose
 from pqk.emit_onnx import emit_onnx
 from pqk.emit_torch import load_student
-from pqk.knowledge import CrossEntropy
 from pqk.machine import fingerprint, peak_memory
 from pqk.measure import count_macs, count_parameters
 from pqk.modules import quantizers
 from pqk.parity import Model, OnnxModel, check_parity
 from pqk.parity_fused import check_fused_parity
 from pqk.passes import REWRITES, Distill, Fuse, Prune
-from pqk.pipeline import load, run_passes
-from pqk.program import Pass, Program, Stage
+from pqk.pipeline import load
+from pqk.program import Declined, Pass, Program, Stage
 from pqk.report import (
     AttributionRow,
     Conditions,
@@ -45,17 +46,21 @@ from pqk.report import (
     Fusion,
     LatencyRow,
     Metric,
+    Parity,
     PassRecord,
     Report,
     Variant,
 )
-from pqk.task import Outputs, Task
+from pqk.report_diagnostics import ControlVariant
+from pqk.task import Outputs, Task, predict
 from pqk.train import Training
 
 THREADS = 2
 NEURAL_COMPRESSOR = "neural-compressor"
 TRITON = "triton"
 THROUGHPUT_BATCH = 32
+DIAGNOSED = ("teacher_fp32", "student", *get_args(ControlVariant))
+"""networks whose answers are kept"""
 
 
 @dataclass
@@ -67,6 +72,8 @@ class Network:
     module: nn.Module | None
     reason: str = ""
     """why there is nothing to measure"""
+    untimed: str = ""
+    """why it is not timed, though there is something to measure"""
     parameters: int | None = None
     runtime: str = "onnxruntime"
     deployed: Callable[..., Outputs] | None = None
@@ -78,20 +85,12 @@ def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, at
     here = program.target.unmeasured()
     fake_quant = _saved(program, task, passes, Stage.FAKE_QUANT).student
     networks = _networks(program, fake_quant, task, passes, folder, attribution)
-    feeds = task.feeds(len(task.example[0]))
-    assert isinstance(program.student, torch.fx.GraphModule)
-    fusion = _fusion(program, fake_quant, task, folder / "student.pt2")
-    if program.target.runtime == TRITON:
-        assert fusion is not None
-        parity = fusion.parity
-    else:
-        parity = check_parity(fake_quant, program.student, folder / "model.onnx", task, optimized=here is None)
+    fusion, parity = _contracts(program, fake_quant, task, folder, here)
     latency, notes = _latency(networks, program, task, here)
-    rows = [_row(n, program, task, latency, feeds, here) for n in networks]
-    by_variant = {r.variant: r for r in rows if r.runtime != NEURAL_COMPRESSOR}
-    student, teacher = by_variant["student"], by_variant["teacher_fp32"]
-    training = [p for p in passes if isinstance(p, Training)]
-    trained = {r.index: r.seconds for r in program.records if isinstance(passes[r.index], Training)}
+    judged = [_judge(n, program, task, latency, here) for n in networks]
+    by_variant = {j.row.variant: j for j in judged if j.row.runtime != NEURAL_COMPRESSOR}
+    student, teacher = by_variant["student"].row, by_variant["teacher_fp32"].row
+    seconds = {f"{r.index:02d}-{r.pass_name}": r.seconds for r in program.records}
     return Report(
         metric=Metric(name=task.metric.name, unit=task.metric.unit, teacher=teacher.metric, student=student.metric),
         latency=tuple(latency),
@@ -103,24 +102,46 @@ def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, at
         size_bytes=student.size_bytes or 0,
         parameters=student.parameters or 0,
         macs=student.macs or 0,
-        seconds={f"{r.index:02d}-{r.pass_name}": r.seconds for r in program.records},
-        declined=tuple(DeclinedRow(pass_name=d.pass_name, layer=d.layer, reason=d.reason) for d in program.declined),
+        seconds=seconds,
+        declined=_declined(program.declined),
         machine=fingerprint(),
         target=program.target.name,
         seed=seed,
-        attribution=tuple(rows),
-        conditions=Conditions(
-            training_epochs=sum(p.epochs for p in training),
-            training_seconds=sum(trained.values()),
-            train_samples=0 if task.train is None else task.train.samples,
-            validation_samples=task.validation.samples,
-            evaluation_samples=task.evaluation.samples,
-            peak_memory_bytes=max(peak_memory(), *(r.peak_memory_bytes for r in program.records)),
-            protocol=protocol(),
-        ),
+        attribution=tuple(j.row for j in judged),
+        conditions=_conditions(program, task, passes),
         passes=tuple(PassRecord(**dataclasses.asdict(r)) for r in program.records),
-        notes=tuple(notes),
+        diagnostics=diagnose(task, by_variant, sum(seconds.values())),
+        notes=(*task.notes, *notes),
     )
+
+
+def _conditions(program: Program, task: Task, passes: Sequence[Pass]) -> Conditions:
+    training = {i: p for i, p in enumerate(passes) if isinstance(p, Training)}
+    return Conditions(
+        training_epochs=sum(p.epochs for p in training.values()),
+        training_seconds=sum(r.seconds for r in program.records if r.index in training),
+        train_samples=0 if task.train is None else task.train.samples,
+        validation_samples=task.validation.samples,
+        evaluation_samples=task.evaluation.samples,
+        peak_memory_bytes=max(peak_memory(), *(r.peak_memory_bytes for r in program.records)),
+        protocol=protocol(),
+    )
+
+
+def _declined(entries: Sequence[Declined]) -> tuple[DeclinedRow, ...]:
+    return tuple(DeclinedRow(pass_name=d.pass_name, layer=d.layer, reason=d.reason) for d in entries)
+
+
+def _contracts(
+    program: Program, fake_quant: nn.Module, task: Task, folder: Path, here: str | None
+) -> tuple[Fusion | None, Parity]:
+    """The fused student's part of the report, if there is one, and the parity of what is deployed."""
+    assert isinstance(program.student, torch.fx.GraphModule)
+    fusion = _fusion(program, fake_quant, task, folder / "student.pt2")
+    if program.target.runtime == TRITON:
+        assert fusion is not None
+        return fusion, fusion.parity
+    return fusion, check_parity(fake_quant, program.student, folder / "model.onnx", task, optimized=here is None)
 
 
 def _fusion(program: Program, fake_quant: nn.Module, task: Task, path: Path) -> Fusion | None:
@@ -133,7 +154,7 @@ def _fusion(program: Program, fake_quant: nn.Module, task: Task, path: Path) -> 
     return Fusion(
         **noted,
         size_bytes=path.stat().st_size,
-        left_out=tuple(DeclinedRow(pass_name=d.pass_name, layer=d.layer, reason=d.reason) for d in left),
+        left_out=_declined(left),
         parity=check_fused_parity(fake_quant, program.student, program.fused, load_student(path), task),
     )
 
@@ -154,7 +175,7 @@ def _networks(
 ) -> list[Network]:
     def emit(variant: Variant, module: nn.Module, name: str) -> Network:
         path = folder / f"{name}.onnx"
-        emit_onnx(module, task.example, path, task.input_names, task.output_names)
+        emit_onnx(module, task.example, path, task.input_names, task.output_names, task.axes)
         return Network(variant, path, module)
 
     def stage(variant: Variant, kind: type[Pass]) -> Network:
@@ -166,8 +187,9 @@ def _networks(
 
     networks = [emit("teacher_fp32", program.teacher, "teacher"), *_quantized_teachers(program, task, folder)]
     networks += [stage("pruned", Prune), stage("pruned_distilled", Distill)]
-    networks.append(_without_knowledge(program, task, passes, folder, attribution))
-    student = Network("student", folder / "model.onnx", program.student, parameters=count_weights(fake_quant))
+    weights = count_weights(fake_quant)
+    networks += _controls(program, task, passes, folder, attribution, weights)
+    student = Network("student", folder / "model.onnx", program.student, parameters=weights)
     if program.target.runtime == TRITON:
         file = folder / "student.pt2"
         student = dataclasses.replace(student, path=file, runtime=TRITON, deployed=load_student(file))
@@ -186,7 +208,8 @@ def _quantized_teachers(program: Program, task: Task, folder: Path) -> list[Netw
 
 def _by_neural_compressor(program: Program, task: Task) -> Network:
     """The teacher by neural-compressor's static INT8, which is a torch module and runs under torch.compile."""
-    graph, reason = neural_compressor_ptq(program.teacher, task.example, task.calibration(CALIBRATION))
+    calibration = task.calibration(CALIBRATION, teacher=True)
+    graph, reason = neural_compressor_ptq(program.teacher, task.example, calibration, task.axes)
     return Network("teacher_ptq", None, graph, reason or "", runtime=NEURAL_COMPRESSOR)
 
 
@@ -196,30 +219,23 @@ def count_weights(fake_quant: nn.Module) -> int:
     return count_parameters(fake_quant) - scales
 
 
-def _without_knowledge(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str) -> Network:
-    """The student whose quantization-aware training had labels only: the same passes from the first of those on."""
+def _controls(
+    program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, parameters: int
+) -> list[Network]:
+    """The student trained without what the teacher knows; all but the first are asked for or not there."""
     if attribution != "full":
-        return Network("student_no_kd", None, None, "it needs a training of its own: --attribution full")
-    index = next(
-        (r.index for r in program.records if isinstance(passes[r.index], Distill) and r.stage == "FAKE_QUANT"), None
-    )
-    if index is None:
-        return Network("student_no_kd", None, None, "the recipe trains nothing under quantization")
-    assert program.run.folder is not None
-    before = f"{index - 1:02d}-{passes[index - 1].name}"
-    start = load(program, task, program.run.folder / before, REWRITES)
-    run = dataclasses.replace(program.run, folder=program.run.folder / "without-knowledge")
-    assert run.folder is not None
-    run.folder.mkdir(exist_ok=True)
-    rest = [
-        dataclasses.replace(p, terms=(CrossEntropy(),), teach_from=0.0) if isinstance(p, Distill) else p
-        for p in passes[index:]
-    ]
-    done = run_passes(dataclasses.replace(start, run=run), task, rest, start=index)
-    path = folder / "student_no_kd.onnx"
-    emit_onnx(done.student, task.example, path, task.input_names, task.output_names)
-    parameters = count_weights(_saved(done, task, passes, Stage.FAKE_QUANT).student)
-    return Network("student_no_kd", path, done.student, parameters=parameters)
+        return [Network("student_no_kd", None, None, "it needs a training of its own: --attribution full")]
+    networks = []
+    for control in CONTROLS:
+        done = control.run(program, task, passes)
+        if isinstance(done, str):
+            networks.append(Network(control.variant, None, None, done))
+            continue
+        path = folder / f"{control.variant}.onnx"
+        emit_onnx(done.student, task.example, path, task.input_names, task.output_names, task.axes)
+        untimed = "" if control is CONTROLS[0] else "it is the student's network with other weights"
+        networks.append(Network(control.variant, path, done.student, untimed=untimed, parameters=parameters))
+    return networks
 
 
 def _latency(
@@ -232,7 +248,7 @@ def _latency(
     notes: list[str] = []
     for batch in (1, THROUGHPUT_BATCH):
         inputs, feeds = task.sized(batch), task.feeds(batch)
-        files = {n.variant: n.path for n in networks if n.path is not None}
+        files = {n.variant: n.path for n in networks if n.path is not None and not n.untimed}
         found: list[Contender | Skipped] = [
             onnxruntime_contender(v, p, feeds, threads=THREADS) for v, p in files.items()
         ]
@@ -272,43 +288,55 @@ def _elsewhere(
     ]
 
 
-def _row(
-    network: Network,
-    program: Program,
-    task: Task,
-    latency: Sequence[LatencyRow],
-    feeds: dict[str, Any],
-    here: str | None,
-) -> AttributionRow:
+def _judge(network: Network, program: Program, task: Task, latency: Sequence[LatencyRow], here: str | None) -> Judged:
     """What a network is worth. One without a file (a torch module) has no size and no coverage of its own."""
     label = f"teacher, INT8 by {network.runtime}" if network.runtime == NEURAL_COMPRESSOR else None
     base = AttributionRow(variant=network.variant, runtime=network.runtime, label=label)
     if network.module is None or (network.path is None and network.runtime == "onnxruntime"):
         missing = ("metric", "latency_ms", "ratio", "size_bytes", "parameters", "macs", "integer_coverage")
-        return base.model_copy(update={"reasons": dict.fromkeys(missing, network.reason)})
-    reasons = {} if here is None else dict.fromkeys(("latency_ms", "ratio", "integer_coverage"), here)
-    model, path = network.module, network.path
-    if path is None:
+        return Judged(base.model_copy(update={"reasons": dict.fromkeys(missing, network.reason)}), None, network.reason)
+    model = network.deployed or _deployed(network.path, program, task, here, network.module)
+    teaches = network.variant in ("teacher_fp32", "teacher_ptq")
+    outputs, targets = predict(model, task.teachers(task.evaluation) if teaches else task.evaluation)
+    worth = {"metric": task.metric.function(outputs, targets)}
+    worth |= _time(network, latency) | _weight(network, network.module, task, here)
+    row = base.model_copy(update={**worth, "reasons": _reasons(network, here)})
+    if network.variant not in DIAGNOSED:
+        return Judged(row, model)
+    return Judged(row, model, answers(task, outputs, targets))
+
+
+def _reasons(network: Network, here: str | None) -> dict[str, str]:
+    """Why a network that can be evaluated lacks numbers."""
+    reasons = dict.fromkeys(("latency_ms", "ratio"), network.untimed) if network.untimed else {}
+    if here is not None:
+        reasons |= dict.fromkeys(("latency_ms", "ratio", "integer_coverage"), here)
+    if network.path is None:
         why = f"{network.runtime} makes a torch module, not a file that ONNX Runtime executes"
         reasons |= dict.fromkeys(("size_bytes", "parameters", "macs", "integer_coverage"), why)
-    timed = next(
-        (r for r in latency if (r.variant, r.runtime, r.batch) == (network.variant, network.runtime, 1) and r.spinning),
-        None,
-    )
-    worth = {
-        "metric": task.score(network.deployed or _deployed(path, program, task, here, model), task.evaluation),
-        "reasons": reasons,
+    return reasons
+
+
+def _time(network: Network, latency: Sequence[LatencyRow]) -> dict[str, Any]:
+    """The latency of a row: batch 1, in its own runtime."""
+    wanted = (network.variant, network.runtime, 1)
+    timed = next((r for r in latency if (r.variant, r.runtime, r.batch) == wanted and r.spinning), None)
+    if timed is None:
+        return {}
+    return {k: getattr(timed, k) for k in ("ratio", "ratio_low", "ratio_high")} | {"latency_ms": timed.median_ms}
+
+
+def _weight(network: Network, module: nn.Module, task: Task, here: str | None) -> dict[str, Any]:
+    """What a row's file is made of."""
+    if network.path is None:
+        return {}
+    feeds = task.feeds(len(task.example[0]))
+    return {
+        "size_bytes": network.path.stat().st_size,
+        "parameters": network.parameters or count_parameters(module),
+        "macs": count_macs(module, task.example),
+        "integer_coverage": integer_coverage(network.path, feeds).share if here is None else None,
     }
-    if timed is not None:
-        worth |= {k: getattr(timed, k) for k in ("ratio", "ratio_low", "ratio_high")} | {"latency_ms": timed.median_ms}
-    if path is not None:
-        worth |= {
-            "size_bytes": path.stat().st_size,
-            "parameters": network.parameters or count_parameters(model),
-            "macs": count_macs(model, task.example),
-            "integer_coverage": integer_coverage(path, feeds).share if here is None else None,
-        }
-    return base.model_copy(update=worth)
 
 
 def _deployed(path: Path | None, program: Program, task: Task, here: str | None, model: nn.Module) -> Model:

@@ -57,7 +57,7 @@ class TaskSpec:
     """Where data, metric and loss come from."""
 
     factory: str = Field(pattern=FACTORY)
-    """`module:function(data_folder, **arguments)` that returns a `pqk.Task`"""
+    """`module:function(data_folder, **arguments)` that returns a `pqk.Task`; one with a parameter `teacher` gets it"""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """keyword arguments of the factory"""
 
@@ -98,10 +98,7 @@ class Recipe:
         for key in table:
             if key not in known:
                 raise InputError(f'{where}: unknown table "{key}"{nearest(key, known)}')
-        entries = table.pop("pass", [])
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise InputError(f"{where}: passes are tables in double brackets: [[pass]]")
-        passes = tuple(_parse_pass(e, f"{where}: pass {i + 1}") for i, e in enumerate(entries))
+        passes = parse_passes(table.pop("pass", []), where)
         for key, spec in (("teacher", TeacherSpec), ("task", TaskSpec), ("target", TargetSpec)):
             if key in table:
                 table[key] = parse(spec, table[key], f"{where}: [{key}]")
@@ -142,11 +139,18 @@ class Recipe:
         return recipe
 
     def _override(self, setting: str) -> Recipe:
-        match = re.fullmatch(r"([\w-]+)(?:@(\d+))?\.(\w+)=(.*)", setting)
+        place, equals, text = setting.partition("=")
+        return self.change(place if equals else "", _toml_value(text), f'--set "{setting}"')
+
+    def change(self, place: str, value: Any, where: str) -> Recipe:
+        """With the field at `place` changed: `pass.key`, or `pass@2.key` for the second pass of that name.
+
+        Raises `InputError`, which begins with `where`, for a place that is nowhere and for a value that does not fit.
+        """
+        match = re.fullmatch(r"([\w-]+)(?:@(\d+))?\.(\w+)", place)
         if match is None:
-            raise InputError(f'--set "{setting}": write pass.key=value, such as distill.epochs=3')
-        name, number, key, text = match.groups()
-        where, value = f'--set "{setting}"', _toml_value(text)
+            raise InputError(f"{where}: write pass.key=value, such as distill.epochs=3")
+        name, number, key = match.groups()
         if name == "task" and self.task is not None:
             return replace(self, task=replace(self.task, arguments={**self.task.arguments, key: value}))
         places = [i for i, p in enumerate(self.passes) if p.name == name]
@@ -260,6 +264,13 @@ def pass_named(name: str, where: str) -> type[Pass]:
         if p.name == name:
             return p
     raise InputError(f'{where}: unknown pass "{name}"{nearest(name, (p.name for p in PASSES))}')
+
+
+def parse_passes(entries: Any, where: str) -> tuple[Pass, ...]:
+    """The passes of `[[pass]]` tables, in order. Raises `InputError` that says which of them is wrong."""
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise InputError(f"{where}: passes are tables in double brackets: [[pass]]")
+    return tuple(_parse_pass(e, f"{where}: pass {i + 1}") for i, e in enumerate(entries))
 
 
 def _parse_pass(entry: Mapping[str, Any], where: str) -> Pass:

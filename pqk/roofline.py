@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pqk.errors import InputError, nearest
+from pqk.kernels._triton import OLDEST, Gpu
 
 REGISTERS = 512
 """32-bit registers of a lane in each of a core's four schedulers (NVIDIA: 65536 / 4 / 32; AMD: 512 a SIMD lane)"""
@@ -55,10 +56,10 @@ class Arch:
         return self.name.startswith("gfx")
 
     @property
-    def capability(self) -> tuple[int, int]:
-        """What torch calls it: `sm_90` is (9, 0), and `gfx942` (9, 4)."""
-        digits = self.name.removeprefix("sm_").removeprefix("gfx")
-        return (int(digits[0]), int(digits[1])) if self.amd else (int(digits[:-1]), int(digits[-1]))
+    def planned(self) -> Gpu:
+        """What launches are planned for."""
+        digits = self.name.removeprefix("sm_")
+        return Gpu(OLDEST if self.amd else (int(digits[:-1]), int(digits[-1])), self.cores, self.shared)
 
     def document(self) -> dict[str, Any]:
         """The peaks that a prediction assumes, as JSON."""

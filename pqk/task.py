@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pqk.data import ArrayData, Batch, Data, Inputs, as_data, map_tensors, split
+from pqk.data import Batch, Data, Inputs, TeachersView, TwoViews, Views, as_data, map_tensors, split
 from pqk.errors import InputError, nearest
+from pqk.graph import BATCH, batch_axes
 
 Outputs = Any
 """what a model returns: a tensor, or a tuple or dict of tensors"""
@@ -80,6 +81,12 @@ def argmax(outputs: Outputs) -> Tensor:
     return first_tensor(outputs).argmax(-1)
 
 
+TWO_VIEWS = (
+    "teacher and student see different views of the same samples: each row is evaluated on its own view, and what it "
+    "costs to compute a view is in no latency"
+)
+
+
 class Task:
     """Data and judgement for one model.
 
@@ -92,7 +99,12 @@ class Task:
         decision: outputs -> what the user acts on, compared for parity; argmax by default.
         example: example inputs (batch of at least 2); the first two samples of the evaluation data if None.
         input_names, output_names: names in `model.onnx`.
+        dynamic_axes: names of free axes by input and axis, `{"input_ids": {0: "batch", 1: "sequence"}}`; the first
+            axis is the batch, whether it is said or not, and the only free one by default.
         preprocessing: how to make model inputs from raw ones (JSON), written into the manifest.
+        extra_files: student -> contents by name of what else belongs into the artifact, such as a tokenizer.
+        notes: what the report should say of the data.
+        views: what teacher and student see of a batch, where that differs; `example` is then as the student sees it.
     Raises `InputError` for empty or unusable data.
     """
 
@@ -108,8 +120,12 @@ class Task:
         example: Tensor | Inputs | None = None,
         input_names: tuple[str, ...] | None = None,
         output_names: tuple[str, ...] | None = None,
+        dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
         preprocessing: dict[str, Any] | None = None,
+        extra_files: Callable[[nn.Module], Mapping[str, bytes]] | None = None,
+        notes: Sequence[str] = (),
         validation_share: float = 0.1,
+        views: Views | None = None,
     ) -> None:
         self.train: Data | None = None if train is None else as_data(train, "task train")
         self.evaluation = as_data(evaluation, "task evaluation")
@@ -123,6 +139,10 @@ class Task:
                 "(unlabelled inputs do). Without training data a recipe can prune by magnitude, capture, quantize and "
                 "convert, but not distill"
             )
+        self.views = views
+        if views is not None:
+            self.train = None if self.train is None else TwoViews(self.train, views)
+            self.validation, self.evaluation = TwoViews(self.validation, views), TwoViews(self.evaluation, views)
         self.metric = metric if isinstance(metric, Metric) else named_metric(metric)
         self.loss, self.decision = loss, decision
         if example is None:
@@ -136,7 +156,9 @@ class Task:
         names = ("input",) if len(self.example) == 1 else tuple(f"input_{i}" for i in range(len(self.example)))
         self.input_names = input_names or names
         self.output_names = output_names
-        self.preprocessing = preprocessing or {}
+        self.axes = _axes(self.example, self.input_names, dynamic_axes or {})
+        self.preprocessing, self.extra_files = preprocessing or {}, extra_files
+        self.notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
 
     def need_train(self, where: str) -> Data:
         """The training data. Raises `InputError` where there is none."""
@@ -147,9 +169,14 @@ class Task:
             )
         return self.train
 
-    def calibration(self, limit: int) -> Iterator[Inputs]:
-        """Input tuples of at most `limit` validation samples, un-augmented, in a fixed order."""
-        for batch in self.validation.batches():
+    def teachers(self, data: Data) -> Data:
+        """`data` as the teacher sees it: what to score or calibrate the teacher itself on."""
+        return data if self.views is None else TeachersView(data)
+
+    def calibration(self, limit: int, *, teacher: bool = False) -> Iterator[Inputs]:
+        """Input tuples of at most `limit` validation samples, un-augmented, in a fixed order; `teacher`: its view."""
+        data = self.teachers(self.validation) if teacher else self.validation
+        for batch in data.batches():
             if limit <= 0:
                 return
             yield tuple(t[:limit] for t in batch.inputs)
@@ -177,9 +204,11 @@ class Task:
             if data is None:
                 continue
             batch = next(data.batches())
-            self._check_batch(what, teacher, batch)
+            _check_views(what, batch)
+            self._check_batch(what, teacher, batch.for_teacher())
             if self.loss is cross_entropy:
-                labels = data.targets if isinstance(data, ArrayData) else batch.targets
+                stored = getattr(data, "targets", None)
+                labels = batch.targets if stored is None else stored
                 if isinstance(labels, Tensor):  # all of them, before any training
                     _check_labels(labels, first_tensor(outputs).shape[1])
 
@@ -209,6 +238,34 @@ class Task:
             raise InputError("task: the loss must be per sample [B] and the metric a number")
 
 
+def _check_views(what: str, batch: Batch) -> None:
+    """Raises `InputError` where teacher and student see inputs of other shapes."""
+    sides = [[(tuple(t.shape), t.dtype) for t in x] for x in (batch.for_teacher().inputs, batch.inputs)]
+    if sides[0] != sides[1]:
+        raise InputError(
+            f"{what} data: the teacher's view is {sides[0]} and the student's {sides[1]}; the student is a rewritten "
+            "copy of the teacher and takes inputs of its shapes: bring the cheaper view to them (repeat, enlarge, pad)"
+        )
+
+
+def _axes(
+    example: Inputs, names: Sequence[str], dynamic: Mapping[str, Mapping[int, str]]
+) -> tuple[tuple[str | None, ...], ...]:
+    """For each input the names of its axes, None for one of a fixed size."""
+    axes = {name: list(a) for name, a in zip(names, batch_axes(example), strict=True)}
+    for name, named in dynamic.items():
+        if name not in axes:
+            raise InputError(f'task: dynamic_axes names an input "{name}"{nearest(name, axes)}')
+        for axis, called in named.items():
+            if not 0 <= axis < len(axes[name]) or (axis == 0) != (called == BATCH):
+                raise InputError(
+                    f'task: dynamic_axes calls axis {axis} of {name} "{called}"; axis 0 is the "{BATCH}", and {name} '
+                    f"has {len(axes[name])} axes"
+                )
+            axes[name][axis] = called
+    return tuple(tuple(a) for a in axes.values())
+
+
 def _first_two(data: Data) -> Inputs:
     """The first two samples of `data`, from as many batches as that takes."""
     found: list[Inputs] = []
@@ -216,7 +273,7 @@ def _first_two(data: Data) -> Inputs:
         found.append(tuple(t[:2] for t in batch.inputs))
         if sum(len(f[0]) for f in found) >= 2:
             break
-    return tuple(torch.cat(parts)[:2].clone() for parts in zip(*found, strict=True))
+    return tuple(_joined(list(parts))[:2].clone() for parts in zip(*found, strict=True))
 
 
 def _try(teacher: nn.Module, inputs: Inputs, what: str) -> Outputs:
@@ -256,9 +313,22 @@ def concatenate(parts: list[Any]) -> Any:
     if head is None:
         return None
     if isinstance(head, Tensor):
-        return torch.cat(parts)
+        return _joined(parts)
     if isinstance(head, dict):
         return {k: concatenate([p[k] for p in parts]) for k in head}
     if hasattr(head, "_fields"):
         return type(head)(*(concatenate([p[i] for p in parts]) for i in range(len(head))))
     return type(head)(concatenate([p[i] for p in parts]) for i in range(len(head)))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Tensors [B, …] as one; where their other axes differ (texts of several lengths), padded to the longest by 0."""
+    longest = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
+    if all(list(p.shape[1:]) == longest for p in parts):
+        return torch.cat(parts)
+    joined = parts[0].new_zeros(sum(map(len, parts)), *longest)
+    start = 0
+    for p in parts:
+        joined[(slice(start, start + len(p)), *map(slice, p.shape[1:]))] = p
+        start += len(p)
+    return joined

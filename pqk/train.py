@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pqk.data import Batch, Data, map_tensors
 from pqk.errors import InputError, PqkError
 from pqk.files import read_tensors, write_tensors
+from pqk.modules import bounded_steps
 from pqk.program import CONFIG
 from pqk.run import Run
 
@@ -53,7 +54,7 @@ class Training:
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """share of the steps over which the rate rises"""
     clip: float | None = Field(default=None, gt=0)
-    """gradients are scaled to at most this norm"""
+    """gradients are scaled to at most this norm; by default not at all, and in `distill` after `capture` to 1.0"""
     average: float = Field(default=0.0, ge=0)
     """the student ends as the exponential moving average of its weights over this many epochs; 0: the last weights"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -233,7 +234,8 @@ class _Fit:
         self._reduce(trained)
         if self.training.clip is not None:
             self.accelerator.clip_grad_norm_(trained, self.training.clip)
-        optimizer.step()
+        with bounded_steps(self.student, self.optimizer.param_groups[0]["lr"]):
+            optimizer.step()
         if self.average:
             self._average()
         return value, due > 0
@@ -256,7 +258,7 @@ class _Fit:
             t = t.to(self.accelerator.device)
             return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
-        return Batch(*map_tensors(part, (batch.inputs, batch.targets, batch.keys)))
+        return map_tensors(part, batch)
 
     def _average(self) -> None:
         """Exponential moving average with a horizon of `average` epochs, unbiased at the start."""

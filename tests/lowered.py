@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pqk.passes.capture import capture
@@ -37,3 +38,23 @@ def int8_graph(
     made = convert(fake, example)
     assert isinstance(made, fx.GraphModule)
     return made
+
+
+class Encoder(nn.Module):
+    """A post-norm layer, its scores masked where `masked`; [B, 7, 12] -> [B, 5]."""
+
+    def __init__(self, width: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.embed = heads, nn.Linear(12, width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.one, self.two, self.out = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, 5)
+        self.up, self.down = nn.Linear(width, 96), nn.Linear(96, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embed(x)
+        batch, tokens, width = x.shape
+        q, k, v = (f(x).view(batch, tokens, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        seen = None if mask is None else (1 - mask)[:, None, None, :] * -1e4
+        mixed = F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).reshape(batch, tokens, width)
+        x = self.one(x + self.o(mixed))
+        return self.out(self.two(x + self.down(F.gelu(self.up(x))))[:, 0])

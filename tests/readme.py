@@ -12,7 +12,9 @@ import re
 from pathlib import Path
 
 from pqk.files import write_whole
-from pqk.report import ATTRIBUTION_HEADER, Report, attribution_cells, markdown_table, metric_text, percent
+from pqk.report import Report
+from pqk.report_markdown import markdown_table
+from pqk.report_table import ATTRIBUTION_HEADER, attribution_cells, metric_text, percent
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -47,7 +49,7 @@ def recipe(name: str) -> str:
 def results() -> str:
     header = ("recipe", "teacher", "student", "speed-up", "size", "integer MACs", "parity", "training")
     rows, lines = [], []
-    for path in sorted(RESULTS.glob("*_cifar10.json")):
+    for path in sorted(p for p in RESULTS.glob("*.json") if "attribution" in json.loads(p.read_text())):
         report = Report.load(path)
         by_variant = {row.variant: row for row in report.attribution if row.runtime == "onnxruntime"}
         student, teacher = by_variant["student"], by_variant["teacher_fp32"]

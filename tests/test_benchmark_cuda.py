@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ from pqk.console import Answer, write
 from pqk.cuda import Call, Ceilings, Cuda, Replay, missing
 from pqk.data import ArrayData
 from pqk.errors import InputError, ParityError
+from pqk.kernels._triton import gpu_of
 from pqk.models.resnet import resnet
 from pqk.passes import Capture, Convert, Fuse, Quantize
 from pqk.recipe import Recipe, TeacherSpec
 from pqk.report import LatencyRow
 from pqk.task import Task
+from pqk.tuning import Tuning, by_rule
 
 
 class Pretended:
@@ -288,7 +291,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_whole_run(fused: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = Artifact.load(fused)
-    found = benchmark(artifact, Pretended(), batches=(1, 3), rounds=5)
+    found = benchmark(artifact, Pretended(), batches=(1, 3), rounds=5, tune=False)
     expected = ["fp32", "tf32", "fp16", "bf16"]
     runtimes = [*(f"torch.compile, {name}" for name in expected), "torch, dequantized", "triton"]
     left_out = {s.runtime for s in found.skipped}
@@ -325,7 +328,7 @@ def test_no_speed_where_the_device_is_wrong(fused: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Artifact, "student", student)
     device = Pretended()
     with pytest.raises(ParityError, match="not the same network"):
-        benchmark(Artifact.load(fused), device)
+        benchmark(Artifact.load(fused), device, tune=False)
     assert device.captures == 0
 
 
@@ -333,7 +336,7 @@ def test_no_speed_where_the_device_is_wrong(fused: Path, monkeypatch: pytest.Mon
 def test_without_a_factory_there_is_no_teacher(fused: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nameless = Artifact.load(fused).recipe
     monkeypatch.setattr(Artifact, "recipe", property(lambda self: Recipe(passes=nameless.passes)))
-    found = benchmark(Artifact.load(fused), Pretended(), rounds=5)
+    found = benchmark(Artifact.load(fused), Pretended(), rounds=5, tune=False)
     assert [r.runtime for r in found.latency] == ["triton"] and found.latency[0].ratio is None
     assert ["no factory" in s.reason for s in found.skipped] == [True]
 
@@ -358,10 +361,19 @@ def test_the_command_shows_what_was_found(
     monkeypatch.setattr("pqk.cuda.Cuda", Pretended)
     short: Callable[..., Any] = benchmark_cuda.benchmark
     monkeypatch.setattr(benchmark_cuda, "benchmark", lambda a, d, batches: short(a, d, batches, rounds=5))
+    asked: list[tuple[int, ...]] = []
+
+    def tuned(student: Any, inputs: tuple[Tensor, ...], device: Any) -> Tuning:
+        asked.append(tuple(inputs[0].shape))
+        return replace(by_rule(student, inputs, gpu_of(device.name)), measured=True)
+
+    monkeypatch.setattr(benchmark_cuda, "measured", tuned)
     assert cli.run(["benchmark", str(fused), "--device", "cuda", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["target"] == "cuda-sm80" and document["latency"][-1]["runtime"] == "triton"
     assert document["gate"] == {"samples": 64, "sqnr_db": None, "alike": 64} and document["warnings"]
+    assert [shape[0] for shape in asked] == [1] and document["tuning"]["measured"]
+    assert "int8_conv2d" in document["tuning"]["choices"] or "int8_linear" in document["tuning"]["choices"]
 
 
 def test_a_replay_keeps_what_the_graph_reads() -> None:

@@ -325,7 +325,7 @@ FUSED = Recipe(passes=(Capture(), Quantize(samples=16), Convert(), Fuse()))
 def test_a_gpu_s_student_is_student_pt2_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     artifact = compress(Net(), task(), FUSED, "cuda-sm80", out)
-    assert {p.name for p in out.iterdir()} == (SHIPPED - {"model.onnx"}) | {"student.pt2", ".work"}
+    assert {p.name for p in out.iterdir()} == (SHIPPED - {"model.onnx"}) | {"student.pt2", "tuning.json", ".work"}
     report = artifact.report
     assert report.latency == () and report.latency_reason is not None and "--device cuda" in report.latency_reason
     assert report.integer_coverage is None and report.integer_coverage_reason == report.latency_reason

@@ -66,6 +66,8 @@ def test_the_order_is_a_function_of_the_seed(kind: str) -> None:
     data = sources()[kind]()
 
     def order(seed: int | None) -> list[int]:
+        if kind == "array" and seed is None:  # in the stored order
+            return torch.cat([b.targets for b in data.batches()]).tolist()
         return torch.cat([b.targets if kind == "loader" else b.keys // 3 for b in data.batches(seed)]).tolist()
 
     assert order(1) == order(1) != order(2)
@@ -84,6 +86,13 @@ def test_the_same_sample_and_view_is_the_same_tensor() -> None:
                 assert torch.equal(found.setdefault(key, x), x)
     assert sorted(found) == list(range(data.key_count or 0)) == list(range(30))
     assert len({x.numpy().tobytes() for x in found.values()}) > 20
+
+
+def test_a_stored_sample_is_none_of_its_augmented_views() -> None:
+    """A teacher's answer to it must not be taken for the answer to the first view."""
+    assert next(images().batches()).keys is None and next(images().batches(seed=0)).keys is not None
+    plain = images().subset(torch.arange(4), augmented=False)
+    assert torch.equal(next(plain.batches()).keys, torch.arange(4))
 
 
 def test_unbounded_views_have_no_keys() -> None:

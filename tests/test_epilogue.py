@@ -84,6 +84,21 @@ def test_requantize_is_two_layers() -> None:
         assert torch.equal(apply_steps(x, steps, params, None, grid.torch_dtype), qparams.quantize(x, q))
 
 
+def test_a_table_is_any_function_of_the_integers() -> None:
+    """Its numbers are those that the integers have, from the least one on."""
+    function = [float((i * 37) % 101) for i in range(255)]
+    x = torch.arange(-140, 140) * 0.5
+    steps, params = program(("table", 0.5, 0, -127, 127), ("relu",), table=function)
+    want = torch.tensor(function)[torch.arange(-140, 140).clamp(-127, 127) + 127]
+    assert params.shape == (60, 5) and torch.equal(apply_steps(x, steps, params, None, torch.float32), want)
+    if INTERPRETED:
+        assert torch.equal(in_triton(x, steps, params, None, torch.float32), want)
+    with pytest.raises(InputError, match="2 tables"):
+        check_steps("table,table", params, None, x.shape, torch.float32, CPU)
+    with pytest.raises(InputError, match="params"):
+        check_steps("table", params[:1], None, x.shape, torch.float32, CPU)
+
+
 def test_known_answers() -> None:
     """Ties to even, saturation at both ends and at infinity, and qmin for a NaN."""
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 300.0, -300.0, math.inf, -math.inf, math.nan, 3e9])
@@ -98,8 +113,9 @@ def test_known_answers() -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_under_the_interpreter(name: str) -> None:
     x = torch.cat([draw((300,), torch.float32) * 2, torch.tensor([math.nan, 0.0, -0.0, 90.0, -90.0])])
-    rows = {"quantize": UINT8, "requantize": (*UINT8, 0.2), "add": (0.05, 128), "mul": (0.05, 128)}
-    steps, params = program((name, *rows.get(name, ())))
+    rows = {"quantize": UINT8, "requantize": (*UINT8, 0.2), "add": (0.05, 128), "mul": (0.05, 128), "table": UINT8}
+    table = draw((256,), torch.float32).tolist() if name == "table" else ()
+    steps, params = program((name, *rows.get(name, ())), table=table)
     residual = draw((305,), torch.uint8) if name in ("add", "mul") else None
     out_dtype = torch.uint8 if name == "quantize" else torch.float32
     reference, got = (f(x, steps, params, residual, out_dtype) for f in (apply_steps, in_triton))

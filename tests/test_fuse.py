@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lowered import int8_graph
+from lowered import Encoder, int8_graph
 from torch import Tensor, fx, nn
 from zoo import NETWORKS
 
@@ -27,8 +27,8 @@ from pqk.run import Run
 from pqk.target import Target
 from pqk.task import tensors
 
-WHOLE = {"plain", "residual", "dense", "separable", "several", "tokens"}
-"""networks of the zoo in which every layer has a kernel"""
+WHOLE = {"plain", "residual", "separable", "gated", "silu", "grouped", "several", "tokens"}
+"""networks of the zoo in which every layer has a kernel and every launch takes in what it can"""
 
 
 def operators(module: fx.GraphModule, example: tuple[Tensor, ...]) -> list[str]:
@@ -140,6 +140,91 @@ def test_every_network_computes_the_same(name: str) -> None:
         assert ours == operators(fused, inputs)
     one = tuple(x[:1] for x in inputs)
     assert traffic(fused, one).launches < traffic(graph, one).launches
+
+
+def test_a_function_of_one_value_is_looked_up() -> None:
+    """SiLU, hard-swish, hard sigmoid and leaky ReLU, however they are written, are a step of the layer before."""
+    found = {}
+    for name in ("silu", "gated", "grouped"):
+        network = NETWORKS[name]
+        inputs = network.inputs(8)
+        fused, _ = fuse(int8_graph(network.teacher(), *inputs))
+        found[name] = [(o.removeprefix("int8_"), s) for o, s in steps_of(fused, inputs)]
+    conv, table, head = ("conv2d", "quantize"), ("conv2d", "table,quantize"), [("pool", "quantize"), ("linear", "")]
+    assert found["silu"] == [table, table, *head]
+    assert found["gated"] == [table, head[0], conv, table, ("mul", "quantize"), *head]
+    assert found["grouped"] == [conv, conv, conv, table, *head]
+
+
+def steps_of(fused: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[tuple[str, str]]:
+    """Operators and their programs, for one sample, the quantizing of inputs aside."""
+    called = launches(fused, tuple(x[:1] for x in inputs))
+    return [(o.op.removeprefix("pqk::"), o.arguments["steps"]) for o in called if o.op != "pqk::quantize_static"]
+
+
+class Branches(nn.Module):
+    """A concatenation of a SiLU, of a layer that another reads too, and of a depthwise layer; ReLU behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(3))
+        self.deep, self.last = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(24, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c = self.b(x).relu(), self.c(x)
+        return self.last(torch.cat([F.silu(self.a(x)), b, self.deep(b + c)], 1).relu()).mean((2, 3))
+
+
+def test_producers_write_into_one_buffer(tmp_path: Path) -> None:
+    graph, x = small(Branches, target="cuda-sm80")
+    fused, declined = fuse(graph)
+    agree(graph, fused, x)
+    assert {layer: reason.rpartition(": ")[2] for layer, reason in declined} == {
+        "b": "others read it too",
+        "deep": "int8_depthwise_conv2d writes no slices",
+    }
+    found = steps_of(fused, (x,))
+    assert [op for op, _ in found].count("int8_concat_into") == 2
+    assert ("int8_conv2d_into", "table,requantize,quantize") in found
+    emit_torch(fused, (x[:2],), tmp_path / "student.pt2")
+    student = load_student(tmp_path / "student.pt2")
+    with torch.inference_mode():
+        for part in (x, x[:1]):
+            assert torch.equal(student(part), fused(part))
+    assert [c[:2] for c in launches(student, (x[:1],))] == [c[:2] for c in launches(fused, (x[:1],))]
+
+
+def test_a_dense_block_copies_only_what_others_read() -> None:
+    network = NETWORKS["dense"]
+    (x,) = network.inputs(8)
+    fused, declined = fuse(int8_graph(network.teacher(), x))
+    assert declined == [("stem", "cat: what it joins is copied: others read it too")]
+    assert [op for op, _ in steps_of(fused, (x,))][:3] == ["int8_conv2d", "int8_conv2d_into", "int8_concat_into"]
+    both = NETWORKS["several"]
+    fused, _ = fuse(int8_graph(both.teacher(), *both.inputs(8)))
+    assert [op for op, _ in steps_of(fused, both.inputs(1))][:2] == ["int8_conv2d_into"] * 2, "nothing is copied"
+
+
+class Rooted(nn.Module):
+    """RMS norm before a linear layer, which others read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.up = nn.Linear(12, 32), nn.RMSNorm(32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x))
+        return x + self.up(x)
+
+
+def test_an_rms_norm_is_a_launch() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 12)
+    graph = int8_graph(Rooted(), x, target="cuda-sm80")
+    fused, declined = fuse(graph)
+    rows = check_launches(graph, fused, (x,))
+    assert declined == [] and all(r.passed for r in rows), [r for r in rows if not r.passed]
+    assert operators(fused, (x,)) == ["quantize_static", "int8_linear", "rms_norm_quantize", "int8_linear"]
 
 
 class Twins(nn.Module):
@@ -267,7 +352,7 @@ def test_a_match_that_is_refused_is_tried_with_less(monkeypatch: pytest.MonkeyPa
 
 def test_a_bias_on_another_scale_is_no_accumulator() -> None:
     graph, _ = small(Scaled)
-    graph.get_buffer("qparams.quantizers_b_bias_scale").mul_(1.01)
+    graph.get_buffer("b.bias_scale").mul_(1.01)
     _, declined = fuse(graph)
     assert ("b", "its bias is not on the scale of its accumulator") in declined
 
@@ -309,26 +394,6 @@ def test_a_resumed_run_fuses_again(tmp_path: Path) -> None:
 
 
 # ---- encoders
-
-
-class Encoder(nn.Module):
-    """A post-norm layer, its scores masked where `masked`; [B, 7, 12] -> [B, 5]."""
-
-    def __init__(self, width: int = 64, heads: int = 2) -> None:
-        super().__init__()
-        self.heads, self.embed = heads, nn.Linear(12, width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.one, self.two, self.out = nn.LayerNorm(width), nn.LayerNorm(width), nn.Linear(width, 5)
-        self.up, self.down = nn.Linear(width, 96), nn.Linear(96, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.embed(x)
-        batch, tokens, width = x.shape
-        q, k, v = (f(x).view(batch, tokens, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-        seen = None if mask is None else (1 - mask)[:, None, None, :] * -1e4
-        mixed = F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).reshape(batch, tokens, width)
-        x = self.one(x + self.o(mixed))
-        return self.out(self.two(x + self.down(F.gelu(self.up(x))))[:, 0])
 
 
 def encoder(target: str, masked: bool = False) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:

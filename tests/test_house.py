@@ -19,6 +19,7 @@ from typing import get_args
 import pytest
 
 from pqk import knowledge, passes, target
+from pqk.comparison import Comparison
 from pqk.describe import reference
 from pqk.knowledge.term import Term
 from pqk.program import Pass
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {"pqk": "pqk", "passes": "pqk.passes", "kernels": "pqk.kernels", "models": "pqk.models"}
 GROUND = {
     "pqk.data", "pqk.errors", "pqk.files", "pqk.graph", "pqk.knowledge", "pqk.machine", "pqk.measure", "pqk.modules",
-    "pqk.pipeline", "pqk.program", "pqk.qparams", "pqk.run", "pqk.target", "pqk.task", "pqk.train",
+    "pqk.pipeline", "pqk.program", "pqk.qparams", "pqk.run", "pqk.synthesis", "pqk.target", "pqk.task", "pqk.train",
 }  # fmt: skip
 """the ground floor; every other module in pqk/ is on the top floor"""
 SOURCES = {path: ast.parse(path.read_text()) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
@@ -77,7 +78,8 @@ def allowed(importer: str, imported: str) -> bool:
         case "kernels":
             return there == "kernels" or imported in ("pqk.qparams", "pqk.errors")
         case "models":
-            return there == "models" or imported in ("pqk.task", "pqk.data", "pqk.errors")
+            few = ("pqk.task", "pqk.data", "pqk.errors", "pqk.synthesis")
+            return there == "models" or imported in (*few, "pqk.run", "pqk.train")  # one loop trains all
     return there == "ground"
 
 
@@ -105,7 +107,8 @@ def test_the_plan_refuses_what_it_should() -> None:
 def test_kernels_and_models_need_little(path: Path) -> None:
     """Third-party packages: kernels stand on torch and Triton, models on torch, numpy and where their data is."""
     room = path.relative_to(ROOT).parts[0]
-    few = {"kernels": {"torch", "triton"}, "models": {"torch", "numpy", "safetensors", "sklearn"}}.get(room)
+    data = {"numpy", "safetensors", "sklearn", "transformers"}
+    few = {"kernels": {"torch", "triton"}, "models": {"torch", *data}}.get(room)
     if few is not None:
         packages = {name.partition(".")[0] for name in imports(SOURCES[path])}
         assert packages - sys.stdlib_module_names - {"pqk"} <= few
@@ -167,9 +170,9 @@ def test_the_tuples_list_everything() -> None:
 
 
 def test_passes_and_terms_are_documented() -> None:
-    """What `pqk passes` shows: words on every pass and term, and on every field of theirs."""
+    """What `pqk passes` shows: words on every pass, term and source of a teacher, and on every field of theirs."""
     shown = reference()
-    for entry in [*shown["passes"], *shown["terms"]]:
+    for entry in [*shown["passes"], *shown["terms"], *shown["sources"]]:
         said = entry["documentation"]  # a dataclass without a docstring gets its signature as one
         assert said and not said.startswith(f"{entry['name'].title()}("), entry["name"]
         silent = [f["name"] for f in entry["fields"] if not f["documentation"]]
@@ -178,7 +181,8 @@ def test_passes_and_terms_are_documented() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_recipes_are_recipes(path: Path) -> None:
-    recipe = Recipe.load(path)
+    compared = "variant" in tomllib.loads(path.read_text())
+    recipe = Comparison.load(path).recipe if compared else Recipe.load(path)
     assert recipe.teacher is not None and recipe.task is not None
     assert Recipe.loads(recipe.dumps()) == recipe
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pqk.errors import InputError
 from pqk.kernels import int8_attention as module
 from pqk.kernels._epilogue import program
-from pqk.kernels._triton import INTERPRETED, signature
+from pqk.kernels._triton import INTERPRETED, Gpu, signature
 from pqk.kernels.int8_attention import (
     CASES,
     CONFIGS,
@@ -140,7 +140,7 @@ def test_offsets_beyond_32_bits() -> None:
     for view, value in zip((q, k, v), values, strict=True):
         view.copy_(value)
     a = attention(q, k, v)
-    types, _, _ = signature(plan(a, torch.empty(q.shape)))
+    types, _, _ = signature(plan(a))
     assert types["q_batch"] == "i64" and types["q_row"] == "i32"
     assert torch.equal(poisoned_run(a), poisoned_run(attention(*values)))
 
@@ -297,13 +297,14 @@ def test_configurations() -> None:
     for head in HEADS:
         assert all(fits(config, head, 99 * 1024) for config in CONFIGS)
         assert not any(fits(config, head, 4096) for config in CONFIGS)
-    assert choose(1, 12, 32).block_m == 16 and choose(16, 12, 32).block_m == 16
-    assert choose(128, 12, 32).block_m == 32, "few pairs: more programs"
-    assert choose(128, 32 * 12, 32).block_m == 128
-    assert choose(40, 32 * 12, 32).block_m == 64
-    assert choose(4096, 12, 128, shared_memory=45_000).block_m == 32
+    gpu = Gpu((8, 0), 132, 99 * 1024)
+    assert choose(1, 12, 32, gpu).block_m == 16 and choose(16, 12, 32, gpu).block_m == 16
+    assert choose(128, 12, 32, gpu).block_m == 32, "few pairs: more programs"
+    assert choose(128, 32 * 12, 32, gpu).block_m == 128
+    assert choose(40, 32 * 12, 32, gpu).block_m == 64
+    assert choose(4096, 12, 128, Gpu((8, 0), 132, 45_000)).block_m == 32
     arguments = CASES[0].arguments()
-    assert plan(arguments, torch.empty(arguments.q.shape, dtype=torch.int8, device="meta")).grid == (48,)
+    assert plan(arguments).grid == (48,)
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {

@@ -23,9 +23,10 @@ from torch.nn.functional import conv2d, pad
 from pqk.codegen import Code, compile_all, job
 from pqk.errors import InputError
 from pqk.kernels import _conv, int8_conv2d, int8_depthwise_conv2d, int8_linear
+from pqk.kernels._configs import Config, fits
 from pqk.kernels._conv import EPILOGUES, Case, Conv
 from pqk.kernels._epilogue import fold_bias
-from pqk.kernels._triton import Config, collecting
+from pqk.kernels._triton import Gpu, collecting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHOLE = {int8_conv2d: Config(1024, 64, 128, 4, 1), int8_depthwise_conv2d: Config(256, 128, 1, 4, 1)}
@@ -355,18 +356,22 @@ def test_configurations() -> None:
     """Each fits every GPU supported, and no block is larger than the 32-bit offsets allow for."""
     least = 99 * 1024  # of sm_86 and sm_89
     for config in int8_conv2d.CONFIGS:
-        assert int8_conv2d.fits(config, least) and not int8_conv2d.fits(config, config.shared_bytes - 1)
+        assert fits(config, least) and not fits(config, config.shared_bytes - 1)
         assert config.block_k >= 32 and min(config.block_m, config.block_n) >= 16
     assert max(c.block_m for m in WHOLE for c in m.CONFIGS) <= _conv.MAX_BLOCK
 
 
 def test_more_work_takes_larger_blocks() -> None:
     def chosen(batch: int, channels: int, out: int) -> Config:
-        return int8_conv2d.choose(Case((batch, 32, 32, channels), out).conv("meta"), 108)
+        return int8_conv2d.choose(Case((batch, 32, 32, channels), out).conv("meta"), gpu)
+
+    gpu = Gpu((8, 0), 108, 163 * 1024)
 
     assert chosen(1, 64, 64).block_m < chosen(256, 64, 64).block_m == 128
     assert chosen(256, 64, 16).block_n == 16 and chosen(256, 64, 64).block_n == 64
     assert chosen(1, 3, 16).block_k == 32, "27 products are padded to 32, not to 64"
+    gpu = Gpu((8, 0), 108, 16 * 1024)
+    assert fits(chosen(256, 64, 64), gpu.shared), "as much as its shared memory holds"
 
 
 @pytest.mark.full

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from pqk.errors import InputError
-from pqk.kernels import int8_add, int8_concat, int8_pool
+from pqk.kernels import int8_add, int8_concat, int8_mul, int8_pool
 from pqk.kernels._epilogue import program
 from pqk.kernels._triton import INTERPRETED, launch
 from pqk.kernels._values import MAX_ROWS
@@ -28,7 +28,7 @@ from pqk.qparams import Grid, QParams, dequantize, quantize
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device")
 U8, S8 = torch.uint8, torch.int8
-MODULES = (int8_add, int8_concat, int8_pool)
+MODULES = (int8_add, int8_mul, int8_concat, int8_pool)
 CASES = [
     pytest.param(module, case, marks=[pytest.mark.full] if programs(module.specialize(case)) > 12 else [])
     for module in MODULES
@@ -83,6 +83,24 @@ def test_adding_is_what_the_int8_graph_computes(
     steps, params = to(out, 0.02, ZERO[out])
     got = int8_add.reference(Add(x, y, params, steps, float(ga.scale), ZERO[a], scale, ZERO[b] - 3, out))
     assert torch.equal(got, quantize(dequantize(x, ga) + dequantize(y, gb), go))
+
+
+@pytest.mark.parametrize("gates", [False, True])
+def test_multiplying_is_what_the_int8_graph_computes(gates: bool) -> None:
+    case = int8_mul.Case((2, 3, 5, 7), gates, U8, S8, "quantize", U8)
+    arguments = case.arguments("cpu")
+    sides = ((arguments.a, U8, 0.013, 101), (arguments.b, S8, 0.017, 0))
+    a, b = (dequantize(x, grid(dtype, scale, zero)) for x, dtype, scale, zero in sides)
+    scale, zero = float(arguments.params[0, 0]), int(arguments.params[0, 1])
+    assert arguments.gates == gates and float((a * b).std()) > 0.1
+    assert torch.equal(int8_mul.reference(arguments), quantize(a * b, grid(U8, scale, zero)))
+
+
+def test_a_gate_has_the_shape_of_one() -> None:
+    arguments = int8_mul.CASES[0].arguments("cpu")
+    for wrong in (arguments.b[:1], arguments.b[..., :5], arguments.b.expand(-1, 2, -1, -1).contiguous()):
+        with pytest.raises(InputError, match=r"b: shape is .*, must be \[2, 1, 1, 96\]"):
+            int8_mul.run(replace(arguments, b=wrong))
 
 
 def test_a_sum_on_a_tie_goes_to_the_even_neighbour() -> None:

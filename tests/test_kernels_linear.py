@@ -19,9 +19,11 @@ from torch import Tensor
 
 from pqk.errors import InputError
 from pqk.kernels import _triton, int8_linear
+from pqk.kernels._configs import Config, fits
 from pqk.kernels._epilogue import program
-from pqk.kernels._triton import INTERPRETED, TRITON_MISSING, Config, Launch, launch, signature
+from pqk.kernels._triton import INTERPRETED, TRITON_MISSING, Gpu, Launch, launch, signature
 from pqk.kernels.int8_linear import CASES, CONFIGS, Case, choose
+from pqk.roofline import ARCHES, Arch
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
 TILED = Config(16, 16, 32, 4, 2, group_m=2)
@@ -234,26 +236,37 @@ def test_offsets_have_64_bits() -> None:
     args = {**planned.args, "stride_xm": stride, "stride_ym": stride}
     with recorded_addresses() as seen:
         launch(replace(planned, args=args))
-    x, y = (t.data_ptr() for t in (args["x_ptr"], args["y_ptr"]))  # type: ignore[union-attr]
+    x, y = (t.data_ptr() for t in (args["x_ptr"], args["out_ptr"]))  # type: ignore[union-attr]
     loads, stores = set(np.concatenate(seen["loads"]).tolist()), set(np.concatenate(seen["stores"]).tolist())
     assert {x + i * stride + j for i in range(m) for j in range(k)} <= loads
     assert stores == {y + 4 * (i * stride + j) for i in range(m) for j in range(n)}
     assert max(stores) - y > 1 << 34
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
-def test_choices(capability: tuple[int, int]) -> None:
-    """A choice covers its output, fits the target, and uses Hopper's instruction where rows allow it."""
+@pytest.mark.parametrize("arch", ARCHES, ids=lambda a: a.name)
+def test_choices(arch: Arch) -> None:
+    """A choice covers its output, fits the target, and uses Hopper's instruction where rows and target allow it."""
+    gpu, capability = arch.planned, arch.planned.capability
     for m, n, k in product((1, 16, 17, 64, 256, 4096), (10, 384, 4096), (1, 64, 1536)):
-        config = choose(m, n, k, capability, 108)
-        assert int8_linear.fits(config, 99 * 1024)
+        config = choose(m, n, k, gpu)
+        assert fits(config, gpu.shared) and config in int8_linear.candidates(m, n, k, gpu)
+        assert not arch.amd or config.block_k == (128 if m <= 16 else 64), "Hopper's tiles are not AMD's"
         assert config.block_m >= 16 and config.block_n >= 16 and config.block_k >= 32
         assert config.split_k == 1 or (m <= 64 and config.split_k * config.block_k <= k and not config.persistent)
         assert not config.persistent or capability >= (9, 0)
         assert capability < (9, 0) or m < 64 or config.block_m >= 64
-    assert choose(4096, 4096, 1024, (9, 0), 132).persistent
-    assert choose(1, 384, 1536).split_k > 1
-    assert not int8_linear.fits(CONFIGS[-1], 32 * 1024)
+    assert choose(1, 384, 1536, gpu).split_k > 1
+    assert choose(4096, 4096, 1024, gpu).persistent == (capability >= (9, 0))
+
+
+def test_choices_fit_the_shared_memory() -> None:
+    """Of less memory smaller blocks are chosen; of too little none."""
+    small = Gpu((9, 0), 132, 70_000)
+    assert not fits(choose(4096, 4096, 1024, replace(small, shared=99 * 1024)), small.shared)
+    for m, n, k in product((1, 17, 64, 4096), (10, 4096), (64, 1536)):
+        assert fits(choose(m, n, k, small), small.shared)
+    with pytest.raises(InputError, match="no configuration fits 1000 bytes"):
+        choose(1, 1, 64, replace(small, shared=1000))
 
 
 def test_the_op() -> None:
@@ -293,7 +306,7 @@ def test_signature() -> None:
     assert types["M"] == types["residual_ptr"] == types["STEPS"] == "constexpr"
     assert constants["M"] == 1 and constants["residual_ptr"] is None
     assert {names[i] for (i,) in attrs} == {
-        "x_ptr", "w_ptr", "y_ptr", "bias_ptr", "scale_ptr", "params_ptr", "N", "stride_ym",
+        "x_ptr", "w_ptr", "out_ptr", "bias_ptr", "scale_ptr", "params_ptr", "N", "stride_ym",
     }  # fmt: skip
     large = Launch(planned.kernel, (1,), {**planned.args, "K": 1 << 31}, planned.constexprs)
     assert signature(large)[0]["K"] == "i64"
@@ -305,7 +318,8 @@ from dataclasses import replace
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pqk.kernels._triton import Config, signature
+from pqk.kernels._configs import Config
+from pqk.kernels._triton import signature
 from pqk.kernels.int8_linear import CONFIGS, SKINNY, TILED, Case, specialize
 
 def compiled(case, config, architecture, **options):

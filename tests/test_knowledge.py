@@ -18,8 +18,7 @@ from pqk.files import read_tensors
 from pqk.knowledge import AttentionTransfer, CrossEntropy, Hint, KLDivergence, LogitMSE, Term, View
 from pqk.knowledge.objective import Distillation
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teacher import FrozenTeacher, LogitCache, cache_for, fingerprint
-from pqk.models.images import CropFlip
+from pqk.knowledge.teacher import FrozenTeacher, fingerprint
 from pqk.passes.capture import capture
 from pqk.run import Run
 from pqk.task import Task
@@ -290,74 +289,6 @@ def test_the_teacher_joins_when_it_is_time() -> None:
         distillation.begin(progress)
         losses = distillation(distillation.wrap(student), batch)
         assert torch.equal(losses, plain) == (progress < 0.5)
-
-
-def augmented(views: int | None = 3, pad: int = 2) -> ArrayData:
-    return images(augment=CropFlip(8, pad=pad), views=views)
-
-
-def test_cached_answers_are_the_live_ones(tmp_path: Path) -> None:
-    model, data = Net().eval(), augmented()
-    cache = cache_for(tmp_path, model, data, "fp32", task().example)
-    assert isinstance(cache, LogitCache)
-    cached, live, calls = FrozenTeacher(model, cache=cache), FrozenTeacher(model), []
-    model.register_forward_hook(lambda *a: calls.append(1))
-    for epoch in range(6):
-        for batch in data.batches(seed=1, epoch=epoch):  # the same batches: sums may round otherwise in others
-            before = len(calls)
-            answer, _ = cached(batch)
-            assert len(calls) - before == (1 if epoch < 3 else 0)
-            assert torch.equal(answer, live(batch)[0])
-    again = cache_for(tmp_path, Net().eval(), augmented(), "fp32", task().example)
-    assert isinstance(again, LogitCache) and bool(torch.from_numpy(again.array).isfinite().all())
-
-
-def test_rows_that_are_not_there_are_computed(tmp_path: Path) -> None:
-    """A killed run's cache is merely less full, also where a row is half there."""
-    model, data = Net().eval(), augmented()
-    cache = cache_for(tmp_path, model, data, "fp32", task().example)
-    assert isinstance(cache, LogitCache)
-    batch = next(data.batches(seed=1))
-    want, _ = FrozenTeacher(model)(batch)
-    teacher = FrozenTeacher(model, cache=cache)
-    teacher(batch)
-    assert batch.keys is not None
-    cache.array[int(batch.keys[1]), 2:] = float("nan")
-    cache.array[int(batch.keys[2])] += 1  # a row that is there is what was noted
-    want[2] += 1
-    assert torch.equal(teacher(batch)[0], want) and bool(cache.get(batch.keys)[1].all())
-
-
-def test_a_cache_is_of_one_teacher_one_data_and_one_precision(tmp_path: Path) -> None:
-    example = task().example
-    made = [
-        cache_for(tmp_path, model, data, precision, example)
-        for model, data, precision in [
-            (Net(), augmented(), "fp32"), (Net(seed=1), augmented(), "fp32"), (Net(), augmented(pad=1), "fp32"),
-            (Net(), augmented(views=2), "fp32"), (Net(), images(), "fp32"), (Net(), augmented(), "bf16"),
-        ]
-    ]  # fmt: skip
-    assert len({c.path for c in made if isinstance(c, LogitCache)}) == 6
-    assert cache_for(None, Net(), augmented(), "fp32", example) == "nothing is saved in this run"
-    assert "views=N" in str(cache_for(tmp_path, Net(), augmented(views=None), "fp32", example))
-    assert "only single tensors" in str(cache_for(tmp_path, Fixed((ZS,)), augmented(), "fp32", example))
-
-
-def test_a_full_disk_is_an_error_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
-    from pqk.knowledge import teacher
-
-    def full(path: Path, shape: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(teacher, "_blank", full)
-    with pytest.raises(InputError, match="No space left"):
-        cache_for(tmp_path, Net(), augmented(), "fp32", task().example)
-    assert not [*(tmp_path / "cache").iterdir()]
-    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda p: type("U", (), {"free": 100}))
-    assert "free" in str(cache_for(tmp_path, Net(), augmented(), "fp32", task().example))
 
 
 def test_a_fingerprint_is_of_names_shapes_and_values() -> None:

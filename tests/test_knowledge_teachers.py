@@ -142,7 +142,7 @@ def test_no_teacher_gets_a_gradient_or_trains(name: str, tmp_path: Path) -> None
 def test_kept_answers_are_the_live_ones(name: str, tmp_path: Path) -> None:
     """Where they can be kept; where not, the reason is told."""
     teacher = MAKERS[name](net(), tmp_path)
-    cache = cache_for(tmp_path, teacher, data(), "fp32", TASK.example)
+    cache = cache_for(tmp_path, teacher, data(), "fp32")
     if name in ("ema", "uncertainty"):
         assert isinstance(cache, str) and cache == teacher.uncached()
         return
@@ -160,7 +160,7 @@ def test_kept_answers_are_the_live_ones(name: str, tmp_path: Path) -> None:
 
 def test_a_cache_is_of_these_members_these_weights_and_this_file(tmp_path: Path) -> None:
     def path(teacher: nn.Module) -> Path:
-        cache = cache_for(tmp_path, teacher, data(), "fp32", TASK.example)
+        cache = cache_for(tmp_path, teacher, data(), "fp32")
         assert isinstance(cache, LogitCache)
         return cache.path
 
@@ -510,7 +510,7 @@ def test_the_next_generation_begins_anew(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('teacher = { source = "emma" }', r'teacher: unknown source "emma" \(did you mean "ema"\?\)'),
-        ("teacher = { momentum = 0.9 }", r'teacher: it needs a key "source" \(known: ema, ensemble'),
+        ("teacher = { momentum = 0.9 }", r'teacher: it needs a key "source" \(known: artifact, assistant, ema'),
         ('teacher = { source = "ema", momentm = 0.9 }', r'unknown key .*momentm" .*"momentum"'),
         ('teacher = { source = "ema", momentum = 1.0 }', "momentum: .*less than 1"),
         ('teacher = { source = "onnx" }', "path"),

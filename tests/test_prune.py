@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -274,12 +275,36 @@ def test_cached_prefixes_change_no_cost() -> None:
         assert cost == pytest.approx(float(want), rel=1e-4, abs=1e-6)
 
 
+def test_a_container_keeps_its_blocks_also_when_many_go_at_once() -> None:
+    model = trained(residuals())
+    task = task_of(model, (3, 8, 8))
+    config = Prune(depth=True, width=False, macs_ratio=1.3, keep_blocks={"1": 2}, removals_per_ranking=4)
+    program = config.apply(program_of(model), task)
+    assert len(program.details["blocks_removed"]) == 2
+    with pytest.raises(InputError, match="macs_ratio"):
+        replace(config, macs_ratio=50.0).apply(program_of(model), task)
+
+
 def test_depth_and_width_compete() -> None:
     model = trained(resnet((2, 2), 16))
     task = task_of(model, (3, 8, 8))
     config = Prune(depth=True, macs_ratio=3, multiple=8, removals_per_ranking=3)
     program = config.apply(program_of(model), task)
     assert program.details["blocks_removed"] and program.details["widths"]
+    assert torch.equal(rebuilt(program, task)(task.example[0]), program.student(task.example[0]))
+
+
+@pytest.mark.parametrize("first", [{"depth": True, "width": False}, {"ignore": ("layer2.*",)}])
+def test_a_second_prune_with_other_groups_measures_its_own(first: dict[str, Any]) -> None:
+    """Two prunes that share a run and its journal: what the first one measured is not what the second one asks for."""
+    model = trained(resnet((2, 3), 16))
+    task, program = task_of(model, (3, 8, 8)), program_of(model)
+    common: dict[str, Any] = {"importance": "taylor", "multiple": 4}
+    program = Prune(macs_ratio=1.2, **common, **first).apply(program, task)
+    program = Prune(macs_ratio=1.9, **common, ignore=("conv1",)).apply(program, task)
+    assert program.details["budget"]["reached"] >= 1.9 and "layer2.0.conv1" in program.details["widths"]
+    program = Prune(macs_ratio=2.6, **common, depth=True).apply(program, task)
+    assert program.details["budget"]["reached"] >= 2.6
     assert torch.equal(rebuilt(program, task)(task.example[0]), program.student(task.example[0]))
 
 

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pqk.errors import InputError
-from pqk.modules import ActivationFakeQuant, BiasFakeQuant, freeze_scales, quantizers, set_mode
+from pqk.modules import (
+    ActivationFakeQuant,
+    BiasFakeQuant,
+    WeightFakeQuant,
+    bounded_steps,
+    freeze_scales,
+    quantizers,
+    set_mode,
+)
 from pqk.passes._placement import named_layers
 from pqk.passes.capture import capture
 from pqk.passes.quantize import Quantize, insert_fake_quant
@@ -330,3 +338,20 @@ def test_a_quiet_channel_keeps_its_bias_within_int32() -> None:
 def test_grids_are_json_in_the_plan(net: Any) -> None:
     arguments = net[1].plan[0].arguments
     assert Grid(**arguments["weight"]) == Target.named("x86-avx2").weight == Grid(**asdict(Grid(**arguments["weight"])))
+
+
+def test_no_step_size_moves_by_more_than_its_share_and_none_leaves_the_positive() -> None:
+    """Whatever the optimizer does: up, down below zero, within the bound (which it leaves alone), and frozen."""
+    grid = Grid("int8", -64, 64, symmetric=True)
+    student = nn.ModuleList([WeightFakeQuant(grid, 4), WeightFakeQuant(grid, 4), ActivationFakeQuant(grid)])
+    scales = [q.scale for q in quantizers(student).values()]
+    frozen = scales[1].requires_grad_(False)
+    start = torch.tensor([1e-4, 1e-4, 1e-2, 1e-2])
+    with torch.no_grad():
+        scales[0].copy_(start)
+    with bounded_steps(student, 0.25), torch.no_grad():
+        scales[0].add_(torch.tensor([1.0, -1.0, 1e-3, -1e-3]))
+        frozen.mul_(3)
+        scales[2].zero_()
+    assert torch.allclose(scales[0] / start, torch.tensor([1.25, 0.8, 1.1, 0.9]))
+    assert frozen.tolist() == [3.0] * 4 and float(scales[2].detach()) == pytest.approx(0.8)

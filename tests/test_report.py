@@ -21,9 +21,9 @@ from pqk.report import (
     PassRecord,
     Report,
     schema_text,
-    to_markdown,
-    to_text,
 )
+from pqk.report_markdown import to_markdown
+from pqk.report_table import to_text
 
 
 def a_report(**changes: Any) -> Report:

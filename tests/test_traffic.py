@@ -117,7 +117,7 @@ def assert_bar(run: Launch) -> Traffic:
 
 
 def planned(module: Any, case: Any, arch: Any = ARCHES[0]) -> Launch:
-    with planning_for(arch.capability, arch.cores):
+    with planning_for(arch.planned):
         return module.specialize(case, "cpu")
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pqk.knowledge.beside import ExitsTeacher, PeerTeacher, ShadowTeacher
 from pqk.knowledge.black_box import CallableTeacher, OnnxTeacher
 from pqk.knowledge.dual_space import DualSpace
 from pqk.knowledge.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
@@ -52,7 +53,10 @@ AnyTerm = Annotated[
     Field(discriminator="term"),
 ]  # fmt: skip
 
-TEACHERS = (FrozenTeacher, CallableTeacher, OnnxTeacher, EnsembleTeacher, UncertaintyTeacher, EMATeacher)
+TEACHERS = (
+    FrozenTeacher, CallableTeacher, OnnxTeacher, EnsembleTeacher, UncertaintyTeacher, EMATeacher, PeerTeacher,
+    ExitsTeacher, ShadowTeacher,
+)  # fmt: skip
 
 __all__ = [
     "SOURCES", "TEACHERS", "TERMS", "AnySource", "AnyTerm", "FromModule", "Pair", "Source", "Teacher", "Term", "View",

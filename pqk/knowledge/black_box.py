@@ -52,7 +52,7 @@ class CallableTeacher(Teacher):
             )
 
     def live(self, batch: Batch) -> Answer:
-        outputs = self.function(*batch.inputs)
+        outputs = self.function(*batch.for_teacher().inputs)
         if not tensors(outputs):
             raise InputError(f"distill: the teacher's answer is a {type(outputs).__name__} without tensors")
         device = batch.inputs[0].device

@@ -81,7 +81,9 @@ class TaskNeurons(FeatureTerm):
             raise InputError(f"{self.called}: the student has more units than the teacher ({place})")
         if place.teacher_model is None:
             raise InputError(f"{self.called}: the teacher is a black box, and its units cannot be scored")
-        scores = neuron_scores(place.teacher_model, self.points()[1], place.task.calibration(self.samples))
+        scores = neuron_scores(
+            place.teacher_model, self.points()[1], place.task.calibration(self.samples, teacher=True)
+        )
         return Slice(scores.topk(wanted).indices.sort().values.tolist())
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:

@@ -60,7 +60,7 @@ class Distillation(Objective):
         self.teacher, self.masks = teacher, masks or {}
         self.gates = {i: gate_named(t.gate, gates or {}) for i, t in enumerate(terms) if t.gate}
         self.terms = [_tempered(t, teacher, task) for t in terms]
-        self.student_points = sorted({p[0] for t in self.terms if (p := t.points())})
+        self.student_points = sorted({*teacher.watches, *(p[0] for t in self.terms if (p := t.points()))})
         self.projectors = nn.ModuleDict()
         self._build_projectors(student, kept)
         self.balance = balancer(balance, len(self.terms))
@@ -111,7 +111,9 @@ class Distillation(Objective):
             if i in self.gates:
                 losses[i] = losses[i] * self.gates[i](view).detach()
             ramps[i] = ramp(term, self.progress, self.start if term.needs_teacher else 0.0)
-        return self.balance(losses, ramps, student)
+        total = self.balance(losses, ramps, student)
+        own = self.teacher.lesson(view) if torch.is_grad_enabled() else None
+        return total if own is None else total + own
 
 
 def blindness(terms: Sequence[Term]) -> str | None:
@@ -126,7 +128,7 @@ def _tempered(term: Term, teacher: Teacher, task: Task) -> Term:
     if not isinstance(term, Divergence) or term.teacher_top is None:
         return term
     answers = []
-    for inputs in task.calibration(CALIBRATION):
+    for inputs in task.calibration(CALIBRATION, teacher=True):
         answer, _ = teacher(Batch(inputs, None, None))
         answers.append(widened(first_tensor(pick(answer, term.output))))
     return replace(term, temperature=temperature_for(term.scaled(torch.cat(answers)), term.teacher_top))

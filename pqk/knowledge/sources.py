@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 
-from pqk.data import Inputs
+from pqk.data import Batch, Inputs
 from pqk.errors import InputError
+from pqk.files import read_json
+from pqk.knowledge.beside import ExitsTeacher, PeerTeacher, ShadowTeacher, exit_for
 from pqk.knowledge.black_box import OnnxTeacher
+from pqk.knowledge.taps import tap
 from pqk.knowledge.teacher import FrozenTeacher, Teacher
 from pqk.knowledge.teachers import EMATeacher, EnsembleTeacher, UncertaintyTeacher
 from pqk.program import CONFIG
@@ -31,6 +37,8 @@ class Given:
     """where features are wanted"""
     precision: str
     example: Inputs
+    earlier: Callable[[int], nn.Module] | None = None
+    """the student that an earlier pass of the run left, by its number; None: there is no run"""
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -92,7 +100,19 @@ class FromSnapshot(Source):
         frozen = copy.deepcopy(given.student).requires_grad_(False)
         if self.restart:
             restart(given.student)
-        return FrozenTeacher(frozen, given.points, given.precision)
+        return FrozenTeacher(frozen, given.points, given.precision, students_view=True)
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FromRandom(Source):
+    """The recipe's teacher with fresh weights. A control: whoever gains by it does not gain by what a teacher knows."""
+
+    source: Literal["random"] = "random"
+
+    def make(self, given: Given) -> Teacher:
+        stranger = copy.deepcopy(given.teacher)
+        restart(stranger, "teacher")
+        return FrozenTeacher(stranger.requires_grad_(False), given.points, given.precision)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -107,7 +127,126 @@ class FromOnnx(Source):
         return OnnxTeacher(self.path, given.example)
 
 
-Member = Annotated[FromModule | FromEMA | FromSnapshot | FromOnnx, Field(discriminator="source")]
+@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FromArtifact(Source):
+    """The student of an earlier compile, a black box: an assistant, or what was known before there was new data."""
+
+    source: Literal["artifact"] = "artifact"
+    path: str = Field(min_length=1)
+    """the artifact's directory, from the folder in which pqk runs"""
+
+    def make(self, given: Given) -> Teacher:
+        return OnnxTeacher(deployed(Path(self.path)), given.example)
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FromAssistant(Source):
+    """The student as an earlier pass of this recipe left it, frozen: of middle size, between a large teacher and a
+    small student (Mirzadeh et al. 2020, arXiv:1902.03393). A recipe prunes, distills, prunes on, distills from it."""
+
+    source: Literal["assistant"] = "assistant"
+    after: int = Field(ge=0)
+    """the number of the pass that left it, from 0; it must still be a module there"""
+    like_student: ClassVar[bool] = True
+
+    def make(self, given: Given) -> Teacher:
+        if given.earlier is None:
+            raise InputError("distill: an assistant is the student of an earlier pass, and there is no run here")
+        return FrozenTeacher(given.earlier(self.after).requires_grad_(False), given.points, given.precision)
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FromPeer(Source):
+    """A second student that learns beside the first, each from the other (deep mutual learning)."""
+
+    source: Literal["peer"] = "peer"
+    seed: int = Field(default=1, ge=0)
+    """what tells the peer from the student; several peers of an ensemble need several"""
+    noise: float = Field(default=0.1, ge=0)
+    """the peer begins as the student, its weights moved by Gaussian noise of this share of their spread"""
+    restart: bool = False
+    """begin from fresh weights instead"""
+    kd_weight: float = Field(default=1.0, ge=0)
+    """weight of what the peer learns from the student, beside the task's loss"""
+    temperature: float = Field(default=1.0, gt=0)
+    """of that"""
+    like_student: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.noise == 0 and not self.restart:
+            raise InputError("noise = 0 without restart: the peer would be the student's twin and teach it nothing")
+
+    def uncached(self) -> str | None:
+        return PeerTeacher.uncacheable
+
+    def make(self, given: Given) -> Teacher:
+        peer = copy.deepcopy(given.student)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.seed)
+            if self.restart:
+                restart(peer, "peer")
+            else:
+                for p in peer.parameters():
+                    if p.dim() >= 2:
+                        p.add_(self.noise * p.std() * torch.randn_like(p))
+        options = {"kd_weight": self.kd_weight, "temperature": self.temperature, "precision": given.precision}
+        return PeerTeacher(peer, given.points, **options)  # type: ignore[arg-type]
+
+
+Member = Annotated[
+    FromModule | FromEMA | FromSnapshot | FromOnnx | FromArtifact | FromAssistant | FromPeer,
+    Field(discriminator="source"),
+]
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FromExits(Source):
+    """Beside another teacher, the student's own output teaches small classifiers at its shallower points (be your own
+    teacher). What they learn reaches the layers below; they themselves are left behind."""
+
+    source: Literal["exits"] = "exits"
+    points: tuple[str, ...] = Field(min_length=1)
+    """module paths of the student whose outputs get an exit"""
+    teacher: Member = FromModule()
+    """who else teaches, and answers the terms"""
+    ce_weight: float = Field(default=0.3, ge=0)
+    """weight of the task's loss at each exit"""
+    kd_weight: float = Field(default=0.7, ge=0)
+    """weight of what the student's output teaches each exit"""
+    temperature: float = Field(default=3.0, gt=0)
+    """of that"""
+
+    def uncached(self) -> str | None:
+        return self.teacher.uncached()
+
+    def make(self, given: Given) -> Teacher:
+        with torch.no_grad():
+            outputs, features = tap(given.student.eval(), self.points)(*given.example)
+        exits = {point: exit_for(features[point], outputs, f'the exit at "{point}"') for point in self.points}
+        weights = {"ce_weight": self.ce_weight, "kd_weight": self.kd_weight, "temperature": self.temperature}
+        return ExitsTeacher(self.teacher.make(given), exits, **weights)
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FromShadow(Source):
+    """A second head on the recipe's teacher, which teaches in its place and hears the student (SHAKE)."""
+
+    source: Literal["shadow"] = "shadow"
+    point: str = Field(min_length=1)
+    """the teacher's module whose output the head reads: the last before its own head"""
+    student_weight: float = Field(default=1.0, ge=0)
+    """weight of what the student teaches the head, beside what the teacher does"""
+    temperature: float = Field(default=4.0, gt=0)
+    """of both"""
+
+    def uncached(self) -> str | None:
+        return ShadowTeacher.uncacheable
+
+    def make(self, given: Given) -> Teacher:
+        inner = FrozenTeacher(given.teacher, sorted({*given.points, self.point}), given.precision)
+        outputs, features = inner(Batch(given.example, None, None))
+        head = exit_for(features[self.point], outputs, f'the shadow head at "{self.point}"')
+        return ShadowTeacher(inner, self.point, head, student_weight=self.student_weight, temperature=self.temperature)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -121,8 +260,9 @@ class FromEnsemble(Source):
     """one for each member; none: alike"""
     of: Literal["probabilities", "logits"] = "probabilities"
     """what the mean is taken of"""
-    by: Literal["confidence", "surest", "label_confidence"] | None = None
-    """what weights the members sample by sample; label_confidence: by their losses on the labels (CA-MKD)"""
+    by: Literal["confidence", "surest", "label_confidence", "best_on_label"] | None = None
+    """what weights the members sample by sample: their top probabilities, the most confident alone, their losses on the
+    labels (CA-MKD), the one with the least of these alone"""
     uncertainty: bool = False
     """also say how far the members disagree, which the gate "teacher_agreement" needs"""
 
@@ -143,21 +283,41 @@ class FromEnsemble(Source):
         return kind([m.make(given) for m in self.members], self.weights, of=self.of, by=self.by)
 
 
-SOURCES = (FromModule, FromEMA, FromSnapshot, FromOnnx, FromEnsemble)
+SOURCES = (
+    FromModule, FromEMA, FromSnapshot, FromRandom, FromOnnx, FromArtifact, FromAssistant, FromPeer, FromExits,
+    FromShadow, FromEnsemble,
+)  # fmt: skip
 AnySource = Annotated[
-    FromModule | FromEMA | FromSnapshot | FromOnnx | FromEnsemble, Field(discriminator="source")
+    FromModule | FromEMA | FromSnapshot | FromRandom | FromOnnx | FromArtifact | FromAssistant | FromPeer | FromExits
+    | FromShadow | FromEnsemble,
+    Field(discriminator="source"),
 ]  # fmt: skip
 
 
-def restart(student: nn.Module) -> None:
+def deployed(folder: Path) -> Path:
+    """The `model.onnx` of an artifact. Raises `InputError` where there is none, or it is not the manifest's."""
+    manifest, model = folder / "manifest.json", folder / "model.onnx"
+    if not manifest.is_file() or not model.is_file():
+        raise InputError(f"distill: the teacher {folder} is no finished artifact with a model.onnx")
+    entry = read_json(manifest).get("files", {}).get(model.name, {})
+    if hashlib.sha256(model.read_bytes()).hexdigest() != entry.get("sha256"):
+        raise InputError(
+            f"distill: the teacher {model} was changed after its compile: its sha256 is not the manifest's"
+        )
+    return model
+
+
+def restart(model: nn.Module, whose: str = "student") -> None:
     """Draw all weights anew, each layer as it does it itself. Raises `InputError` for layers that cannot."""
-    for path, module in student.named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for path, module in model.named_modules():
+        # Buffers that are not saved are part of how a module is built: they have nothing to forget.
+        saved = set(module._buffers) - module._non_persistent_buffers_set
+        own = [*module.parameters(recurse=False), *(b for b in map(module._buffers.get, saved) if b is not None)]
         if own and not callable(getattr(module, "reset_parameters", None)):
             raise InputError(
-                f'distill: the student cannot begin again: "{path}" ({type(module).__name__}) has tensors and no '
+                f'distill: the {whose} cannot begin again: "{path}" ({type(module).__name__}) has tensors and no '
                 "reset_parameters; restart a plain module, before it is captured"
             )
-    for module in student.modules():
+    for module in model.modules():
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()

@@ -1,9 +1,7 @@
-"""What a teacher is, the frozen one, and its answers on disk.
+"""What a teacher is, the frozen one, and what makes its answers those of one file (`pqk.knowledge.cache`).
 
-With a keyed augmentation the teacher sees each (sample, view) once; later epochs read its logits from a memory-mapped
-file. A row is written only after it was computed, and rows that are not yet there are NaN, so a killed run leaves a
-file that is merely less full. The file is named by teacher, data and precision: another teacher or another
-augmentation never reads it.
+With a keyed augmentation the teacher sees each (sample, view) once; later epochs, the run's other trainings and, where
+`PQK_CACHE` names a folder, later runs read its answers.
 """
 
 from __future__ import annotations
@@ -16,20 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pqk.data import Batch, Data, Inputs, map_tensors
-from pqk.files import write_whole
+from pqk.data import Batch, Data, Inputs, digest_of, map_tensors
+from pqk.knowledge.cache import LogitCache, cache_folder
 from pqk.knowledge.taps import tap
+from pqk.knowledge.term import View
 from pqk.task import widened
 
 Answer = tuple[Any, dict[str, Tensor]]
 """(outputs, {point: feature}) of a batch"""
 
-ROWS = 4096
-"""rows of a new cache that are written at once"""
+PROBE = 8
+"""samples whose answers are compared with those that a cache holds"""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -41,36 +39,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class LogitCache:
-    """Rows [C…] in float32 by key, in a memory-mapped .npy file; NaN: not there yet."""
-
-    def __init__(self, path: Path, rows: int, shape: Sequence[int]) -> None:
-        self.path = path
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Written, not mapped: a full disk is then an error here and not a crash in the middle of the training.
-            write_whole(path, lambda p: _blank(p, (rows, *shape)))
-        self.array = np.load(path, mmap_mode="r+", allow_pickle=False)
-
-    def get(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows [B, C…], present bool [B])."""
-        rows = torch.from_numpy(np.asarray(self.array[keys.cpu().numpy()]))
-        return rows, rows.flatten(1).isfinite().all(1)
-
-    def put(self, keys: Tensor, rows: Tensor) -> None:
-        self.array[keys.cpu().numpy()] = rows.detach().float().cpu().numpy()
-
-
-def _blank(path: Path, shape: tuple[int, ...]) -> None:
-    """A .npy file of float32 NaN."""
-    with path.open("wb") as f:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(f, header)
-        row = np.full(shape[1:], np.nan, "<f4").tobytes()
-        for start in range(0, shape[0], ROWS):
-            f.write(row * min(ROWS, shape[0] - start))
-
-
 class Teacher(nn.Module, ABC):
     """Answers batches: always in eval mode, never with a gradient, in float32 at least.
 
@@ -80,6 +48,8 @@ class Teacher(nn.Module, ABC):
     cache: LogitCache | None = None
     featureless = "the teacher was made without that point; name it in its `points`"
     """why a feature is missing"""
+    watches: Sequence[str] = ()
+    """points of the student that its lessons look at"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,6 +77,10 @@ class Teacher(nn.Module, ABC):
 
     def begin(self, progress: float) -> None:
         """Called before each training step with the share of the training that is done, 0 to 1."""
+
+    def lesson(self, view: View) -> Tensor | None:
+        """What it learns itself beside the student: a loss [B] that is added to the student's; None: nothing."""
+        return None
 
     def train(self, mode: bool = True) -> Teacher:
         return super().train(False)
@@ -138,16 +112,22 @@ class FrozenTeacher(Teacher):
     """A module in eval mode, without gradients, its buffers never touched; optionally cached.
 
     `precision` "bf16" computes its convolutions and matmuls in bfloat16 autocast (about twice as fast where the CPU
-    has the instructions); outputs are float32.
+    has the instructions); outputs are float32. `students_view`: where the two see different views, it sees that of the
+    student, which it once was.
     """
 
     def __init__(
-        self, model: nn.Module, points: Sequence[str] = (), precision: str = "fp32", cache: LogitCache | None = None
+        self,
+        model: nn.Module,
+        points: Sequence[str] = (),
+        precision: str = "fp32",
+        cache: LogitCache | None = None,
+        students_view: bool = False,
     ) -> None:
         super().__init__()
         # Hidden from `parameters()` and `state_dict()`: the teacher is read only and is not part of any checkpoint.
         self._model = [tap(model.eval(), points)]
-        self.precision, self.cache = precision, None if points else cache
+        self.precision, self.cache, self.students_view = precision, None if points else cache, students_view
 
     @property
     def module(self) -> nn.Module | None:
@@ -159,46 +139,54 @@ class FrozenTeacher(Teacher):
         return self
 
     def identity(self) -> str:
-        made_of = fingerprint(self.module or self._model[0])
-        return made_of if self.precision == "fp32" else f"{made_of} {self.precision}"
+        model = self.module or self._model[0]  # its text, too: other layers can have the same tensors
+        return repr((fingerprint(model), str(model), self.precision, self.students_view))
 
     def live(self, batch: Batch) -> Answer:
         device = batch.inputs[0].device
         if any(t.device != device for t in self._model[0].parameters()):
             self._model = [copy.deepcopy(self._model[0]).to(device)]  # the program's teacher stays where it is
-        return asked(self._model[0], batch, self.precision)
+        return asked(self._model[0], batch if self.students_view else batch.for_teacher(), self.precision)
 
 
-def cache_for(folder: Path | None, teacher: nn.Module, data: Data, precision: str, example: Any) -> LogitCache | str:
-    """The cache of this teacher on this data, shared by all passes of a run; or the reason why there is none.
+def cache_for(folder: Path | None, teacher: nn.Module, data: Data, precision: str) -> LogitCache | str:
+    """The cache of this teacher on this data, shared by all passes of a run, or the reason why there is none.
 
-    `teacher`: a `Teacher`, or the model of a frozen one.
+    With the environment variable `PQK_CACHE` it is in the folder named there, shared by all runs. `teacher`: a
+    `Teacher`, or the model of a frozen one. Raises `InputError` where the file holds other answers than it gives.
     """
-    if isinstance(teacher, Teacher) and (reason := teacher.uncached()) is not None:
+    teacher = teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher, precision=precision)
+    place = cache_folder(folder)
+    if (reason := teacher.uncached()) is not None:
         return reason
-    if folder is None:
+    if place is None:
         return "nothing is saved in this run"
     if data.key_count is None:
         return data.unkeyed_reason
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         return "several processes would write one file"
-    outputs = _example_outputs(teacher, data, example)
+    batch, outputs = _probe(teacher, data)
     if not isinstance(outputs, Tensor):
         return f"the teacher's output is a {type(outputs).__name__}; only single tensors are cached"
-    identity = teacher.identity() if isinstance(teacher, Teacher) else fingerprint(teacher)
-    key = hashlib.sha256(f"{identity} {data.fingerprint()} {precision}".encode()).hexdigest()
-    path = folder / "cache" / f"{key}.npy"
-    size, free = 4 * data.key_count * outputs[0].numel(), shutil.disk_usage(folder).free
+    if outputs.dtype != torch.float32:
+        return f"the teacher answers in {outputs.dtype}, and answers are kept in float32"
+    seen = digest_of("seen", (*batch.inputs, *(batch.teacher_inputs or ())))  # `prepare` shows in nothing else
+    key = hashlib.sha256(f"{teacher.identity()} {data.fingerprint()} {precision} {seen}".encode()).hexdigest()
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f"{key}.npy"
+    size, free = 4 * data.key_count * (outputs[0].numel() + 2), shutil.disk_usage(place).free
     if not path.exists() and size > free / 2:
-        return f"the answers would take {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free"
-    return LogitCache(path, data.key_count, outputs.shape[1:])
+        return f"the answers would take {size / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free"
+    cache = LogitCache(path, data.key_count, outputs.shape[1:])
+    if batch.keys is not None:
+        cache.confirm(batch.keys, outputs, precision)
+    return cache
 
 
 @torch.no_grad()
-def _example_outputs(teacher: nn.Module, data: Data, example: Any) -> Any:
-    """What the teacher says of a few samples."""
-    if not isinstance(teacher, Teacher):
-        return teacher(*example)
-    batch = next(data.batches())  # with its labels, on which an answer may depend
-    inputs, targets = map_tensors(lambda t: t[:2], (batch.inputs, batch.targets))
-    return teacher.live(Batch(inputs, targets, None))[0]
+def _probe(teacher: Teacher, data: Data) -> tuple[Batch, Any]:
+    """A few training samples in their first view, with their labels, and what the teacher says of them."""
+    with torch.random.fork_rng(devices=[]):
+        batch = next(data.batches(0))
+    few = map_tensors(lambda t: t[:PROBE], batch)
+    return few, teacher.live(few)[0]

@@ -15,6 +15,7 @@ from pqk.data import Batch, Inputs, map_tensors
 from pqk.errors import InputError, nearest
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teacher import Answer, Teacher, asked
+from pqk.knowledge.term import View
 from pqk.task import Outputs, first_tensor, tensors
 
 LEAST_VARIANCE = 1e-8
@@ -37,20 +38,34 @@ def surest(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def label_confidence(logits: Tensor, batch: Batch) -> Tensor:
-    """(1 − softmax over members of their cross-entropies) / (M − 1): CA-MKD, Zhang et al., ICASSP 2022, equation 3.
+    """(1 − softmax over members of their cross-entropies) / (M − 1) (CA-MKD: Zhang et al. 2022, arXiv:2201.00007).
 
     Raises `InputError` where the batch has no class labels.
     """
+    if len(logits) == 1:
+        _losses(logits, batch, "label_confidence")
+        return torch.ones_like(logits[..., 0])
+    return (1 - _losses(logits, batch, "label_confidence").softmax(0)) / (len(logits) - 1)
+
+
+def best_on_label(logits: Tensor, batch: Batch) -> Tensor:
+    """For each sample the member alone with the least cross-entropy on its label.
+
+    Raises `InputError` where the batch has no class labels.
+    """
+    best = _losses(logits, batch, "best_on_label").argmin(0)
+    return F.one_hot(best, len(logits)).movedim(-1, 0).to(logits.dtype)
+
+
+def _losses(logits: Tensor, batch: Batch, by: str) -> Tensor:
+    """The members' cross-entropies [M, B]."""
     y = batch.targets
     if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != logits.shape[1:-1]:
-        raise InputError('distill: members weighted by "label_confidence" need one class label for every sample')
-    if len(logits) == 1:
-        return torch.ones_like(logits[..., 0])
-    losses = -logits.log_softmax(-1).gather(-1, y.long().expand(len(logits), *y.shape)[..., None]).squeeze(-1)
-    return (1 - losses.softmax(0)) / (len(logits) - 1)
+        raise InputError(f'distill: members weighted by "{by}" need one class label for every sample')
+    return -logits.log_softmax(-1).gather(-1, y.long().expand(len(logits), *y.shape)[..., None]).squeeze(-1)
 
 
-WEIGHTINGS: tuple[Weighting, ...] = (confidence, surest, label_confidence)
+WEIGHTINGS: tuple[Weighting, ...] = (confidence, surest, label_confidence, best_on_label)
 
 
 class EnsembleTeacher(Teacher):
@@ -99,6 +114,10 @@ class EnsembleTeacher(Teacher):
         for member in self._each():
             member.begin(progress)
 
+    def lesson(self, view: View) -> Tensor | None:
+        own = [loss for member in self._each() if (loss := member.lesson(view)) is not None]
+        return torch.stack(own).sum(0) if own else None
+
     def check(self, example: Inputs) -> None:
         for member in self._each():
             member.check(example)
@@ -144,7 +163,7 @@ class EnsembleTeacher(Teacher):
 
 
 class UncertaintyTeacher(EnsembleTeacher):
-    """An ensemble that also says how far its members disagree (DEGU, Zhou et al. 2025).
+    """An ensemble that also says how far its members disagree (DEGU: Zhou et al. 2026, npj Artificial Intelligence).
 
     With `target`, it answers (mean, log-variance over members), for a student with two outputs of that shape. Else its
     answers are those of the ensemble, and the gate "teacher_agreement" scales terms by 1 − disagreement: for

@@ -1,0 +1,175 @@
+"""int8_mul: the product of two quantized tensors, each with its own scale and zero point; the gate of an image.
+
+    y = (a - a_zero_point) * a_scale * ((b - b_zero_point) * b_scale)
+    out = steps(y)                                                       see `_epilogue`
+
+`b` has the shape of `a`, or, [N, 1, 1, C] beside [N, H, W, C], a value for each channel of a sample: the gate of
+squeeze and excitation (Hu et al. 2018, "Squeeze-and-Excitation Networks", section 3). One launch takes the place of
+two dequantizes, the product and the quantize.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pqk.kernels._epilogue import apply_steps, encode, epilogue
+from pqk.kernels._triton import Launch, allocate, cdiv, example, falls_back, jit, launched, tl
+from pqk.kernels._values import check_plain_steps, check_values, example_steps, load_values, values
+
+
+@dataclass(frozen=True)
+class Mul:
+    """The arguments of `pqk::int8_mul`, in their order.
+
+    `a` and `b`: uint8 or int8, contiguous, of one shape, or `b` [N, 1, …, C] beside `a` [N, …, C]. `steps`, `params`,
+    `out_dtype`: see `_epilogue`; no step may read a residual.
+    """
+
+    a: Tensor
+    b: Tensor
+    params: Tensor
+    steps: str
+    a_scale: float
+    a_zero_point: int
+    b_scale: float
+    b_zero_point: int
+    out_dtype: torch.dtype
+
+    @property
+    def gates(self) -> bool:
+        """Whether `b` has one value for each channel of a sample."""
+        return self.a.ndim > 2 and self.b.shape != self.a.shape
+
+    def check(self) -> None:
+        """Raise `InputError` for arguments that no implementation takes."""
+        a, device = self.a, self.a.device
+        shape = (len(a), *[1] * (a.ndim - 2), a.shape[-1]) if self.gates else a.shape
+        check_values("a", a, self.a_scale, self.a_zero_point, device=device)
+        check_values("b", self.b, self.b_scale, self.b_zero_point, device=device, shape=shape)
+        check_plain_steps(self.steps, self.params, self.out_dtype, device)
+
+
+def reference(mul: Mul) -> Tensor:
+    """The formula in plain torch, on any device. Raises `InputError` for arguments that do not fit each other."""
+    mul.check()
+    y = values(mul.a, mul.a_scale, mul.a_zero_point) * values(mul.b, mul.b_scale, mul.b_zero_point)
+    return apply_steps(y, mul.steps, mul.params, None, mul.out_dtype)
+
+
+@jit
+def int8_mul_kernel(  # type: ignore[no-untyped-def]
+    a_ptr, b_ptr, out_ptr, params_ptr, elements, sample, channels, a_scale, a_zero_point, b_scale, b_zero_point,
+    GATES: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements; `sample` are the elements of one sample, of which each `channels` share their gates."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < elements
+    y = load_values(a_ptr, offset, inside, a_scale, a_zero_point)
+    b_offset = offset
+    if GATES:
+        b_offset = offset // sample * channels + offset % channels
+    y *= load_values(b_ptr, b_offset, inside, b_scale, b_zero_point)
+    y = epilogue(y, STEPS, params_ptr, None, offset, inside)
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def plan(mul: Mul) -> Launch:
+    """The launch. The tensors may be on the `meta` device."""
+    elements = mul.a.numel()
+    block = 1024 if elements < 1 << 20 else 4096
+    return Launch(
+        int8_mul_kernel,
+        (cdiv(elements, block),),
+        {
+            "a_ptr": mul.a, "b_ptr": mul.b, "out_ptr": allocate(mul.a.shape, mul.out_dtype, mul.a.device),
+            "params_ptr": mul.params, "elements": elements,
+            "sample": math.prod(mul.a.shape[1:]), "channels": mul.a.shape[-1] if mul.a.ndim else 1,
+            "a_scale": float(mul.a_scale), "a_zero_point": float(mul.a_zero_point),
+            "b_scale": float(mul.b_scale), "b_zero_point": float(mul.b_zero_point),
+        },
+        {"GATES": mul.gates, "STEPS": encode(mul.steps), "BLOCK": block},
+    )  # fmt: skip
+
+
+def run(mul: Mul) -> Tensor:
+    """The product by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
+    mul.check()
+    return launched(plan(mul))
+
+
+def supports(mul: Mul) -> str | None:
+    """Why the kernel cannot run these arguments, else None: it runs whatever `check` lets through."""
+    return None
+
+
+@torch.library.custom_op("pqk::int8_mul", mutates_args=(), device_types="cpu")
+def int8_mul(
+    a: Tensor,
+    b: Tensor,
+    params: Tensor,
+    steps: str,
+    a_scale: float,
+    a_zero_point: int,
+    b_scale: float,
+    b_zero_point: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """See `Mul`. → `out_dtype` of the shape of `a`. Raises `InputError`."""
+    return reference(Mul(a, b, params, steps, a_scale, a_zero_point, b_scale, b_zero_point, out_dtype))
+
+
+@int8_mul.register_kernel("cuda")
+def _(*arguments: Any) -> Tensor:
+    mul = Mul(*arguments)
+    return reference(mul) if falls_back("int8_mul", mul.a.device, supports(mul)) else run(mul)
+
+
+@int8_mul.register_fake
+def _(*arguments: Any) -> Tensor:
+    mul = Mul(*arguments)
+    return mul.a.new_empty(mul.a.shape, dtype=mul.out_dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call that is tested, compiled ahead of time and traced."""
+
+    shape: tuple[int, ...]
+    gates: bool = True
+    a_dtype: torch.dtype = torch.uint8
+    b_dtype: torch.dtype = torch.uint8
+    steps: str = "quantize"
+    out_dtype: torch.dtype = torch.uint8
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        return (self.shape[0], *[1] * (len(self.shape) - 2), self.shape[-1]) if self.gates else self.shape
+
+    def arguments(self, device: str = "meta", seed: int = 0) -> Mul:
+        a, b = example(self.shape, self.a_dtype, device, seed), example(self.b_shape, self.b_dtype, device, seed + 1)
+        a_zero, b_zero = (101 if d == torch.uint8 else 0 for d in (self.a_dtype, self.b_dtype))
+        params = example_steps(self.steps, self.out_dtype, device)
+        return Mul(a, b, params, self.steps, 0.013, a_zero, 0.017, b_zero, self.out_dtype)
+
+
+CASES = (
+    Case((2, 14, 14, 96)),
+    Case((2, 7, 7, 160), a_dtype=torch.int8, b_dtype=torch.int8, out_dtype=torch.int8),
+    Case((3, 5, 3, 7), True, torch.int8, torch.uint8, "relu,quantize", torch.int8),
+    Case((16, 384), False, torch.int8, torch.int8, "", torch.float32),
+)
+
+
+def specialize(case: Case, device: str = "meta") -> Launch:
+    """The launch of a case."""
+    return plan(case.arguments(device))
+
+
+def traffic(case: Case) -> int:
+    """Bytes that the case has to move: both inputs and the output, once."""
+    return math.prod(case.shape) * (1 + case.out_dtype.itemsize) + math.prod(case.b_shape)

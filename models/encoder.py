@@ -1,0 +1,301 @@
+"""Text encoders of Hugging Face: a directory in, a module between plain tensors out, and a directory again at the end.
+
+Attention is the eager one: captured, it is matrix products, a scale, the mask as one addend of [B, 1, 1, S], and a
+softmax, each of which passes and runtimes know. Needs `pip install 'pqk[encoders]'`; nothing else in pqk does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pqk.errors import InputError, nearest
+
+KINDS = ("classification", "regression", "embedding")
+INPUTS = ("input_ids", "attention_mask")
+FREE = {name: {0: "batch", 1: "sequence"} for name in INPUTS}
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "bpe.codes",
+)  # fmt: skip
+"""what a tokenizer may be stored in; an artifact gets those that are there"""
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "model.ckpt")
+SAID = {
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_size": "dim",
+}
+"""sizes in a config.json: their usual names, and what DistilBERT calls them"""
+LAYER = re.compile(r"\blayers?\.(\d+)\.(.+)\.weight(?:_u?int\d+)?$")
+QUERY = re.compile(r"(^|\.)(query|q_lin|q_proj|query_proj|q)$")
+
+
+class Encoder(nn.Module):
+    """A model of `transformers` between tensors: `input_ids` and `attention_mask` (0: padding), int64 [B, S].
+
+    Classification and regression give logits [B, C]; embedding gives `sentence_embedding` [B, D], the mean over the
+    tokens at length 1 (Reimers and Gurevych 2019, arXiv:1908.10084), and `last_hidden_state` [B, S, D], which is what
+    readers of feature extraction pool themselves.
+    """
+
+    segment: Tensor | None
+
+    def __init__(self, model: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+        # All tokens are of the first segment: as a constant, its embedding is one row that capture computes once.
+        known = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.register_buffer("segment", torch.zeros(1, 1, dtype=torch.int64) if known else None, persistent=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | dict[str, Tensor]:
+        more = {} if self.segment is None else {"token_type_ids": self.segment}
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **more)
+        if self.kind != "embedding":
+            return output.logits
+        states = output.last_hidden_state
+        return {"sentence_embedding": mean_of_tokens(states, attention_mask), "last_hidden_state": states}
+
+
+def mean_of_tokens(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean of `states` [B, S, D] over the tokens of `attention_mask` [B, S], at length 1: [B, D]."""
+    mask = attention_mask.unsqueeze(-1).to(states.dtype)
+    return F.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
+
+
+def encoder(directory: str | Path, task: str = "classification", labels: int | Sequence[str] | None = None) -> Encoder:
+    """The trained encoder in a Hugging Face directory, in eval mode, in float32.
+
+    Args:
+        directory: config.json, *.safetensors and a tokenizer; `package:NAME/FOLDER` is a folder of a Python package.
+        task: "classification", "regression" or "embedding".
+        labels: how many classes the head must have, or their names in order.
+
+    Raises `InputError` for a directory that is incomplete or holds pickled weights only, a decoder, a head that is
+    not the task's or was never trained, and labels that are not the head's.
+    """
+    model, _ = load(find_directory(directory), task, labels)
+    return Encoder(model, task).eval()
+
+
+def find_directory(name: str | Path, data: Path | None = None) -> Path:
+    """The folder `name`: as a path, in the data folder, or in a package. Raises `InputError` where it is nowhere."""
+    package, _, inside = str(name).removeprefix("package:").partition("/")
+    if str(name).startswith("package:"):
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise InputError(f"encoder: no package {package} for directory {name}; install it")
+        places = [Path(found.submodule_search_locations[0]) / inside]
+    else:
+        roots = [Path(), data, Path(os.environ["PQK_DATA"]) if "PQK_DATA" in os.environ else None]
+        places = [root / name for root in (*roots, Path("../shared/data")) if root is not None]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise InputError(f"encoder: no config.json in {' or '.join(dict.fromkeys(map(str, places)))}")
+
+
+def load(
+    folder: Path, task: str, labels: int | Sequence[str] | None = None, *, new_head: bool = False
+) -> tuple[nn.Module, Any]:
+    """(model, its configuration) of `transformers`. `new_head` gives an untrained head of `labels`, to be trained.
+
+    Raises `InputError` as `encoder` does.
+    """
+    if task not in KINDS:
+        raise InputError(f'encoder: unknown task "{task}"{nearest(task, KINDS)}')
+    _need_safetensors(folder)
+    with quietly() as transformers:
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"encoder: {folder} has no readable config.json: {_first_line(error)}") from error
+        _refuse_decoders(config, folder)
+        if task != "embedding":
+            _set_labels(config, task, labels, folder, new_head)
+        kind = transformers.AutoModel if task == "embedding" else transformers.AutoModelForSequenceClassification
+        try:
+            model, info = kind.from_pretrained(
+                folder, config=config, attn_implementation="eager", use_safetensors=True, local_files_only=True,
+                output_loading_info=True, ignore_mismatched_sizes=new_head,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"encoder: {folder} cannot be loaded as {task}: {_first_line(error)}") from error
+    untrained = sorted(k for k in info["missing_keys"] if not (task == "embedding" and k.startswith("pooler")))
+    if untrained and not new_head:
+        raise InputError(
+            f"encoder: {folder} ({', '.join(config.architectures or ['no architecture'])}) has no trained head for "
+            f"{task}: {', '.join(untrained[:4])} would be random; fine-tune it first (python -m pqk.models.finetune)"
+        )
+    if task == "embedding" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # reads the first token only, for a head that is not there
+    return model.float().eval(), config
+
+
+def load_tokenizer(folder: Path, config: Any) -> Any:
+    """The directory's tokenizer. Raises `InputError` where there is none, or it is not that of the model."""
+    with quietly() as transformers:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise InputError(f"encoder: {folder} has no readable tokenizer: {_first_line(error)}") from error
+    words = len(tokenizer)
+    if not 0.9 * config.vocab_size <= words <= config.vocab_size:
+        raise InputError(
+            f"encoder: the tokenizer in {folder} has {words} tokens and the model {config.vocab_size}; it belongs to "
+            "another model: copy the right one"
+        )
+    ids = (tokenizer.pad_token_id, config.pad_token_id)
+    if ids[0] is None or (ids[1] is not None and ids[0] != ids[1]):
+        raise InputError(f"encoder: the tokenizer in {folder} pads with token {ids[0]} and the model with {ids[1]}")
+    return tokenizer
+
+
+def positions(config: Any) -> int:
+    """How many tokens the model has positions for; RoBERTa's count from behind the padding token."""
+    most = getattr(config, "max_position_embeddings", None) or 512
+    shifted = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
+    return most - (config.pad_token_id or 0) - 1 if shifted else most
+
+
+# ---- out
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """What makes an artifact a Hugging Face directory beside its model.onnx: a configuration and the tokenizer.
+
+    Called with the student, whose sizes the configuration says. Where its layers differ, it says the largest, and all
+    of them under "pqk".
+    """
+
+    folder: Path
+    task: str
+
+    def __call__(self, student: nn.Module) -> dict[str, bytes]:
+        config = json.loads((self.folder / "config.json").read_text())
+        config.pop("auto_map", None)
+        config.update(self._sizes(student, config))
+        whole = {name: self.folder / name for name in TOKENIZER if (self.folder / name).is_file()}
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        return {"config.json": text.encode(), **{name: path.read_bytes() for name, path in whole.items()}}
+
+    def _sizes(self, student: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+        """The sizes of `student` by their names in `config`, found by holding its weights against the teacher's."""
+        names = {usual: usual if usual in config else own for usual, own in SAID.items()}
+        if any(name not in config for name in names.values()):
+            return {}
+        was = {usual: config[name] for usual, name in names.items()}
+        first = {tail: shape for _, tail, shape in layer_weights(stored_shapes(self.folder)) if len(shape) == 2}
+        wide = {t for t, s in first.items() if s == (was["intermediate_size"], was["hidden_size"])}
+        depth, ffn, heads, width = set(), {}, {}, set()
+        for layer, tail, shape in layer_weights({k: tuple(t.shape) for k, t in student.state_dict().items()}):
+            depth.add(layer)
+            if tail in wide and len(shape) == 2:
+                ffn[layer] = shape[0]
+                width.add(shape[1])
+            if QUERY.search(tail) and len(shape) == 2:
+                heads[layer] = shape[0] * was["num_attention_heads"] // was["hidden_size"]
+        if not depth or len(width) != 1 or ffn.keys() != depth or heads.keys() != depth:
+            return {}  # a family that shares or names its layers in its own way keeps what it said
+        now = (len(depth), max(heads.values()), max(ffn.values()), width.pop())
+        sizes: dict[str, Any] = dict(zip(names.values(), now, strict=True))
+        if len(set(ffn.values())) > 1 or len(set(heads.values())) > 1:
+            sizes["pqk"] = {"layers": [{"heads": heads[i], "intermediate": ffn[i]} for i in sorted(depth)]}
+        return sizes
+
+
+def layer_weights(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """(layer, name within it, shape) of every weight that stands in a numbered layer."""
+    for key, shape in shapes.items():
+        if (found := LAYER.search(key)) is not None:
+            yield int(found[1]), found[2], shape
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in the safetensors files of `folder`, read from their headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as f:
+            shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
+    return shapes
+
+
+# ---- what is refused
+
+
+def _need_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = [name for name in PICKLES if (folder / name).is_file()]
+    if pickled:
+        raise InputError(
+            f"encoder: {folder} holds its weights in {pickled[0]} only, which can run code when opened; where you "
+            "trust it, load it with its own class and save it with save_pretrained(DIR, safe_serialization=True)"
+        )
+    raise InputError(f"encoder: {folder} has no *.safetensors; copy the whole directory")
+
+
+def _refuse_decoders(config: Any, folder: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BIDIRECTIONAL
+
+    said = f"{folder} is a {config.model_type} ({', '.join(config.architectures or [])})"
+    if config.is_encoder_decoder:
+        raise InputError(f"encoder: {said}, an encoder and a decoder; only encoders can be compiled")
+    if getattr(config, "is_decoder", False) or config.model_type not in BIDIRECTIONAL:
+        raise InputError(f"encoder: {said}, which is not a bidirectional text encoder such as BERT; it cannot be used")
+
+
+def _set_labels(config: Any, task: str, labels: int | Sequence[str] | None, folder: Path, new_head: bool) -> None:
+    """Hold `labels` against the head's, or give `config` those of a new head."""
+    count = labels if isinstance(labels, int) or labels is None else len(labels)
+    if task == "regression":
+        count = 1
+    if new_head:
+        if count is None:
+            raise InputError("encoder: a new head needs labels, their number or their names")
+        names = [str(i) for i in range(count)] if isinstance(labels, int | None) else list(labels)
+        config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+        config.problem_type = "regression" if task == "regression" else "single_label_classification"
+        return
+    if count is not None and count != config.num_labels:
+        raise InputError(f"encoder: the head in {folder} has {config.num_labels} labels, and {count} are wanted")
+    have = [config.id2label[i] for i in range(config.num_labels)]
+    if task == "classification" and isinstance(labels, Sequence) and list(labels) != have:
+        differing = next((a, b) for a, b in zip(labels, have, strict=True) if a != b)
+        raise InputError(f'encoder: label "{differing[0]}" is called "{differing[1]}" by the head in {folder}')
+
+
+@contextmanager
+def quietly() -> Iterator[Any]:
+    """`transformers`, without its advice. Raises `InputError` where it is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import transformers
+        except ImportError as error:
+            raise InputError(f"encoder: {error}; install it: pip install 'pqk[encoders]'") from error
+        before = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            yield transformers
+        finally:
+            transformers.logging.set_verbosity(before)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

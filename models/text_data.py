@@ -1,0 +1,206 @@
+"""Tables of texts, and token sequences in batches of like length."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pqk.data import Batch, Data, digest_of
+from pqk.errors import InputError, nearest
+from pqk.models.encoder import quietly
+
+Table = Mapping[str, Sequence[Any]]
+"""columns by name: a dict of lists, or a `datasets` dataset"""
+Source = str | Path | Table
+POOL = 50
+"""batches whose samples are sorted by length together: enough to waste little padding, few enough to stay random"""
+
+
+# ---- tables
+
+
+def read_table(source: Source, data: Path | None = None) -> Table:
+    """The columns of a .tsv or .jsonl file (UTF-8), or `source` itself where it has columns.
+
+    A TSV file has one line of names and no quoting. Raises `InputError` with the line of whatever is wrong.
+    """
+    if not isinstance(source, str | Path):
+        return source
+    roots = [Path(), data, Path(os.environ["PQK_DATA"]) if "PQK_DATA" in os.environ else None, Path("../shared/data")]
+    path = next((p for root in roots if root is not None and (p := root / source).is_file()), None)
+    if path is None:
+        raise InputError(f"text: no file {source}; point --data or PQK_DATA at the folder that has it")
+    lines = list(_lines(path))
+    rows = _jsonl(path, lines) if path.suffix == ".jsonl" else _tsv(path, lines)
+    if not rows:
+        raise InputError(f"text: {path} has no rows")
+    names = rows[0].keys()
+    for number, row in enumerate(rows, 1):
+        if row.keys() != names:
+            raise InputError(f"text: row {number} of {path} has the fields {sorted(row)}, the first {sorted(names)}")
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def _lines(path: Path) -> Iterator[str]:
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(content.replace(b"\r\n", b"\n").split(b"\n"), 1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"text: line {number} of {path} is not UTF-8 (byte {line[error.start]:#x} at {error.start}): its lines "
+                "are of mixed or another encoding; write the whole file as UTF-8 first"
+            ) from error
+
+
+def _tsv(path: Path, lines: list[str]) -> list[dict[str, Any]]:
+    names, rows = lines[0].split("\t"), []
+    for number, line in enumerate(lines[1:], 2):
+        if not line and number == len(lines):
+            break  # what follows the last newline
+        fields = line.split("\t")
+        if len(fields) != len(names):
+            raise InputError(f"text: line {number} of {path} has {len(fields)} fields and the header {len(names)}")
+        rows.append(dict(zip(names, fields, strict=True)))
+    return rows
+
+
+def _jsonl(path: Path, lines: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"text: line {number} of {path} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"text: line {number} of {path} is a {type(row).__name__}, not an object with fields")
+        rows.append(row)
+    return rows
+
+
+def column(table: Table, name: str, what: str) -> list[Any]:
+    """A column as a list. Raises `InputError` naming the nearest known one."""
+    try:
+        return list(table[name])
+    except KeyError as error:
+        known = getattr(table, "column_names", None) or list(table)
+        raise InputError(f'text: {what} has no column "{name}"{nearest(name, map(str, known))}') from error
+
+
+# ---- tokens
+
+
+class TextData(Data):
+    """Token sequences in batches of like length: inputs `input_ids` and `attention_mask` int64 [B, S].
+
+    Each epoch is a permutation; within pools of `POOL` batches samples are sorted by length, and the batches come in a
+    random order: all a function of the seed. Without a seed the whole is one pool, in one fixed order. A sample's key
+    is its row. Raises `InputError` for no samples, an empty sequence or lengths that differ.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[Sequence[int]],
+        targets: Tensor | None,
+        batch_size: int = 32,
+        *,
+        pad: int = 0,
+        ids: Tensor | None = None,
+    ) -> None:
+        if targets is not None and len(targets) != len(tokens):
+            raise InputError(f"data: {len(tokens)} texts and {len(targets)} targets")
+        if batch_size < 1:
+            raise InputError(f"data: batch_size={batch_size} must be at least 1")
+        self.tokens, self.pad, self.batch_size = [torch.tensor(t, dtype=torch.int64) for t in tokens], pad, batch_size
+        self.lengths = torch.tensor([len(t) for t in tokens], dtype=torch.int64)
+        if len(tokens) and not int(self.lengths.min()):
+            raise InputError(f"data: text {int(self.lengths.argmin())} has no tokens, and its tokenizer adds none")
+        self.ids = torch.arange(len(tokens)) if ids is None else ids
+        if not len(self.ids):
+            raise InputError("data: no samples")
+        self._targets, self.samples, self.key_count = targets, len(self.ids), len(tokens)
+
+    @property
+    def targets(self) -> Tensor | None:
+        """Of all samples, in the order of `ids`."""
+        return None if self._targets is None else self._targets[self.ids]
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def subset(self, ids: Tensor, targets: Tensor | None = None) -> TextData:
+        """The samples with these rows, under the same keys; with other `targets`, by row, where they are given."""
+        part = TextData.__new__(TextData)
+        part.__dict__.update(self.__dict__)
+        part.ids, part.samples = ids, len(ids)
+        part._targets = self._targets if targets is None else targets
+        return part
+
+    def plan(self, seed: int | None) -> list[Tensor]:
+        """The rows of each batch of an epoch."""
+        generator = torch.Generator().manual_seed(seed or 0)
+        order = self.ids[torch.randperm(self.samples, generator=generator)]
+        pools = order.split(POOL * self.batch_size if seed is not None else self.samples)
+        batches = [
+            b for pool in pools for b in pool[self.lengths[pool].sort(stable=True).indices].split(self.batch_size)
+        ]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+    def batches(
+        self, seed: int | None = None, epoch: int = 0, start: int = 0, state: Tensor | None = None
+    ) -> Iterator[Batch]:
+        if state is not None:
+            torch.set_rng_state(state)
+        for rows in self.plan(seed)[start:]:
+            inputs = padded([self.tokens[i] for i in rows], self.pad)
+            yield Batch(inputs, None if self._targets is None else self._targets[rows], rows)
+
+    def fingerprint(self) -> str:
+        targets = [] if self._targets is None else [self._targets]
+        return digest_of((self.batch_size, self.pad, POOL), (torch.cat(self.tokens), self.lengths, *targets, self.ids))
+
+
+def padded(tokens: Sequence[Tensor], pad: int, length: int = 0) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `attention_mask` int64 [B, S] of sequences, S the longest of them or `length`."""
+    length = max(length, *map(len, tokens))
+    ids = torch.full((len(tokens), length), pad)
+    for row, t in zip(ids, tokens, strict=True):
+        row[: len(t)] = t
+    lengths = torch.tensor([len(t) for t in tokens])
+    return ids, (torch.arange(length) < lengths[:, None]).long()
+
+
+@dataclass
+class Tokens:
+    """Tokenizes texts for one model, and notes what it did to them."""
+
+    tokenizer: Any
+    most: int
+    """tokens of a text, of which longer ones lose the rest"""
+    notes: list[str] = field(default_factory=list)
+
+    def __call__(self, texts: Sequence[Any], what: str) -> list[list[int]]:
+        """Token ids, special tokens included. Raises `InputError` naming the first row that is no text."""
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"text: row {row + 1} of {what} is a {type(text).__name__}, not a text")
+        with quietly():
+            whole = self.tokenizer(list(texts), truncation=False)["input_ids"]
+            long = [i for i, ids in enumerate(whole) if len(ids) > self.most]
+            if long:
+                cut = self.tokenizer([texts[i] for i in long], truncation=True, max_length=self.most)["input_ids"]
+                for i, ids in zip(long, cut, strict=True):
+                    whole[i] = ids
+                self.notes.append(f"{len(long)} of {len(texts)} texts of {what} were cut to {self.most} tokens")
+        if empty := sum(not text.strip() for text in texts):
+            self.notes.append(f"{empty} texts of {what} are empty: special tokens alone stand for them")
+        return whole

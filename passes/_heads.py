@@ -1,0 +1,174 @@
+"""Attention heads as channel groups, found by watching one forward pass, whatever the module's code calls them.
+
+Queries, keys and values are linear layers whose outputs are viewed as [..., heads, size]; a module in whose forward
+that happens is an attention, and the linear layer that reads the heads joined again ends it. A head goes whole: its
+rows of queries, keys and values, and its columns of the layer that reads them (Michel et al. 2019, arXiv:1905.10650).
+
+The module's own code then still asks for the heads that it was built with, as a number in an attribute or as the width
+of its input. A module with fewer heads therefore runs under a mode that reads these views as what is there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class Attention:
+    """What one pass showed of an attention module: `heads` of `size` channels each."""
+
+    heads: int
+    size: int
+    makers: list[str] = field(default_factory=list)
+    """linear layers whose outputs are split into heads"""
+    readers: list[str] = field(default_factory=list)
+    """linear layers that read the heads joined again"""
+
+
+def find_attention(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Attention]:
+    """The attention modules of `model` (unchanged) that one forward pass on `example` shows, by path."""
+    watch = _Watch({id(m.weight): path for path, m in model.named_modules() if isinstance(m, nn.Linear)})
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(watch.entering(path)))
+        handles.append(module.register_forward_hook(watch.leaving, always_call=True))
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.no_grad(), watch:
+            model.eval()(*example)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, mode in modes.items():
+            m.training = mode
+    return {path: a for path, a in watch.found.items() if a.makers and a.readers}
+
+
+class _Watch(TorchFunctionMode):
+    """Follows the outputs of linear layers to where they are split into heads, and the joined heads to their reader."""
+
+    def __init__(self, linears: dict[int, str]) -> None:
+        super().__init__()
+        self.linears = linears
+        self.stack: list[str] = []
+        self.found: dict[str, Attention] = {}
+        self.made: dict[int, str] = {}
+        self.joined: dict[int, str] = {}
+        self.alive: list[Any] = []
+        """keeps every tensor that was seen: an id is of one object only as long as that lives"""
+
+    def entering(self, path: str) -> Callable[..., None]:
+        return lambda module, inputs: self.stack.append(path)
+
+    def leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.stack.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or not args or not isinstance(args[0], Tensor):
+            return result
+        x, where = args[0], self.stack[-1] if self.stack else ""
+        self.alive += (x, result)
+        if func is F.linear:
+            path = self.linears.get(id(args[1]))
+            if path is not None:
+                self.made[id(result)] = path
+                if id(x) in self.joined:
+                    _note(self.found[self.joined[id(x)]].readers, path)
+        elif result.shape == x.shape:
+            for origin in (self.made, self.joined):
+                if id(x) in origin:
+                    origin.setdefault(id(result), origin[id(x)])
+        elif result.ndim == x.ndim + 1 and id(x) in self.made and result.shape[-2:].numel() == x.shape[-1]:
+            heads, size = result.shape[-2:]
+            seen = self.found.setdefault(where, Attention(heads, size))
+            if heads > 1 and (heads, size) == (seen.heads, seen.size):
+                _note(seen.makers, self.made[id(x)])
+        elif result.ndim == x.ndim - 1 and where in self.found and result.shape[-1] == x.shape[-2:].numel():
+            seen = self.found[where]
+            self.joined |= {id(result): where} if x.shape[-2:] == (seen.heads, seen.size) else {}
+        return result
+
+
+def _note(paths: list[str], path: str) -> None:
+    if path not in paths:
+        paths.append(path)
+
+
+# ---- an attention with fewer heads than its code was written for
+
+
+class FewerHeads(nn.Module):
+    """What the class of a cut attention module is too: in its forward views are read as what is there."""
+
+    _heads: tuple[int, int, int]
+    """as built, now, size of one"""
+
+
+def _regrouped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)  # torch.export reads the names of the inputs from it
+    def run(self: FewerHeads, *args: Any, **kwargs: Any) -> Any:
+        with Regrouped(*self._heads):
+            return forward(self, *args, **kwargs)
+
+    return run
+
+
+class Regrouped(TorchFunctionMode):
+    """Reads a view of [..., built * size] or [..., built, size] as one of the heads that there are now."""
+
+    def __init__(self, built: int, now: int, size: int) -> None:
+        super().__init__()
+        self.built, self.now, self.size = built, now, size
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.view, Tensor.reshape, torch.reshape) and not kwargs and not isinstance(args[1], torch.dtype):
+            x, *sizes = args
+            sizes = list(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
+            args = (x, self.sizes(x, sizes))
+        return func(*args, **(kwargs or {}))
+
+    def sizes(self, x: Tensor, sizes: list[Any]) -> list[Any]:
+        """`sizes`, or what they mean with fewer heads. Only plain numbers are compared: a traced size must not be."""
+        numbers = [s if type(s) is int else None for s in sizes]
+        if len(sizes) == x.ndim + 1 and _is(x.shape[-1], self.now * self.size):
+            if numbers[-1] in (-1, self.size) and numbers[-2] in (-1, self.built, self.now):
+                return [*sizes[:-2], self.now, self.size]
+        elif len(sizes) == x.ndim - 1 and _is(x.shape[-2], self.now) and _is(x.shape[-1], self.size):
+            return [*sizes[:-1], self.now * self.size]
+        return sizes
+
+
+def _is(size: Any, number: int) -> bool:
+    return type(size) is int and size == number
+
+
+def cut_heads(module: nn.Module, doomed: Sequence[int], heads: int, size: int) -> None:
+    """Let an attention module of `heads` heads run without the `doomed` ones; its layers are cut on their own.
+
+    Numbers that it keeps of its heads and of their width follow, and so do tables with a value for each head.
+    """
+    left = [h for h in range(heads) if h not in set(doomed)]
+    if not isinstance(module, FewerHeads):
+        kind = type(module)
+        body = {"__module__": kind.__module__, "forward": _regrouped(kind.forward)}
+        module.__class__ = type(kind.__name__, (FewerHeads, kind), body)
+        module._heads = (heads, heads, size)  # type: ignore[assignment]
+    built, _, _ = module._heads  # type: ignore[misc]
+    module._heads = (built, len(left), size)  # type: ignore[assignment]
+    for name, value in list(vars(module).items()):
+        if type(value) is int and value == heads * size:
+            setattr(module, name, len(left) * size)
+        elif type(value) is int and value == heads and "head" in name and "size" not in name and "dim" not in name:
+            setattr(module, name, len(left))
+    for name, table in list(module.named_parameters(recurse=False)):
+        if table.ndim > 1 and table.shape[-1] == heads:
+            setattr(module, name, nn.Parameter(table.detach()[..., left].contiguous(), table.requires_grad))

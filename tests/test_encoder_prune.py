@@ -1,0 +1,256 @@
+"""Pruning and quantizing encoders: heads, width under layer norms, layers, tables. Laws and known answers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, Family
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from pqk.graph import calls
+from pqk.passes import Capture, Convert, Prune, Quantize
+from pqk.passes._blocks import find_blocks
+from pqk.passes._cut import Cut, Skip, cut_channels, drop_block
+from pqk.passes._embedding_tables import LEAST, TableFakeQuant
+from pqk.passes._forms import aten
+from pqk.passes._groups import ChannelGroup, find_groups, law_reason, masked, probe
+from pqk.passes._heads import FewerHeads, Regrouped, find_attention
+from pqk.passes.convert import convert
+from pqk.program import Program, Stage, replay
+from pqk.run import Run
+from pqk.target import Target
+
+pytest.importorskip("transformers")
+
+
+def built(name: str) -> tuple[Family, nn.Module, tuple[Tensor, ...]]:
+    family = FAMILIES[name]
+    return family, family.teacher(), family.sample(2)
+
+
+def heads_of(model: nn.Module, example: tuple[Tensor, ...]) -> list[ChannelGroup]:
+    return [g for g in find_groups(model, example) if any(m.dim == "heads" and any(m.places) for m in g.members)]
+
+
+# ---- heads
+
+
+def test_attention_is_found_by_what_a_pass_does() -> None:
+    _, model, example = built("bert")
+    found = find_attention(model, example)
+    assert list(found) == [f"model.bert.encoder.layer.{i}.attention.self" for i in range(3)]
+    first = found["model.bert.encoder.layer.0.attention.self"]
+    assert (first.heads, first.size) == (4, 8)
+    assert [m.rpartition(".")[2] for m in first.makers] == ["query", "key", "value"]
+    assert first.readers == ["model.bert.encoder.layer.0.attention.output.dense"]
+
+
+@pytest.mark.parametrize("name", ["bert", "clip-text", pytest.param("deberta-v2", marks=pytest.mark.full)])
+def test_a_head_that_is_zero_and_a_head_that_is_gone_are_the_same(name: str) -> None:
+    _, model, example = built(name)
+    groups = heads_of(model, example)
+    assert len(groups) == 3
+    for group in groups:
+        assert group.reason is None and group.unit == 8 and len(group.units) == 4
+    doomed = [c for h in (0, 2) for c in groups[1].units[h]]
+    cuts = groups[1].cuts(doomed)
+    with torch.no_grad():
+        whole = model(*example)
+        with masked(model, cuts):
+            want = model(*example)
+        student = cut_channels(copy.deepcopy(model), example, cuts=cuts)
+        got = student(*example)
+    assert not torch.allclose(whole, want, atol=1e-5), "the heads said nothing"
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    module = student.get_submodule(next(c["module"] for c in cuts if c["dim"] == "heads"))
+    assert (
+        isinstance(module, FewerHeads)
+        and type(module).__name__
+        == type(model.get_submodule(next(c["module"] for c in cuts if c["dim"] == "heads"))).__name__
+    )
+    again = copy.deepcopy(student)  # what was cut is copied with its module
+    with torch.no_grad():
+        torch.testing.assert_close(again(*example), got)
+
+
+def test_heads_go_twice() -> None:
+    _, model, example = built("bert")
+    for left in (3, 2):
+        group = heads_of(model, example)[0]
+        assert group.channels == 8 * (left + 1)
+        model = cut_channels(model, example, cuts=group.cuts(group.units[1]))
+    with torch.no_grad():
+        assert model(*example).isfinite().all()
+    module = model.get_submodule("model.bert.encoder.layer.0.attention.self")
+    assert module.num_attention_heads == 2 and module.all_head_size == 16
+
+
+def test_views_are_read_as_the_heads_that_are_left() -> None:
+    mode = Regrouped(4, 3, 8)
+    x = torch.zeros(2, 5, 24)
+    assert mode.sizes(x, [2, 5, 4, 8]) == [2, 5, 3, 8] == mode.sizes(x, [2, 5, -1, 8])
+    assert mode.sizes(x.view(2, 5, 3, 8), [2, 5, 32]) == [2, 5, 24]
+    assert mode.sizes(x, [10, 24]) == [10, 24] and mode.sizes(x, [2, 5, 6, 4]) == [2, 5, 6, 4]
+
+
+# ---- the width of the residual stream
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(x)))
+
+
+def test_the_reference_of_a_norm_takes_its_statistics_over_the_kept() -> None:
+    torch.manual_seed(0)
+    model, x, kept = Normed(), torch.randn(5, 3), [0, 2, 3, 5, 6]
+    nn.init.normal_(model.norm.weight)
+    doomed = [1, 4, 7]
+    cuts = [
+        Cut(module="embed", dim="out", indices=doomed, of=8),
+        Cut(module="norm", dim="out", indices=doomed, of=8),
+        Cut(module="head", dim="in", indices=doomed, of=8),
+    ]
+    with torch.no_grad():
+        h = F.layer_norm(model.embed(x)[:, kept], (5,), model.norm.weight[kept], model.norm.bias[kept])
+        want = h @ model.head.weight[:, kept].T + model.head.bias
+        with masked(model, cuts):
+            torch.testing.assert_close(model(x), want)
+        assert law_reason(model, (x,), cuts) is None
+        assert law_reason(model, (x,), cuts[:1] + cuts[2:]) is not None, "a norm that keeps all channels is no cut"
+        torch.testing.assert_close(cut_channels(model, (x,), cuts=cuts)(x), want)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_the_residual_stream_narrows(name: str) -> None:
+    """Embeddings, norms, every layer around them, and a ViT's bare parameters; heads stay."""
+    _, model, example = built(name)
+    groups = find_groups(model, example)
+    stream = max(groups, key=lambda g: len(g.members))
+    assert stream.reason is None and stream.channels == 32 and probe(model, example, stream) is None
+    student = cut_channels(copy.deepcopy(model), example, cuts=stream.cuts(range(1, 32, 4)))
+    norms = [m for m in student.modules() if isinstance(m, nn.LayerNorm)]
+    assert norms and all(n.normalized_shape == (24,) for n in norms)
+    if name == "vit":
+        assert student.get_parameter("model.vit.embeddings.position_embeddings").shape[-1] == 24
+    with torch.no_grad():
+        assert student(*example).shape == model(*example).shape
+
+
+# ---- layers
+
+
+def test_layers_of_a_post_norm_encoder_are_blocks() -> None:
+    family, model, _ = built("bert")
+    blocks, _ = find_blocks(model, family.sample(8))
+    assert [b.path for b in blocks] == [f"model.bert.encoder.layer.{i}" for i in range(3)]
+    assert len({b.signature for b in blocks}) == 1
+    inputs = family.sample(3)
+    with torch.no_grad():
+        shorter = drop_block(copy.deepcopy(model), inputs, block=blocks[1].path, returns=blocks[1].returns)
+        assert isinstance(shorter.get_submodule(blocks[1].path), Skip)
+        encoder = model.get_submodule("model.bert.encoder")
+        del encoder.layer[1]  # type: ignore[union-attr]
+        torch.testing.assert_close(shorter(*inputs), model(*inputs))
+
+
+def test_prune_heads_units_width_and_layers_and_replay() -> None:
+    family, model, _ = built("bert")
+    task = family.task(model)
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Prune(parameters_ratio=2.0, multiple=8, depth=True, importance="taylor", samples=16).apply(program, task)
+    assert program.details["budget"]["reached"] >= 2
+    rewrites = {f.__name__: f for f in Prune.rewrites}
+    again = replay(copy.deepcopy(model), task.example, program.plan, rewrites)
+    again.load_state_dict(program.student.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again(*task.example), program.student(*task.example))
+
+
+# ---- tables
+
+
+class Looked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.small, self.head = nn.Embedding(64, 32), nn.Embedding(4, 32), nn.Linear(32, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids) + self.small(ids % 4))
+
+
+def test_a_table_is_stored_and_looked_up_as_integers(tmp_path: Path) -> None:
+    from pqk.data import ArrayData
+    from pqk.emit_onnx import emit_onnx
+    from pqk.parity import check_layers
+    from pqk.passes.convert import quantized_tensors
+    from pqk.runtime import session
+    from pqk.task import Task
+
+    torch.manual_seed(0)
+    model = Looked().eval()
+    ids = torch.randint(0, 64, (16, 7))
+    data = ArrayData((ids,), torch.zeros(16, 7, dtype=torch.long), 8)
+    task = Task(None, data, data, loss=lambda o, t: o.sum((1, 2)), input_names=("ids",))
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Quantize(samples=16).apply(Capture().apply(program, task), task)
+    assert ("small", f"embedding: its table is computed, or has fewer than {LEAST} values") in [
+        (d.layer, d.reason) for d in program.declined
+    ]
+    (quantizer,) = (m for m in program.student.modules() if isinstance(m, TableFakeQuant))
+    rows, table = quantizer(model.table(ids)), model.table.weight
+    assert (
+        (rows - model.table(ids))
+        .abs()
+        .le(quantizer.scale / 2 + (model.table(ids).abs() - 127 * quantizer.scale).clamp_min(0) + 1e-7)
+        .all()
+    )
+    rows.sum().backward()
+    assert table.grad is not None and table.grad[ids].abs().sum() > 0, "the table trains through the look-up"
+    with torch.no_grad():
+        want = program.student.eval()(ids)
+        graph = convert(copy.deepcopy(program.student), (ids,))
+        torch.testing.assert_close(graph(ids), want)
+    (looked, _) = calls(graph.graph, aten.embedding.default)
+    assert looked.meta["dtype"] == torch.int8
+    path = tmp_path / "model.onnx"
+    emit_onnx(graph, (ids[:2],), path, ("ids",))
+    stored = [numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
+    assert [t.dtype for t in stored if t.shape == (64, 32)] == [np.int8]
+    assert all(layer.passed for layer in check_layers(graph, quantized_tensors(graph), path, (ids,)))
+    np.testing.assert_allclose(session(path).run(None, {"ids": ids.numpy()})[0], want.numpy(), rtol=1e-4, atol=1e-5)
+
+
+# ---- a free length
+
+
+def test_an_encoder_of_any_length(tmp_path: Path) -> None:
+    """Captured at one length, its INT8 file runs at another, with every linear layer in integers."""
+    from pqk.coverage import integer_coverage
+    from pqk.emit_onnx import emit_onnx
+    from pqk.parity import OnnxModel
+
+    family, model, _ = built("bert")
+    task = family.task(model, axes={n: {0: "batch", 1: "sequence"} for n in family.names})
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    for step in (Capture(), Quantize(samples=16), Convert()):
+        program = step.apply(program, task)
+    path = tmp_path / "model.onnx"
+    emit_onnx(program.student, task.example, path, family.names, axes=task.axes)
+    short = tuple(t[:3, :5] for t in family.sample(4))
+    assert integer_coverage(path, {n: t.numpy() for n, t in zip(family.names, short, strict=True)}).share == 1
+    with torch.no_grad():
+        want = program.student(*short)
+    got = OnnxModel(path, want)(*short)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
