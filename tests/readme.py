@@ -3,6 +3,7 @@
 <!-- table: NAME -->     the attribution table of models/results/NAME.json
 <!-- recipe: NAME -->    models/NAME.toml
 <!-- results -->         one line for every result, and the training costs
+<!-- kernels -->         what `pqk kernels` found of the committed students and of all kernels' cases
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pqk.report_table import ATTRIBUTION_HEADER, attribution_cells, metric_text,
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "models" / "results"
-BLOCK = re.compile(r"(<!-- (table|recipe|results)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|recipe|results|kernels)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """`text` with every marked block made anew."""
-    makers = {"table": table, "recipe": recipe, "results": lambda _: results()}
+    makers = {"table": table, "recipe": recipe, "results": lambda _: results(), "kernels": lambda _: kernels()}
     return BLOCK.sub(lambda m: m[1] + makers[m[2]](m[3]) + m[4], text)
 
 
@@ -44,6 +45,31 @@ def table(name: str) -> str:
 
 def recipe(name: str) -> str:
     return f"\n```toml\n{(ROOT / 'models' / f'{name}.toml').read_text()}```\n\n"
+
+
+def kernels() -> str:
+    header = ("compiled", "for", "kinds of launch", "with integer matrix instructions", "registers", "spills", "traffic")
+    rows = []
+    for path in sorted(RESULTS.glob("kernels_*.json")):
+        found = json.loads(path.read_text())
+        what = "all kernels' cases" if found["artifact"] is None else f"`{Path(found['artifact']).name}`"
+        for arch in found["predictions_assume"]:
+            on = [layer["on"][arch["name"]] for layer in found["layers"] if arch["name"] in layer["on"]]
+            launches = [launch for at in on for launch in at["launches"] if launch["reason"] is None]
+            ratios = [at["traffic"]["ratio"] for at in on if at["traffic"]]
+            rows.append(
+                [
+                    what,
+                    arch["name"],
+                    str(len(launches)),
+                    str(sum(bool(launch["integer"]) for launch in launches)),
+                    f"at most {max(launch['registers'] for launch in launches)}",
+                    str(sum(launch["spills"] for launch in launches)),
+                    f"at most {max(ratios):.2f}x",
+                ]
+            )
+    note = "Traffic: 32-byte sectors touched over each layer's inputs, weights and outputs once; the bar is 1.1x."
+    return "\n" + markdown_table(header, rows) + f"\n\n{note}\n\n"
 
 
 def results() -> str:
