@@ -17,7 +17,7 @@ test: check
 	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2
 
 test-full: check
-	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2 -m "full or not full"
+	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2 -m "full or not full" --summary out/test_full.json
 
 # Lint and types. mypy resolves pqk.passes, pqk.kernels and pqk.models in an installed copy only, so it checks one.
 check: .venv/test.stamp

@@ -4,9 +4,10 @@
     y = layer norm of v over the last axis (`_norm`), or v
     out = steps(y)                                                               see `_epilogue`
 
-An int8 table stands for `q * scale`, with one scale or one a row; a float32 table for itself. Positions default to a
-token's place in its sequence and types to 0, as in BERT (Devlin et al. 2019, section 3, figure 2). Only the rows that
-are asked for are read: a quarter of the bytes of a float table.
+An int8 table stands for `q * scale`, with one scale, one a row or one a column; a float32 table for itself. Positions
+default to a token's place in its sequence and types to 0, as in BERT (Devlin et al. 2019, section 3, figure 2). Only
+the rows that are asked for are read: a quarter of the bytes of a float table. A second output keeps y in float for a
+residual sum that skips the quantize.
 
 An id outside its table is an `InputError` in the reference. On a GPU, where looking at ids would wait for them, the
 kernel reads no memory for it and takes the row as zeros.
@@ -46,10 +47,11 @@ IDS = (torch.int64, torch.int32)
 class Embedding:
     """The arguments of `pqk::int8_embedding`, in their order.
 
-    `ids` int64 or int32 [..., T]. `words` [V, C], `positions` [P, C], `types` [Y, C]: int8, with a float32 scale [] or
-    [rows], or float32, without one; the last two may be None. `position_ids`, `type_ids`: int64 or int32 of the shape
-    of `ids`, or None. `weight`, `bias`: float32 [C] or None, read where `normalize`. `steps`, `params`, `out_dtype`:
-    see `_epilogue`; no step may read a residual. All contiguous.
+    `ids` int64 or int32 [..., T]. `words` [V, C], `positions` [P, C], `types` [Y, C]: int8, with a float32 scale []
+    (one), [rows] or [1, C], or float32, without one; the last two may be None. `position_ids`, `type_ids`: int64 or
+    int32 of the shape of `ids`, or None. `weight`, `bias`: float32 [C] or None, read where `normalize`. `steps`,
+    `params`, `out_dtype`: see `_epilogue`; no step may read a residual. `keep`: whether the second output is the float
+    y before the steps. All contiguous.
     """
 
     ids: Tensor
@@ -67,12 +69,18 @@ class Embedding:
     steps: str
     normalize: bool
     eps: float
+    keep: bool
     out_dtype: torch.dtype
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         """[..., T, C]."""
         return (*self.ids.shape, self.words.shape[1])
+
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        """Of the second output, float32: that of the first, or [0]."""
+        return self.out_shape if self.keep else (0,)
 
     def check(self) -> None:
         """Raise `InputError` for arguments that no implementation takes."""
@@ -104,13 +112,14 @@ class Embedding:
         if (table.dtype == torch.int8) != (scale is not None):
             raise InputError(f"{name}: a {table.dtype} table {'has no' if scale is not None else 'needs a'} scale")
         if scale is not None:
-            check_scale(f"{name} scale", scale, device=device, shape=() if scale.ndim == 0 else (len(table),))
+            sizes: tuple[tuple[int, ...], ...] = ((), (len(table),), (1, table.shape[1]))
+            check_scale(f"{name} scale", scale, device=device, shape=sizes[min(scale.ndim, 2)])
         if ids is not None:
             check_tensor(f"{name} ids", ids, IDS, device=device, shape=self.ids.shape)
 
 
-def reference(embedding: Embedding) -> Tensor:
-    """The formula in plain torch, on any device. Raises `InputError`, also for an id outside its table."""
+def reference(embedding: Embedding) -> tuple[Tensor, Tensor]:
+    """The formula in plain torch, on any device: (out, kept). Raises `InputError`, also for an id outside its table."""
     embedding.check()
     e = embedding
     v = _rows("ids", e.words, e.word_scale, e.ids)
@@ -123,7 +132,8 @@ def reference(embedding: Embedding) -> Tensor:
         )
     if e.normalize:
         v = normalized(v, e.weight, e.bias, e.eps, centre=True)
-    return apply_steps(v, e.steps, e.params, None, e.out_dtype)
+    out = apply_steps(v, e.steps, e.params, None, e.out_dtype)
+    return out, v.clone() if e.keep else v.new_empty(0)  # ops may not return views of each other
 
 
 def _rows(name: str, table: Tensor, scale: Tensor | None, ids: Tensor) -> Tensor:
@@ -135,17 +145,19 @@ def _rows(name: str, table: Tensor, scale: Tensor | None, ids: Tensor) -> Tensor
     rows = table[ids.to(torch.int64)].to(torch.float32)
     if scale is None:
         return rows
-    return rows * (scale if scale.ndim == 0 else scale[ids.to(torch.int64)][..., None])
+    return rows * (scale[ids.to(torch.int64)][..., None] if scale.ndim == 1 else scale.squeeze(0))
 
 
 @jit
 def table_rows(table_ptr, scale_ptr, row, rows, column, columns, inside, SCALES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 [R, C]: the rows `row` [R] of a table; zeros for one that it does not have. `SCALES`: a scale a row."""
+    """float32 [R, C]: the rows `row` [R] of a table; zeros for one that is not there. `SCALES`: axes of the scale."""
     there = (row >= 0) & (row < rows)
     at = row.to(tl.int64)[:, None] * columns + column
     y = tl.load(table_ptr + at, mask=inside & there[:, None], other=0).to(tl.float32)
-    if SCALES:
+    if SCALES == 1:
         y = y * tl.load(scale_ptr + row, mask=there, other=0.0)[:, None]
+    elif SCALES == 2:
+        y = y * tl.load(scale_ptr + column, mask=column < columns, other=0.0)
     elif scale_ptr is not None:
         y = y * tl.load(scale_ptr)
     return y
@@ -154,10 +166,10 @@ def table_rows(table_ptr, scale_ptr, row, rows, column, columns, inside, SCALES:
 @jit
 def int8_embedding_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, words_ptr, word_scale_ptr, positions_ptr, position_scale_ptr, position_ids_ptr,
-    types_ptr, type_scale_ptr, type_ids_ptr, weight_ptr, bias_ptr, params_ptr, out_ptr,
+    types_ptr, type_scale_ptr, type_ids_ptr, weight_ptr, bias_ptr, params_ptr, out_ptr, kept_ptr,
     tokens, length, columns, words, positions, types, eps,
     WORD_SCALES: tl.constexpr, POSITION_SCALES: tl.constexpr, TYPE_SCALES: tl.constexpr,
-    NORMALIZE: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    NORMALIZE: tl.constexpr, KEEP: tl.constexpr, STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R tokens, whole rows of C."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -179,18 +191,20 @@ def int8_embedding_kernel(  # type: ignore[no-untyped-def]
     if NORMALIZE:
         v = normalize(v, column, inside, columns, weight_ptr, bias_ptr, eps, True)
     to = token[:, None] * columns + column
+    if KEEP:
+        tl.store(kept_ptr + to, v, mask=inside)
     y = epilogue(v, STEPS, params_ptr, None, to, inside)
     tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def plan(embedding: Embedding) -> Launch:
-    """The launch; its output is `args["out_ptr"]`. The tensors may be on the `meta` device."""
+    """The launch; its outputs are `args["out_ptr"]` and `args["kept_ptr"]`. Tensors may be on the `meta` device."""
     e = embedding
     tokens, columns = e.ids.numel(), e.words.shape[1]
     height, width, warps = whole_rows(tokens, columns, gpu_of(e.ids.device).processors)
 
-    def scales(scale: Tensor | None) -> bool:
-        return scale is not None and scale.ndim == 1
+    def scales(scale: Tensor | None) -> int:
+        return 0 if scale is None else scale.ndim
 
     return Launch(
         int8_embedding_kernel,
@@ -201,25 +215,27 @@ def plan(embedding: Embedding) -> Launch:
             "types_ptr": e.types, "type_scale_ptr": e.type_scale, "type_ids_ptr": e.type_ids,
             "weight_ptr": e.weight, "bias_ptr": e.bias, "params_ptr": e.params,
             "out_ptr": allocate(e.out_shape, e.out_dtype, e.ids.device),
+            "kept_ptr": allocate(e.kept_shape, torch.float32, e.ids.device),
             "tokens": tokens, "length": e.ids.shape[-1], "columns": columns, "words": len(e.words),
             "positions": 0 if e.positions is None else len(e.positions),
             "types": 0 if e.types is None else len(e.types), "eps": float(e.eps),
         },
         {
             "WORD_SCALES": scales(e.word_scale), "POSITION_SCALES": scales(e.position_scale),
-            "TYPE_SCALES": scales(e.type_scale), "NORMALIZE": e.normalize, "STEPS": encode(e.steps),
+            "TYPE_SCALES": scales(e.type_scale), "NORMALIZE": e.normalize, "KEEP": e.keep, "STEPS": encode(e.steps),
             "BLOCK_R": height, "BLOCK_C": width,
         },
         num_warps=warps,
     )  # fmt: skip
 
 
-def run(embedding: Embedding) -> Tensor:
-    """The embedding by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
+def run(embedding: Embedding) -> tuple[Tensor, Tensor]:
+    """(out, kept) by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     embedding.check()
     if reason := supports(embedding):
         raise InputError(f"int8_embedding: {reason}")
-    return launched(plan(embedding))
+    planned = plan(embedding)
+    return launched(planned), planned.tensor("kept_ptr")
 
 
 def supports(embedding: Embedding) -> str | None:
@@ -244,19 +260,20 @@ def int8_embedding(
     steps: str,
     normalize: bool,
     eps: float,
+    keep: bool,
     out_dtype: torch.dtype,
-) -> Tensor:
-    """See `Embedding`. → `out_dtype` [..., T, C]. Raises `InputError`."""
+) -> tuple[Tensor, Tensor]:
+    """See `Embedding`. → `out_dtype` [..., T, C], and float32 of that shape or [0]. Raises `InputError`."""
     return reference(
         Embedding(
             ids, words, word_scale, positions, position_scale, position_ids, types, type_scale, type_ids,
-            weight, bias, params, steps, normalize, eps, out_dtype,
+            weight, bias, params, steps, normalize, eps, keep, out_dtype,
         )
     )  # fmt: skip
 
 
 @int8_embedding.register_kernel("cuda")
-def _(*arguments: Any) -> Tensor:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     embedding = Embedding(*arguments)
     embedding.check()
     fallback = falls_back("int8_embedding", embedding.ids.device, supports(embedding))
@@ -264,9 +281,10 @@ def _(*arguments: Any) -> Tensor:
 
 
 @int8_embedding.register_fake
-def _(*arguments: Any) -> Tensor:
-    embedding = Embedding(*arguments)
-    return embedding.words.new_empty(embedding.out_shape, dtype=embedding.out_dtype)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    e = Embedding(*arguments)
+    out = e.words.new_empty(e.out_shape, dtype=e.out_dtype)
+    return out, e.words.new_empty(e.kept_shape, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -278,21 +296,23 @@ class Case:
     columns: int
     words: int = 300
     dtype: torch.dtype = torch.int64
-    scales: bool = True
-    """whether the int8 word table has a scale a row"""
+    scales: str = "row"
+    """what each scale of the int8 word table is for: "table", "row" or "column"; positions have no "row"s"""
     positions: torch.dtype | None = torch.int8
     types: torch.dtype | None = torch.float32
     given: bool = False
     """whether position and type ids are"""
     normalize: bool = True
+    keep: bool = False
     steps: str = "quantize"
     out_dtype: torch.dtype = torch.int8
 
     def arguments(self, device: str = "meta", seed: int = 0) -> Embedding:
-        def table(rows: int, dtype: torch.dtype | None, scales: bool) -> tuple[Tensor | None, Tensor | None]:
+        def table(rows: int, dtype: torch.dtype | None, scales: str) -> tuple[Tensor | None, Tensor | None]:
             if dtype is None:
                 return None, None
-            scale = example((rows,) if scales else (), torch.float32, device, seed + rows).abs() * 0.01 + 0.005
+            size = {"table": (), "row": (rows,), "column": (1, self.columns)}[scales]
+            scale = example(size, torch.float32, device, seed + rows).abs() * 0.01 + 0.005
             return example((rows, self.columns), dtype, device, seed + rows), scale if dtype == torch.int8 else None
 
         def draw(rows: int, dtype: torch.dtype) -> Tensor:
@@ -301,8 +321,9 @@ class Case:
 
         words, word_scale = table(self.words, torch.int8, self.scales)
         assert words is not None
-        positions, position_scale = table(self.shape[-1] + 2, self.positions, False)
-        types, type_scale = table(2, self.types, True)
+        by = "table" if self.scales == "row" else self.scales
+        positions, position_scale = table(self.shape[-1] + 2, self.positions, by)
+        types, type_scale = table(2, self.types, "row")
         position_ids = draw(self.shape[-1] + 2, torch.int32) if self.given and self.positions else None
         type_ids = draw(2, self.dtype) if self.given and self.types else None
         weight, bias = (
@@ -311,14 +332,15 @@ class Case:
         params = example_steps(self.steps, self.out_dtype, device)
         return Embedding(
             draw(self.words, self.dtype), words, word_scale, positions, position_scale, position_ids,
-            types, type_scale, type_ids, weight, bias, params, self.steps, self.normalize, 1e-12, self.out_dtype,
+            types, type_scale, type_ids, weight, bias, params, self.steps, self.normalize, 1e-12, self.keep,
+            self.out_dtype,
         )  # fmt: skip
 
 
 CASES = (
     Case((2, 16), 384, given=True),
-    Case((1, 128), 768, out_dtype=torch.uint8),
-    Case((3, 5), 33, dtype=torch.int32, scales=False, positions=torch.float32, types=torch.int8),
+    Case((1, 128), 768, scales="column", keep=True, out_dtype=torch.uint8),
+    Case((3, 5), 33, dtype=torch.int32, scales="table", positions=torch.float32, types=torch.int8),
     Case((4, 7), 130, positions=None, types=None, steps="", out_dtype=torch.float32),
     Case((40,), 64, dtype=torch.int32, types=None, normalize=False, steps="", out_dtype=torch.float16),
 )
@@ -330,9 +352,12 @@ def specialize(case: Case, device: str = "meta") -> Launch:
 
 
 def traffic(case: Case) -> int:
-    """Bytes that the case has to move: ids, a row of each table for each distinct id, and the output, once."""
+    """Bytes that the case has to move: ids, a row of each table for each distinct id, scales of columns, and the
+    outputs, once."""
     e = case.arguments("cpu")
     total = math.prod(e.out_shape) * case.out_dtype.itemsize + (8 * case.columns if case.normalize else 0)
+    total += math.prod(e.kept_shape) * 4
+    total += sum(s.nbytes for s in (e.word_scale, e.position_scale) if s is not None and s.ndim == 2)
     places = torch.arange(e.ids.shape[-1]) if e.position_ids is None else e.position_ids
     read = [(e.words, e.ids), (e.positions, places), (e.types, e.type_ids if e.type_ids is not None else places * 0)]
     total += sum(len(ids.unique()) * table[0].nbytes for table, ids in read if table is not None)

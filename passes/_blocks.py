@@ -3,7 +3,8 @@
 A block is removable when its shortcut alone passes its input through: with its own parameters at zero, on the real
 activations that reach it, output equals input (`relu(x + 0) = x` holds where x came from a ReLU). A layer of a
 post-norm encoder puts out its input normalized once more, which is the same where the input came out of a norm: there
-the gains of norms are set to one and everything else to zero.
+the gains of norms are set to one and everything else to zero. What else it returns, as attention maps, must be None or
+read by nobody.
 """
 
 from __future__ import annotations
@@ -78,18 +79,45 @@ def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -
         p: m for p, m in model.named_modules() if p and len(list(m.children())) and any(True for _ in m.parameters())
     }
     with torch.no_grad(), _watch(candidates) as seen:
-        model(*inputs)
+        want = tensors(model(*inputs))
+    _forget_what_nobody_reads(model, inputs, want, {candidates[p]: calls for p, calls in seen.items()})
     reasons: dict[str, str | None] = {p: _block_reason(candidates[p], seen[p]) for p in candidates if p in seen}
     passing = [p for p, why in reasons.items() if why is None]
     innermost = _innermost(model, passing)
     kinds = {type(candidates[p]) for p in innermost}
     declined = {p: why for p, why in reasons.items() if why is not None and type(candidates[p]) in kinds}
+    if not innermost:  # where nothing can go, the members of lists are what one would expect to
+        listed = {p for p in reasons if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.ModuleList)}
+        declined = {p: why for p, why in reasons.items() if why is not None and p in listed}
     for block in list(innermost):
         pattern = matches(block, protect)
         if pattern is not None:
             innermost.remove(block)
             declined[block] = f'kept by protect = "{pattern}"'
     return [Block(p, _signature(candidates[p], seen[p]), _returns(seen[p].output)) for p in innermost], declined
+
+
+def _forget_what_nobody_reads(
+    model: nn.Module, inputs: Inputs, want: list[Tensor], seen: dict[nn.Module, _Calls]
+) -> None:
+    """Note None for what a module returns beside its first tensor, where the model's outputs do not need it."""
+    for module, calls in seen.items():
+        x, _ = _hidden(calls)
+        output = calls.output
+        if calls.times != 1 or not isinstance(output, tuple) or not any(isinstance(t, Tensor) for t in output[1:]):
+            continue
+        if not isinstance(x, Tensor) or not isinstance(output[0], Tensor) or output[0].shape != x.shape:
+            continue
+        handle = module.register_forward_hook(lambda m, args, out: (out[0], *[None] * (len(out) - 1)))
+        try:
+            with torch.no_grad():
+                got = tensors(model(*inputs))
+            if all(torch.equal(g, w) for g, w in zip(got, want, strict=True)):
+                calls.output = (output[0], *[None] * (len(output) - 1))
+        except Exception:  # whatever a model raises that misses it: then it is read
+            continue
+        finally:
+            handle.remove()
 
 
 def _innermost(model: nn.Module, passing: list[str]) -> list[str]:
@@ -134,20 +162,27 @@ def _block_reason(module: nn.Module, calls: _Calls) -> str | None:
         return f"it changes its input from {[*x.shape[1:]]} to {[*y.shape[1:]]}"
     for gain in (0.0, 1.0):
         out = first_tensor(_silent(module, gain)(*calls.arguments, **calls.keywords))
-        if torch.equal(out, x) or (gain and torch.allclose(out, F.layer_norm(x, x.shape[-1:]), atol=NORMALIZED)):
+        if torch.equal(out, x) or (gain and torch.allclose(out, _normalized(module, x), atol=NORMALIZED)):
             return None
     return "its input does not pass through it when its own parameters are zero"
 
 
+def _normalized(module: nn.Module, x: Tensor) -> Tensor:
+    eps = next((m.eps for m in module.modules() if isinstance(m, nn.LayerNorm)), 1e-5)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
 def _silent(module: nn.Module, gain: float) -> nn.Module:
-    """A copy whose parameters are zero, but for the gains of layer norms."""
+    """A copy whose parameters are zero, but for the gains of norms: layers of a gain and an offset."""
     silent = copy.deepcopy(module).eval()
     with torch.no_grad():
         for parameter in silent.parameters():
             parameter.zero_()
         for layer in silent.modules():
-            if isinstance(layer, nn.LayerNorm) and layer.weight is not None:
-                layer.weight.fill_(gain)
+            own = dict(layer.named_parameters())
+            vectors = {*own} == {"weight", "bias"} and all(p.ndim == 1 for p in own.values())
+            if "weight" in own and (vectors or isinstance(layer, nn.LayerNorm)):
+                own["weight"].fill_(gain)
         for name, buffer in silent.named_buffers():
             if name.endswith("running_mean"):
                 buffer.zero_()

@@ -14,6 +14,10 @@ from pqk.run import Run
 UNITS = {"macs": "MACs", "parameters": "parameters", "size": "bytes", "latency": "ms"}
 
 
+class Missed(InputError):
+    """A budget that cannot be met."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """`reference / value(student)` is to reach `goal`. Latencies are measured once for each architecture."""
@@ -37,13 +41,13 @@ class Budget:
     def ratio(self, value: float) -> float:
         return self.reference / max(value, 1e-12)
 
-    def missed(self, reached: float, what: str) -> InputError:
+    def missed(self, reached: float, what: str) -> Missed:
         """The error for a budget that cannot be met."""
         unit = UNITS[self.kind]
-        return InputError(
+        return Missed(
             f"prune: {self.kind}_ratio = {self.goal:.4g} cannot be met: {what} is {self.ratio(reached):.3g} times less "
             f"than the teacher ({reached:.4g} against {self.reference:.4g} {unit}). Lower the ratio below that, or "
-            "lower floor or multiple, allow depth and width both, or shorten ignore and protect"
+            "lower floor or multiple, allow depth and width both, or shorten ignore and protect; or set best_effort"
         )
 
 

@@ -45,8 +45,13 @@ class Ending:
     residual: fx.Node | None = None
     table: tuple[float, ...] = ()
     """the numbers of the step that is a table"""
-    reshaped: bool = False
-    """whether `end` has another shape than the layer's result"""
+    view: fx.Node | None = None
+    """the last reshape on the way to `end`, whose shape `end` has"""
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether `end` has another shape than the layer's result."""
+        return self.view is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,8 +87,8 @@ def endings(root: fx.GraphModule, anchor: fx.Node) -> list[Ending]:
     at: Ending | None = found[0]
     while at is not None and len(at.steps) < MAX_STEPS and len(at.end.users) == 1:
         (user,) = at.end.users
-        if user.target in VIEWS and not image:
-            at = replace(at, end=user, reshaped=True)
+        if _is_view(user) and not image:
+            at = replace(at, end=user, view=user)
         elif user.target is QUANTIZE:
             row = _grid(root, user)
             found.append(at.then(user, "quantize", row))
@@ -106,7 +111,7 @@ def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: Row, image: bo
     plain = _through(root, at, node, row, image)
     if plain is not None and len(plain.end.users) == 1:
         (user,) = plain.end.users
-        if user.target is QUANTIZE or user.target in VIEWS or _step(root, plain, user) is not None:
+        if user.target is QUANTIZE or _is_view(user) or _step(root, plain, user) is not None:
             return plain
     found = None if at.table else tabulated(root, node)
     if found is None:
@@ -117,15 +122,20 @@ def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: Row, image: bo
 
 def _through(root: fx.GraphModule, at: Ending, node: fx.Node, row: Row, image: bool) -> Ending | None:
     """Behind a quantize and the only dequantize that reads it (perhaps reshaped between)."""
-    reshaped = at.reshaped
-    while not image and len(node.users) == 1 and next(iter(node.users)).target in VIEWS:
+    view = at.view
+    while not image and len(node.users) == 1 and _is_view(next(iter(node.users))):
         (node,) = node.users
-        reshaped = True
+        view = node
     users = list(node.users)
     value = quantized(root, users[0]) if len(users) == 1 else None
     if value is None or value.zero_point != row[1]:
         return None
-    return replace(at, reshaped=reshaped).then(users[0], "requantize", (*row[:4], value.scale))
+    return replace(at, view=view).then(users[0], "requantize", (*row[:4], value.scale))
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether `node` reshapes, in a way that can be said of any tensor: several free sizes only in a reshape."""
+    return node.target in VIEWS and (node.target is aten.reshape.default or shape(node).count(None) < 2)
 
 
 def _step(root: fx.GraphModule, at: Ending, user: fx.Node) -> Ending | None:

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from pqk.errors import InputError
 from pqk.passes._cut import Cut, Dim, channel_axis, channels_of, cut_channels, is_depthwise
 from pqk.passes._heads import Attention, find_attention
+from pqk.passes._whole_tables import find_whole_tables
 from pqk.task import tensors
 
 TOLERANCE = 1e-4
@@ -129,11 +130,13 @@ def find_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[
     names = {module: path for path, module in shadow.named_modules()}
     order = {path: i for i, path in enumerate(names.values())}
     attention = find_attention(model, example)
+    whole = find_whole_tables(model, example)
     made = {path for a in attention.values() for path in a.makers}
     groups = [_heads(path, a, model, ignore) for path, a in attention.items()]
     for group in found:
         members, bare = _members(graph, group, names)
         if not any(m.dim == "out" and m.path in made for m in members):
+            members += _read_whole(members, whole, model)
             groups.append(_describe((members + _around(members, attention), bare), model, ignore))
     return sorted(groups, key=lambda group: order[group.name])
 
@@ -155,6 +158,14 @@ def _around(members: list[Member], attention: dict[str, Attention]) -> list[Memb
     read = {m.path for m in members if m.dim == "in"}
     nothing = tuple(() for _ in members[0].places)
     return [Member(p, "heads", a.heads, nothing, a.size) for p, a in attention.items() if read & {*a.makers}]
+
+
+def _read_whole(members: list[Member], whole: dict[str, str], model: nn.Module) -> list[Member]:
+    """The embeddings whose whole tables layers of this group read: never called, they are not seen by the tracer."""
+    here = {m.path for m in members}
+    same = tuple((c,) for c in range(len(members[0].places)))
+    tables = {table for layer, table in whole.items() if layer in here} - here
+    return [Member(t, "out", channels_of(model.get_submodule(t), "out") or 0, same) for t in sorted(tables)]
 
 
 def _members(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[list[Member], list[str]]:

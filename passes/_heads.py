@@ -109,8 +109,8 @@ def _note(paths: list[str], path: str) -> None:
 class FewerHeads(nn.Module):
     """What the class of a cut attention module is too: in its forward views are read as what is there."""
 
-    _heads: tuple[int, int, int]
-    """as built, now, size of one"""
+    _heads: tuple[int, tuple[int, ...], int]
+    """how many it was built with, which of them are left, the size of one"""
 
 
 def _regrouped(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,18 +122,27 @@ def _regrouped(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class Regrouped(TorchFunctionMode):
-    """Reads a view of [..., built * size] or [..., built, size] as one of the heads that there are now."""
+SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
-    def __init__(self, built: int, now: int, size: int) -> None:
+
+class Regrouped(TorchFunctionMode):
+    """Reads a view of [..., built * size] or [..., built, size] as one of the heads that there are now.
+
+    What is added to their scores [..., now, T, T] and was made elsewhere for all that were built, as a table of
+    positions that all layers share, counts for those that are left.
+    """
+
+    def __init__(self, built: int, left: tuple[int, ...], size: int) -> None:
         super().__init__()
-        self.built, self.now, self.size = built, now, size
+        self.built, self.left, self.now, self.size = built, left, len(left), size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.view, Tensor.reshape, torch.reshape) and not kwargs and not isinstance(args[1], torch.dtype):
             x, *sizes = args
             sizes = list(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
             args = (x, self.sizes(x, sizes))
+        elif func in SUMS and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            args = (self.addend(args[0], args[1]), self.addend(args[1], args[0]), *args[2:])
         return func(*args, **(kwargs or {}))
 
     def sizes(self, x: Tensor, sizes: list[Any]) -> list[Any]:
@@ -145,6 +154,14 @@ class Regrouped(TorchFunctionMode):
         elif len(sizes) == x.ndim - 1 and _is(x.shape[-2], self.now) and _is(x.shape[-1], self.size):
             return [*sizes[:-1], self.now * self.size]
         return sizes
+
+    def addend(self, x: Tensor, other: Tensor) -> Tensor:
+        """`x`, or its values for the heads that are left where `other` has no more than those."""
+        if min(x.ndim, other.ndim) < 3 or self.now == self.built:
+            return x
+        if not (_is(x.shape[-3], self.built) and _is(other.shape[-3], self.now)):
+            return x
+        return torch.cat([x.narrow(-3, head, 1) for head in self.left], -3)
 
 
 def _is(size: Any, number: int) -> bool:
@@ -161,9 +178,9 @@ def cut_heads(module: nn.Module, doomed: Sequence[int], heads: int, size: int) -
         kind = type(module)
         body = {"__module__": kind.__module__, "forward": _regrouped(kind.forward)}
         module.__class__ = type(kind.__name__, (FewerHeads, kind), body)
-        module._heads = (heads, heads, size)  # type: ignore[assignment]
-    built, _, _ = module._heads  # type: ignore[misc]
-    module._heads = (built, len(left), size)  # type: ignore[assignment]
+        module._heads = (heads, tuple(range(heads)), size)  # type: ignore[assignment]
+    built, before, _ = module._heads  # type: ignore[misc]
+    module._heads = (built, tuple(before[h] for h in left), size)  # type: ignore[assignment]
     for name, value in list(vars(module).items()):
         if type(value) is int and value == heads * size:
             setattr(module, name, len(left) * size)

@@ -16,7 +16,7 @@ from torch import nn
 
 from pqk.errors import InputError
 from pqk.passes._blocks import Block, Edit, Inputs, distance, edit_costs, find_blocks, without_block
-from pqk.passes._budget import UNITS, Budget, digest
+from pqk.passes._budget import UNITS, Budget, Missed, digest
 from pqk.passes._cut import Skip, cut_channels, drop_block
 from pqk.passes._groups import ChannelGroup, find_groups, law_reason, masked, probe
 from pqk.passes._width import Rung, cuts_of, gradients, ladder, unit_importance
@@ -74,6 +74,8 @@ class Width:
     def reach(self, program: Program, goal: float, step: int) -> Program:
         """Cut the least important channels that bring the student to `goal`. Raises `InputError` where none do."""
         rungs = self.rungs(program, str(step), check=True)
+        if not rungs and self.config.best_effort:
+            return program
         if not rungs:
             raise self.budget.missed(self.budget.value(program.student), "no channel group can be cut, and the student")
         considered: list[dict[str, float]] = []
@@ -89,6 +91,8 @@ class Width:
             count = self._timed(program.run.observer, len(rungs), ratio, goal)
         else:
             count = _first(len(rungs), ratio, goal)
+        if count is None and self.config.best_effort:
+            count = int(min(considered, key=lambda c: c[unit])["narrowings"])
         if count is None:
             raise self.budget.missed(min(c[unit] for c in considered), "the least that is allowed")
         self.ranking.append({"step": step, "chosen": count, "considered": considered})
@@ -133,7 +137,12 @@ class Depth(Width):
         with program.run.observer.task(f"{program.run.scope}: ranking", 100) as advance:
             while self.budget.ratio(value) < goal:
                 round_ += 1
-                program, saved = self._round(program, inputs, teacher, value, goal, f"{step}/{round_}")
+                try:
+                    program, saved = self._round(program, inputs, teacher, value, goal, f"{step}/{round_}")
+                except Missed:
+                    if self.config.best_effort:
+                        break
+                    raise
                 estimate = value - saved
                 # a latency is worth measuring when it may be the last one
                 close = self.budget.kind != "latency" or self.budget.ratio(estimate) >= 0.9 * goal

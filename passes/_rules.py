@@ -108,7 +108,10 @@ def as_end(match: Match, result: fx.Node) -> fx.Node:
     """`result`, laid out as the anchor's, as the match's end: NCHW, or in the shape that a reshape gave it."""
     if len(shape(match.anchor)) == 4:
         return nchw(result)
-    return as_shape(result, shape(match.ending.end)) if match.ending.reshaped else result
+    view = match.ending.view
+    if view is not None and shape(view).count(None) > 1:  # its own sizes say them; a -1 can say one
+        return call(result.graph, view.target, (result, *view.args[1:]), result, shape=shape(view))
+    return result if view is None else as_shape(result, shape(view))
 
 
 def as_shape(node: fx.Node, size: Sequence[int | None]) -> fx.Node:

@@ -21,7 +21,7 @@ from pqk.kernels import int8_attention, int8_linear
 from pqk.kernels._norm import too_large
 from pqk.passes._endings import Ending, Quantized, endings, quantized
 from pqk.passes._forms import aten
-from pqk.passes._rules import Match, Rule, as_end, as_shape, launch, like, plain_epilogue, stand, unlike
+from pqk.passes._rules import Match, Rule, as_end, launch, like, plain_epilogue, stand, unlike
 from pqk.passes._rules_weighted import Weights, weights
 from pqk.passes.convert import QUANTIZE
 
@@ -125,7 +125,8 @@ class AttentionRule(Rule):
         q, k, v = match.inputs
         mask, end = match.facts["mask"], match.ending.end
         if mask is not None:
-            mask = as_shape(mask, (shape(mask)[0], shape(mask)[3]))
+            keys = (shape(mask)[0], shape(mask)[3])
+            mask = call(root.graph, aten.squeeze.dims, (mask, [1, 2]), mask, shape=keys)
         b, heads, tokens, width = shape(match.anchor)
         named: dict[str, Any] = {name: _heads_second(i.integers) for name, i in zip("qkv", match.inputs, strict=True)}
         named |= {f"{name}_zero_point": i.zero_point for name, i in zip("qkv", match.inputs, strict=True)}
@@ -160,36 +161,58 @@ class NormRule(Rule):
     itself gets floats."""
 
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
-        if node.target not in NORMS:
-            return ()
-        quantizers = [u for u in node.users if u.target is QUANTIZE]
-        if len(node.users) == 1 or len(quantizers) != 1:
-            return [Match(node, (), e) for e in endings(root, node) if e.residual is None and not e.reshaped]
-        scale, zero_point = (float(root.get_buffer(str(operand(quantizers[0], i).target))) for i in (1, 2))
-        row = (scale, zero_point, *map(float, quantizers[0].args[3:5]), 0.0)  # type: ignore[arg-type]
-        return [Match(node, (), Ending(node).then(quantizers[0], "quantize", row))]  # type: ignore[arg-type]
+        return norm_endings(root, node) if node.target in NORMS else ()
 
     def check(self, root: fx.GraphModule, match: Match) -> str | None:
-        a = arguments(match.anchor)
-        if len(a["normalized_shape"]) != 1:
-            return f"{NORMS[match.anchor.target]}: over {len(a['normalized_shape'])} axes; it norms over the last"
-        return too_large(1, a["normalized_shape"][0]) or unlike(match)
+        return no_norm(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
-        a, anchor, end, graph = arguments(match.anchor), match.anchor, match.ending.end, root.graph
+        a, anchor, graph = arguments(match.anchor), match.anchor, root.graph
         value = quantized(root, a["input"]) or Quantized(a["input"], 1.0, 0)
-        keep = "norm" if end is not anchor and len(anchor.users) > 1 else "nothing"
         with graph.inserting_before(anchor):
             x = call(graph, aten.contiguous.default, (value.integers,), value.integers)
             named: dict[str, Any] = {"x": x, "x_scale": value.scale, "x_zero_point": value.zero_point}
             named |= {"residual": None, "residual_scale": 1.0, "residual_zero_point": 0}
-            eps = a["eps"] if a["eps"] is not None else torch.finfo(anchor.meta["dtype"]).eps
-            named |= {"weight": a["weight"], "bias": a.get("bias"), "eps": eps, "keep": keep}
-            op = NORMS[anchor.target]
-            node = launch(root, op, match, shape(anchor), **named, **plain_epilogue(match))
-            del node.meta["stands_for"]
-            result = stand(call(graph, operator.getitem, (node, 0), end, layer=anchor.meta["layer"]), end)
-            kept = call(graph, operator.getitem, (node, 1), anchor)
-        if keep == "norm":
-            replace_node(root, anchor, stand(kept, anchor))
-        return result
+            named |= affine(match) | {"keep": "norm" if norm_is_read(match) else "nothing"}
+            return both_results(root, match, launch(root, NORMS[anchor.target], match, shape(anchor), **named))
+
+
+def norm_endings(root: fx.GraphModule, node: fx.Node) -> list[Match]:
+    """The ways in which a launch of a norm may end: at its quantize, where others read it too."""
+    quantizers = [u for u in node.users if u.target is QUANTIZE]
+    if len(node.users) == 1 or len(quantizers) != 1:
+        return [Match(node, (), e) for e in endings(root, node) if e.residual is None and not e.reshaped]
+    scale, zero_point = (float(root.get_buffer(str(operand(quantizers[0], i).target))) for i in (1, 2))
+    row = (scale, zero_point, *map(float, quantizers[0].args[3:5]), 0.0)  # type: ignore[arg-type]
+    return [Match(node, (), Ending(node).then(quantizers[0], "quantize", row))]  # type: ignore[arg-type]
+
+
+def no_norm(match: Match) -> str | None:
+    """Why no kernel computes the norm of this match, whatever it reads."""
+    a = arguments(match.anchor)
+    if len(a["normalized_shape"]) != 1:
+        return f"{NORMS[match.anchor.target]}: over {len(a['normalized_shape'])} axes; it norms over the last"
+    return too_large(1, a["normalized_shape"][0]) or unlike(match)
+
+
+def norm_is_read(match: Match) -> bool:
+    """Whether others than the quantize behind it read the norm, in float."""
+    return match.ending.end is not match.anchor and len(match.anchor.users) > 1
+
+
+def affine(match: Match) -> dict[str, Any]:
+    """The arguments of a norm that are its own, and its epilogue."""
+    a = arguments(match.anchor)
+    eps = a["eps"] if a["eps"] is not None else torch.finfo(match.anchor.meta["dtype"]).eps
+    return {"weight": a["weight"], "bias": a.get("bias"), "eps": eps} | plain_epilogue(match)
+
+
+def both_results(root: fx.GraphModule, match: Match, node: fx.Node) -> fx.Node:
+    """The first result of the launch `node` as the match's end; the second takes the place of a norm that is read."""
+    anchor, end, graph = match.anchor, match.ending.end, root.graph
+    del node.meta["stands_for"]
+    result = stand(call(graph, operator.getitem, (node, 0), end, layer=anchor.meta["layer"]), end)
+    if norm_is_read(match):
+        kept = call(graph, operator.getitem, (node, 1), anchor)
+        replace_node(root, anchor, stand(kept, anchor))
+    return result

@@ -28,6 +28,7 @@ from pqk.passes._join import join
 from pqk.passes._launches import LaunchedOp, launches, traffic
 from pqk.passes._layout import settle
 from pqk.passes._rules import Match, Rule
+from pqk.passes._rules_embedding import EmbeddingRule
 from pqk.passes._rules_encoder import AttentionRule, NormRule, SiblingsRule
 from pqk.passes._rules_plain import AddRule, ConcatRule, MaxPoolRule, MulRule, PoolRule, QuantizeRule
 from pqk.passes._rules_weighted import ConvolutionRule, LinearRule
@@ -38,7 +39,7 @@ from pqk.task import Task
 __all__ = ["Fuse", "LaunchedOp", "fuse", "launches", "stands_for"]
 
 RULES: tuple[Rule, ...] = (
-    AttentionRule(), SiblingsRule(), ConvolutionRule(), LinearRule(), NormRule(),
+    AttentionRule(), SiblingsRule(), ConvolutionRule(), LinearRule(), EmbeddingRule(), NormRule(),
     AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
 )  # fmt: skip
 """those that take in the most first"""

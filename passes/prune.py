@@ -66,6 +66,8 @@ class Prune(Pass):
     keep_blocks: dict[str, int] = Field(default_factory=dict)
     """the fewest children that a container keeps, by its path: `{ layer3 = 5 }`. What a block costs on data before
     recovery says little about how much the student can learn again; late blocks hold most of the parameters"""
+    best_effort: bool = False
+    """where the budget cannot be met, go as far as is allowed instead of failing; the report says how far"""
     steps: int = Field(default=1, ge=1)
     """the budget is approached in this many equal factors, with recovery after each"""
     recovery_epochs: float = Field(default=0.0, ge=0)
@@ -122,6 +124,8 @@ class Prune(Pass):
         reached = budget.ratio(budget.value(program.student))
         there = dict(program.student.named_modules())
         declined = [(layer, reason) for layer, reason in refused.items() if layer in there]
+        if reached < budget.goal and self.best_effort:
+            declined.append(("*", f"{budget.kind}_ratio = {budget.goal:.4g} is out of reach: it is {reached:.3g}"))
         return program.decline(self.name, declined).note(
             budget={"kind": budget.kind, "goal": budget.goal, "reached": reached, "teacher": budget.reference},
             before=before,

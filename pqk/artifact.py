@@ -85,7 +85,7 @@ class Artifact:
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 raise InputError(f"{folder}: {name} is missing; copy the whole directory again")
-            if sha256(path) != entry["sha256"]:
+            if not isinstance(entry, dict) or sha256(path) != entry.get("sha256"):
                 raise InputError(
                     f"{path} was changed after the compile: its sha256 is not the manifest's; copy it again"
                 )

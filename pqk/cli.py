@@ -121,10 +121,10 @@ def compress(
 
 @app.command()
 def compare(
-    comparison: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A recipe with [[variant]] tables.")],
+    comparison: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A recipe with variant tables.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where cells and result go: a new or empty folder.")],
     data: Data = None,
-    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Instead of the file's [screen] seeds.")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Instead of the file's seeds for screening.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the cells in --out; run what is missing.")] = False,
     as_json: AsJson = False,
 ) -> Work:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from pqk.artifact import DEPLOYED, Artifact, write_manifest
 from pqk.data import digest_of
 from pqk.emit_onnx import emit_onnx, names_of_outputs
 from pqk.emit_torch import emit_torch
-from pqk.errors import InputError, ParityError
+from pqk.errors import InputError, ParityError, nearest
 from pqk.files import read_json, write_json, write_tensors, write_whole
 from pqk.knowledge.teacher import fingerprint
 from pqk.machine import fingerprint as machine_fingerprint
@@ -71,6 +71,12 @@ def compress(
         InputError: teacher, task, recipe, target and out do not fit, and nothing was trained; or the disk is full.
         ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
     """
+    if not isinstance(task, Task):
+        raise InputError(
+            f"task: a {type(task).__name__} is no pqk.Task; make one of your data: Task(train, evaluation)"
+        )
+    if attribution not in get_args(Attribution):
+        raise InputError(f'attribution: "{attribution}"{nearest(attribution, get_args(Attribution))}')
     recipe = _recipe(recipe, target, seed, task)
     assert recipe.target is not None
     passes, chosen = recipe.passes, Target.named(recipe.target.name)
@@ -85,6 +91,11 @@ def compress(
             task.need_train(p.name)
     if not isinstance(teacher, nn.Module):
         raise InputError(f"teacher: a {type(teacher).__name__} is no torch module")
+    if isinstance(teacher, torch.jit.ScriptModule):
+        raise InputError("teacher: a scripted module cannot be rewritten; pass the module that it was scripted from")
+    half = next((n for n, p in teacher.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is not None:
+        raise InputError(f"teacher: {half} is in half precision; pass teacher.float(), pqk quantizes from float32")
     if launched().num_processes > 1 and attribution == "full":
         raise InputError("attribution full: its extra training runs in one process; compile with one, or use standard")
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
@@ -127,8 +138,10 @@ def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, see
         name = target.name if isinstance(target, Target) else target
         runtime = "onnxruntime" if name is None else Target.named(name).runtime
         recipe = Recipe.default(task.train is not None, runtime)
-    elif not isinstance(recipe, Recipe):
+    elif isinstance(recipe, str | Path):
         recipe = Recipe.load(recipe)
+    elif not isinstance(recipe, Recipe):
+        raise InputError(f"recipe: a {type(recipe).__name__} is neither a pqk.Recipe nor the path of one")
     if target is not None:
         name = target.name if isinstance(target, Target) else Target.named(target).name
         recipe = dataclasses.replace(recipe, target=TargetSpec(name=name))

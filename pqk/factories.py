@@ -81,8 +81,11 @@ def _call(factory: str, arguments: dict[str, Any], where: str, beside: Path | No
     function = _find(factory, where, beside)
     try:
         return function(**arguments)
-    except TypeError as error:
-        raise InputError(f"{where} {factory}({', '.join(f'{k}=…' for k in arguments)}): {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's code does
+        called = f"{factory}({', '.join(f'{k}=…' for k in arguments)})"
+        raise InputError(f"{where} {called}: {type(error).__name__}: {error}") from error
 
 
 def _find(factory: str, where: str, beside: Path | None) -> Callable[..., Any]:

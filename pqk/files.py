@@ -20,7 +20,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write(temporary path)`, then rename. Raises `InputError` for a full disk, leaving nothing behind."""
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what a new file here gets; some writers make theirs private
         write(partial)
+        partial.chmod(mode)
         with partial.open("rb") as f:
             os.fsync(f.fileno())
         partial.replace(path)

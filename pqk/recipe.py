@@ -206,6 +206,7 @@ _DEFAULT = """
 [[pass]]
 name = "prune"
 latency_ratio = 3.0
+best_effort = true
 [[pass]]
 name = "distill"
 epochs = 10

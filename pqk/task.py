@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,11 +70,11 @@ def cross_entropy(outputs: Outputs, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def _check_labels(targets: Tensor, classes: int) -> None:
+def _check_labels(targets: Tensor, classes: int, what: str = "the") -> None:
     if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= classes):
         raise InputError(
-            f"data: labels run from {int(targets.min())} to {int(targets.max())} and the model has "
-            f"{classes} classes (0 to {classes - 1})"
+            f"{what} data: labels run from {int(targets.min())} to {int(targets.max())} and the model has {classes} "
+            f"classes (0 to {classes - 1})"
         )
 
 
@@ -143,19 +145,24 @@ class Task:
         if views is not None:
             self.train = None if self.train is None else TwoViews(self.train, views)
             self.validation, self.evaluation = TwoViews(self.validation, views), TwoViews(self.evaluation, views)
+        if not isinstance(metric, Metric | str):
+            raise InputError(
+                f"task: metric is a {type(metric).__name__}; pass its name, or Metric(name, unit, function)"
+            )
         self.metric = metric if isinstance(metric, Metric) else named_metric(metric)
         self.loss, self.decision = loss, decision
         if example is None:
             example = _first_two(self.evaluation)
-        self.example: Inputs = example if isinstance(example, tuple) else (example,)
+        self.example: Inputs = tuple(example) if isinstance(example, tuple | list) else (example,)
         if any(len(t) < 2 for t in self.example):
             raise InputError(
                 f"task: example inputs need a batch of at least 2, to show which axis is the batch; got shapes "
                 f"{[tuple(t.shape) for t in self.example]}"
             )
         names = ("input",) if len(self.example) == 1 else tuple(f"input_{i}" for i in range(len(self.example)))
-        self.input_names = input_names or names
-        self.output_names = output_names
+        self.input_names, self.output_names = tuple(input_names or names), output_names
+        if len(self.input_names) != len(self.example) or len(set(self.input_names)) != len(self.example):
+            raise InputError(f"task: input_names {self.input_names} must be {len(self.example)} names, all different")
         self.axes = _axes(self.example, self.input_names, dynamic_axes or {})
         self.preprocessing, self.extra_files = preprocessing or {}, extra_files
         self.notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
@@ -196,8 +203,12 @@ class Task:
         return self.metric.function(outputs, targets)
 
     def check(self, teacher: nn.Module) -> None:
-        """Run the teacher once on the example and one batch of each data. Raises `InputError` where they do not fit."""
+        """Run the teacher once on the example and one batch of each data, and look at all labels that are judged on.
+
+        Raises `InputError` where they do not fit.
+        """
         outputs = _try(teacher, self.example, "example")
+        self._check_names(outputs)
         if not bool(first_tensor(outputs).isfinite().all()):
             raise InputError("teacher: its outputs on the example inputs are NaN or infinite")
         for what, data in (("train", self.train), ("validation", self.validation), ("evaluation", self.evaluation)):
@@ -207,35 +218,58 @@ class Task:
             _check_views(what, batch)
             self._check_batch(what, teacher, batch.for_teacher())
             if self.loss is cross_entropy:
-                stored = getattr(data, "targets", None)
-                labels = batch.targets if stored is None else stored
-                if isinstance(labels, Tensor):  # all of them, before any training
-                    _check_labels(labels, first_tensor(outputs).shape[1])
+                self._check_labels(what, data, first_tensor(outputs).shape[1])
+
+    def _check_names(self, outputs: Outputs) -> None:
+        names = self.output_names
+        if names is None:
+            return
+        if len(names) != len(tensors(outputs)) or len({*names, *self.input_names}) != len(names) + len(self.example):
+            raise InputError(
+                f"task: output_names {names} must be {len(tensors(outputs))} names, all different, and none of the "
+                f"inputs' ({', '.join(self.input_names)})"
+            )
+
+    @staticmethod
+    def _check_labels(what: str, data: Data, classes: int) -> None:
+        """All labels, before any training; of a loader's training data the first batch: an epoch finds the others."""
+        stored = getattr(data, "targets", None)
+        batches: Iterator[Any] = (b.targets for b in data.batches()) if stored is None else iter([stored])
+        for labels in itertools.islice(batches, 1 if what == "train" else None):
+            if isinstance(labels, Tensor):
+                _check_labels(labels, classes, what)
 
     def _check_batch(self, what: str, teacher: nn.Module, batch: Batch) -> None:
         if len(batch.inputs) != len(self.example):
             raise InputError(
                 f"{what} data: it gives {len(batch.inputs)} inputs and the example has {len(self.example)}"
             )
-        for name, t, e in zip(self.input_names, batch.inputs, self.example, strict=False):
-            if t.dtype != e.dtype or t.dim() != e.dim():
+        for name, axes, t, e in zip(self.input_names, self.axes, batch.inputs, self.example, strict=True):
+            fits = t.dim() == e.dim() and all(a or n == m for a, n, m in zip(axes, t.shape, e.shape, strict=True))
+            if t.dtype != e.dtype or not fits:
                 raise InputError(
                     f"{what} data: input {name} is {tuple(t.shape)} {t.dtype}, the example {tuple(e.shape)} {e.dtype}"
                 )
         outputs = _try(teacher, tuple(t[:2] for t in batch.inputs), what)
-        if batch.targets is None:
+        labelled = batch.targets is not None
+        if not labelled and what != "evaluation":
             return
-        targets = map_tensors(lambda t: t[:2], batch.targets)
+        targets = map_tensors(lambda t: t[:2], batch.targets) if labelled else None
         with torch.inference_mode():
             try:
-                losses = self.loss(outputs, targets)
+                losses = self.loss(outputs, targets) if labelled else None
                 value = self.metric.function(outputs, targets)
             except InputError:
                 raise
             except Exception as error:
-                raise InputError(f"{what} data: the task cannot score the teacher's output: {error}") from error
-        if losses.dim() == 0 or not isinstance(value, float | int):
-            raise InputError("task: the loss must be per sample [B] and the metric a number")
+                why = error if labelled else f"it has no targets, and {self.metric.name} asked for them ({error})"
+                raise InputError(f"{what} data: the task cannot score the teacher's output: {why}") from error
+        if labelled and (not isinstance(losses, Tensor) or losses.dim() == 0):
+            raise InputError("task: the loss must be per sample: a tensor [B]")
+        if not isinstance(value, float | int) or not math.isfinite(value):
+            raise InputError(
+                f"task: the metric {self.metric.name} must be a finite number; on {what} data it is {value}"
+            )
 
 
 def _check_views(what: str, batch: Batch) -> None:

@@ -144,7 +144,9 @@ class _Fit:
         self.total = max(1, round(training.epochs * len(data)))
         self.accelerator = launched()
         if any(t.dim() == 4 for t in next(data.batches()).inputs):
-            student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for t in (*student.parameters(), *student.buffers()):  # Module.to refuses captured constants of five axes
+                if t.dim() == 4:
+                    t.data = t.data.contiguous(memory_format=torch.channels_last)
         self.optimizer = optimizer_for(training, student, objective)
         self.average = {k: v.detach().clone() for k, v in student.state_dict().items()} if training.average else {}
         self.step, self.factor, self.log, self.epoch_loss = 0, 1.0, TrainingLog(), [0.0, 0.0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,27 @@ torch.set_num_threads(1)
 # Read once, when Triton is imported: without a GPU, kernels run on CPU tensors in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--summary", type=Path, help="write how many tests of each file passed, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The result of a sweep, to be committed beside what it proves."""
+    if (path := config.getoption("--summary")) is None:
+        return
+    from pqk.files import write_json
+    from pqk.machine import fingerprint
+
+    files: dict[str, Counter[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            files.setdefault(report.nodeid.partition("::")[0], Counter())[outcome] += 1
+    command = ["pytest", *(str(a) for a in config.invocation_params.args)]
+    document = {"command": " ".join(command), "machine": fingerprint(), "tests": dict(sorted(files.items()))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, document)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,15 @@
-"""The encoder families that people have: small ones with random weights, what their inputs look like, and their tasks.
+"""The encoder families that people have: small ones with random weights, their inputs and tasks, and what applies.
 
 Every model is the one of `transformers`, wrapped so that plain tensors go in and one tensor comes out.
 """
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.data import ArrayData
+from pqk.report_markdown import markdown_table
 from pqk.task import Metric, Task
 
 CLASSES, VOCABULARY, TOKENS, IMAGE, PIXELS = 5, 96, 12, 3, 32
@@ -54,10 +58,13 @@ class Family:
         import transformers
 
         torch.manual_seed(0)
-        config = getattr(transformers, self.config)(**self.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # DeBERTa's module compiles scripts as it is imported
+            config, model_class = (getattr(transformers, name) for name in (self.config, self.model))
+        settings = config(**self.settings)
         if attention is not None:
-            config._attn_implementation = attention
-        model = Plain(getattr(transformers, self.model)(config), self.names, self.output).eval()
+            settings._attn_implementation = attention
+        model = Plain(model_class(settings), self.names, self.output).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # biases and gains that matter
                 if parameter.ndim == 1:
@@ -127,6 +134,7 @@ def _text(model: str, **settings: Any) -> Family:
     return Family(f"{model}ForSequenceClassification", f"{model}Config", TEXT | settings)
 
 
+RESULTS = Path(__file__).parent.parent / "models" / "results" / "encoder_families.json"
 STAGES = {"image_size": PIXELS, "num_labels": CLASSES, "depths": [2, 2], "hidden_act": "gelu"}
 FAMILIES: dict[str, Family] = {
     "bert": _text("Bert"),
@@ -190,3 +198,31 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 """every one has three layers (or two stages of two), 32 channels and 4 heads"""
+
+
+COLUMNS = {
+    "heads": "attention heads",
+    "units": "hidden units",
+    "width": "residual width",
+    "layers": "layers",
+    "distill": "distill",
+    "integer": "integer products",
+    "parity": "parity",
+    "fuse": "fuse",
+}
+"""what a row of the results says -> its header"""
+
+
+def table() -> str:
+    """The committed results as Markdown: a row for each family, the reasons of what may not go as footnotes."""
+    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text())
+    notes: dict[str, int] = {}
+
+    def cell(row: dict[str, Any], column: str) -> str:
+        numbers = [str(notes.setdefault(reason, len(notes) + 1)) for reason in row["reasons"].get(column, ())]
+        value = "–" if row[column] == "0/0" else row[column].replace("/", " of ")
+        return f"{value} [{', '.join(numbers)}]" if numbers else value
+
+    rows = [[name, *(cell(row, column) for column in COLUMNS)] for name, row in found.items()]
+    text = markdown_table(("family", *COLUMNS.values()), rows)
+    return text + "".join(f"\n\n[{number}] {reason}." for reason, number in notes.items())

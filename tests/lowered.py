@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pqk.graph import Axes
 from pqk.passes.capture import capture
 from pqk.passes.convert import convert
 from pqk.passes.quantize import calibrate, insert_fake_quant, placement
@@ -25,11 +26,16 @@ class Inputs:
 
 
 def int8_graph(
-    net: nn.Module, *inputs: Tensor, target: str = "x86-avx2", floats: dict[str, str] | None = None
+    net: nn.Module,
+    *inputs: Tensor,
+    target: str = "x86-avx2",
+    floats: dict[str, str] | None = None,
+    axes: Axes | None = None,
 ) -> fx.GraphModule:
-    """The INT8 graph of `net` on the grids of `target`, its ranges those of `inputs`; `floats`: layer -> why not."""
+    """The INT8 graph of `net` on the grids of `target`, its ranges those of `inputs`; `floats`: layer -> why not;
+    `axes`: those that are free, by default the batch."""
     example, chosen = tuple(x[:2] for x in inputs), Target.named(target)
-    graph = capture(net.eval(), example)
+    graph = capture(net.eval(), example, axes=axes)
     assert isinstance(graph, fx.GraphModule)
     points, _ = placement(graph, floats)
     grids = {"activation": asdict(chosen.activation), "weight": asdict(chosen.weight)}

@@ -4,6 +4,7 @@
 <!-- recipe: NAME -->    models/NAME.toml
 <!-- results -->         one line for every result, and the training costs
 <!-- kernels -->         what `pqk kernels` found of the committed students and of all kernels' cases
+<!-- families -->        which passes apply to which family of encoders: models/results/encoder_families.json
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+
+from families import table as families_table
 
 from pqk.files import write_whole
 from pqk.report import Report
@@ -20,12 +23,13 @@ from pqk.report_table import ATTRIBUTION_HEADER, attribution_cells, metric_text,
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "models" / "results"
-BLOCK = re.compile(r"(<!-- (table|recipe|results|kernels)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|recipe|results|kernels|families)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """`text` with every marked block made anew."""
     makers = {"table": table, "recipe": recipe, "results": lambda _: results(), "kernels": lambda _: kernels()}
+    makers["families"] = lambda _: f"\n{families_table()}\n\n"
     return BLOCK.sub(lambda m: m[1] + makers[m[2]](m[3]) + m[4], text)
 
 
@@ -48,7 +52,7 @@ def recipe(name: str) -> str:
 
 
 def kernels() -> str:
-    header = ("compiled", "for", "kinds of launch", "with integer matrix instructions", "registers", "spills", "traffic")
+    header = ("compiled", "for", "kinds of launch", "integer matrix code", "registers", "spills", "traffic")
     rows = []
     for path in sorted(RESULTS.glob("kernels_*.json")):
         found = json.loads(path.read_text())

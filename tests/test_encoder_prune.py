@@ -93,11 +93,37 @@ def test_heads_go_twice() -> None:
 
 
 def test_views_are_read_as_the_heads_that_are_left() -> None:
-    mode = Regrouped(4, 3, 8)
+    mode = Regrouped(4, (0, 1, 3), 8)
     x = torch.zeros(2, 5, 24)
     assert mode.sizes(x, [2, 5, 4, 8]) == [2, 5, 3, 8] == mode.sizes(x, [2, 5, -1, 8])
     assert mode.sizes(x.view(2, 5, 3, 8), [2, 5, 32]) == [2, 5, 24]
     assert mode.sizes(x, [10, 24]) == [10, 24] and mode.sizes(x, [2, 5, 6, 4]) == [2, 5, 6, 4]
+
+
+def test_what_is_added_for_all_heads_counts_for_those_that_are_left() -> None:
+    scores, bias, mask = torch.zeros(2, 3, 5, 5), torch.randn(1, 4, 5, 5), torch.randn(2, 1, 1, 5)
+    with Regrouped(4, (0, 1, 3), 8):
+        first, second, third = scores + bias, bias + scores, torch.zeros(2, 3, 5, 5)
+        third += bias
+        assert torch.equal(scores + mask, mask.expand(2, 3, 5, 5))
+    assert torch.equal(first, bias[:, [0, 1, 3]].expand(2, 3, 5, 5)) and torch.equal(first, second)
+    assert torch.equal(third, first)
+
+
+def test_heads_go_from_layers_that_share_a_table_of_positions() -> None:
+    """MPNet's bias [1, heads, T, T] is computed once, for every layer."""
+    _, model, example = built("mpnet")
+    groups = heads_of(model, example)
+    assert [probe(model, example, g) for g in groups] == [None] * 3
+    student = copy.deepcopy(model)
+    for _ in range(2):
+        group = heads_of(student, example)[1]
+        cuts = group.cuts(group.units[0])
+        with torch.no_grad(), masked(student, cuts):
+            want = student(*example)
+        student = cut_channels(student, example, cuts=cuts)
+        with torch.no_grad():
+            torch.testing.assert_close(student(*example), want, rtol=1e-4, atol=1e-5)
 
 
 # ---- the width of the residual stream
@@ -132,9 +158,9 @@ def test_the_reference_of_a_norm_takes_its_statistics_over_the_kept() -> None:
         torch.testing.assert_close(cut_channels(model, (x,), cuts=cuts)(x), want)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize("name", ["bert", "vit", "deberta-v2"])
 def test_the_residual_stream_narrows(name: str) -> None:
-    """Embeddings, norms, every layer around them, and a ViT's bare parameters; heads stay."""
+    """Embeddings, norms, every layer around them, a ViT's bare parameters and DeBERTa's positions; heads stay."""
     _, model, example = built(name)
     groups = find_groups(model, example)
     stream = max(groups, key=lambda g: len(g.members))
@@ -142,6 +168,8 @@ def test_the_residual_stream_narrows(name: str) -> None:
     student = cut_channels(copy.deepcopy(model), example, cuts=stream.cuts(range(1, 32, 4)))
     norms = [m for m in student.modules() if isinstance(m, nn.LayerNorm)]
     assert norms and all(n.normalized_shape == (24,) for n in norms)
+    if name == "deberta-v2":  # a table that no one looks rows up in
+        assert student.get_parameter("model.deberta.encoder.rel_embeddings.weight").shape == (16, 24)
     if name == "vit":
         assert student.get_parameter("model.vit.embeddings.position_embeddings").shape[-1] == 24
     with torch.no_grad():
@@ -163,6 +191,53 @@ def test_layers_of_a_post_norm_encoder_are_blocks() -> None:
         encoder = model.get_submodule("model.bert.encoder")
         del encoder.layer[1]  # type: ignore[union-attr]
         torch.testing.assert_close(shorter(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize(("name", "part"), [("electra", ""), ("mobilebert", ".ffn.0"), ("mpnet", "")])
+def test_layers_of_other_makes_are_blocks_too(name: str, part: str) -> None:
+    """ELECTRA's return their attention maps, which nobody reads; MobileBERT's norms are a gain and an offset, and of
+    its layers and their feed-forward networks the latter go; MPNet's see padding of nearly no variance."""
+    family, model, _ = built(name)
+    blocks, declined = find_blocks(model, family.sample(8))
+    path = f"model.{name}.encoder.layer"
+    assert [b.path for b in blocks] == [f"{path}.{i}{part}" for i in range(3)] and not declined
+    inputs = family.sample(3)
+    with torch.no_grad():
+        shorter = drop_block(copy.deepcopy(model), inputs, block=blocks[1].path, returns=blocks[1].returns)
+        assert shorter(*inputs).isfinite().all() and not torch.allclose(shorter(*inputs), model(*inputs), atol=1e-3)
+
+
+class Read(nn.Module):
+    """Two layers that return a tensor beside the hidden one, which the network adds."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.inner(x)
+            return x + y, y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.Layer(), self.Layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, beside = self.layers[0](x)
+        return self.layers[1](x)[0] + beside
+
+
+def test_a_layer_whose_second_result_is_read_is_no_block() -> None:
+    blocks, declined = find_blocks(Read().eval(), (torch.randn(3, 4),))
+    assert [b.path for b in blocks] == ["layers.1"]
+    assert declined == {"layers.0": "it does not take and return one tensor"}
+
+
+def test_layers_that_cannot_go_say_why() -> None:
+    family, model, _ = built("albert")
+    blocks, declined = find_blocks(model, family.sample(8))
+    assert blocks == [] and "it is called 3 times in one forward pass" in declined.values()
 
 
 def test_prune_heads_units_width_and_layers_and_replay() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import text_models as tiny
 import torch
 import torch.nn.functional as F
 from lowered import Encoder, int8_graph
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from zoo import NETWORKS
 
 from pqk.emit_torch import emit_torch, load_student
+from pqk.models import encoder as encoders
 from pqk.models.resnet import ChannelPadShortcut, resnet
 from pqk.parity_fused import check_launches
 from pqk.passes import Capture, Convert, Fuse, Quantize, _rules_weighted
@@ -454,3 +456,125 @@ def test_an_encoder_survives_its_file(tmp_path: Path) -> None:
     student = load_student(tmp_path / "student.pt2")
     with torch.no_grad():
         assert torch.equal(student(x[0][:5]), fused(x[0][:5]))
+
+
+# ---- embeddings
+
+
+class Embedded(nn.Module):
+    """What BERT begins with, and a residual layer: ids, types [B, T] -> [B, T, 5], and what `also` names in float.
+
+    `order`: the tables in the order in which they are added; "0" is the first row of the types.
+    """
+
+    places: Tensor
+    zero: Tensor
+
+    def __init__(self, order: str = "wtp", also: str = "") -> None:
+        super().__init__()
+        self.w, self.t, self.p = nn.Embedding(40, 64), nn.Embedding(2, 64), nn.Embedding(50, 64)
+        self.norm, self.up, self.out = nn.LayerNorm(64, eps=1e-12), nn.Linear(64, 64), nn.Linear(64, 5)
+        self.register_buffer("places", torch.arange(1, 51)[None] - 1)
+        self.register_buffer("zero", torch.zeros(1, 1, dtype=torch.int64))
+        self.order, self.also = order, also
+
+    def forward(self, ids: Tensor, types: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        length = ids.shape[1]
+        read = {
+            "w": (self.w, ids), "t": (self.t, types), "0": (self.t, self.zero),
+            "p": (self.p, self.places[:, :length]), "2": (self.p, self.places[:, 2 : length + 2]),
+        }  # fmt: skip
+        rows = [table(at) for table, at in (read[name] for name in self.order)]
+        total = sum(rows[1:], rows[0])
+        normed = self.norm(total)
+        out = self.out(F.relu(normed + self.up(normed)))
+        return (out, {"norm": normed, "sum": total}[self.also]) if self.also else out
+
+
+LENGTH = (("batch", "sequence"), ("batch", "sequence"))
+
+
+def embedded(net: nn.Module, target: str = "x86-avx2", axes: Any = None) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    for p in net.parameters():
+        p.data = torch.randn_like(p) * (0.2 if p.ndim == 2 else 0.5)
+    inputs = torch.randint(0, 40, (16, 9)), torch.randint(0, 2, (16, 9))
+    return int8_graph(net, *inputs, target=target, axes=axes), inputs
+
+
+@pytest.mark.parametrize(
+    ("order", "target", "axes"),
+    [
+        ("wtp", "x86-avx2", None), ("wtp", "x86-avx2", LENGTH), ("wtp", "cuda-sm80", LENGTH),
+        ("w0p", "x86-avx2", LENGTH), ("wp", "cuda-sm80", None), ("2wt", "x86-avx2", LENGTH),
+    ],
+)  # fmt: skip
+def test_an_embedding_with_its_norm_is_one_launch(order: str, target: str, axes: Any) -> None:
+    """Tables of BERT and of DistilBERT, a constant row, places from the third on; of one length or of any."""
+    graph, x = embedded(Embedded(order), target, axes)
+    fused, declined = fuse(graph)
+    agree(graph, fused, *x)
+    assert declined == []
+    before, after = operators(graph, x), operators(fused, x)
+    assert "aten::embedding" in before and "aten::layer_norm" in before
+    assert after == ["int8_embedding", "int8_linear", "int8_linear"]
+    one = tuple(t[:1] for t in x)
+    assert 3 * traffic(fused, one).bytes < traffic(graph, one).bytes
+    if axes:
+        shorter = tuple(t[:3, :5] for t in x)
+        with torch.no_grad():
+            want, got = graph(*shorter), fused(*shorter)
+        torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(want.abs().max()))
+
+
+def test_who_reads_the_norm_gets_floats_of_the_same_launch() -> None:
+    graph, x = embedded(Embedded(also="norm"), axes=LENGTH)
+    fused, declined = fuse(graph)
+    agree(graph, fused, *x)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(*x)[1], graph(*x)[1], rtol=0, atol=1e-5)
+    assert declined == [] and operators(fused, x).count("int8_embedding") == 1
+    assert not {"aten::layer_norm", "layer_norm_quantize", "aten::embedding"} & {*operators(fused, x)}
+
+
+@pytest.mark.parametrize(
+    ("order", "also", "reason"),
+    [
+        ("wwtp", "", "it adds more tables than words, types and positions"),
+        ("wtp", "sum", "others read the sum of its rows"),
+        ("p0", "", "no table is read at the ids of a sequence"),
+    ],
+)
+def test_an_embedding_that_is_no_launch_says_why(order: str, also: str, reason: str) -> None:
+    graph, x = embedded(Embedded(order, also), axes=LENGTH)
+    fused, declined = fuse(graph)
+    agree(graph, fused, *x)
+    assert [layer for layer, why in declined if reason in why] == ["norm"], declined
+    assert "int8_embedding" not in operators(fused, x) and "layer_norm_quantize" in operators(fused, x)
+
+
+def test_an_embedding_survives_its_file(tmp_path: Path) -> None:
+    graph, x = embedded(Embedded(), axes=LENGTH)
+    fused, _ = fuse(graph)
+    emit_torch(fused, tuple(t[:2] for t in x), tmp_path / "student.pt2", LENGTH)
+    student = load_student(tmp_path / "student.pt2")
+    with torch.no_grad():
+        for part in (x, tuple(t[:3, :5] for t in x)):
+            assert torch.equal(student(*part), fused(*part))
+    assert launches(student, x)[0][:2] == ("norm", "pqk::int8_embedding")
+
+
+def test_a_bert_of_any_length(tmp_path: Path) -> None:
+    """Of Hugging Face, its mask and all: the embedding is the first launch, the masked softmax stays in registers."""
+    pytest.importorskip("transformers")
+    folder = tiny.directory(tmp_path / "model", hidden_size=64, num_hidden_layers=1, intermediate_size=96)
+    ids = torch.randint(5, len(tiny.WORDS), (16, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.arange(16)[:, None] % 6 + 4).long()
+    graph = int8_graph(encoders.encoder(folder), ids * mask, mask, axes=LENGTH)
+    fused, _ = fuse(graph)
+    rows = check_launches(graph, fused, (ids * mask, mask))
+    assert all(r.passed for r in rows), [r for r in rows if not r.passed]
+    found = operators(fused, (ids, mask))
+    assert found[0] == "int8_embedding" and {"int8_attention", "layer_norm_quantize"} < {*found}
+    assert not {"aten::embedding", "aten::layer_norm", "aten::softmax"} & {*found}
+    assert fused(ids[:3, :5], mask[:3, :5]).shape == (3, 3)

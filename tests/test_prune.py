@@ -283,6 +283,19 @@ def test_a_container_keeps_its_blocks_also_when_many_go_at_once() -> None:
     assert len(program.details["blocks_removed"]) == 2
     with pytest.raises(InputError, match="macs_ratio"):
         replace(config, macs_ratio=50.0).apply(program_of(model), task)
+    most = replace(config, macs_ratio=50.0, best_effort=True).apply(program_of(model), task)
+    assert len(most.details["blocks_removed"]) == 2
+    assert any("out of reach" in d.reason for d in most.declined)
+
+
+def test_best_effort_narrows_as_far_as_is_allowed() -> None:
+    model = trained(resnet((1, 1), 16))
+    task = task_of(model, (3, 8, 8))
+    config = Prune(macs_ratio=1000.0, best_effort=True)
+    program = config.apply(program_of(model), task)
+    assert program.details["budget"]["reached"] > 1.2 and any("out of reach" in d.reason for d in program.declined)
+    with pytest.raises(InputError, match="best_effort"):
+        replace(config, best_effort=False).apply(program_of(model), task)
 
 
 def test_depth_and_width_compete() -> None:

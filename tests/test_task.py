@@ -116,3 +116,42 @@ def test_a_teacher_that_is_not_finite_is_refused() -> None:
         model.bias.fill_(float("nan"))
     with pytest.raises(InputError, match="NaN or infinite"):
         Task(data(), data()).check(model)
+
+
+def loader(*batches: Any) -> list[Any]:
+    return list(batches)
+
+
+X, Y = torch.linspace(-1, 1, 12).view(4, 3), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Task(None, loader((X, Y), (X, Y - 1)), validation=loader((X, Y))), "evaluation data: labels run from"),
+        (lambda: Task(None, loader(X, X), validation=loader((X, Y))), "evaluation data.*has no targets, and accuracy"),
+        (lambda: Task(None, data(), validation=data(), example=torch.zeros(2, 4)), "fit"),
+        (lambda: Task(None, data(), validation=data(), output_names=("a", "b")), "must be 1 names"),
+        (lambda: Task(None, data(), validation=data(), output_names=("input",)), "none of the inputs"),
+        (lambda: Task(None, data(), validation=data(), input_names=("a", "b")), "must be 1 names"),
+        (lambda: Task(None, data(), validation=data(), metric=lambda y, t: 1.0), "Metric\\(name, unit, function"),
+        (
+            lambda: Task(None, data(), validation=data(), metric=Metric("odd", "share", lambda y, t: float("nan"))),
+            "odd must be a finite number",
+        ),
+        (lambda: Task(None, data(), validation=data(), loss=lambda y, t: 1.0), "per sample"),
+    ],
+)
+def test_what_would_fail_late_is_refused_before_anything_runs(make: Callable[[], Task], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make().check(net())
+
+
+def test_data_of_another_size_than_the_example_is_refused() -> None:
+    class Any2(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).mean(1, keepdim=True).expand(-1, 4)
+
+    task = Task(None, data(), validation=data(), example=torch.zeros(2, 5))
+    with pytest.raises(InputError, match=r"input input is \(.*3\).*the example \(2, 5\)"):
+        task.check(Any2())
