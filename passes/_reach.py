@@ -22,7 +22,7 @@ from pqk.passes._groups import ChannelGroup, find_groups, law_reason, masked, pr
 from pqk.passes._width import Rung, cuts_of, gradients, ladder, unit_importance
 from pqk.program import Program
 from pqk.run import Observer
-from pqk.task import Task
+from pqk.task import Task, concatenate
 
 if TYPE_CHECKING:
     from pqk.passes.prune import Prune
@@ -74,9 +74,9 @@ class Width:
     def reach(self, program: Program, goal: float, step: int) -> Program:
         """Cut the least important channels that bring the student to `goal`. Raises `InputError` where none do."""
         rungs = self.rungs(program, str(step), check=True)
-        if not rungs and self.config.best_effort:
-            return program
         if not rungs:
+            if self.config.best_effort:
+                return program
             raise self.budget.missed(self.budget.value(program.student), "no channel group can be cut, and the student")
         considered: list[dict[str, float]] = []
         unit = UNITS[self.budget.kind]
@@ -129,7 +129,7 @@ class Depth(Width):
     """Removes residual blocks (with width also channels), one after the other: the least harm for what it saves."""
 
     def reach(self, program: Program, goal: float, step: int) -> Program:
-        inputs = _gather(self.task, self.config.samples)
+        inputs = concatenate(list(self.task.calibration(self.config.samples)))
         with torch.no_grad():
             teacher = program.teacher(*inputs)
         value, round_ = self.budget.value(program.student), 0
@@ -283,8 +283,3 @@ def _lowest(rungs: list[Rung]) -> dict[str, Rung]:
     for rung in rungs:
         found.setdefault(rung.group.name, rung)
     return found
-
-
-def _gather(task: Task, samples: int) -> Inputs:
-    """At most `samples` validation inputs as one batch."""
-    return tuple(torch.cat(parts) for parts in zip(*task.calibration(samples), strict=True))

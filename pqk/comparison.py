@@ -35,7 +35,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pqk.errors import InputError, nearest
 from pqk.pipeline import check_order
 from pqk.program import CONFIG, Stage
-from pqk.recipe import Recipe, documentation, json_schema, parse, parse_passes
+from pqk.recipe import Recipe, documentation, json_schema, parse, parse_passes, read_text
 from pqk.train import Training
 
 NAME = r"^[^\s|][^\n|]*$"
@@ -191,11 +191,7 @@ class Comparison:
     @staticmethod
     def load(path: str | Path) -> Comparison:
         """Read a TOML file. Raises `InputError` where it cannot be read or is no comparison."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the comparison {path}: {error}") from error
-        return Comparison.loads(text, str(path))
+        return Comparison.loads(read_text(path, "comparison"), str(path))
 
 
 RECIPE_KEYS = ("teacher", "task", "target", "pass")

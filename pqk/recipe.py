@@ -112,11 +112,7 @@ class Recipe:
     @staticmethod
     def load(path: str | Path) -> Recipe:
         """Read a TOML file. Raises `InputError` where it cannot be read or is no recipe."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the recipe {path}: {error}") from error
-        return Recipe.loads(text, str(path))
+        return Recipe.loads(read_text(path, "recipe"), str(path))
 
     def dumps(self) -> str:
         """As TOML, without the values that are defaults."""
@@ -183,6 +179,14 @@ class Recipe:
         for p in self.passes:
             stages.append(p.result_stage(stages[-1]))
         return stages[:-1]
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A file in UTF-8. Raises `InputError`, naming it as `what`, where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the {what} {path}: {error}") from error
 
 
 def unfit(passes: Sequence[Pass], target: Target) -> str | None:
