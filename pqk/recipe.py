@@ -214,6 +214,7 @@ best_effort = true
 [[pass]]
 name = "distill"
 epochs = 10
+clip = 1.0
 [[pass]]
 name = "capture"
 [[pass]]
