@@ -125,9 +125,10 @@ def check_params(steps: str, params: Tensor) -> None:
         for s in scales:
             if not (math.isfinite(s) and s > 0):
                 raise InputError(f"{where}: scale {s}; must be finite and above 0")
-        if name in ON_GRID and not (-128 <= qmin <= zero_point <= qmax <= 255):
+        least = -255 if name == "requantize" else -128  # an integer less its zero point never leaves the register
+        if name in ON_GRID and not (least <= qmin <= zero_point <= qmax <= 255):
             raise InputError(
-                f"{where}: qmin {qmin} ≤ zero point {zero_point} ≤ qmax {qmax} does not hold in [-128, 255]"
+                f"{where}: qmin {qmin} ≤ zero point {zero_point} ≤ qmax {qmax} does not hold in [{least}, 255]"
             )
 
 

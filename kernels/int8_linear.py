@@ -105,7 +105,7 @@ def _product(  # type: ignore[no-untyped-def]
 
 @jit
 def _finish(  # type: ignore[no-untyped-def]
-    acc, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
+    acc, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym, stride_rm,
     STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Bias, scale, epilogue and store of one block; an int32 output is left as accumulators."""
@@ -122,8 +122,8 @@ def _finish(  # type: ignore[no-untyped-def]
         y = acc.to(tl.float32) * tl.load(scale_ptr + n_0 + j, mask=present, other=0.0)[None, :]
         residual_block = residual_ptr
         if residual_ptr is not None:
-            residual_block = residual_ptr + m_0.to(tl.int64) * N + n_0
-        y = epilogue(y, STEPS, params_ptr, residual_block, i[:, None] * N + j[None, :], mask)
+            residual_block = residual_ptr + m_0.to(tl.int64) * stride_rm + n_0
+        y = epilogue(y, STEPS, params_ptr, residual_block, i[:, None] * stride_rm + j[None, :], mask)
         tl.store(y_block + y_offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -141,7 +141,8 @@ def _block_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M:
 
 @jit
 def _linear(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, M, N, K, stride_xm, stride_wn, stride_ym,
+    x_ptr, w_ptr, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, M, N, K,
+    stride_xm, stride_wn, stride_ym, stride_rm,
     STEPS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +152,7 @@ def _linear(  # type: ignore[no-untyped-def]
         m_0, n_0 = _block_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = _product(x_ptr, w_ptr, m_0, n_0, M, N, 0, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
         _finish(
-            acc, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
+            acc, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym, stride_rm,
             STEPS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -159,7 +160,7 @@ def _linear(  # type: ignore[no-untyped-def]
 @jit
 def _linear_split_k(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, sums_ptr, arrived_ptr,
-    M, N, K, part, stride_xm, stride_wn, stride_ym,
+    M, N, K, part, stride_xm, stride_wn, stride_ym, stride_rm,
     STEPS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +185,7 @@ def _linear_split_k(  # type: ignore[no-untyped-def]
     if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1:
         total = tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
         _finish(
-            total, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym,
+            total, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym, stride_rm,
             STEPS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -261,6 +262,7 @@ def plan(
         "x_ptr": x, "w_ptr": weight, "out_ptr": y, "bias_ptr": bias, "scale_ptr": scale, "params_ptr": params,
         "residual_ptr": residual, "M": m, "N": n, "K": k,
         "stride_xm": row_stride(x), "stride_wn": weight.stride(0), "stride_ym": row_stride(y),
+        "stride_rm": 0 if residual is not None and residual.ndim < y.ndim else n,
     }  # fmt: skip
     constexprs: dict[str, Any] = {
         "STEPS": encode(steps), "EVEN_K": k % config.block_k == 0,
@@ -302,7 +304,8 @@ def check(
     check_tensor("bias", bias, torch.int32, device=x.device, shape=(n,))
     check_scale("scale", scale, device=x.device, shape=(n,))
     if out_dtype != torch.int32:
-        check_steps(steps, params, residual, (*x.shape[:-1], n), out_dtype, x.device)
+        every_row = residual is not None and residual.ndim == 1
+        check_steps(steps, params, residual, (n,) if every_row else (*x.shape[:-1], n), out_dtype, x.device)
     elif steps:
         raise InputError(f'out_dtype int32 gives the accumulators as they are; steps must be empty, not "{steps}"')
 
@@ -335,7 +338,8 @@ def int8_linear(
     """`x` [..., K] int8 or uint8 times `weight` [N, K] int8 → [..., N] of `out_dtype`. Raises `InputError`.
 
     `bias` [N] int32 has the zero point folded in (`fold_bias`), `scale` [N] float32 is s_x * s_w; `steps`, `params` and
-    `residual` [..., N] are the epilogue's. `out_dtype` int32 with no steps gives the accumulators, bias added.
+    `residual` are the epilogue's: [..., N], or [N] for the same in every row. `out_dtype` int32 with no steps gives the
+    accumulators, bias added.
     """
     check(x, weight, bias, scale, steps, params, residual, out_dtype)
     return reference(x, weight, bias, scale, steps, params, residual, out_dtype)
@@ -365,16 +369,19 @@ class Case:
     x_dtype: torch.dtype = torch.int8
     steps: str = "quantize"
     out_dtype: torch.dtype = torch.int8
+    every_row: bool = False
+    """the residual is one row, the same for all"""
 
     def arguments(self, device: str = "meta") -> dict[str, Any]:
         """What the op takes. Scales are such that the outputs fill their grid."""
+        rows = () if self.every_row else (self.m,)
         return {
             "x": example((self.m, self.k), self.x_dtype, device, 1),
             "weight": example((self.n, self.k), torch.int8, device, 2),
             "bias": example((self.n,), torch.int32, device, 3),
             "scale": torch.full((self.n,), 1.0 / (4096 * max(self.k, 1) ** 0.5)).to(device),
             "steps": self.steps, "params": example_steps(self.steps, self.out_dtype, device),
-            "residual": example((self.m, self.n), torch.int8, device, 4) if reads_residual(self.steps) else None,
+            "residual": example((*rows, self.n), torch.int8, device, 4) if reads_residual(self.steps) else None,
             "out_dtype": self.out_dtype,
         }  # fmt: skip
 
@@ -388,8 +395,10 @@ CASES = (
     Case(128, 1536, 384, torch.int8, "requantize,gelu_tanh,quantize"),
     Case(127, 65, 131, torch.uint8, "requantize,relu,requantize,add,requantize,relu6,quantize", torch.uint8),
     Case(2048, 1024, 128, torch.int8, "requantize,gelu,quantize"),
+    Case(16, 1152, 384, torch.uint8, "requantize,add,quantize", torch.uint8, every_row=True),
 )
-"""a ResNet's head, an encoder's layers for one token and for 128, a shape no block divides, one with many blocks"""
+"""a ResNet's head, an encoder's layers for one token and for 128, a shape no block divides, one with many blocks,
+queries, keys and values whose zero points differ"""
 
 
 def specialize(case: Case, device: str = "meta", config: Config | None = None) -> Launch:

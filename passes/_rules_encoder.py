@@ -29,8 +29,8 @@ from pqk.passes.convert import QUANTIZE
 class SiblingsRule(Rule):
     """Linear layers that read the same integers (queries, keys, values) as one `pqk::int8_linear` of all their rows.
 
-    Each has an output scale of its own, and the epilogue one for all: it goes into the scale of the layer's
-    accumulators, so that the epilogue only rounds. That leaves no room for zero points: the grid must be symmetric.
+    Each has an output grid of its own, and the epilogue one for all: the scale goes into that of the layer's
+    accumulators, so that the epilogue only rounds, and zero points are added behind it, as a row of integers.
     """
 
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
@@ -53,8 +53,8 @@ class SiblingsRule(Rule):
         if (reason := next((w for w in made if isinstance(w, str)), None)) is not None:
             return reason
         rows = [e.params[0] for _, _, e in match.facts["parts"]]
-        if any(row[1:4] != (0.0, *rows[0][2:4]) for row in rows):
-            return "layers that read the same integers stay apart: their outputs have zero points of their own"
+        if any(row[2:4] != rows[0][2:4] for row in rows):
+            return "layers that read the same integers stay apart: the ranges of their outputs differ"
         return int8_linear.supports(like(match.inputs[0].integers), torch.cat([w.weight for w in made]))
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
@@ -62,10 +62,12 @@ class SiblingsRule(Rule):
         made = [w for _, w, _ in parts]
         scales = [w.scale / torch.tensor(e.params[0][0], dtype=torch.float32) for _, w, e in parts]
         size = (*shape(match.anchor)[:-1], sum(len(w.weight) for w in made))
-        rounding = replace(match.ending, params=((1.0, *match.ending.params[0][1:]),))
-        all_of_them = replace(match, ending=rounding)
+        zero_points = torch.cat([torch.full((len(w.weight),), e.params[0][1]) for _, w, e in parts])
+        shifted = bool(zero_points.any())
+        all_of_them = replace(match, ending=_rounding(match.ending, shifted))
         node = launch(
-            root, "int8_linear", all_of_them, size, x=match.inputs[0].integers, residual=None,
+            root, "int8_linear", all_of_them, size, x=match.inputs[0].integers,
+            residual=zero_points.to(match.ending.dtype) if shifted else None,
             weight=torch.cat([w.weight for w in made]), bias=torch.cat([w.bias for w in made]), scale=torch.cat(scales),
             **plain_epilogue(all_of_them),
         )  # fmt: skip
@@ -82,6 +84,19 @@ class SiblingsRule(Rule):
                 replace_node(root, ending.end, part)
         del node.meta["stands_for"]
         return result
+
+
+def _rounding(one: Ending, shifted: bool) -> Ending:
+    """One layer's quantize without its scale, and, `shifted`, with room for the zero points of all behind the rounding.
+
+    That rounding is clamped to ±255, beyond which the second clamp gives its limit for every zero point.
+    """
+    _, _, qmin, qmax, _ = one.params[0]
+    last = (1.0, 0.0, qmin, qmax, 0.0)
+    if not shifted:
+        return replace(one, params=(last,))
+    rows = ((1.0, 0.0, -255.0, 255.0, 1.0), (1.0, 0.0, 0.0, 0.0, 0.0), last)
+    return replace(one, steps=("requantize", "add", "quantize"), params=rows)
 
 
 class AttentionRule(Rule):

@@ -16,7 +16,7 @@ from pqk.target import TARGETS, Target
 WITHOUT = {
     "bench": "no OpenVINO row in benchmarks",
     "ptq": "no neural-compressor row in the attribution table",
-    "optimum": "no comparison with Optimum's exports",
+    "encoders": "no Hugging Face directories in or out",
     "triton": "no Triton kernels: cuda-* targets cannot be compiled",
     "demo": "`make demo` has no data",
     "test": "`make test` cannot run",

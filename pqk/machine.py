@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -18,6 +19,12 @@ from pqk.target import cpu_flags, machine_target
 LIBRARIES = ("torch", "onnxruntime", "onnx", "numpy", "torch-pruning", "openvino", "neural-compressor", "triton")
 #: the instruction sets that decide how fast integer and float kernels are
 ISA = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "avx512_bf16", "asimddp", "i8mm", "sve")
+
+
+BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+#: any of these lets a CPU multiply bfloat16; without one torch does it piece by piece
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint() -> dict[str, Any]:
@@ -64,6 +71,26 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """bfloat16 autocast where `precision` is "bf16"; on a CPU without bfloat16 none, since float32 is faster there."""
+    wanted = precision == "bf16"
+    return torch.autocast(device, torch.bfloat16, enabled=wanted and not (device == "cpu" and _no_bf16()))
+
+
+@cache
+def _no_bf16() -> bool:
+    """Whether bfloat16 would be slower than float32 on this CPU; said once."""
+    flags = cpu_flags()
+    lacks = bool(flags) and not flags & set(BF16)
+    if lacks:
+        log.warning(
+            'precision "bf16": this CPU has no bfloat16 instructions (%s), without which it takes several times as '
+            "long as float32; float32 is used",
+            ", ".join(BF16),
+        )
+    return lacks
 
 
 def peak_memory() -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pqk.data import Batch, Data, map_tensors
 from pqk.errors import InputError, PqkError
 from pqk.files import read_tensors, write_tensors
+from pqk.machine import autocast
 from pqk.modules import bounded_steps
 from pqk.program import CONFIG
 from pqk.run import Run
@@ -58,7 +59,8 @@ class Training:
     average: float = Field(default=0.0, ge=0)
     """the student ends as the exponential moving average of its weights over this many epochs; 0: the last weights"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes forward passes in bfloat16 autocast, weights stay float32"""
+    """bf16 computes forward passes in bfloat16 autocast, weights stay float32; on a CPU without bfloat16 instructions,
+    where that is slower, it is fp32, which is logged"""
     checkpoint_seconds: float = Field(default=100.0, gt=0)
     """a killed run loses at most this much"""
 
@@ -222,8 +224,7 @@ class _Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.learning_rate * self.factor * rate(self.training, progress)
         batch = self._local(batch)
-        bf16 = self.training.precision == "bf16"
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(self.accelerator.device.type, self.training.precision):
             losses = self.objective(model, batch)
         loss = losses.float().mean()
         late = float(time.monotonic() - self.saved_at > self.training.checkpoint_seconds)

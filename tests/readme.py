@@ -3,7 +3,9 @@
 <!-- table: NAME -->     the attribution table of models/results/NAME.json
 <!-- recipe: NAME -->    models/NAME.toml
 <!-- results -->         one line for every result, and the training costs
+<!-- comparison: NAME --> both rounds of models/results/NAME.json, which `pqk compare` wrote
 <!-- kernels -->         what `pqk kernels` found of the committed students and of all kernels' cases
+<!-- sweep -->           how many tests of each kernel file passed under the interpreter
 <!-- families -->        which passes apply to which family of encoders: models/results/encoder_families.json
 """
 
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from families import table as families_table
 
+from pqk.cells import HEADER, notes_of, table_of
 from pqk.files import write_whole
 from pqk.report import Report
 from pqk.report_markdown import markdown_table
@@ -23,13 +26,22 @@ from pqk.report_table import ATTRIBUTION_HEADER, attribution_cells, metric_text,
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "models" / "results"
-BLOCK = re.compile(r"(<!-- (table|recipe|results|kernels|families)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (table|recipe|results|comparison|kernels|sweep|families)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def filled(text: str) -> str:
     """`text` with every marked block made anew."""
-    makers = {"table": table, "recipe": recipe, "results": lambda _: results(), "kernels": lambda _: kernels()}
-    makers["families"] = lambda _: f"\n{families_table()}\n\n"
+    makers = {
+        "table": table,
+        "recipe": recipe,
+        "comparison": comparison,
+        "results": lambda _: results(),
+        "kernels": lambda _: kernels(),
+        "sweep": lambda _: sweep(),
+        "families": lambda _: f"\n{families_table()}\n\n",
+    }
     return BLOCK.sub(lambda m: m[1] + makers[m[2]](m[3]) + m[4], text)
 
 
@@ -49,6 +61,28 @@ def table(name: str) -> str:
 
 def recipe(name: str) -> str:
     return f"\n```toml\n{(ROOT / 'models' / f'{name}.toml').read_text()}```\n\n"
+
+
+def comparison(name: str) -> str:
+    document = json.loads((RESULTS / f"{name}.json").read_text())
+    parts = []
+    for part, title in (("confirm", "Confirmed on fresh seeds"), ("screen", "Screened")):
+        if part in document:
+            shown = [row[:1] + row[3:6] for row in table_of(document, part)]
+            seeds = len(document[part]["seeds"])
+            parts.append(f"{title}, {seeds} seeds:\n\n" + markdown_table(HEADER[:1] + HEADER[3:6], shown))
+    notes = "\n".join(f"- {note}" for note in notes_of(document))
+    return "\n" + "\n\n".join([*parts, notes]) + "\n\n"
+
+
+def sweep() -> str:
+    found = json.loads((RESULTS / "interpreter_sweep.json").read_text())
+    files = found["tests"].values()
+    passed, failed = (sum(f.get(k, 0) for f in files) for k in ("passed", "failed"))
+    return (
+        f"\nThe exhaustive sweep of the kernels under the interpreter, `models/results/interpreter_sweep.json`: "
+        f"{passed:,} tests in {len(files)} files passed, {failed} failed (`make test-full` runs it).\n\n"
+    )
 
 
 def kernels() -> str:

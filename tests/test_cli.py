@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pqk import benchmark, cli, commands, console, describe, files, proof
+from pqk import benchmark, cli, commands, console, describe, doctor, files, proof
 from pqk.errors import ParityError
 from pqk.passes import PASSES
 
@@ -141,7 +141,7 @@ def test_doctor_describes_the_machine(json_of: Callable[..., Any], capsys: pytes
     runs = {t["name"]: t["runs_here"] for t in document["targets"]}
     assert runs[document["target"]] and {"x86-avx2", "cuda-sm90"} <= set(runs)
     assert all(t["reason"] for t in document["targets"] if not t["runs_here"])
-    assert {e["extra"] for e in document["extras"]} >= {"bench", "demo", "test"}
+    assert {e["extra"] for e in document["extras"]} == set(doctor.WITHOUT), "what is lost without each is said"
     assert cli.run(["doctor"]) == 0
     assert document["target"] in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from zoo import NETWORKS
 
 from pqk.emit_torch import emit_torch, load_student
+from pqk.kernels._epilogue import apply_steps
 from pqk.models import encoder as encoders
 from pqk.models.resnet import ChannelPadShortcut, resnet
 from pqk.parity_fused import check_launches
@@ -406,8 +407,10 @@ def encoder(target: str, masked: bool = False) -> tuple[fx.GraphModule, tuple[Te
     return int8_graph(Encoder(), *x, target=target), x
 
 
-def test_an_encoder_layer_is_six_launches() -> None:
-    graph, x = encoder("cuda-sm80")
+@pytest.mark.parametrize(("target", "together"), [("cuda-sm80", "quantize"), ("x86-avx2", "requantize,add,quantize")])
+def test_an_encoder_layer_is_six_launches(target: str, together: str) -> None:
+    """Also where queries, keys and values have zero points of their own."""
+    graph, x = encoder(target)
     fused, declined = fuse(graph)
     rows = check_launches(graph, fused, x)
     assert all(r.passed for r in rows), [r for r in rows if not r.passed]
@@ -415,7 +418,7 @@ def test_an_encoder_layer_is_six_launches() -> None:
     assert operators(fused, x) == ["quantize_static", "int8_linear", *layer, "layer_norm_quantize", "int8_linear"]
     assert declined == []
     steps = {n.meta["layer"]: n.kwargs["steps"] for n in fused.graph.nodes if "int8_linear" in str(n.target)}
-    assert steps == {"embed": "quantize", "q": "quantize", "o": "add", "up": "gelu,quantize", "down": "add", "out": ""}
+    assert steps == {"embed": "quantize", "q": together, "o": "add", "up": "gelu,quantize", "down": "add", "out": ""}
     with torch.no_grad():
         want, got = graph(*x), fused(*x)
     assert float(want.std()) > 0.1
@@ -434,13 +437,18 @@ def test_scores_may_be_masked() -> None:
     assert torch.equal(hidden, changed), "a hidden token was read"
 
 
-def test_zero_points_keep_queries_keys_and_values_apart() -> None:
-    graph, x = encoder("x86-avx2")
-    fused, declined = fuse(graph)
-    assert [layer for layer, _ in declined] == ["q"] and "zero points of their own" in declined[0][1]
-    assert operators(fused, x).count("int8_linear") == 8
-    rows = check_launches(graph, fused, x)
-    assert all(r.passed for r in rows), [r for r in rows if not r.passed]
+def test_zero_points_of_queries_keys_and_values_are_added_behind_the_rounding() -> None:
+    """Not before it, where a tie may go the other way: 0.5 rounds to 0, and 0.5 + 3 to 4."""
+    graph, _ = encoder("x86-avx2")
+    fused, _ = fuse(graph)
+    (together,) = (n for n in fused.graph.nodes if n.meta.get("layer") == "q" and "steps" in n.kwargs)
+    zero_points = value(fused, together, "residual")
+    assert zero_points.dtype == torch.uint8 and len(zero_points.unique()) == 3
+    params = value(fused, together, "params")
+    for y, zero_point in ((0.5, 3), (-0.5, 3), (1.5, 4), (1e9, 0), (-1e9, 200), (300.0, 255), (-300.0, 255)):
+        residual = torch.tensor([zero_point], dtype=torch.uint8)
+        got = apply_steps(torch.tensor([y]), str(together.kwargs["steps"]), params, residual, torch.uint8)
+        assert int(got) == min(max(round(y) + zero_point, 0), 255), (y, zero_point)
 
 
 def test_an_attention_of_small_heads_is_left_to_torch() -> None:
@@ -574,7 +582,9 @@ def test_a_bert_of_any_length(tmp_path: Path) -> None:
     fused, _ = fuse(graph)
     rows = check_launches(graph, fused, (ids * mask, mask))
     assert all(r.passed for r in rows), [r for r in rows if not r.passed]
-    found = operators(fused, (ids, mask))
+    one = (ids[:1], mask[:1])
+    assert (traffic(graph, one).launches, traffic(fused, one).launches) == (50, 15), "the README says so"
+    found = operators(fused, one)
     assert found[0] == "int8_embedding" and {"int8_attention", "layer_norm_quantize"} < {*found}
     assert not {"aten::embedding", "aten::layer_norm", "aten::softmax"} & {*found}
     assert fused(ids[:3, :5], mask[:3, :5]).shape == (3, 3)

@@ -67,6 +67,20 @@ def test_epilogues(x_dtype: torch.dtype, steps: str, out_dtype: torch.dtype) -> 
 
 @interpreted
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_residual_may_be_one_row_for_all(variant: str) -> None:
+    """As if it were written out, in every variant; also where there is a single row."""
+    for m in (1, 19):
+        row = Case(m, 21, 40, torch.uint8, "requantize,add,quantize", torch.uint8, every_row=True).arguments("cpu")
+        rows = row | {"residual": row["residual"].expand(m, -1).contiguous()}
+        got = int8_linear.run(**row, config=VARIANTS[variant])
+        assert torch.equal(got, int8_linear.run(**rows, config=VARIANTS[variant]))
+        assert torch.equal(got, int8_linear.reference(**row))
+    with pytest.raises(InputError, match=r"residual: shape is \[20\], must be \[21\]"):
+        int8_linear.run(**row | {"residual": row["residual"][:20]})
+
+
+@interpreted
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 33, 97), (17, 16, 64), (40, 35, 130)])
 def test_variants(variant: str, shape: tuple[int, int, int]) -> None:
     """Each shape of the kernel gives the same accumulators and the same integers."""
@@ -306,7 +320,7 @@ def test_signature() -> None:
     assert types["M"] == types["residual_ptr"] == types["STEPS"] == "constexpr"
     assert constants["M"] == 1 and constants["residual_ptr"] is None
     assert {names[i] for (i,) in attrs} == {
-        "x_ptr", "w_ptr", "out_ptr", "bias_ptr", "scale_ptr", "params_ptr", "N", "stride_ym",
+        "x_ptr", "w_ptr", "out_ptr", "bias_ptr", "scale_ptr", "params_ptr", "N", "stride_ym", "stride_rm",
     }  # fmt: skip
     large = Launch(planned.kernel, (1,), {**planned.args, "K": 1 << 31}, planned.constexprs)
     assert signature(large)[0]["K"] == "i64"

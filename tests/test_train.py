@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from pqk import machine
 from pqk.data import ArrayData, Batch, Data, LoaderData
 from pqk.errors import InputError, PqkError
 from pqk.files import read_tensors
@@ -307,10 +308,26 @@ def test_the_average_is_that_of_the_weights() -> None:
     torch.testing.assert_close(student[7].weight, torch.stack([*seen[1:], last[7].weight.detach()]).mean(0))
 
 
-def test_bfloat16_keeps_float32_weights() -> None:
-    student = net()
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_keeps_float32_weights(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is float32 altogether on a CPU that would be slower for it."""
+    monkeypatch.setattr(machine, "_no_bf16", lambda: not there)
+    student, plain = net(), net()
+    fit(Run(), plain, array(), Classify(), Training(epochs=0.4))
     fit(Run(), student, array(), Classify(), Training(epochs=0.4, precision="bf16"))
     assert {p.dtype for p in student.parameters()} == {torch.float32}
+    assert torch.equal(student[7].weight, plain[7].weight) != there
+
+
+def test_a_cpu_without_bfloat16_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for flags, said in (({"avx2"}, 1), ({"avx2", "avx512_bf16"}, 0), (set(), 0)):
+        monkeypatch.setattr(machine, "cpu_flags", lambda flags=flags: frozenset(flags))
+        machine._no_bf16.cache_clear()
+        caplog.clear()
+        enabled = [machine.autocast("cpu", "bf16")._enabled for _ in range(2)]
+        assert enabled == [not said] * 2 and len(caplog.records) == said
+        assert not machine.autocast("cpu", "fp32")._enabled
+    machine._no_bf16.cache_clear()
 
 
 def test_a_training_learns(tmp_path: Path) -> None:

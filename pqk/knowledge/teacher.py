@@ -21,6 +21,7 @@ from pqk.data import Batch, Data, Inputs, digest_of, map_tensors
 from pqk.knowledge.cache import LogitCache, cache_folder
 from pqk.knowledge.taps import tap
 from pqk.knowledge.term import View
+from pqk.machine import autocast
 from pqk.task import widened
 
 Answer = tuple[Any, dict[str, Tensor]]
@@ -104,8 +105,8 @@ class Teacher(nn.Module, ABC):
 
 
 def asked(tapped: nn.Module, batch: Batch, precision: str = "fp32") -> Answer:
-    """What a tapped model says, in float32 at least; "bf16": computed in bfloat16 autocast."""
-    with torch.autocast(batch.inputs[0].device.type, torch.bfloat16, enabled=precision == "bf16"):
+    """What a tapped model says, in float32 at least; "bf16": computed in bfloat16 autocast (`pqk.machine`)."""
+    with autocast(batch.inputs[0].device.type, precision):
         outputs, features = tapped(*batch.inputs)
     return map_tensors(lambda t: widened(t) if t.is_floating_point() else t, outputs), features
 
