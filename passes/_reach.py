@@ -167,21 +167,37 @@ class Depth(Width):
         edits += [Edit(n, _masked(r), tuple(c["module"] for c in r.cuts)) for n, r in rungs.items()]
         if not edits:
             raise self.budget.missed(self.budget.value(program.student), "with everything removable gone, the student")
-        paths = [b.path for b in blocks]
+        signatures = {b.path: b.signature for b in blocks}
+        rows: list[dict[str, Any]] = [
+            {"name": e.name, "saved": self._saved(program, e, rungs, signatures, returns)} for e in edits
+        ]
+        if self.config.blocks == "every_other":
+            rows.sort(key=lambda row: alternation(program.student, row["name"]))
+        else:
+            self._rank(program, rows, edits, [b.path for b in blocks], (inputs, teacher), key)
+        return self._remove(program, rows, rungs, returns, value, goal)
+
+    @staticmethod
+    def _rank(
+        program: Program,
+        rows: list[dict[str, Any]],
+        edits: list[Edit],
+        blocks: list[str],
+        data: tuple[Inputs, Any],
+        key: str,
+    ) -> None:
+        """Sort the rows of `edits` by the harm on data, which is (inputs, the teacher's outputs)."""
+        inputs, teacher = data
 
         def measure() -> dict[str, Any]:
             now = distance(program.student(*inputs), teacher)
-            return {"now": now, "costs": edit_costs(program.student, inputs, teacher, edits, paths)}
+            return {"now": now, "costs": edit_costs(program.student, inputs, teacher, edits, blocks)}
 
         with torch.no_grad():
             ranked = program.run.decide(f"rank/{key}/{_named((e.name, e.touches) for e in edits)}", measure)
-        signatures = {b.path: b.signature for b in blocks}
-        rows = [
-            {"name": e.name, "distance": cost, "saved": self._saved(program, e, rungs, signatures, returns)}
-            for e, cost in zip(edits, ranked["costs"], strict=True)
-        ]
+        for row, cost in zip(rows, ranked["costs"], strict=True):
+            row["distance"] = cost
         rows.sort(key=lambda row: _harm(row["distance"] - ranked["now"], row["saved"]))
-        return self._remove(program, rows, rungs, returns, value, goal)
 
     def _at_floor(self, student: nn.Module, block: str) -> bool:
         """Whether the container of `block` is down to its `keep_blocks`, which is then the reason to keep it."""
@@ -258,6 +274,16 @@ class Depth(Width):
 def _named(things: Iterable[tuple[Any, ...]]) -> str:
     """What a list of measurements is of: two prunes of one run may measure other groups and must not share them."""
     return hashlib.sha256(repr(list(things)).encode()).hexdigest()[:16]
+
+
+def alternation(model: nn.Module, block: str) -> tuple[int, int]:
+    """When a block's turn comes if every other one goes: places 1, 3, 5 …, then 2, 6, 10 …, then 4, 12 …, at last 0.
+
+    What has gone keeps its place in its container, so the turns do not depend on how far one has come.
+    """
+    container, _, name = block.rpartition(".")
+    place = [n for n, _ in model.get_submodule(container).named_children()].index(name)
+    return (place & -place if place else 1 << 30), place
 
 
 def _inside(path: str, blocks: list[str]) -> bool:

@@ -75,6 +75,13 @@ class Distill(Training, Pass):
     def _counted(self) -> Sequence[Term]:
         return [t for t in self.terms if t.weight > 0]
 
+    def _asked(self) -> str | None:
+        """The output that alone is asked of the teacher, where all who ask name the same."""
+        taught = [t for t in self._counted() if t.needs_teacher or t.gate]
+        names = {getattr(t, "output", None) if t.gate is None else None for t in taught}
+        name = names.pop() if len(names) == 1 else None
+        return name if isinstance(name, str) else None
+
     def uncached(self) -> str | None:
         """Why the teacher's answers are not kept, whatever the data is, else None."""
         if any(t.points() for t in self._counted()):
@@ -102,7 +109,7 @@ class Distill(Training, Pass):
         teacher = self.teacher.make(given)
         cache: LogitCache | str | None = self.uncached()
         if cache is None:
-            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision)
+            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self._asked())
         teacher.cache = cache if isinstance(cache, LogitCache) else None
         steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
 

@@ -42,7 +42,10 @@ class Prune(Pass):
     width: bool = True
     """cut channels"""
     depth: bool = False
-    """remove whole residual blocks, ranked by what removing them costs on validation data"""
+    """remove whole residual blocks"""
+    blocks: Literal["ranked", "every_other"] = "ranked"
+    """which blocks go first: those whose removal costs least on validation data, or every other one of each container,
+    then every other one of those that are left, the first staying to the end (as DistilBERT was started)"""
     macs_ratio: float | None = Field(default=None, gt=1)
     """budget: the teacher's multiply-accumulates over the student's"""
     parameters_ratio: float | None = Field(default=None, gt=1)
@@ -91,6 +94,11 @@ class Prune(Pass):
             )
         if not (self.width or self.depth):
             raise InputError("prune: width and depth are both false, so nothing could be cut; set one of them")
+        if self.blocks == "every_other" and (self.width or not self.depth):
+            raise InputError(
+                'prune: blocks = "every_other" has no costs that narrowings could be compared with; set depth = true '
+                "and width = false, and narrow in a prune of its own"
+            )
         if self.floor > 1 and self.floor != int(self.floor):
             raise InputError(f"prune: floor = {self.floor} is neither a share below 1 nor a whole number of channels")
         return self

@@ -7,6 +7,7 @@ hurts the outputs by more than is allowed) or because the deployed student is fa
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from pqk.modules import ActivationFakeQuant, BiasFakeQuant, Quantizer, WeightFak
 from pqk.passes._embedding_tables import insert_table, table_of
 from pqk.passes._forms import move_points
 from pqk.passes._placement import FLOAT_OUTPUT, HEAVY, Placement, absorbed, inputs, named_layers, placement, root
+from pqk.passes._smoothing import smooth
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.qparams import Grid, Method
 from pqk.task import Task, tensors
@@ -43,6 +45,9 @@ class Quantize(Pass):
     """for `percentile`: the share of values, in per cent, that the range covers"""
     samples: int = Field(default=512, gt=0)
     """validation samples that the ranges are chosen from, and sensitivity is measured on"""
+    smooth: float | None = Field(default=None, ge=0, le=1)
+    """first migrate outliers of activations into the weights that read them (SmoothQuant): alpha, the share of the
+    range that goes; 0.5 is the authors'. The float network stays what it is; norms that cannot take part say why"""
     learned_scales: bool = True
     """whether training may move the step sizes (LSQ)"""
     float_layers: tuple[str, ...] = ()
@@ -56,6 +61,8 @@ class Quantize(Pass):
 
     def apply(self, program: Program, task: Task) -> Program:
         """Raises `InputError` for a pattern that names no layer, and where speed cannot be measured here."""
+        if self.smooth is not None:
+            program = self._smooth(program, task, self.smooth)
         student = program.student
         assert isinstance(student, fx.GraphModule)
         floats = named_layers(student, self.float_layers)
@@ -69,6 +76,13 @@ class Quantize(Pass):
         kinds = [type(q) for q in quantizers(program.student).values()]
         program = program.decline(self.name, declined)
         return program.note(activations=kinds.count(ActivationFakeQuant), weights=kinds.count(WeightFakeQuant))
+
+    def _smooth(self, program: Program, task: Task, alpha: float) -> Program:
+        """With smoother inputs: only values change, so the plan needs no line for it."""
+        student = copy.deepcopy(program.student).eval()
+        assert isinstance(student, fx.GraphModule)
+        smoothed, declined = smooth(student, task.calibration(self.samples), alpha)
+        return dataclasses.replace(program, student=student).decline(self.name, declined).note(smoothed=smoothed)
 
     def _arguments(self, program: Program, points: list[dict[str, Any]]) -> dict[str, Any]:
         grids = {"activation": asdict(program.target.activation), "weight": asdict(program.target.weight)}

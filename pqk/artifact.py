@@ -152,12 +152,13 @@ class Artifact:
         """
         if not (self.folder / "model.onnx").exists():
             raise InputError(f"{self.folder} has no model.onnx, which a CPU is timed with; use --device cuda on a GPU")
-        teacher = self.folder / ".work" / "proof" / "teacher.onnx"
+        proof = self.folder / ".work" / "proof"
+        teacher = next((p for p in (proof / "teacher_optimized.onnx", proof / "teacher.onnx") if p.exists()), None)
         rows: list[LatencyRow] = []
         for batch in batches:
             feeds = self.example(batch)
             student = onnxruntime_contender("student", self.folder / "model.onnx", feeds, threads=threads)
-            base = onnxruntime_contender("teacher_fp32", teacher, feeds, threads=threads) if teacher.exists() else None
+            base = onnxruntime_contender("teacher_fp32", teacher, feeds, threads=threads) if teacher else None
             contenders: list[Contender] = [student] if base is None else [base, student]
             rows += measure(contenders, base, rounds)
         return rows

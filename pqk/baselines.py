@@ -1,12 +1,17 @@
 """What the teacher is worth after post-training quantization alone: the tools that need no training, at their best.
 
-ONNX Runtime's own static quantization is always there; Intel's neural-compressor is used where it is installed. Its
-ONNX side was last released in 2024 as onnx-neural-compressor 1.0, which pins numpy below 2, so what is measured is what
-neural-compressor 3 offers on a CPU: static INT8 through PyTorch's exported graphs, run by `torch.compile`.
+ONNX Runtime's own static quantization is always there, and for transformers its dynamic one; optimum's `ORTQuantizer`
+calls these two functions, so its rows are theirs. The FP32 baseline of a transformer gets ONNX Runtime's own tool for
+them, `onnxruntime.transformers.optimizer`, where that makes it faster. Intel's neural-compressor is used where it is
+installed. Its ONNX side was last released in 2024 as onnx-neural-compressor 1.0, which pins numpy below 2, so what is
+measured is what neural-compressor 3 offers on a CPU: static INT8 through PyTorch's exported graphs, run by
+`torch.compile`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import tempfile
 import warnings
@@ -15,10 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from pqk.benchmark import first_line
+from pqk.benchmark import Feeds, first_line, ratio_to
 from pqk.errors import InputError
 from pqk.graph import Axes, free_axes
 from pqk.machine import installed
@@ -30,6 +37,8 @@ Inputs = tuple[Tensor, ...]
 
 CALIBRATION = 512
 """samples of the validation data: the ranges that min-max finds hardly move after a few hundred"""
+SAME = 1e-3
+"""largest difference of outputs, over the largest of them, that a rearranged float graph may make"""
 
 
 def onnxruntime_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs], target: Target) -> None:
@@ -67,10 +76,74 @@ def onnxruntime_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs], tar
                 per_channel=True,
                 activation_type=QuantType.QUInt8 if target.activation.dtype == "uint8" else QuantType.QInt8,
                 weight_type=QuantType.QInt8,
-                reduce_range=target.name == "x86-avx2" and machine_target() == "x86-avx2",
+                reduce_range=_seven_bits(target),
             )
         except Exception as error:  # the quantizer's errors share no base class
             raise InputError(f"ONNX Runtime cannot quantize the teacher: {first_line(error)}") from error
+
+
+def _seven_bits(target: Target) -> bool:
+    return target.name == "x86-avx2" and machine_target() == "x86-avx2"
+
+
+def onnxruntime_dynamic(teacher: Path, out: Path, target: Target) -> str | None:
+    """Write the INT8 form of an FP32 ONNX file whose activations are quantized at run time: None, or why it has none.
+
+    Matrix products and tables of embeddings, weights int8 per channel, of 7 bits as in `onnxruntime_ptq`.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with quiet_logging(""):
+        try:
+            quantize_dynamic(
+                teacher,
+                out,
+                op_types_to_quantize=["MatMul", "Gather", "Attention", "EmbedLayerNormalization"],
+                per_channel=True,
+                reduce_range=_seven_bits(target),
+                weight_type=QuantType.QInt8,
+            )
+        except Exception as error:  # the quantizer's errors share no base class
+            return f"ONNX Runtime cannot quantize the teacher dynamically: {first_line(error)}"
+    return None
+
+
+def is_transformer(path: Path) -> bool:
+    """Whether an ONNX file computes attention: products around a softmax, and layer norms."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return {"MatMul", "Softmax", "LayerNormalization"} <= {n.op_type for n in graph.node}
+
+
+def optimized_transformer(teacher: Path, out: Path, feeds: Feeds, threads: int) -> tuple[bool, str]:
+    """What `onnxruntime.transformers.optimizer` makes of the ONNX file of a transformer, on top of what a session does.
+
+    Returns whether `out` is the better baseline, and in words for the report what was done or why not: the tool may
+    fuse nothing, change the outputs, or make the session significantly slower.
+    """
+    tool = "onnxruntime.transformers.optimizer (bert)"
+    try:
+        with quiet_logging(""), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from onnxruntime.transformers.optimizer import optimize_model
+
+            model = optimize_model(str(teacher), model_type="bert", opt_level=1, use_gpu=False)
+            fused = {name: n for name, n in model.get_fused_operator_statistics().items() if n}
+            model.save_model_to_file(str(out))
+        runs = [session(path, threads=threads) for path in (teacher, out)]
+        plain, other = (run.run(None, dict(feeds)) for run in runs)
+    except Exception as error:  # the tool is a script: it raises what it meets
+        return False, f"teacher FP32 is without {tool}: {first_line(error)}"
+    if not fused:
+        return False, f"teacher FP32 is without {tool}, which fuses nothing in it"
+    worst = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-6)) for a, b in zip(plain, other, strict=True))
+    if worst > SAME:
+        return False, f"teacher FP32 is without {tool}, which moves its outputs by {worst:.1g} of the largest"
+    gain = ratio_to(runs[0], runs[1], feeds)
+    said = ", ".join(f"{n} {name}" for name, n in fused.items())
+    said += f"; {gain.ratio:.2f}x ({gain.low:.2f} to {gain.high:.2f}) as fast as with the session's optimizations alone"
+    if gain.high < 1:
+        return False, f"teacher FP32 is without {tool}, which makes it slower: {said}"
+    return True, f"teacher FP32 is optimized by {tool}: {said}"
 
 
 def ptq(teacher: Path, out: Path, task: Task, target: Target, samples: int = CALIBRATION) -> str | None:

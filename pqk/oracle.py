@@ -41,7 +41,7 @@ class Oracle:
         quantize = found.get(Quantize, Quantize())
         assert isinstance(quantize, Quantize)
         cheap = dataclasses.replace(
-            quantize, calibration="minmax", samples=CALIBRATION, least_sqnr=None, faster_float=False
+            quantize, calibration="minmax", samples=CALIBRATION, least_sqnr=None, faster_float=False, smooth=None
         )
         self.passes: tuple[Pass, ...] = (found.get(Capture, Capture()), cheap, found.get(Convert, Convert()))
         self.folder = tempfile.TemporaryDirectory(prefix="pqk-oracle-")

@@ -19,11 +19,14 @@ from pqk.report_part import Count, Part, Positive, Share
 
 SCHEMA_PATH = Path(__file__).with_name("report.schema.json")
 
-Variant = Literal["teacher_fp32", "teacher_ptq", "pruned", "pruned_distilled", ControlVariant, "student"]
+Variant = Literal[
+    "teacher_fp32", "teacher_ptq", "teacher_dynamic", "pruned", "pruned_distilled", ControlVariant, "student"
+]
 
 TITLES = {
     "teacher_fp32": "teacher, FP32",
     "teacher_ptq": "teacher, INT8 by PTQ alone",
+    "teacher_dynamic": "teacher, INT8 by dynamic quantization",
     "pruned": "pruned, float",
     "pruned_distilled": "pruned + distilled, float",
     "student_no_kd": "+ QAT without KD, INT8",

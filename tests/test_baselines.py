@@ -8,7 +8,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper, save
 from torch import nn
 
-from pqk.baselines import neural_compressor_ptq, onnxruntime_ptq
+from pqk import baselines
+from pqk.baselines import (
+    is_transformer,
+    neural_compressor_ptq,
+    onnxruntime_dynamic,
+    onnxruntime_ptq,
+    optimized_transformer,
+)
+from pqk.benchmark import Ratio
 from pqk.coverage import integer_coverage
 from pqk.errors import InputError
 from pqk.machine import installed
@@ -56,3 +64,51 @@ def test_neural_compressor_quantizes_or_says_why_not() -> None:
     assert installed("neural-compressor")
     with torch.no_grad():
         assert (graph(x[:3]) - teacher(x[:3])).abs().max() < 0.05 * teacher(x).abs().max()
+
+
+def attention(path: Path) -> Path:
+    """y = layer_norm(x + softmax(x) W + b), x [batch, sequence, 16]."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(16, 16)), "b": rng.normal(size=16), "g": np.ones(16), "o": np.zeros(16)}
+    nodes = [
+        helper.make_node("Softmax", ["x"], ["s"]),
+        helper.make_node("MatMul", ["s", "w"], ["p"]),
+        helper.make_node("Add", ["p", "b"], ["a"]),
+        helper.make_node("Add", ["a", "x"], ["r"]),
+        helper.make_node("LayerNormalization", ["r", "g", "o"], ["y"], axis=-1),
+    ]
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", "sequence", 16]) for n in ("x", "y")]
+    stored = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()]
+    graph = helper.make_graph(nodes, "attention", value[:1], value[1:], stored)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+def test_a_transformer_is_quantized_dynamically(tmp_path: Path) -> None:
+    teacher, out = attention(tmp_path / "t.onnx"), tmp_path / "q.onnx"
+    assert is_transformer(teacher) and not is_transformer(network(tmp_path / "c.onnx"))
+    assert onnxruntime_dynamic(teacher, out, Target.named("x86-avx2")) is None
+    feeds = {"x": np.random.default_rng(1).normal(size=(2, 5, 16)).astype(np.float32)}
+    assert integer_coverage(out, feeds).share == 1.0
+    truth, got = (session(p).run(None, feeds)[0] for p in (teacher, out))
+    np.testing.assert_allclose(got, truth, atol=0.05)
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    assert "cannot quantize" in (onnxruntime_dynamic(tmp_path / "broken.onnx", out, Target.named("x86-avx2")) or "")
+
+
+def test_the_baseline_takes_the_optimizer_where_it_is_no_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, out = attention(tmp_path / "t.onnx"), tmp_path / "o.onnx"
+    feeds = {"x": np.random.default_rng(1).normal(size=(1, 5, 16)).astype(np.float32)}
+    for ratio, better, word in (
+        (Ratio(0.9, 0.8, 1.1), True, "is optimized by"),
+        (Ratio(0.5, 0.4, 0.6), False, "slower"),
+    ):
+        monkeypatch.setattr(baselines, "ratio_to", lambda *a, ratio=ratio: ratio)
+        taken, said = optimized_transformer(teacher, out, feeds, 1)
+        assert taken == better and word in said and "SkipLayerNormalization" in said
+    truth, got = (session(p).run(None, feeds)[0] for p in (teacher, out))
+    np.testing.assert_allclose(got, truth, rtol=1e-4, atol=1e-5)
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    assert optimized_transformer(tmp_path / "broken.onnx", out, feeds, 1)[0] is False

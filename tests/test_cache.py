@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from pqk.data import ArrayData, Inputs, Take, Views
 from pqk.errors import InputError
-from pqk.knowledge import CallableTeacher, FrozenTeacher, cache
+from pqk.knowledge import CallableTeacher, CrossEntropy, FrozenTeacher, LogitMSE, cache
 from pqk.knowledge import teacher as teachers
 from pqk.knowledge.cache import LogitCache
 from pqk.knowledge.teacher import cache_for
 from pqk.models.images import CropFlip
+from pqk.passes import Distill
 from pqk.task import Task
 
 KEY = "0" * 64
@@ -69,6 +70,36 @@ def test_cached_answers_are_the_live_ones(tmp_path: Path) -> None:
             assert len(calls) - before == (1 if epoch < 3 else 0)
             assert torch.equal(answer, live(batch)[0])
     assert bool(made(tmp_path, Net().eval()).get(torch.arange(24))[1].all())
+
+
+class Several(Net):
+    """Two outputs by name."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x), "twice": 2 * super().forward(x)}
+
+
+def test_of_several_outputs_the_one_that_is_asked_for_is_kept(tmp_path: Path) -> None:
+    model, data = Several().eval(), images()
+    kept = [cache_for(tmp_path, model, data, "fp32", name) for name in ("logits", "twice")]
+    batch = next(data.batches(seed=1))
+    live = FrozenTeacher(model)(batch)[0]
+    for name, found in zip(("logits", "twice"), kept, strict=True):
+        assert isinstance(found, LogitCache)
+        for _ in range(2):
+            answer, _features = FrozenTeacher(model, cache=found)(batch)
+            assert list(answer) == [name] and torch.equal(answer[name], live[name])
+    assert len(list(tmp_path.rglob("*.npy"))) == 2
+    assert "let all terms name one" in str(cache_for(tmp_path, model, data, "fp32", "logit"))
+    single = cache_for(tmp_path, Net().eval(), data, "fp32", "logits")
+    assert isinstance(single, LogitCache) and single.output is None
+
+
+def test_distill_asks_for_one_output_where_all_terms_name_it() -> None:
+    one, other = (LogitMSE(output=name) for name in ("logits", "twice"))
+    asked = [Distill(terms=terms)._asked() for terms in ((one, CrossEntropy()), (one, other), (one, LogitMSE()))]
+    assert asked == ["logits", None, None]
+    assert Distill(terms=(LogitMSE(output="logits", gate="teacher_confidence"),))._asked() is None
 
 
 def test_answers_that_are_not_there_or_damaged_are_computed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from pqk.passes._embedding_tables import LEAST, TableFakeQuant
 from pqk.passes._forms import aten
 from pqk.passes._groups import ChannelGroup, find_groups, law_reason, masked, probe
 from pqk.passes._heads import FewerHeads, Regrouped, find_attention
+from pqk.passes._reach import alternation
 from pqk.passes.convert import convert
 from pqk.program import Program, Stage, replay
 from pqk.run import Run
@@ -251,6 +253,22 @@ def test_prune_heads_units_width_and_layers_and_replay() -> None:
     again.load_state_dict(program.student.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(again(*task.example), program.student(*task.example))
+
+
+def test_every_other_layer_goes_and_then_every_other_of_the_rest() -> None:
+    blocks = nn.Sequential(*(nn.Identity() for _ in range(12)))
+    turns = sorted((str(i) for i in range(12)), key=lambda block: alternation(blocks, block))
+    assert turns == ["1", "3", "5", "7", "9", "11", "2", "6", "10", "4", "8", "0"]
+    family, model, _ = built("bert")
+    task = family.task(model)
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    config = Prune(depth=True, width=False, blocks="every_other", macs_ratio=1.4)
+    assert config.apply(program, task).details["blocks_removed"] == ["model.bert.encoder.layer.1"]
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    both = replace(config, macs_ratio=2.5).apply(program, task)
+    assert both.details["blocks_removed"] == ["model.bert.encoder.layer.1", "model.bert.encoder.layer.2"]
+    with pytest.raises(ValueError, match="set depth = true and width = false"):
+        Prune(depth=True, blocks="every_other", macs_ratio=2.0)
 
 
 # ---- tables

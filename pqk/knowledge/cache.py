@@ -39,11 +39,12 @@ def cache_folder(run: Path | None) -> Path | None:
 class LogitCache:
     """Answers [C…] in float32 by key, in a memory-mapped .npy file of (answer, check); several processes may write.
 
-    Raises `InputError` for a file that cannot be made, or that is no cache of `rows` answers of this `shape`.
+    `output` names the one that is kept of a teacher with several. Raises `InputError` for a file that cannot be made,
+    or that is no cache of `rows` answers of this `shape`.
     """
 
-    def __init__(self, path: Path, rows: int, shape: Sequence[int]) -> None:
-        self.path = path
+    def __init__(self, path: Path, rows: int, shape: Sequence[int], output: str | None = None) -> None:
+        self.path, self.output = path, output
         record = np.dtype([("answer", "<f4", tuple(shape)), ("check", "<u8")])
         if not path.exists():
             _create(path, rows, record)

@@ -94,12 +94,14 @@ class Teacher(nn.Module, ABC):
             if self.cache is None or batch.keys is None:
                 return self.live(batch)
             rows, present = self.cache.get(batch.keys)
-            device = batch.inputs[0].device
+            device, name = batch.inputs[0].device, self.cache.output
             if bool(present.all()):
-                return rows.to(device), {}
+                return (rows.to(device) if name is None else {name: rows.to(device)}), {}
             live, _ = self.live(batch)
+            live = live if name is None else live[name]
             self.cache.put(batch.keys[~present.to(batch.keys.device)], live[~present.to(device)])
-            return torch.where(present.view(-1, *[1] * (live.dim() - 1)).to(device), rows.to(device), live), {}
+            found = torch.where(present.view(-1, *[1] * (live.dim() - 1)).to(device), rows.to(device), live)
+            return (found if name is None else {name: found}), {}
 
 
 def asked(tapped: nn.Module, batch: Batch, precision: str = "fp32") -> Answer:
@@ -150,9 +152,12 @@ class FrozenTeacher(Teacher):
         return asked(self._model[0], batch if self.students_view else batch.for_teacher(), self.precision)
 
 
-def cache_for(folder: Path | None, teacher: nn.Module, data: Data, precision: str) -> LogitCache | str:
+def cache_for(
+    folder: Path | None, teacher: nn.Module, data: Data, precision: str, output: str | None = None
+) -> LogitCache | str:
     """The cache of this teacher on this data, shared by all passes of a run, or the reason why there is none.
 
+    `output` is the one that is asked for of a teacher with several outputs: it alone is kept, and answered.
     With the environment variable `PQK_CACHE` it is in the folder named there, shared by all runs. `teacher`: a
     `Teacher`, or the model of a frozen one. Raises `InputError` where the file holds other answers than it gives.
     """
@@ -167,18 +172,22 @@ def cache_for(folder: Path | None, teacher: nn.Module, data: Data, precision: st
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         return "several processes would write one file"
     batch, outputs = _probe(teacher, data)
+    named = output if isinstance(outputs, dict) and output in outputs else None
+    outputs = outputs if named is None else outputs[named]
     if not isinstance(outputs, Tensor):
-        return f"the teacher's output is a {type(outputs).__name__}; only single tensors are cached"
+        kind = type(outputs).__name__
+        return f"the teacher's output is a {kind}; only single tensors are cached: let all terms name one as `output`"
     if outputs.dtype != torch.float32:
         return f"the teacher answers in {outputs.dtype}, and answers are kept in float32"
     seen = digest_of("seen", (*batch.inputs, *(batch.teacher_inputs or ())))  # `prepare` shows in nothing else
-    key = hashlib.sha256(f"{teacher.identity()} {data.fingerprint()} {precision} {seen}".encode()).hexdigest()
+    key = f"{teacher.identity()} {data.fingerprint()} {precision} {seen}" + (f" {named}" if named else "")
+    key = hashlib.sha256(key.encode()).hexdigest()
     place.mkdir(parents=True, exist_ok=True)
     path = place / f"{key}.npy"
     size, free = 4 * data.key_count * (outputs[0].numel() + 2), shutil.disk_usage(place).free
     if not path.exists() and size > free / 2:
         return f"the answers would take {size / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free"
-    cache = LogitCache(path, data.key_count, outputs.shape[1:])
+    cache = LogitCache(path, data.key_count, outputs.shape[1:], named)
     if batch.keys is not None:
         cache.confirm(batch.keys, outputs, precision)
     return cache
