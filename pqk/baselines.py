@@ -1,7 +1,7 @@
 """What the teacher is worth after post-training quantization alone: the tools that need no training, at their best.
 
 ONNX Runtime's own static quantization is always there, and for transformers its dynamic one; optimum's `ORTQuantizer`
-calls these two functions, so its rows are theirs. The FP32 baseline of a transformer gets ONNX Runtime's own tool for
+runs the same quantizers, with settings that the user gives. The FP32 baseline of a transformer gets ONNX Runtime's own tool for
 them, `onnxruntime.transformers.optimizer`, where that makes it faster. Intel's neural-compressor is used where it is
 installed. Its ONNX side was last released in 2024 as onnx-neural-compressor 1.0, which pins numpy below 2, so what is
 measured is what neural-compressor 3 offers on a CPU: static INT8 through PyTorch's exported graphs, run by
