@@ -1,11 +1,11 @@
 """What the teacher is worth after post-training quantization alone: the tools that need no training, at their best.
 
 ONNX Runtime's own static quantization is always there, and for transformers its dynamic one; optimum's `ORTQuantizer`
-runs the same quantizers, with settings that the user gives. The FP32 baseline of a transformer gets ONNX Runtime's own tool for
-them, `onnxruntime.transformers.optimizer`, where that makes it faster. Intel's neural-compressor is used where it is
-installed. Its ONNX side was last released in 2024 as onnx-neural-compressor 1.0, which pins numpy below 2, so what is
-measured is what neural-compressor 3 offers on a CPU: static INT8 through PyTorch's exported graphs, run by
-`torch.compile`.
+runs the same quantizers, with settings that the user gives. The FP32 baseline of a transformer gets ONNX Runtime's
+own tool for them, `onnxruntime.transformers.optimizer`, where that makes it faster. Intel's neural-compressor is used
+where it is installed. Its ONNX side was last released in 2024 as onnx-neural-compressor 1.0, which pins numpy below
+2, so what is measured is what neural-compressor 3 offers on a CPU: static INT8 through PyTorch's exported graphs, run
+by `torch.compile`.
 """
 
 from __future__ import annotations
@@ -121,18 +121,19 @@ def optimized_transformer(teacher: Path, out: Path, feeds: Feeds, threads: int) 
     fuse nothing, change the outputs, or make the session significantly slower.
     """
     tool = "onnxruntime.transformers.optimizer (bert)"
-    try:
-        with quiet_logging(""), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from onnxruntime.transformers.optimizer import optimize_model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # among others for a folder that the tool leaves to the garbage collector
+        try:
+            with quiet_logging(""), contextlib.redirect_stdout(io.StringIO()):
+                from onnxruntime.transformers.optimizer import optimize_model
 
-            model = optimize_model(str(teacher), model_type="bert", opt_level=1, use_gpu=False)
-            fused = {name: n for name, n in model.get_fused_operator_statistics().items() if n}
-            model.save_model_to_file(str(out))
-        runs = [session(path, threads=threads) for path in (teacher, out)]
-        plain, other = (run.run(None, dict(feeds)) for run in runs)
-    except Exception as error:  # the tool is a script: it raises what it meets
-        return False, f"teacher FP32 is without {tool}: {first_line(error)}"
+                model = optimize_model(str(teacher), model_type="bert", opt_level=1, use_gpu=False)
+                fused = {name: n for name, n in model.get_fused_operator_statistics().items() if n}
+                model.save_model_to_file(str(out))
+            runs = [session(path, threads=threads) for path in (teacher, out)]
+            plain, other = (run.run(None, dict(feeds)) for run in runs)
+        except Exception as error:  # the tool is a script: it raises what it meets
+            return False, f"teacher FP32 is without {tool}: {first_line(error)}"
     if not fused:
         return False, f"teacher FP32 is without {tool}, which fuses nothing in it"
     worst = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-6)) for a, b in zip(plain, other, strict=True))
