@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
 import sys
 
 import numpy as np
@@ -189,11 +189,16 @@ def test_the_custom_ops_are_sound() -> None:
     torch.library.opcheck(torch.ops.pqk.dequantize.default, (q, torch.rand(4), zeros, 0), test_utils=checks)
 
 
-def test_importing_twice_registers_the_ops_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("again", pqk.qparams.__file__)
-    assert spec is not None and spec.loader is not None
-    again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "again", again)
-    spec.loader.exec_module(again)
-    zero_point = torch.tensor(3, dtype=torch.uint8)
-    assert torch.ops.pqk.quantize(torch.ones(2), torch.tensor(0.5), zero_point, 0, 255).tolist() == [5, 5]
+def test_importing_twice_registers_the_ops_once() -> None:
+    """In a process of its own: the second registration replaces the first, and goes when its module is collected. In
+    this one, whatever called the operators afterwards would crash, some time later."""
+    code = f"""
+import importlib.util, sys, torch, pqk.qparams
+spec = importlib.util.spec_from_file_location("again", {pqk.qparams.__file__!r})
+again = sys.modules["again"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(again)
+zero_point = torch.tensor(3, dtype=torch.uint8)
+print(torch.ops.pqk.quantize(torch.ones(2), torch.tensor(0.5), zero_point, 0, 255).tolist())
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[5, 5]"), done.stderr
