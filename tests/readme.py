@@ -5,7 +5,6 @@
 <!-- results -->         one line for every result, and the training costs
 <!-- comparison: NAME --> both rounds of models/results/NAME.json, which `pqk compare` wrote
 <!-- kernels -->         what `pqk kernels` found of the committed students and of all kernels' cases
-<!-- sweep -->           how many tests of each kernel file passed under the interpreter
 <!-- families -->        which passes apply to which family of encoders: models/results/encoder_families.json
 """
 
@@ -27,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "models" / "results"
 BLOCK = re.compile(
-    r"(<!-- (table|recipe|results|comparison|kernels|sweep|families)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (table|recipe|results|comparison|kernels|families)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -39,7 +38,6 @@ def filled(text: str) -> str:
         "comparison": comparison,
         "results": lambda _: results(),
         "kernels": lambda _: kernels(),
-        "sweep": lambda _: sweep(),
         "families": lambda _: f"\n{families_table()}\n\n",
     }
     return BLOCK.sub(lambda m: m[1] + makers[m[2]](m[3]) + m[4], text)
@@ -73,16 +71,6 @@ def comparison(name: str) -> str:
             parts.append(f"{title}, {seeds} seeds:\n\n" + markdown_table(HEADER[:1] + HEADER[3:6], shown))
     notes = "\n".join(f"- {note}" for note in notes_of(document))
     return "\n" + "\n\n".join([*parts, notes]) + "\n\n"
-
-
-def sweep() -> str:
-    found = json.loads((RESULTS / "interpreter_sweep.json").read_text())
-    files = found["tests"].values()
-    passed, failed = (sum(f.get(k, 0) for f in files) for k in ("passed", "failed"))
-    return (
-        f"\nThe exhaustive sweep of the kernels under the interpreter, `models/results/interpreter_sweep.json`: "
-        f"{passed:,} tests in {len(files)} files passed, {failed} failed (`make test-full` runs it).\n\n"
-    )
 
 
 def kernels() -> str:
