@@ -77,18 +77,24 @@ def mean_of_tokens(states: Tensor, attention_mask: Tensor) -> Tensor:
     return F.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
 
 
-def encoder(directory: str | Path, task: str = "classification", labels: int | Sequence[str] | None = None) -> Encoder:
+def encoder(
+    directory: str | Path,
+    task: str = "classification",
+    labels: int | Sequence[str] | None = None,
+    data: str | Path | None = None,
+) -> Encoder:
     """The trained encoder in a Hugging Face directory, in eval mode, in float32.
 
     Args:
         directory: config.json, *.safetensors and a tokenizer; `package:NAME/FOLDER` is a folder of a Python package.
         task: "classification", "regression" or "embedding".
         labels: how many classes the head must have, or their names in order.
+        data: a folder that `directory` is looked up in, beside the current one.
 
     Raises `InputError` for a directory that is incomplete or holds pickled weights only, a decoder, a head that is
     not the task's or was never trained, and labels that are not the head's.
     """
-    model, _ = load(find_directory(directory), task, labels)
+    model, _ = load(find_directory(directory, None if data is None else Path(data)), task, labels)
     return Encoder(model, task).eval()
 
 

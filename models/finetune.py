@@ -204,7 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job, out, data, directory = (given.pop(name) for name in ("job", "out", "data", "directory"))
     changed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    finetune(replace(JOBS[job], **changed), out, data, directory)
+    try:
+        finetune(replace(JOBS[job], **changed), out, data, directory)
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

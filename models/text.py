@@ -31,7 +31,7 @@ from pqk.models.encoder import (
     load_tokenizer,
     positions,
 )
-from pqk.models.text_data import Source, TextData, Tokens, column, padded, read_table
+from pqk.models.text_data import Altered, Source, TextData, Tokens, column, padded, read_table
 from pqk.task import Metric, Outputs, Task, argmax, cross_entropy, first_tensor, widened
 
 # ---- metrics
@@ -104,6 +104,7 @@ def text_task(
     example_length: int | None = None,
     limit: int | None = None,
     evaluation_limit: int | None = None,
+    views: int = 1,
 ) -> Task:
     """Texts for the encoder in a Hugging Face directory.
 
@@ -119,6 +120,8 @@ def text_task(
         validation_share: share of train that is held out where there is no `validation`.
         example_length: tokens of the example, at which latency is measured; the median length if None.
         limit, evaluation_limit: use only so many texts of train, of evaluation, drawn once and for all.
+        views: forms in which a text of train is seen, epoch after epoch: as it is, then with tokens masked or as a part
+            of itself (`Altered`). The teacher answers each once; its labels, if any, stay those of the whole.
 
     Raises `InputError` for files, columns, labels and tokenizers that do not fit the model or each other.
     """
@@ -135,6 +138,8 @@ def text_task(
         targets = None if task == "embedding" else target(labels, what)
         return TextData(tokens(texts, what), targets, batch_size, pad=config.pad_token_id or 0)
 
+    if views < 1:
+        raise InputError(f"text: views={views} must be at least 1")
     known = None if train is None else made(train, "train", limit)
     judged = made(evaluation, "evaluation", evaluation_limit)
     if validation is not None:
@@ -143,6 +148,8 @@ def text_task(
         known, held = held_out(known, validation_share)
     else:
         raise InputError("text: neither train nor validation; calibration needs some texts")
+    if known is not None and views > 1:
+        known = known.altered_by(Altered(views, tokens.tokenizer.mask_token_id))
     if task == "embedding":
         model = Encoder(model, task).eval()
         held, judged = (d.subset(d.ids, embeddings(model, d)) for d in (held, judged))

@@ -99,13 +99,48 @@ def column(table: Table, name: str, what: str) -> list[Any]:
 # ---- tokens
 
 
+@dataclass(frozen=True)
+class Altered:
+    """Other texts for the teacher to label, made of those that there are (Tang et al. 2019, arXiv:1903.12136, 3.2).
+
+    Each token is masked with probability `mask`, and with probability `cut` only a part of the text is left, as long as
+    chance will have it. The first and the last token stay, because most tokenizers put special ones there.
+    """
+
+    views: int
+    """distinct forms of a text; form 0 is the text as it is"""
+    token: int | None
+    """the mask token's id; None: the tokenizer has none, and nothing is masked"""
+    mask: float = 0.1
+    cut: float = 0.5
+
+    def __call__(self, tokens: Tensor, row: int, view: int) -> Tensor:
+        """Form `view` of the text [S] in `row`, [S'] with S' from min(S, 3) to S: a function of (row, view) alone."""
+        if view == 0 or len(tokens) < 4:
+            return tokens
+        generator = torch.Generator().manual_seed(row * self.views + view)
+        first, inner, last = tokens[:1], tokens[1:-1], tokens[-1:]
+        cut, share, place = torch.rand(3, generator=generator).tolist()
+        if cut < self.cut:
+            size = 1 + int(share * len(inner))
+            start = int(place * (len(inner) - size + 1))
+            inner = inner[start : start + size]
+        if self.token is not None:
+            inner = inner.masked_fill(torch.rand(len(inner), generator=generator) < self.mask, self.token)
+        return torch.cat([first, inner, last])
+
+
 class TextData(Data):
     """Token sequences in batches of like length: inputs `input_ids` and `attention_mask` int64 [B, S].
 
     Each epoch is a permutation; within pools of `POOL` batches samples are sorted by length, and the batches come in a
     random order: all a function of the seed. Without a seed the whole is one pool, in one fixed order. A sample's key
-    is its row. Raises `InputError` for no samples, an empty sequence or lengths that differ.
+    is its row, and its view where there are several. Raises `InputError` for no samples, an empty sequence or lengths
+    that differ.
     """
+
+    altered: Altered | None
+    """what makes the views"""
 
     def __init__(
         self,
@@ -128,6 +163,7 @@ class TextData(Data):
         if not len(self.ids):
             raise InputError("data: no samples")
         self._targets, self.samples, self.key_count = targets, len(self.ids), len(tokens)
+        self.views, self.altered = 1, None
 
     @property
     def targets(self) -> Tensor | None:
@@ -145,14 +181,19 @@ class TextData(Data):
         part._targets = self._targets if targets is None else targets
         return part
 
-    def plan(self, seed: int | None) -> list[Tensor]:
-        """The rows of each batch of an epoch."""
+    def altered_by(self, altered: Altered) -> TextData:
+        """The same samples in several forms: epoch e shows form e mod views, and no seed the texts as they are."""
+        other = self.subset(self.ids)
+        other.altered, other.views, other.key_count = altered, altered.views, len(self.tokens) * altered.views
+        return other
+
+    def plan(self, seed: int | None, lengths: Tensor | None = None) -> list[Tensor]:
+        """The rows of each batch of an epoch, whose texts have these `lengths`; by default, those of the texts."""
+        lengths = self.lengths if lengths is None else lengths
         generator = torch.Generator().manual_seed(seed or 0)
         order = self.ids[torch.randperm(self.samples, generator=generator)]
         pools = order.split(POOL * self.batch_size if seed is not None else self.samples)
-        batches = [
-            b for pool in pools for b in pool[self.lengths[pool].sort(stable=True).indices].split(self.batch_size)
-        ]
+        batches = [b for pool in pools for b in pool[lengths[pool].sort(stable=True).indices].split(self.batch_size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
     def batches(
@@ -160,13 +201,19 @@ class TextData(Data):
     ) -> Iterator[Batch]:
         if state is not None:
             torch.set_rng_state(state)
-        for rows in self.plan(seed)[start:]:
-            inputs = padded([self.tokens[i] for i in rows], self.pad)
-            yield Batch(inputs, None if self._targets is None else self._targets[rows], rows)
+        view = 0 if seed is None else epoch % self.views
+        tokens, lengths = self.tokens, self.lengths
+        if self.altered is not None and view:
+            tokens = [self.altered(t, row, view) for row, t in enumerate(tokens)]
+            lengths = torch.tensor([len(t) for t in tokens])
+        for rows in self.plan(seed, lengths)[start:]:
+            inputs = padded([tokens[i] for i in rows], self.pad)
+            yield Batch(inputs, None if self._targets is None else self._targets[rows], rows * self.views + view)
 
     def fingerprint(self) -> str:
         targets = [] if self._targets is None else [self._targets]
-        return digest_of((self.batch_size, self.pad, POOL), (torch.cat(self.tokens), self.lengths, *targets, self.ids))
+        how = (self.batch_size, self.pad, POOL, *([] if self.altered is None else [self.altered]))
+        return digest_of(how, (torch.cat(self.tokens), self.lengths, *targets, self.ids))
 
 
 def padded(tokens: Sequence[Tensor], pad: int, length: int = 0) -> tuple[Tensor, Tensor]:

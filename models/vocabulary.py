@@ -151,8 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="the folder with the texts")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    texts = [t for name in given.texts for t in column(read_table(name, given.data), given.text, name)]
-    trim_vocabulary(given.directory, given.out, texts, given.data)
+    try:
+        texts = [t for name in given.texts for t in column(read_table(name, given.data), given.text, name)]
+        trim_vocabulary(given.directory, given.out, texts, given.data)
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

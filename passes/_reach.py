@@ -19,7 +19,7 @@ from pqk.passes._blocks import Block, Edit, Inputs, distance, edit_costs, find_b
 from pqk.passes._budget import UNITS, Budget, Missed, digest
 from pqk.passes._cut import Skip, cut_channels, drop_block
 from pqk.passes._groups import ChannelGroup, find_groups, law_reason, masked, probe
-from pqk.passes._width import Rung, cuts_of, gradients, ladder, unit_importance
+from pqk.passes._width import MEASURES, Rung, cuts_of, ladder, unit_importance
 from pqk.program import Program
 from pqk.run import Observer
 from pqk.task import Task, concatenate
@@ -65,8 +65,8 @@ class Width:
         kind, student = self.config.importance, program.student
 
         def measure() -> list[list[float] | str]:
-            grads = gradients(student, self.task, self.config.samples) if kind == "taylor" else None
-            scores = (unit_importance(student, group, kind, grads) for group in groups)
+            measured = MEASURES[kind](student, self.task, self.config.samples) if kind in MEASURES else None
+            scores = (unit_importance(student, group, kind, measured) for group in groups)
             return [s if isinstance(s, str) else s.tolist() for s in scores]
 
         return program.run.decide(f"importance/{key}/{_named((g.name, g.channels) for g in groups)}", measure)

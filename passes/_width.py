@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from pqk.passes._cut import NORMS, Cut, Dim, is_depthwise
 from pqk.passes._groups import ChannelGroup, Member, layer_of, merge_cuts
 from pqk.task import Task
 
-Importance = Literal["magnitude", "taylor", "bn_scale"]
+Importance = Literal["magnitude", "taylor", "activation", "bn_scale"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def gradients(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
     model = copy.deepcopy(model).eval().requires_grad_(True)
     seen = 0
     if next(task.validation.batches()).targets is None:
-        raise InputError('prune: importance = "taylor" needs labelled validation data; use "magnitude" or "bn_scale"')
+        raise InputError('prune: importance = "taylor" needs labelled validation data; use "activation" or "magnitude"')
     with torch.enable_grad():
         for batch in task.validation.batches():
             task.loss(model(*batch.inputs), batch.targets).sum().backward()
@@ -58,24 +58,67 @@ def gradients(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
     return {name: p.grad / seen for name, p in model.named_parameters() if p.grad is not None}
 
 
+@torch.no_grad()
+def input_energies(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
+    """Mean square of each channel that a convolution or linear layer reads, [C] by layer, over validation samples."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    hooks = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, _ConvNd | nn.Linear):
+            continue
+
+        def observe(layer: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+            x = args[0].detach().float().movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+            sums[path] = sums.get(path, torch.zeros(len(x))) + x.square().sum(1).cpu()
+            counts[path] = counts.get(path, 0) + x.shape[1]
+
+        hooks.append(layer.register_forward_pre_hook(observe))
+    try:
+        for inputs in task.calibration(samples):
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: total / counts[path] for path, total in sums.items()}
+
+
+MEASURES: dict[Importance, Callable[[nn.Module, Task, int], dict[str, Tensor]]] = {
+    "taylor": gradients,
+    "activation": input_energies,
+}
+"""what an importance that looks at data reads"""
+
+
 def unit_importance(
-    model: nn.Module, group: ChannelGroup, kind: Importance, grads: dict[str, Tensor] | None = None
+    model: nn.Module, group: ChannelGroup, kind: Importance, measured: Mapping[str, Tensor] | None = None
 ) -> Tensor | str:
     """Importance of each unit of a group, float32 [units], mean 1; or why it has none.
 
     - magnitude: L2 norm of all weights that go with a channel, made or read (Fang et al. 2023, arXiv:2301.12900).
     - taylor: first-order change of the loss when the channel is zero: `|sum(weight * gradient)|`, at the norm after
-      the layer where there is one (Molchanov et al. 2019, arXiv:1906.10771); `grads` are the gradients.
+      the layer where there is one (Molchanov et al. 2019, arXiv:1906.10771); `measured` are the gradients.
+    - activation: the norm of what a channel adds to the layers that read it, its root mean square times that of their
+      weights (Sun et al. 2023, "Wanda", arXiv:2306.11695, section 3, of whole channels); needs no labels. `measured`
+      are the mean squares.
     - bn_scale: mean |scale| of the group's batch norms (Liu et al. 2017, arXiv:1708.06519).
     """
     found = [(m, layer_of(model, m.path)) for m in group.members]
     layers = [(m, layer) for m, layer in found if layer is not None and m.dim in ("out", "in")]
     norms = [(m, layer) for m, layer in layers if isinstance(layer, tuple(NORMS)) and _weight(layer) is not None]
     weighted = [(m, layer) for m, layer in layers if isinstance(layer, _ConvNd | nn.Linear)]
-    scores = torch.zeros(group.channels)
+    scores, measured = torch.zeros(group.channels), measured or {}
     if kind == "magnitude":
         for member, layer in weighted:
             scores += _gather(member, _per_channel(layer, member.dim, layer.weight.detach().square()))
+        scores = scores.sqrt()
+    elif kind == "activation":
+        readers = [(m, layer) for m, layer in weighted if m.dim == "in" and m.path in measured]
+        if not readers:
+            return 'no convolution or linear layer reads it, whose inputs importance = "activation" looks at'
+        for member, layer in readers:
+            weights = _per_channel(layer, "in", layer.weight.detach().square()).cpu()
+            scores += _gather(member, weights * measured[member.path])
         scores = scores.sqrt()
     elif kind == "bn_scale":
         scales = [(m, layer) for m, layer in norms if isinstance(layer, _BatchNorm)]
@@ -87,7 +130,7 @@ def unit_importance(
         for member, maker in norms or [(m, layer) for m, layer in weighted if m.dim == "out"]:
             change = torch.zeros(member.of)
             for name, value in maker.named_parameters(recurse=False):
-                effect = value.detach() * (grads or {}).get(f"{member.path}.{name}", torch.zeros_like(value))
+                effect = value.detach() * measured.get(f"{member.path}.{name}", torch.zeros_like(value))
                 change += _per_channel(maker, member.dim, effect).cpu()
             scores += _gather(member, change).abs()
     units = torch.stack([scores[list(unit)].sum() for unit in group.units])

@@ -34,6 +34,7 @@ from pqk.modules import quantizers
 from pqk.passes._budget import UNITS
 from pqk.passes._cut import cut_channels, kept_channels
 from pqk.passes._groups import ChannelGroup, find_groups, layer_of
+from pqk.passes._width import Importance
 from pqk.passes._widths import Widths, carry, two_widths
 from pqk.passes.capture import Capture, capture
 from pqk.passes.prune import Prune
@@ -79,8 +80,9 @@ class PQK(Training, Pass):
     """budget: the teacher's FP32 bytes over the bytes of the student's INT8 form"""
     latency_ratio: float | None = Field(default=None, gt=1)
     """budget: the teacher's FP32 latency over that of the student's INT8 form, both in the target's runtime"""
-    importance: Literal["magnitude", "taylor", "bn_scale"] = "magnitude"
-    """what a channel is worth: weight norm, first-order effect on the task loss, or batch-norm scale"""
+    importance: Importance = "magnitude"
+    """what a channel is worth: weight norm, first-order effect on the task loss, the norm of what it adds to the layers
+    that read it (activation), or batch-norm scale"""
     scope: Literal["global", "per_layer"] = "global"
     """channels compete across the network, or every layer loses the same share"""
     multiple: int | None = Field(default=None, ge=1)
@@ -92,7 +94,7 @@ class PQK(Training, Pass):
     calibration: Method = "mse"
     """how ranges are chosen, before the training, from the observed values"""
     samples: int = Field(default=512, ge=2)
-    """validation samples that the ranges are chosen from, and taylor importance is measured on"""
+    """validation samples that the ranges are chosen from, and taylor and activation importance are measured on"""
     float_layers: tuple[str, ...] = ()
     """patterns (such as `layer3.*`) of layers to leave in float"""
 

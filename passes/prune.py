@@ -25,6 +25,7 @@ from pqk.passes._budget import UNITS, Budget
 from pqk.passes._cut import channels_of, cut_channels, drop_block
 from pqk.passes._groups import ChannelGroup
 from pqk.passes._reach import Depth, Width
+from pqk.passes._width import Importance
 from pqk.program import CONFIG, Pass, Program, RewriteFunction, Stage
 from pqk.task import Task
 from pqk.train import Objective, Training, fit
@@ -54,8 +55,9 @@ class Prune(Pass):
     """budget: the teacher's FP32 bytes over the bytes of the student's INT8 form"""
     latency_ratio: float | None = Field(default=None, gt=1)
     """budget: the teacher's FP32 latency over that of the student's INT8 form, both in the target's runtime"""
-    importance: Literal["magnitude", "taylor", "bn_scale"] = "magnitude"
-    """what a channel is worth: weight norm, first-order effect on the task loss, or batch-norm scale"""
+    importance: Importance = "magnitude"
+    """what a channel is worth: weight norm, first-order effect on the task loss, the norm of what it adds to the layers
+    that read it (activation), or batch-norm scale"""
     scope: Literal["global", "per_layer"] = "global"
     """channels compete across the network, or every layer loses the same share"""
     multiple: int | None = Field(default=None, ge=1)
@@ -78,7 +80,7 @@ class Prune(Pass):
     recovery_rate: float = Field(default=0.01, gt=0)
     """peak learning rate of that training"""
     samples: int = Field(default=256, ge=2)
-    """validation samples that blocks are ranked on, and that taylor importance is measured on"""
+    """validation samples that blocks are ranked on, and that taylor and activation importance are measured on"""
     removals_per_ranking: int = Field(default=1, ge=1)
     """with depth: how many blocks (and narrowings) go before the rest is ranked again; more is faster and coarser"""
     candidates: int = Field(default=8, ge=1)

@@ -148,6 +148,8 @@ def best(rows: Sequence[Row], baseline: str, confirm: Confirm) -> list[str]:
 # ---- words
 
 
+NAMED = 3
+"""variants that share a speed and are named with it, at most"""
 HEADER = ("variant", "seeds", "validation", "evaluation", "beside the baseline", "verdict", "time")
 
 
@@ -192,7 +194,9 @@ def notes_of(document: dict[str, Any]) -> list[str]:
         f"intervals: {document['intervals']}",
     ]
     for s in document["speed"]:
-        who = "all variants" if len(document["speed"]) == 1 else ", ".join(s["variants"])
+        count = len(s["variants"])
+        named = ", ".join(s["variants"]) if count <= NAMED else f"{count} variants of one network"
+        who = "all variants" if len(document["speed"]) == 1 else named
         notes.append(
             f"{who}: {s['ratio']:.2f}x ({s['low']:.2f} to {s['high']:.2f}) the teacher's speed in ONNX Runtime FP32, "
             f"batch {s['batch']}, {s['threads']} threads"

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,14 @@ from pqk.task import Task
 
 
 def load_teacher(spec: TeacherSpec, data: Path | None = None, beside: Path | None = None) -> nn.Module:
-    """The teacher in eval mode, with its weights. Raises `InputError` for a factory or weights that do not fit."""
-    teacher = _call(spec.factory, spec.arguments, "[teacher]", beside)
+    """The teacher in eval mode, with its weights. A factory with a parameter `data` gets the data folder.
+
+    Raises `InputError` for a factory or weights that do not fit.
+    """
+    arguments = dict(spec.arguments)
+    if data is not None and "data" in _parameters(spec.factory, "[teacher]", beside):
+        arguments = {"data": data, **arguments}
+    teacher = _call(spec.factory, arguments, "[teacher]", beside)
     if not isinstance(teacher, nn.Module):
         raise InputError(f"[teacher] {spec.factory} returned a {type(teacher).__name__}, not a torch module")
     if spec.weights is not None:
@@ -69,12 +75,16 @@ def load_task(
     Raises `InputError` for a factory that does not fit.
     """
     arguments = {"data": data, **spec.arguments}
-    if teacher is not None and "teacher" in inspect.signature(_find(spec.factory, "[task]", beside)).parameters:
+    if teacher is not None and "teacher" in _parameters(spec.factory, "[task]", beside):
         arguments["teacher"] = teacher
     task = _call(spec.factory, arguments, "[task]", beside)
     if not isinstance(task, Task):
         raise InputError(f"[task] {spec.factory} returned a {type(task).__name__}, not a pqk.Task")
     return task
+
+
+def _parameters(factory: str, where: str, beside: Path | None) -> Collection[str]:
+    return inspect.signature(_find(factory, where, beside)).parameters.keys()
 
 
 def _call(factory: str, arguments: dict[str, Any], where: str, beside: Path | None) -> Any:

@@ -123,7 +123,8 @@ def optimizer_for(training: Training, *modules: nn.Module) -> torch.optim.Optimi
     ]
     groups = [g for g in groups if g["params"]]
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=training.learning_rate)
+        # Fused: one pass over each tensor; of an encoder's step, ten over its word table were the half.
+        return torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
     return torch.optim.SGD(
         groups, lr=training.learning_rate, momentum=training.momentum, nesterov=training.momentum > 0
     )

@@ -127,7 +127,10 @@ def results() -> str:
         text += (
             f"A distillation epoch with cached teacher logits costs {measured['cached_over_without']:.2f}x an epoch "
             f"without a teacher ({measured['live_over_without']:.2f}x with the live one), a fake-quantized step "
-            f"{measured['fake_quantized_over_float']:.2f}x a float one: `python tests/costs.py --data DATA`.\n\n"
+            f"{measured['fake_quantized_over_float']:.2f}x a float one. A step with another response term costs at "
+            f"most {max(measured['response_over_kl'].values()):.2f}x one with plain KD, one with a relation term "
+            f"beside it at most {max(measured['relation_over_kl'].values()):.2f}x: "
+            "`python tests/costs.py --data DATA`.\n\n"
         )
     return text
 

@@ -20,7 +20,7 @@ from pqk.models.resnet import ChannelPadShortcut, resnet
 from pqk.passes._blocks import Edit, edit_costs, find_blocks, without_block
 from pqk.passes._cut import Cut, cut_channels, drop_block, kept_channels
 from pqk.passes._groups import check_groups, find_groups, law_reason, masked, merge_cuts
-from pqk.passes._width import ladder, unit_importance
+from pqk.passes._width import input_energies, ladder, unit_importance
 from pqk.passes.prune import Prune
 from pqk.program import Program, Rewrite, Stage, replay
 from pqk.run import Journal, Run
@@ -198,7 +198,7 @@ def test_shortcut_is_its_mapping_and_exports(cuts: list[tuple[str, list[int]]]) 
     assert not shortcut.state_dict()
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "taylor", "bn_scale"])
+@pytest.mark.parametrize("importance", ["magnitude", "taylor", "activation", "bn_scale"])
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
 def test_width_meets_the_budget_in_multiples_above_the_floor_and_rebuilds(importance: Any, scope: Any) -> None:
     model = trained(resnet((1, 1, 1), 16))
@@ -418,6 +418,25 @@ def test_ladder_is_least_important_first_and_even_per_layer() -> None:
     even = ladder(list(zip(groups, scores, strict=True)), 4, [4, 4], "per_layer")  # type: ignore[arg-type]
     shares = [r.width / r.group.channels for r in even]
     assert shares == sorted(shares, reverse=True)
+
+
+def test_activation_importance_is_the_norm_of_what_a_channel_adds() -> None:
+    """Against the sum of (weight * input)² over outputs and samples; a dead unit is worth nothing, heavy or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    x = data((6,), 40)
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0.0, -1.0
+        model[2].weight[:, 2] = 100.0
+        hidden = model[:2](x)
+        added = (hidden.square().mean(0) * model[2].weight.square().sum(0)).sqrt()
+    part = ArrayData(x, None)
+    task = Task(None, part, validation=part)
+    group = next(g for g in find_groups(model, task.example) if g.name == "0")
+    scores = unit_importance(model, group, "activation", input_energies(model, task, 40))
+    assert isinstance(scores, Tensor) and scores[2] == 0
+    torch.testing.assert_close(scores, added / added.mean())
+    assert isinstance(unit_importance(model, group, "activation", {}), str)
 
 
 def test_costs_of_known_networks() -> None:

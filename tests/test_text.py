@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pqk.errors import InputError
 from pqk.models.encoder import encoder
 from pqk.models.text import ranks, similarities, spearman, text_task
-from pqk.models.text_data import TextData, padded, read_table
+from pqk.models.text_data import Altered, TextData, padded, read_table
 from pqk.task import Task, concatenate
 
 pytest.importorskip("transformers")
@@ -104,6 +104,30 @@ def test_keys_and_fingerprints_follow_the_rows() -> None:
     assert len({data.fingerprint(), part.fingerprint(), other.fingerprint()}) == 3
     with pytest.raises(InputError, match="text 1 has no tokens"):
         TextData([[7], []], None)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(2, 5), st.booleans())
+def test_a_view_is_a_part_of_its_text_with_some_tokens_masked(lengths: list[int], views: int, masks: bool) -> None:
+    """The same in every epoch that shows it, under a key of its own; the first is the text, as without a seed."""
+    data = TextData([[*range(2, n + 2)] for n in lengths], torch.arange(len(lengths)), 4, pad=99)
+    several = data.altered_by(Altered(views, 1 if masks else None))
+    assert several.key_count == views * len(lengths) and several.fingerprint() != data.fingerprint()
+    seen: dict[int, list[int]] = {}
+    for epoch in range(2 * views):
+        for batch in several.batches(epoch, epoch):
+            assert batch.keys is not None
+            for ids, mask, key, row in zip(*batch.inputs, batch.keys, batch.targets, strict=True):
+                tokens, text = ids[mask == 1].tolist(), [*range(2, lengths[row] + 2)]
+                assert seen.setdefault(int(key), tokens) == tokens and divmod(int(key), views) == (row, epoch % views)
+                assert (tokens[0], tokens[-1]) == (text[0], text[-1])
+                inner = [(t, i) for i, t in enumerate(tokens[1:-1]) if t != 1]
+                assert masks or len(inner) == len(tokens[1:-1])
+                assert len({t - i for t, i in inner}) <= 1 and all(t in text for t, _ in inner)  # without gaps
+                assert epoch % views or tokens == text
+    assert len(seen) == several.key_count
+    plain = [b.inputs[0].tolist() for b in several.batches()]
+    assert plain == [b.inputs[0].tolist() for b in data.batches()]
 
 
 # ---- metrics
