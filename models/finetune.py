@@ -3,7 +3,9 @@
     python -m pqk.models.finetune banking77 --out minilm_banking77 [--data DATA]
 
 Every learning rate is trained in full and judged on texts that were held out of train; the best one is trained again on
-all of train where the held-out texts were its own; the test split is read once, at the end. A killed run goes on where
+all of train where the held-out texts were its own; the test split is read once, at the end. A new head can be trained
+alone first, on the encoder as it is, so that it does not pull good features apart while it learns to read them
+(Kumar et al. 2022, arXiv:2202.10054). A killed run goes on where
 it was when it is given again. What was done, with the seconds, is in `finetune.json` beside the model.
 """
 
@@ -21,9 +23,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from pqk.data import Batch
+from pqk.data import ArrayData, Batch
 from pqk.errors import InputError
 from pqk.models.encoder import TOKENIZER, Encoder, find_directory, load, load_tokenizer, positions
 from pqk.models.text import held_out, rows_of, targets_of
@@ -49,6 +51,9 @@ class Job:
     epochs: float = 10
     batch_size: int = 64
     dev_share: float = 0.1
+    probe_epochs: float = 0.0
+    """epochs of the head alone, on what the encoder says of each text's first token"""
+    probe_rate: float = 4e-3
     smoothing: float = 0.1
     """of the labels: this share of each goes to all classes"""
     average: float = 1.0
@@ -61,8 +66,10 @@ class Job:
 
 
 JOBS = {
-    "banking77": Job("banking77_train.tsv", "banking77_test.tsv", names="intent"),
-    "sst2": Job("sst2_train.tsv", "sst2_test.tsv", "sst2_dev.tsv", rates=(3e-5, 6e-5, 1.2e-4), epochs=5, smoothing=0.0),
+    "banking77": Job(
+        "banking77_train.tsv", "banking77_test.tsv", names="intent", rates=(5e-5, 1e-4, 2e-4), epochs=3, probe_epochs=20
+    ),
+    "sst2": Job("sst2_train.tsv", "sst2_test.tsv", "sst2_dev.tsv", rates=(3e-5, 6e-5, 1.2e-4), epochs=3, smoothing=0.0),
 }
 
 
@@ -73,9 +80,32 @@ class _Labels(Objective):
         super().__init__()
         self.smoothing = smoothing
 
-    def forward(self, student: torch.nn.Module, batch: Batch) -> Tensor:
+    def forward(self, student: nn.Module, batch: Batch) -> Tensor:
         logits = widened(first_tensor(student(*batch.inputs)))
         return F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.smoothing)
+
+
+class _Head(nn.Module):
+    """What a BERT classifies with, on the state of the first token [B, D]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.pooler, self.dropout, self.classifier = model.bert.pooler, model.dropout, model.classifier
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.pooler(state.unsqueeze(1))))
+
+
+@torch.no_grad()
+def first_states(model: Encoder, data: TextData) -> ArrayData:
+    """The encoder's last state of the first token of every text, with its label."""
+    inner: Any = model.model
+    found = [
+        (inner.bert(*b.inputs, token_type_ids=torch.zeros_like(b.inputs[0])).last_hidden_state[:, 0], b.targets)
+        for b in data.batches()
+    ]
+    states, targets = (torch.cat(part) for part in zip(*found, strict=True))
+    return ArrayData(states, targets, data.batch_size)
 
 
 def finetune(job: Job, out: Path, data: Path | None = None, directory: str | Path = MINILM) -> dict[str, Any]:
@@ -103,6 +133,8 @@ class _Finetuning:
             self.rest, self.dev = held_out(self.train, job.dev_share)
         else:
             self.rest, self.dev = self.train, self._read(job.dev, "dev")
+        self.heads: dict[int, dict[str, Tensor]] = {}
+        """texts in train -> the head that was trained alone on them"""
         self.notes_path = self.work / "log.json"
 
     def _read(self, source: Source, what: str) -> TextData:
@@ -143,8 +175,27 @@ class _Finetuning:
             clip=1.0, average=job.average, precision=job.precision, checkpoint_seconds=300.0,
         )  # fmt: skip
         began = time.monotonic()
+        if job.probe_epochs:
+            self._probe(model, data)
         fit(Run(job.seed, self.work).enter(scope), model, data, _Labels(job.smoothing), training)
         return model.eval(), round(time.monotonic() - began, 1)
+
+    def _probe(self, model: Encoder, data: TextData) -> None:
+        """Give `model` a head that was trained alone: once for all rates, as the encoder is the same."""
+        job = self.job
+        if not hasattr(model.model, "bert"):
+            raise InputError(f"finetune: probe_epochs={job.probe_epochs:g} is for BERT; of {self.folder} the head's "
+                             "parts are not known: give --probe-epochs 0 and more --epochs")  # fmt: skip
+        head = _Head(model.model)
+        if data.samples not in self.heads:
+            probing = Training(
+                epochs=job.probe_epochs, learning_rate=job.probe_rate, optimizer="adamw",
+                weight_decay=job.weight_decay, warmup=0.1,
+            )  # fmt: skip
+            states = first_states(model, data)
+            fit(Run(job.seed).enter("probe"), head, states, _Labels(job.smoothing), probing)
+            self.heads[data.samples] = {k: v.clone() for k, v in head.state_dict().items()}
+        head.load_state_dict(self.heads[data.samples])
 
     def _notes(self) -> dict[str, Any]:
         job = json.loads(json.dumps(asdict(self.job), default=str))
@@ -197,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--directory", default=MINILM, help="the encoder to start from")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
     parser.add_argument("--epochs", type=float)
+    parser.add_argument("--probe-epochs", type=float, help="epochs of the new head alone, before")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--freeze-embeddings", action="store_true", default=None)
     parser.add_argument("--precision", choices=("fp32", "bf16"))

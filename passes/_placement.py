@@ -12,6 +12,9 @@ on one of its inputs or on its output becomes a float island. Three kinds of ope
 A ReLU or clamp, and a scaling by a constant, that a quantizer follows is taken over by it. Linear and matmul need no
 quantizer on an output that only float operators read: the runtime has integer kernels that put out floats.
 
+Activations can also be quantized dynamically, on the range that each tensor has at run time: then linear layers with
+weights of their own are integer, each with a quantizer on its input alone, and everything else is float.
+
 Tables of embeddings are stored as integers and their rows dequantized (see `_embedding_tables`), whoever reads them.
 """
 
@@ -118,11 +121,15 @@ def inputs(node: fx.Node) -> list[fx.Node]:
 class Placement:
     """Which operators compute in integers and which values have a quantizer. The module's docstring has the rules."""
 
-    def __init__(self, graph_module: fx.GraphModule, floats: Mapping[str, str]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, floats: Mapping[str, str], dynamic: bool = False) -> None:
         """`floats`: layer -> why it stays in float."""
+        self.dynamic = dynamic
         self.nodes = [n for n in graph_module.graph.nodes if n.op != "output" and is_float(n)]
         self.left = {n: floats[n.meta["layer"]] for n in self.nodes if n.meta["layer"] in floats}
         self.integer = {n for n in self.nodes if n.target in HEAVY and self.capable(n)}
+        if dynamic:
+            self.values = {value for node in self.integer for value in inputs(node)}
+            return
         for node in reversed(self.nodes):
             if self.light(node) and self.wanted(tail(node)):
                 self.integer.add(node)
@@ -136,6 +143,8 @@ class Placement:
     def capable(self, node: fx.Node) -> bool:
         """Whether a heavy operator can compute in integers: its weight is a parameter, or both factors are values."""
         if node in self.left or node.meta["dtype"] != torch.float32:
+            return False
+        if self.dynamic and node.target is not aten.linear.default:
             return False
         if node.target in WEIGHTED:
             return isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
@@ -175,17 +184,21 @@ def named_layers(graph_module: fx.GraphModule, patterns: tuple[str, ...]) -> dic
 
 
 def placement(
-    graph_module: fx.GraphModule, floats: Mapping[str, str] | None = None
+    graph_module: fx.GraphModule, floats: Mapping[str, str] | None = None, dynamic: bool = False
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Where quantizers go (JSON, the `points` of `insert_fake_quant`), and `(layer, reason)` of what stays in float.
 
-    `floats` are the layers that are to stay in float, with the reason.
+    `floats` are the layers that are to stay in float, with the reason. `dynamic`: activations get their ranges at run
+    time.
     """
-    where = Placement(graph_module, floats or {})
+    where = Placement(graph_module, floats or {}, dynamic)
     tails = {tail(n) for n in where.integer}
     points: list[dict[str, Any]] = []
     for node in where.nodes:
-        if node in where.values:
+        if node in where.values and dynamic:
+            readers = [u.name for u in node.users if u in where.integer]
+            points.append({"kind": "dynamic", "node": node.name, "readers": readers})
+        elif node in where.values:
             readers = [u.name for u in node.users if node in tails or u in where.integer or moves(u)]
             points.append({"kind": "activation", "node": node.name, "readers": readers})
     points += [{"kind": "weight", "node": n.name} for n in where.nodes if n in where.integer and n.target in WEIGHTED]
@@ -195,7 +208,7 @@ def placement(
 
 def _reasons(where: Placement) -> list[tuple[str, str]]:
     reasons = []
-    taken_over = {n for n in where.values if bounds(n) or gain(n)}
+    taken_over = set() if where.dynamic else {n for n in where.values if bounds(n) or gain(n)}
     taken_over |= {operand(n) for n in taken_over if gain(n) and bounds(operand(n))}
     for node in where.nodes:
         operator = getattr(node.target, "_opname", str(node.target))
@@ -207,6 +220,8 @@ def _reasons(where: Placement) -> list[tuple[str, str]]:
             continue
         elif node.target is aten.embedding.default:
             reason = f"{operator}: its table is computed, or has fewer than {LEAST} values"
+        elif where.dynamic and node.target is not aten.linear.default:
+            reason = f"{operator}: of what computes, only linear layers are quantized dynamically"
         elif node.target in HEAVY:
             reason = f"{operator}: its weight is computed, not a parameter, or it is not float32"
         elif where.light(node) or bounds(node):

@@ -1,20 +1,22 @@
 """Convert: integer weights, int32 biases, and explicit quantize / dequantize nodes; the numbers stay the same.
 
 Each activation quantizer becomes `pqk::quantize` followed by `pqk::dequantize`. Operators that only move values act on
-the integers between the two, so that no runtime has to find that out. Each weight becomes an int8 buffer and each bias
-an int32 buffer with a dequantize of its own.
+the integers between the two, so that no runtime has to find that out. A dynamic quantizer becomes
+`pqk::quantize_dynamic_linear`, whose scale and zero point are values, too, and its readers integer products. Each
+weight becomes an int8 buffer and each bias an int32 buffer with a dequantize of its own.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any, ClassVar
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
-from pqk.graph import attach, attribute, call, finish, free_path, operand, replace, shape, tensor_node
-from pqk.modules import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, set_mode
+from pqk.graph import arguments, attach, attribute, call, facts, finish, free_path, operand, replace, shape, tensor_node
+from pqk.modules import ActivationFakeQuant, BiasFakeQuant, DynamicFakeQuant, WeightFakeQuant, set_mode
 from pqk.passes._embedding_tables import TableFakeQuant, convert_table
 from pqk.passes._forms import OUTPUT_AXIS, aten
 from pqk.passes._placement import moves
@@ -25,6 +27,7 @@ from pqk.task import Task
 Integers = dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]]
 """a dequantized value -> its integers, scale and zero point"""
 QUANTIZE, DEQUANTIZE = torch.ops.pqk.quantize.default, torch.ops.pqk.dequantize.default
+DYNAMIC, MULTIPLY = torch.ops.pqk.quantize_dynamic_linear.default, torch.ops.pqk.matmul_integer_to_float.default
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -40,8 +43,9 @@ class Convert(Pass):
 
 
 def quantized_tensors(int8_graph: fx.GraphModule) -> list[tuple[str, fx.Node]]:
-    """`(layer, node)` of every activation that is quantized, in the order of QuantizeLinear in `model.onnx`."""
-    return [(n.meta["layer"], n) for n in int8_graph.graph.nodes if n.op == "call_function" and n.target is QUANTIZE]
+    """`(layer, node)` of every activation that is quantized, in the order of the quantizing nodes in `model.onnx`."""
+    kinds = (QUANTIZE, DYNAMIC)
+    return [(n.meta["layer"], n) for n in int8_graph.graph.nodes if n.op == "call_function" and n.target in kinds]
 
 
 def convert(student: nn.Module, example: Example) -> nn.Module:
@@ -50,6 +54,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
     student.eval()
     set_mode(student, "on")
     integers: Integers = {}
+    dynamic: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in list(student.graph.nodes):
         if node.op == "call_module":
             module = attribute(student, str(node.target))
@@ -57,12 +62,18 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
                 convert_table(student, node, module, DEQUANTIZE)
             elif isinstance(module, ActivationFakeQuant):
                 _activation(student, node, module, integers)
+            elif isinstance(module, DynamicFakeQuant):
+                dynamic[node] = _ranged(student, node)
             elif isinstance(module, WeightFakeQuant | BiasFakeQuant):
                 _tensor(student, node, module)
         elif moves(node) and node.args[0] in integers:
             _move(student, node, integers)
         elif node.target in OUTPUT_AXIS and operand(node, 1).op == "get_attr" and node.args[0] in integers:
             _stay_float(student, node, integers)
+        elif node.target is aten.linear.default and node.args[0] in dynamic:
+            _multiply(student, node, dynamic[operand(node)])
+    for node in dynamic:
+        student.graph.erase_node(node)
     for parameter in finish(student).parameters():
         parameter.requires_grad_(False)
     return student
@@ -93,6 +104,30 @@ def _activation(student: fx.GraphModule, node: fx.Node, module: ActivationFakeQu
             scale = tensor_node(student, path)
         value = call(graph, DEQUANTIZE, (q, scale, zero_point), node)
     integers[value] = (q, scale, zero_point)
+    replace(student, node, value)
+
+
+def _ranged(student: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The integers, scale and zero point of what a dynamic quantizer reads."""
+    graph = student.graph
+    with graph.inserting_before(node):
+        found = call(graph, DYNAMIC, (operand(node),), node, dtype=torch.uint8)
+        parts = tuple(graph.call_function(operator.getitem, (found, i)) for i in range(3))
+    for part, dtype in zip(parts, (torch.uint8, torch.float32, torch.uint8), strict=True):
+        part.meta.update(facts(node) | {"dtype": dtype})
+    return parts
+
+
+def _multiply(student: fx.GraphModule, node: fx.Node, ranged: tuple[fx.Node, ...]) -> None:
+    """A linear layer of `ranged` integers as an integer product and a sum. Its weights are stored as [in, out]."""
+    a, graph = arguments(node), student.graph
+    stored, scale = a["weight"].args[:2]
+    columns = attribute(student, str(stored.target)).t().contiguous()
+    with graph.inserting_before(node):
+        weight = tensor_node(student, attach(student, free_path(student, f"{stored.target}_t"), columns))
+        value = call(graph, MULTIPLY, (*ranged, weight, scale), node)
+        if a["bias"] is not None:
+            value = call(graph, aten.add.Tensor, (value, a["bias"]), node)
     replace(student, node, value)
 
 

@@ -10,15 +10,23 @@ import copy
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
+from pqk.errors import InputError
 from pqk.graph import arguments, attach, attribute, facts, finish, free_path, operand, replace, shape
-from pqk.modules import ActivationFakeQuant, BiasFakeQuant, Quantizer, WeightFakeQuant, quantizers, set_mode
+from pqk.modules import (
+    ActivationFakeQuant,
+    BiasFakeQuant,
+    DynamicFakeQuant,
+    Quantizer,
+    WeightFakeQuant,
+    set_mode,
+)
 from pqk.passes._embedding_tables import insert_table, table_of
 from pqk.passes._forms import move_points
 from pqk.passes._placement import FLOAT_OUTPUT, HEAVY, Placement, absorbed, inputs, named_layers, placement, root
@@ -39,6 +47,10 @@ class Quantize(Pass):
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.GRAPH})
     produces: ClassVar[Stage | None] = Stage.FAKE_QUANT
 
+    activations: Literal["static", "dynamic"] = "static"
+    """on which ranges activations are rounded: on fixed ones, chosen from data, or on that which each tensor has at run
+    time. dynamic quantizes the inputs of linear layers alone, needs no calibration and survives inputs of another
+    range; it costs a pass over each input, and a range is that of a whole batch"""
     calibration: Method = "mse"
     """how ranges are chosen from the observed values: all of them, all but the tails, or the least squared error"""
     percentile: float = Field(default=99.99, gt=50, le=100)
@@ -59,8 +71,17 @@ class Quantize(Pass):
     """leave a layer that multiplies in float where the deployed student is significantly faster for it, each measured
     in turn in the target's runtime at batch 1; needs a machine that is the target"""
 
+    @property
+    def dynamic(self) -> bool:
+        return self.activations == "dynamic"
+
     def apply(self, program: Program, task: Task) -> Program:
         """Raises `InputError` for a pattern that names no layer, and where speed cannot be measured here."""
+        if self.dynamic and program.target.runtime == "triton":
+            raise InputError(
+                f'quantize: activations = "dynamic" is for ONNX Runtime, and {program.target.name} runs student.pt2, '
+                'whose fused kernels have fixed scales; use "static"'
+            )
         if self.smooth is not None:
             program = self._smooth(program, task, self.smooth)
         student = program.student
@@ -70,12 +91,13 @@ class Quantize(Pass):
             floats |= self._sensitive(program, task, floats)
         if self.faster_float:
             floats |= self._faster(program, floats)
-        points, declined = placement(student, floats)
+        points, declined = placement(student, floats, self.dynamic)
         program = program.rewrite(insert_fake_quant, task.example, **self._arguments(program, points))
         self._calibrate(program.student, task)
-        kinds = [type(q) for q in quantizers(program.student).values()]
+        kinds = [type(m) for m in program.student.modules()]
+        activation = DynamicFakeQuant if self.dynamic else ActivationFakeQuant
         program = program.decline(self.name, declined)
-        return program.note(activations=kinds.count(ActivationFakeQuant), weights=kinds.count(WeightFakeQuant))
+        return program.note(activations=kinds.count(activation), weights=kinds.count(WeightFakeQuant))
 
     def _smooth(self, program: Program, task: Task, alpha: float) -> Program:
         """With smoother inputs: only values change, so the plan needs no line for it."""
@@ -97,8 +119,9 @@ class Quantize(Pass):
         def measure() -> dict[str, float]:
             trial = copy.deepcopy(program.student)
             assert isinstance(trial, fx.GraphModule)
-            layers = {n.meta["layer"] for n in Placement(trial, floats).integer}
-            insert_fake_quant(trial, task.example, **self._arguments(program, placement(trial, floats)[0]))
+            layers = {n.meta["layer"] for n in Placement(trial, floats, self.dynamic).integer}
+            points = placement(trial, floats, self.dynamic)[0]
+            insert_fake_quant(trial, task.example, **self._arguments(program, points))
             self._calibrate(trial, task)
             return sensitivity(trial, layers, task.calibration(self.samples))
 
@@ -113,7 +136,7 @@ class Quantize(Pass):
         """The layers that the deployed student is faster for in float, one after the other, and by how much."""
         student, run, found = program.student, program.run, dict[str, str]()
         assert isinstance(student, fx.GraphModule)
-        where = Placement(student, floats)
+        where = Placement(student, floats, self.dynamic)
         layers = [n.meta["layer"] for n in where.nodes if n in where.integer and n.target in HEAVY]
         with run.observer.task(f"{run.scope}: timing layers in float", len(layers)) as advance:
             for layer in layers:
@@ -144,14 +167,17 @@ def insert_fake_quant(
     """Insert fake-quantizers (uncalibrated) into a captured graph, which is changed and returned.
 
     Each point names a node. `activation`: its value, for the nodes in `readers`, goes through an `ActivationFakeQuant`
-    on the grid `activation`; a clamp is replaced by it. `weight`: its weight and bias go through quantizers of the grid
-    `weight` and of the accumulator. `table`: the rows that it looks up go through a `TableFakeQuant`.
+    on the grid `activation`; a clamp is replaced by it. `dynamic`: it goes through a `DynamicFakeQuant`. `weight`: its
+    weight and bias go through quantizers of the grid `weight` and of the accumulator; with a dynamic input the bias
+    stays float. `table`: the rows that it looks up go through a `TableFakeQuant`.
     """
     assert isinstance(student, fx.GraphModule)
     nodes = {n.name: n for n in student.graph.nodes}
     for point in points:
         if point["kind"] == "activation":
             _insert_activation(student, nodes[point["node"]], point["readers"], Grid(**activation), learned)
+        elif point["kind"] == "dynamic":
+            _insert_dynamic(student, nodes[point["node"]], point["readers"])
     for point in points:
         if point["kind"] == "weight":
             _insert_weight(student, nodes[point["node"]], Grid(**weight), learned)
@@ -181,13 +207,19 @@ def _insert_activation(student: fx.GraphModule, node: fx.Node, readers: list[str
         move_points(student, node, fake)
 
 
+def _insert_dynamic(student: fx.GraphModule, node: fx.Node, readers: list[str]) -> None:
+    with student.graph.inserting_after(node):
+        fake = _module_call(student, node.meta["layer"], DynamicFakeQuant(), node, node.meta["layer"])
+    node.replace_all_uses_with(fake, delete_user_cb=lambda user: user.name in readers)
+
+
 def _insert_weight(student: fx.GraphModule, node: fx.Node, grid: Grid, learned: bool) -> None:
     a, layer = arguments(node), node.meta["layer"]
     activation = attribute(student, str(root(a["input"]).target))
     weight = WeightFakeQuant(grid, shape(a["weight"])[0], learned)  # type: ignore[arg-type]
     with student.graph.inserting_before(node):
         tensors = [_module_call(student, f"{layer}.weight", weight, a["weight"], f"{layer}.weight")]
-        if a["bias"] is not None:
+        if a["bias"] is not None and isinstance(activation, ActivationFakeQuant):  # an accumulator of a known step
             bias = BiasFakeQuant(activation, weight)
             tensors.append(_module_call(student, f"{layer}.bias", bias, a["bias"], f"{layer}.bias"))
     node.args = (a["input"], *tensors, *node.args[1 + len(tensors) :])
@@ -214,6 +246,7 @@ def calibrate(student: nn.Module, task: Task, method: Method, percentile: float,
                 module.calibrate(attribute(student, str(table_of(node).target)), method, percentile)
             elif isinstance(module, BiasFakeQuant):
                 module.fit(attribute(student, str(operand(node).target)))
+    set_mode(student, "on")
     student.train(was_training)
 
 
@@ -246,13 +279,13 @@ def sensitivity(student: fx.GraphModule, layers: set[str], batches: Iterable[Exa
     return found
 
 
-def _own_quantizers(student: fx.GraphModule, node: fx.Node) -> list[Quantizer]:
+def _own_quantizers(student: fx.GraphModule, node: fx.Node) -> list[Quantizer | DynamicFakeQuant]:
     """The quantizers that a node needs to run in integers (a bias's follows its weight's)."""
     around = [root(i) for i in inputs(node)] + [n for n in node.all_input_nodes if n.op == "call_module"]
     if node.target not in FLOAT_OUTPUT:
         around += node.users
     called = {n: attribute(student, str(n.target)) for n in around if n.op == "call_module"}
-    return [m for m in called.values() if isinstance(m, ActivationFakeQuant | WeightFakeQuant)]
+    return [m for m in called.values() if isinstance(m, ActivationFakeQuant | DynamicFakeQuant | WeightFakeQuant)]
 
 
 def _joined(outputs: list[list[Tensor]]) -> list[Tensor]:

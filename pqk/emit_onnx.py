@@ -23,6 +23,7 @@ from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.graph import Axes, free_axes
 from pqk.passes.convert import quantized_tensors
+from pqk.subgraph import QUANTIZERS
 from pqk.task import Outputs
 
 OPSET = 21
@@ -34,6 +35,16 @@ Value = Any
 def _quantize(x: Value, scale: Value, zero_point: Value, qmin: int, qmax: int) -> Value:
     """The grid is the whole range of the zero point's dtype wherever ONNX is emitted, so QuantizeLinear saturates."""
     return op.QuantizeLinear(x, scale, zero_point)
+
+
+def _quantize_dynamic(x: Value) -> Value:
+    return op.DynamicQuantizeLinear(x)
+
+
+def _matmul_integer_to_float(x: Value, x_scale: Value, x_zero: Value, weight: Value, weight_scale: Value) -> Value:
+    """In the form that ONNX Runtime fuses with the quantizer before it, and with the sum behind it."""
+    product = op.Cast(op.MatMulInteger(x, weight, x_zero), to=onnx.TensorProto.FLOAT)
+    return op.Mul(product, op.Mul(x_scale, weight_scale))
 
 
 def _dequantize(q: Value, scale: Value, zero_point: Value, axis: int | None = None) -> Value:
@@ -50,6 +61,8 @@ def _mean(x: Value, dim: Sequence[int], keepdim: bool = False, dtype: int | None
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.pqk.quantize.default: _quantize,
+    torch.ops.pqk.quantize_dynamic_linear.default: _quantize_dynamic,
+    torch.ops.pqk.matmul_integer_to_float.default: _matmul_integer_to_float,
     torch.ops.pqk.dequantize.default: _dequantize,
     aten.mean.dim: _mean,
 }
@@ -175,10 +188,10 @@ def _is_default(attribute: onnx.AttributeProto, declared: onnx.defs.OpSchema.Att
 
 
 def _name_layers(model: onnx.ModelProto, int8_graph: fx.GraphModule) -> None:
-    """Name the output of every QuantizeLinear of an activation after its layer, and the values around it likewise."""
+    """Name the integers of every activation after its layer, and the values around it likewise."""
     layers = [layer for layer, _ in quantized_tensors(int8_graph)]
     initializers = {tensor.name for tensor in model.graph.initializer}
-    nodes = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] not in initializers]
+    nodes = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.input[0] not in initializers]
     if len(nodes) != len(layers):
         raise InputError(f"emit_onnx: {len(layers)} activations are quantized and the exporter wrote {len(nodes)}")
     renamed = {node.output[0]: f"{layer}_q" for layer, node in zip(layers, nodes, strict=True)}

@@ -24,6 +24,7 @@ from pqk.errors import InputError
 from pqk.qparams import (
     BIAS_LEVELS,
     TINY,
+    DynamicStep,
     Grid,
     LearnedStep,
     LearnedStepPerChannel,
@@ -124,6 +125,24 @@ class ActivationFakeQuant(nn.Module):
         return f"{self.grid.dtype} [{self.grid.qmin}, {self.grid.qmax}], mode={self.mode}"
 
 
+class DynamicFakeQuant(nn.Module):
+    """Per-tensor fake-quantizer on the range of the values at hand, which the runtime finds anew for every tensor.
+
+    Nothing is calibrated or learned, and nothing is clipped, so the gradient passes as it is. A range is that of a
+    whole batch: what a sample's neighbours are moves its rounding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode: Mode = "on"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return DynamicStep.apply(x) if self.mode == "on" else x
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode}"
+
+
 class WeightFakeQuant(nn.Module):
     """Per-output-channel symmetric fake-quantizer of a weight [C, …]. `scale` is a float32 [C] parameter."""
 
@@ -199,8 +218,9 @@ def quantizers(student: nn.Module) -> dict[str, Quantizer]:
 
 def set_mode(student: nn.Module, mode: Mode) -> None:
     """Switch every quantizer of a FAKE_QUANT student."""
-    for quantizer in quantizers(student).values():
-        quantizer.mode = mode
+    for module in student.modules():
+        if isinstance(module, ActivationFakeQuant | DynamicFakeQuant | WeightFakeQuant):
+            module.mode = mode
 
 
 @contextmanager

@@ -38,6 +38,7 @@ TIE = 1e-9
 """how near to a half a float64 quotient must be to be one: well above its rounding, well below float32's"""
 
 QUANTIZE = torch.ops.pqk.quantize.default
+DYNAMIC = torch.ops.pqk.quantize_dynamic_linear.default
 DEQUANTIZE = torch.ops.pqk.dequantize.default
 
 
@@ -118,11 +119,13 @@ def check_layers(
     recorder = Recorder(int8_graph)
     with torch.inference_mode():
         results = tensors(recorder.run(*inputs))
-        ties = Ties(int8_graph, recorder.integers)
+        ties = Ties(int8_graph, recorder.made)
         ties.run(*inputs)
     recorded = {name: value.numpy() for name, value in zip(file.inputs, inputs, strict=True)}
     nodes = {layer.output: node for layer, (_, node) in zip(quantizers, named, strict=True)}
-    recorded |= {name: recorder.integers[node].numpy() for name, node in nodes.items()}
+    for layer, (_, node) in zip(quantizers, named, strict=True):
+        made = file.integers[layer.output].output  # by a dynamic quantizer, a scale and a zero point as well
+        recorded |= {name: t.numpy() for name, t in zip(made, recorder.made[node], strict=True)}
     names = {layer.output: name for layer, (name, _) in zip(quantizers, named, strict=True)}
     rows = []
     for layer in quantizers:
@@ -199,40 +202,43 @@ def integer_convolution(x: Tensor, weight: Tensor, attributes: Mapping[str, Any]
 
 
 class Recorder(fx.Interpreter):
-    """Runs the INT8 graph and keeps every tensor that it quantizes."""
+    """Runs the INT8 graph and keeps the integers of every tensor that it quantizes, with a scale and a zero point where
+    they are found at run time."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.integers: dict[fx.Node, Tensor] = {}
+        self.made: dict[fx.Node, tuple[Tensor, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target is QUANTIZE:
-            self.integers[n] = result
+        if n.target in (QUANTIZE, DYNAMIC):
+            self.made[n] = (result,) if n.target is QUANTIZE else tuple(result)
         return result
 
 
 class Ties(fx.Interpreter):
     """Runs the INT8 graph in float64 on recorded integers and finds what is an exact half before rounding."""
 
-    def __init__(self, graph: fx.GraphModule, integers: Mapping[fx.Node, Tensor]) -> None:
+    def __init__(self, graph: fx.GraphModule, made: Mapping[fx.Node, tuple[Tensor, ...]]) -> None:
         super().__init__(graph)
-        self.integers = integers
+        self.made = made
         self.found: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is QUANTIZE:
-            x, scale = self.fetch_args_kwargs_from_env(n)[0][:2]
-            steps = x.double() / scale.double()
+        if n.target in (QUANTIZE, DYNAMIC):
+            x, *fixed = self.fetch_args_kwargs_from_env(n)[0][:2]
+            made = self.made[n]
+            steps = x.double() / (fixed or made[1:2])[0].double()
             self.found[n] = ((steps - steps.floor()) - 0.5).abs() < TIE
-            return self.integers[n]  # every layer is given the same integers, so that differences do not add up
+            # Every layer is given the same integers, so that differences do not add up.
+            return made[0] if fixed else made
         if n.target is DEQUANTIZE:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             q, scale, zero_point, axis = (*args, *kwargs.values(), None)[:4]
             scale, zero_point = (per_axis(p.double(), q, axis) for p in (scale, zero_point))
             return (q.double() - zero_point) * scale
         result = super().run_node(n)
-        widen = isinstance(result, Tensor) and result.dtype == torch.float32 and n.op != "placeholder"
+        widen = isinstance(result, Tensor) and result.dtype == torch.float32
         return result.double() if widen else result
 
 

@@ -53,7 +53,7 @@ def check_launches(int8_graph: fx.GraphModule, fused: fx.GraphModule, inputs: tu
     with torch.inference_mode():
         values = _Values(int8_graph, wanted)
         values.run(*inputs)
-        ties = Ties(int8_graph, values.integers)
+        ties = Ties(int8_graph, values.made)
         ties.run(*inputs)
         comparison = _Comparison(fused, values.found, {n.name: t for n, t in ties.found.items()})
         comparison.run(*inputs)

@@ -4,8 +4,9 @@ Rounding is half to even and clamping comes after the zero point is added, as ON
 fake-quantized student, the INT8 graph and the runtime compute the same integers. `x / scale` is a true division
 everywhere: a multiplication by the reciprocal lands on the other side of a tie now and then.
 
-The two custom ops of the INT8 graph, `pqk::quantize` and `pqk::dequantize`, are registered here, on the floor that
-kernels may import, so that a saved `student.pt2` loads wherever the kernels do.
+The custom ops of the INT8 graph are registered here, on the floor that kernels may import, so that a saved
+`student.pt2` loads wherever the kernels do: `pqk::quantize` and `pqk::dequantize`, and for ranges that are found at run
+time `pqk::quantize_dynamic_linear` and `pqk::matmul_integer_to_float`.
 """
 
 from __future__ import annotations
@@ -118,6 +119,52 @@ def from_range(low: Tensor, high: Tensor, grid: Grid, axis: int | None = None) -
     return QParams(scale, zero_point.to(torch.int32), grid, axis)
 
 
+U8 = Grid("uint8", 0, 255, symmetric=False)
+"""the grid of what is quantized dynamically, on every target: ONNX knows no other"""
+
+
+def dynamic_qparams(x: Tensor) -> QParams:
+    """The qparams [] that cover the values `x` at hand, as ONNX DynamicQuantizeLinear and ONNX Runtime define them.
+
+    Zeros alone have scale 1.
+    """
+    low, high = (end.float() for end in torch.aminmax(x.detach()))
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = torch.where(high > low, (high - low) / (U8.qmax - U8.qmin), 1.0)
+    zero_point = (U8.qmin - low / scale).clamp(U8.qmin, U8.qmax).round()
+    return QParams(scale, zero_point.to(torch.int32), U8)
+
+
+@torch.library.custom_op("pqk::quantize_dynamic_linear", mutates_args=())
+def quantize_dynamic_op(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers uint8, scale float32 [] and zero point uint8 [] of `x` on the range that it has."""
+    qparams = dynamic_qparams(x)
+    return quantize(x, qparams), qparams.scale, qparams.zero_point.to(torch.uint8)
+
+
+@quantize_dynamic_op.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    integers = torch.empty_like(x, dtype=torch.uint8)
+    return integers, x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.uint8)
+
+
+@torch.library.custom_op("pqk::matmul_integer_to_float", mutates_args=())
+def matmul_integer_to_float_op(
+    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight: Tensor, weight_scale: Tensor
+) -> Tensor:
+    """float32 [..., N] of uint8 `x` [..., K] and int8 `weight` [K, N]: the exact accumulator times both scales.
+
+    `x_scale` and `x_zero_point` are [], `weight_scale` is [N].
+    """
+    accumulator = (x.double() - x_zero_point.double()) @ weight.double()
+    return accumulator.float() * (x_scale * weight_scale)
+
+
+@matmul_integer_to_float_op.register_fake
+def _(x: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=torch.float32)
+
+
 def choose(x: Tensor, grid: Grid, method: Method, axis: int | None = None, percentile: float = 99.99) -> QParams:
     """qparams for the values `x`: a sample of an activation (`axis` None) or a weight (a scale per channel of `axis`).
 
@@ -214,6 +261,18 @@ class LearnedStepPerChannel(torch.autograd.Function):
             k = 1 / math.sqrt(w[0].numel() * ctx.high)
             ds = (g * y - dw * w).flatten(1).sum(1) / step.flatten() * k
         return dw, ds, None, None
+
+
+class DynamicStep(torch.autograd.Function):
+    """Fake quantization on the range of `x`: nothing is clipped, so the gradient passes as if nothing was rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return fake_quantize(x, dynamic_qparams(x))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
 
 
 class StraightThroughBias(torch.autograd.Function):

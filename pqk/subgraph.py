@@ -20,17 +20,19 @@ from pqk.runtime import session
 
 Array = NDArray[Any]
 
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"})
 MOVERS = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Pad", "Expand", "Identity"}
 )
 """operators that put values elsewhere and change none"""
-PLUMBING = frozenset({"QuantizeLinear", "DequantizeLinear", "Constant", "Shape", "Unsqueeze", "Cast"})
+QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
+"""operators that make integers; the second makes their scale and zero point, too"""
+PLUMBING = frozenset({*QUANTIZERS, "DequantizeLinear", "Constant", "Shape", "Unsqueeze", "Cast"})
 
 
 @dataclass(frozen=True)
 class Layer:
-    """`nodes` compute `output` from `inputs`: integer values and inputs of the model."""
+    """`nodes` compute `output` from `inputs`: inputs of the model, and integers (with scales found at run time)."""
 
     output: str
     inputs: tuple[str, ...]
@@ -62,8 +64,9 @@ class QdqFile:
         for node in model.graph.node:
             if any(name in moving for name in node.input):
                 moving |= set(node.output)
-        quantizers = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in moving]
-        self.integers = {n.output[0]: n for n in quantizers}
+        quantizers = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.input[0] in moving]
+        self.integers = {name: n for n in quantizers for name in n.output}
+        """and the scales and zero points that are made with them"""
         ends = [(n.output[0], True) for n in quantizers]
         ends += [(o.name, False) for o in model.graph.output if o.name in moving and o.name not in self.integers]
         self.layers = tuple(self._layer(end, quantized) for end, quantized in ends)
@@ -88,6 +91,8 @@ class QdqFile:
         if name in self.inputs:
             return self.inputs[name].type.tensor_type.elem_type
         node = self.integers[name]
+        if node.op_type == "DynamicQuantizeLinear":
+            return TensorProto.FLOAT if name == node.output[1] else TensorProto.UINT8
         if len(node.input) > 2 and node.input[2]:
             return self.constants[node.input[2]].data_type
         return next((a.i for a in node.attribute if a.name == "output_dtype" and a.i), TensorProto.UINT8)
@@ -124,6 +129,8 @@ class QdqFile:
         if len(products) != 1 or products[0].op_type == "ConvTranspose":  # ONNX has no ConvTransposeInteger
             return None
         node = products[0]
+        if node.op_type == "MatMulInteger":
+            return self._bare_twin(node, recorded)
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         sources = [self._dequantizer(name) for name in node.input[:2]]
         if attributes.get("transA") or attributes.get("auto_pad", b"NOTSET") != b"NOTSET" or None in sources:
@@ -138,6 +145,14 @@ class QdqFile:
         if operands[0] is None or operands[1] is None or (node.op_type == "Conv" and operands[1].zero_point):
             return None
         return Twin(node.op_type, operands[0], operands[1], attributes)
+
+    def _bare_twin(self, node: onnx.NodeProto, recorded: Mapping[str, Array]) -> Twin | None:
+        """Of a product that is on bare integers already, whose zero point was found at run time."""
+        values, stored, zero = (*node.input, "")[:3]
+        if values not in recorded or zero not in recorded or stored not in self.constants:
+            return None
+        left = Operand(recorded[values], int(recorded[zero]))
+        return Twin("MatMul", left, Operand(numpy_helper.to_array(self.constants[stored]), 0), {})
 
     def _dequantizer(self, name: str) -> onnx.NodeProto | None:
         """The DequantizeLinear whose values arrive under `name`, at most moved."""

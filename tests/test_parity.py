@@ -179,7 +179,7 @@ def test_ties_are_found_in_float64() -> None:
         x = torch.randn(4, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
         recorder = Recorder(graph)
         recorder.run(x)
-        ties = Ties(graph, recorder.integers)
+        ties = Ties(graph, recorder.made)
         ties.run(x)
         add = [n for n in graph.graph.nodes if n.target is QUANTIZE][2]
         assert low <= ties.found[add].double().mean() <= high
