@@ -1,11 +1,11 @@
 """What the teacher is worth after post-training quantization alone: the tools that need no training, at their best.
 
-ONNX Runtime's own static quantization is always there, and for transformers its dynamic one; optimum's `ORTQuantizer`
-runs the same quantizers, with settings that the user gives. The FP32 baseline of a transformer gets ONNX Runtime's
-own tool for them, `onnxruntime.transformers.optimizer`, where that makes it faster. Intel's neural-compressor is used
-where it is installed. Its ONNX side was last released in 2024 as onnx-neural-compressor 1.0, which pins numpy below
-2, so what is measured is what neural-compressor 3 offers on a CPU: static INT8 through PyTorch's exported graphs, run
-by `torch.compile`.
+ONNX Runtime's own static quantization is always there, and for transformers its dynamic one, beside optimum's
+`ORTQuantizer`, which runs the same quantizers with other settings: those it recommends for the kind of CPU. The FP32
+baseline of a transformer gets ONNX Runtime's own tool for them, `onnxruntime.transformers.optimizer`, where that makes
+it faster. Intel's neural-compressor is used where it is installed. Its ONNX side was last released in 2024 as
+onnx-neural-compressor 1.0, which pins numpy below 2, so what is measured is what neural-compressor 3 offers on a CPU:
+static INT8 through PyTorch's exported graphs, run by `torch.compile`.
 """
 
 from __future__ import annotations
@@ -108,15 +108,62 @@ def onnxruntime_dynamic(teacher: Path, out: Path, target: Target) -> str | None:
     return None
 
 
+def optimum_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs] | None, target: Target) -> str | None:
+    """Write the INT8 form of an FP32 ONNX file by optimum's `ORTQuantizer`: None, or why there is none.
+
+    The settings are those that optimum recommends for the target's kind of CPU, with 7 bits as in `onnxruntime_ptq`.
+    `calibration` yields tuples in the order of the file's inputs, for static quantization by min-max; None: dynamic.
+    """
+    if installed("optimum-onnx") is None:
+        return "optimum is not installed: pip install 'pqk[encoders]'"
+    static = calibration is not None
+    with (
+        quiet_logging("optimum"),
+        quiet_logging(""),
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            from onnxruntime.quantization import CalibrationMethod
+            from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
+            from optimum.onnxruntime.configuration import CalibrationConfig
+            from transformers import PretrainedConfig
+
+            names = [i.name for i in session(teacher).get_inputs()]
+            samples = [
+                {n: row.tolist() for n, row in zip(names, rows, strict=True)}
+                for inputs in calibration or ()
+                for rows in zip(*inputs, strict=True)
+            ]
+            kinds = {"x86-avx2": AutoQuantizationConfig.avx2, "x86-vnni": AutoQuantizationConfig.avx512_vnni}
+            settings = kinds.get(target.name, AutoQuantizationConfig.arm64)(is_static=static, per_channel=True)
+            settings.reduce_range = _seven_bits(target)
+            quantizer, ranges = ORTQuantizer(teacher, PretrainedConfig()), None
+            if static:
+                ranges = quantizer.fit(
+                    samples,
+                    CalibrationConfig("validation", "", "", len(samples), CalibrationMethod.MinMax),
+                    onnx_augmented_model_name=str(Path(folder) / "augmented.onnx"),
+                    operators_to_quantize=settings.operators_to_quantize,
+                )
+            quantizer.quantize(settings, folder, calibration_tensors_range=ranges)
+            (Path(folder) / f"{teacher.stem}_quantized.onnx").replace(out)
+        except Exception as error:  # what it raises shares no base class
+            return f"optimum {installed('optimum-onnx')}: {first_line(error)}"
+    return None
+
+
 def is_transformer(path: Path) -> bool:
     """Whether an ONNX file computes attention: products around a softmax, and layer norms."""
     graph = onnx.load(path, load_external_data=False).graph
     return {"MatMul", "Softmax", "LayerNormalization"} <= {n.op_type for n in graph.node}
 
 
-def optimized_transformer(teacher: Path, out: Path, feeds: Feeds, threads: int) -> tuple[bool, str]:
+def optimized_transformer(teacher: Path, out: Path, padded: Feeds, feeds: Feeds, threads: int) -> tuple[bool, str]:
     """What `onnxruntime.transformers.optimizer` makes of the ONNX file of a transformer, on top of what a session does.
 
+    Outputs are compared on `padded`, inputs whose masks say something, and times taken on `feeds`.
     Returns whether `out` is the better baseline, and in words for the report what was done or why not: the tool may
     fuse nothing, change the outputs, or make the session significantly slower.
     """
@@ -131,7 +178,7 @@ def optimized_transformer(teacher: Path, out: Path, feeds: Feeds, threads: int) 
                 fused = {name: n for name, n in model.get_fused_operator_statistics().items() if n}
                 model.save_model_to_file(str(out))
             runs = [session(path, threads=threads) for path in (teacher, out)]
-            plain, other = (run.run(None, dict(feeds)) for run in runs)
+            plain, other = (run.run(None, dict(padded)) for run in runs)
         except Exception as error:  # the tool is a script: it raises what it meets
             return False, f"teacher FP32 is without {tool}: {first_line(error)}"
     if not fused:

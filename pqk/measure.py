@@ -42,11 +42,12 @@ def float_bytes(module: nn.Module) -> int:
 
 
 def integer_bytes(module: nn.Module) -> int:
-    """Bytes of the INT8 form of a float module: a byte for each conv and linear weight, four for the biases.
+    """Bytes of the INT8 form of a float module: a byte for each value of conv and linear weights and of tables of
+    embeddings, four for the biases.
 
     Batch norm is folded into the convolution before it: it leaves an int32 bias and a float scale for each channel.
     """
-    weights = {id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, INTEGER_WEIGHTS)}
+    weights = {id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, (*INTEGER_WEIGHTS, nn.Embedding))}
     folded = {
         id(p): p.numel()
         for m in module.modules()

@@ -21,6 +21,7 @@ from pqk.baselines import (
     neural_compressor_ptq,
     onnxruntime_dynamic,
     optimized_transformer,
+    optimum_ptq,
     ptq,
 )
 from pqk.benchmark import (
@@ -205,8 +206,8 @@ def _networks(
 
 
 def _quantized_teachers(program: Program, task: Task, folder: Path) -> list[Network]:
-    """The teacher after post-training quantization alone: by ONNX Runtime, a transformer also dynamically, and by
-    neural-compressor."""
+    """The teacher after post-training quantization alone: by ONNX Runtime, a transformer also dynamically and by
+    optimum, and by neural-compressor."""
     if program.target.runtime == TRITON:
         return [Network("teacher_ptq", None, None, "the tools that quantize after training write for CPUs")]
     quantized = folder / "teacher_ptq.onnx"
@@ -217,7 +218,19 @@ def _quantized_teachers(program: Program, task: Task, folder: Path) -> list[Netw
         dynamic = folder / "teacher_dynamic.onnx"
         reason = onnxruntime_dynamic(folder / "teacher.onnx", dynamic, program.target)
         found.append(Network("teacher_dynamic", None if reason else dynamic, program.teacher, reason or ""))
+        found += _by_optimum(program, task, folder)
     return [*found, _by_neural_compressor(program, task)]
+
+
+def _by_optimum(program: Program, task: Task, folder: Path) -> list[Network]:
+    found = []
+    static: Variant = "teacher_optimum_static"
+    for variant in (static, "teacher_optimum_dynamic"):
+        path = folder / f"{variant}.onnx"
+        samples = task.calibration(CALIBRATION, teacher=True) if variant == static else None
+        reason = optimum_ptq(folder / "teacher.onnx", path, samples, program.target)
+        found.append(Network(variant, None if reason else path, program.teacher, reason or ""))
+    return found
 
 
 def _optimize_teacher(networks: list[Network], task: Task, mismatch: str | None) -> list[str]:
@@ -229,7 +242,9 @@ def _optimize_teacher(networks: list[Network], task: Task, mismatch: str | None)
     if mismatch is not None or plain is None or not is_transformer(plain):
         return []
     out = plain.with_name("teacher_optimized.onnx")
-    better, said = optimized_transformer(plain, out, task.feeds(1), THREADS)
+    batch = next(task.calibration(THROUGHPUT_BATCH, teacher=True))
+    padded = {name: t.numpy() for name, t in zip(task.input_names, batch, strict=True)}
+    better, said = optimized_transformer(plain, out, padded, task.feeds(1), THREADS)
     if better:
         networks[0] = dataclasses.replace(networks[0], path=out)
     else:
@@ -328,7 +343,7 @@ def _judge(network: Network, program: Program, task: Task, latency: Sequence[Lat
         missing = ("metric", "latency_ms", "ratio", "size_bytes", "parameters", "macs", "integer_coverage")
         return Judged(base.model_copy(update={"reasons": dict.fromkeys(missing, network.reason)}), None, network.reason)
     model = network.deployed or _deployed(network.path, program, task, here, network.module)
-    teaches = network.variant in ("teacher_fp32", "teacher_ptq", "teacher_dynamic")
+    teaches = network.variant.startswith("teacher_")
     outputs, targets = predict(model, task.teachers(task.evaluation) if teaches else task.evaluation)
     worth = {"metric": task.metric.function(outputs, targets)}
     worth |= _time(network, latency) | _weight(network, network.module, task, here)

@@ -20,13 +20,23 @@ from pqk.report_part import Count, Part, Positive, Share
 SCHEMA_PATH = Path(__file__).with_name("report.schema.json")
 
 Variant = Literal[
-    "teacher_fp32", "teacher_ptq", "teacher_dynamic", "pruned", "pruned_distilled", ControlVariant, "student"
+    "teacher_fp32",
+    "teacher_ptq",
+    "teacher_dynamic",
+    "teacher_optimum_static",
+    "teacher_optimum_dynamic",
+    "pruned",
+    "pruned_distilled",
+    ControlVariant,
+    "student",
 ]
 
 TITLES = {
     "teacher_fp32": "teacher, FP32",
     "teacher_ptq": "teacher, INT8 by PTQ alone",
     "teacher_dynamic": "teacher, INT8 by dynamic quantization",
+    "teacher_optimum_static": "teacher, static INT8 by optimum",
+    "teacher_optimum_dynamic": "teacher, dynamic INT8 by optimum",
     "pruned": "pruned, float",
     "pruned_distilled": "pruned + distilled, float",
     "student_no_kd": "+ QAT without KD, INT8",

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper, save
+from onnx import TensorProto, helper, load, numpy_helper, save
 from torch import nn
 
 from pqk import baselines
@@ -15,6 +15,7 @@ from pqk.baselines import (
     onnxruntime_dynamic,
     onnxruntime_ptq,
     optimized_transformer,
+    optimum_ptq,
 )
 from pqk.benchmark import Ratio
 from pqk.coverage import integer_coverage
@@ -96,6 +97,23 @@ def test_a_transformer_is_quantized_dynamically(tmp_path: Path) -> None:
     assert "cannot quantize" in (onnxruntime_dynamic(tmp_path / "broken.onnx", out, Target.named("x86-avx2")) or "")
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_optimum_quantizes_a_transformer(tmp_path: Path, static: bool) -> None:
+    teacher, out, target = attention(tmp_path / "t.onnx"), tmp_path / "q.onnx", Target.named("x86-avx2")
+    x = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0))
+    reason = optimum_ptq(teacher, out, [(x,)] if static else None, target)
+    if installed("optimum-onnx") is None:
+        assert reason is not None and "pqk[encoders]" in reason
+        return
+    assert reason is None
+    kinds = {n.op_type for n in load(out).graph.node}
+    assert ("DynamicQuantizeLinear" in kinds) != static and ("QuantizeLinear" in kinds) == static
+    truth, got = (session(p).run(None, {"x": x.numpy()})[0] for p in (teacher, out))
+    np.testing.assert_allclose(got, truth, atol=0.1)
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    assert "optimum" in (optimum_ptq(tmp_path / "broken.onnx", out, None, target) or "")
+
+
 def test_the_baseline_takes_the_optimizer_where_it_is_no_slower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,9 +124,9 @@ def test_the_baseline_takes_the_optimizer_where_it_is_no_slower(
         (Ratio(0.5, 0.4, 0.6), False, "slower"),
     ):
         monkeypatch.setattr(baselines, "ratio_to", lambda *a, ratio=ratio: ratio)
-        taken, said = optimized_transformer(teacher, out, feeds, 1)
+        taken, said = optimized_transformer(teacher, out, feeds, feeds, 1)
         assert taken == better and word in said and "SkipLayerNormalization" in said
     truth, got = (session(p).run(None, feeds)[0] for p in (teacher, out))
     np.testing.assert_allclose(got, truth, rtol=1e-4, atol=1e-5)
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    assert optimized_transformer(tmp_path / "broken.onnx", out, feeds, 1)[0] is False
+    assert optimized_transformer(tmp_path / "broken.onnx", out, feeds, feeds, 1)[0] is False

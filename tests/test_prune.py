@@ -444,5 +444,7 @@ def test_costs_of_known_networks() -> None:
     assert count_parameters(model) == 269_722 and count_macs(model, (data((3, 32, 32), 2),)) == 40_551_040
     linear = nn.Sequential(nn.Linear(10, 20), nn.BatchNorm1d(20))
     assert float_bytes(linear) == 4 * (200 + 20 + 40 + 40) and integer_bytes(linear) == 200 + 4 * (20 + 40)
+    table = nn.Sequential(nn.Embedding(100, 16), nn.LayerNorm(16))
+    assert float_bytes(table) == 4 * (1600 + 32) and integer_bytes(table) == 1600 + 4 * 32
     with pytest.raises(InputError, match="at least one sample"):
         count_macs(linear, (torch.zeros(0, 10),))
