@@ -64,7 +64,7 @@ def onnxruntime_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs], tar
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
-    with tempfile.TemporaryDirectory() as folder, quiet_logging(""):
+    with tempfile.TemporaryDirectory() as folder, quiet_logging():
         prepared = Path(folder) / "prepared.onnx"
         try:
             quant_pre_process(teacher, prepared, skip_symbolic_shape=True)
@@ -93,7 +93,7 @@ def onnxruntime_dynamic(teacher: Path, out: Path, target: Target) -> str | None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with quiet_logging(""):
+    with quiet_logging():
         try:
             quantize_dynamic(
                 teacher,
@@ -118,8 +118,7 @@ def optimum_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs] | None, 
         return "optimum is not installed: pip install 'pqk[encoders]'"
     static = calibration is not None
     with (
-        quiet_logging("optimum"),
-        quiet_logging(""),
+        quiet_logging(),
         warnings.catch_warnings(),
         tempfile.TemporaryDirectory() as folder,
     ):
@@ -171,7 +170,7 @@ def optimized_transformer(teacher: Path, out: Path, padded: Feeds, feeds: Feeds,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # among others for a folder that the tool leaves to the garbage collector
         try:
-            with quiet_logging(""), contextlib.redirect_stdout(io.StringIO()):
+            with quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
                 from onnxruntime.transformers.optimizer import optimize_model
 
                 model = optimize_model(str(teacher), model_type="bert", opt_level=1, use_gpu=False)
@@ -214,7 +213,7 @@ def neural_compressor_ptq(
     """
     if installed("neural-compressor") is None:
         return None, "neural-compressor is not installed: pip install 'pqk[ptq]'"
-    with quiet_logging("neural_compressor"), warnings.catch_warnings():
+    with quiet_logging(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao and the exporter deprecate a good part of themselves
         try:
             from neural_compressor.torch.export import export
@@ -233,12 +232,11 @@ def neural_compressor_ptq(
 
 
 @contextmanager
-def quiet_logging(name: str) -> Iterator[None]:
-    """Third parties log their progress at every level; for a while only errors of the logger `name` pass."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet_logging() -> Iterator[None]:
+    """For a while only errors pass: third parties log their progress, and raise their loggers' levels on import."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logging.disable(before)

@@ -47,7 +47,9 @@ def integer_bytes(module: nn.Module) -> int:
 
     Batch norm is folded into the convolution before it: it leaves an int32 bias and a float scale for each channel.
     """
-    weights = {id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, (*INTEGER_WEIGHTS, nn.Embedding))}
+    weights = {
+        id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, (*INTEGER_WEIGHTS, nn.Embedding))
+    }
     folded = {
         id(p): p.numel()
         for m in module.modules()
