@@ -102,6 +102,7 @@ def text_task(
     max_length: int = 128,
     validation_share: float = 0.1,
     example_length: int | None = None,
+    timed_lengths: Sequence[int] = (128,),
     limit: int | None = None,
     evaluation_limit: int | None = None,
     views: int = 1,
@@ -119,6 +120,7 @@ def text_task(
         max_length: tokens of a text; longer ones are cut, which the report counts.
         validation_share: share of train that is held out where there is no `validation`.
         example_length: tokens of the example, at which latency is measured; the median length if None.
+        timed_lengths: tokens of further inputs that teacher and student are timed on, as far as the model takes them.
         limit, evaluation_limit: use only so many texts of train, of evaluation, drawn once and for all.
         views: forms in which a text of train is seen, epoch after epoch: as it is, then with tokens masked or as a part
             of itself (`Altered`). The teacher answers each once; its labels, if any, stay those of the whole.
@@ -160,6 +162,7 @@ def text_task(
         input_names=INPUTS,
         output_names=("sentence_embedding", "last_hidden_state") if task == "embedding" else ("logits",),
         dynamic_axes=FREE,
+        timed={f"{n} tokens": _filled(judged, n) for n in timed_lengths if n <= tokens.most},
         preprocessing={"tokenizer": "tokenizer.json", "max_length": tokens.most, "padding": "to the longest"},
         extra_files=HubFiles(folder, task),
         notes=tokens.notes,
@@ -259,6 +262,15 @@ def _example(data: TextData, length: int) -> tuple[Tensor, Tensor]:
     length = max(length, 3)
     close = data.ids[(data.lengths[data.ids] - length).abs().sort(stable=True).indices[:2]]
     return padded([data.tokens[i][:length] for i in close], data.pad, length)
+
+
+def _filled(data: TextData, length: int) -> tuple[Tensor, Tensor]:
+    """Two texts of just `length` tokens: what stands between the first and the last token of each, joined."""
+    ends = data.tokens[int(data.ids[0])]
+    inner = torch.cat([*(data.tokens[i][1:-1] for i in data.ids), ends[:1]])  # not empty where all texts are
+    inner = inner.repeat(-(-2 * length // len(inner)))[: 2 * (length - 2)].reshape(2, length - 2)
+    ids = torch.cat([ends[:1].expand(2, 1), inner, ends[-1:].expand(2, 1)], 1)
+    return ids, torch.ones_like(ids)
 
 
 @torch.inference_mode()

@@ -63,6 +63,8 @@ class Contender:
     spinning: bool = True
     torch_threads: int = 1
     """torch's own pool during its turn: 1 for everything that is not torch, whose threads would do harm"""
+    inputs: str = ""
+    """what the inputs are, where they are not the task's example"""
     timer: Timer = timed
     """what takes the time of one call; a device has its own clock"""
 
@@ -103,11 +105,11 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def onnxruntime_contender(
-    variant: Variant, model: Model, feeds: Feeds, *, threads: int = 2, spinning: bool = True
+    variant: Variant, model: Model, feeds: Feeds, *, threads: int = 2, spinning: bool = True, inputs: str = ""
 ) -> Contender:
     """ONNX Runtime with its default optimizations. Raises `InputError` for a model it refuses."""
     run = session_call(session(model, threads=threads, spinning=spinning), feeds)
-    return Contender(variant, "onnxruntime", batch_of(feeds), threads, run, spinning)
+    return Contender(variant, "onnxruntime", batch_of(feeds), threads, run, spinning, inputs=inputs)
 
 
 def torch_contender(
@@ -224,6 +226,7 @@ def measure(
             ratio=ratio.ratio,
             ratio_low=ratio.low,
             ratio_high=ratio.high,
+            inputs=contender.inputs,
             spinning=contender.spinning,
             significant=ratio.significant,
         )

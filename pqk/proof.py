@@ -7,23 +7,14 @@ and timed in turn with the teacher. What they answered is what the diagnostics a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from pqk.baselines import (
-    CALIBRATION,
-    is_transformer,
-    neural_compressor_ptq,
-    onnxruntime_dynamic,
-    optimized_transformer,
-    optimum_ptq,
-    ptq,
-)
 from pqk.benchmark import (
     Contender,
     Skipped,
@@ -42,6 +33,7 @@ from pqk.emit_torch import load_student
 from pqk.machine import fingerprint, peak_memory
 from pqk.measure import count_macs, count_parameters
 from pqk.modules import quantizers
+from pqk.networks import NEURAL_COMPRESSOR, TRITON, Network, optimize_teacher, quantized_teachers
 from pqk.parity import Model, OnnxModel, check_parity
 from pqk.parity_fused import check_fused_parity
 from pqk.passes import REWRITES, Distill, Fuse, Prune
@@ -60,32 +52,13 @@ from pqk.report import (
     Variant,
 )
 from pqk.report_diagnostics import ControlVariant
-from pqk.task import Outputs, Task, predict
+from pqk.task import Task, predict
 from pqk.train import Training
 
 THREADS = 2
-NEURAL_COMPRESSOR = "neural-compressor"
-TRITON = "triton"
 THROUGHPUT_BATCH = 32
 DIAGNOSED = ("teacher_fp32", "student", *get_args(ControlVariant))
 """networks whose answers are kept"""
-
-
-@dataclass
-class Network:
-    """One row of the attribution table in the making: its file, and the module behind it for counting."""
-
-    variant: Variant
-    path: Path | None
-    module: nn.Module | None
-    reason: str = ""
-    """why there is nothing to measure"""
-    untimed: str = ""
-    """why it is not timed, though there is something to measure"""
-    parameters: int | None = None
-    runtime: str = "onnxruntime"
-    deployed: Callable[..., Outputs] | None = None
-    """what is run for the metric, where it is not the file in ONNX Runtime"""
 
 
 def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, *, seed: int) -> Report:
@@ -94,7 +67,7 @@ def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, at
     fake_quant = _saved(program, task, passes, Stage.FAKE_QUANT).student
     networks = _networks(program, fake_quant, task, passes, folder, attribution)
     fusion, parity = _contracts(program, fake_quant, task, folder, here)
-    optimized = _optimize_teacher(networks, task, here)
+    optimized = optimize_teacher(networks, task, here, THREADS)
     latency, notes = _latency(networks, program, task, here)
     judged = [_judge(n, program, task, latency, here) for n in networks]
     by_variant = {j.row.variant: j for j in judged if j.row.runtime != NEURAL_COMPRESSOR}
@@ -194,7 +167,7 @@ def _networks(
             return Network(variant, None, None, f'the recipe has no "{kind.name}" in stage MODULE')
         return emit(variant, saved.student, variant)
 
-    networks = [emit("teacher_fp32", program.teacher, "teacher"), *_quantized_teachers(program, task, folder)]
+    networks = [emit("teacher_fp32", program.teacher, "teacher"), *quantized_teachers(program, task, folder)]
     networks += [stage("pruned", Prune), stage("pruned_distilled", Distill)]
     weights = count_weights(fake_quant)
     networks += _controls(program, task, passes, folder, attribution, weights)
@@ -203,60 +176,6 @@ def _networks(
         file = folder / "student.pt2"
         student = dataclasses.replace(student, path=file, runtime=TRITON, deployed=load_student(file))
     return [*networks, student]
-
-
-def _quantized_teachers(program: Program, task: Task, folder: Path) -> list[Network]:
-    """The teacher after post-training quantization alone: by ONNX Runtime, a transformer also dynamically and by
-    optimum, and by neural-compressor."""
-    if program.target.runtime == TRITON:
-        return [Network("teacher_ptq", None, None, "the tools that quantize after training write for CPUs")]
-    quantized = folder / "teacher_ptq.onnx"
-    reason = ptq(folder / "teacher.onnx", quantized, task, program.target)
-    by_onnxruntime = Network("teacher_ptq", None if reason else quantized, program.teacher, reason or "")
-    found = [by_onnxruntime]
-    if is_transformer(folder / "teacher.onnx"):
-        dynamic = folder / "teacher_dynamic.onnx"
-        reason = onnxruntime_dynamic(folder / "teacher.onnx", dynamic, program.target)
-        found.append(Network("teacher_dynamic", None if reason else dynamic, program.teacher, reason or ""))
-        found += _by_optimum(program, task, folder)
-    return [*found, _by_neural_compressor(program, task)]
-
-
-def _by_optimum(program: Program, task: Task, folder: Path) -> list[Network]:
-    found = []
-    static: Variant = "teacher_optimum_static"
-    for variant in (static, "teacher_optimum_dynamic"):
-        path = folder / f"{variant}.onnx"
-        samples = task.calibration(CALIBRATION, teacher=True) if variant == static else None
-        reason = optimum_ptq(folder / "teacher.onnx", path, samples, program.target)
-        found.append(Network(variant, None if reason else path, program.teacher, reason or ""))
-    return found
-
-
-def _optimize_teacher(networks: list[Network], task: Task, mismatch: str | None) -> list[str]:
-    """Let the baseline run the file with ONNX Runtime's optimizations for transformers, where that is the better one.
-
-    The INT8 forms of the teacher, and other runtimes, keep the plain file, whose operators they know.
-    """
-    plain = networks[0].path
-    if mismatch is not None or plain is None or not is_transformer(plain):
-        return []
-    out = plain.with_name("teacher_optimized.onnx")
-    batch = next(task.calibration(THROUGHPUT_BATCH, teacher=True))
-    padded = {name: t.numpy() for name, t in zip(task.input_names, batch, strict=True)}
-    better, said = optimized_transformer(plain, out, padded, task.feeds(1), THREADS)
-    if better:
-        networks[0] = dataclasses.replace(networks[0], path=out)
-    else:
-        out.unlink(missing_ok=True)  # where it stands, `pqk benchmark` takes it for the baseline, too
-    return [said]
-
-
-def _by_neural_compressor(program: Program, task: Task) -> Network:
-    """The teacher by neural-compressor's static INT8, which is a torch module and runs under torch.compile."""
-    calibration = task.calibration(CALIBRATION, teacher=True)
-    graph, reason = neural_compressor_ptq(program.teacher, task.example, calibration, task.axes)
-    return Network("teacher_ptq", None, graph, reason or "", runtime=NEURAL_COMPRESSOR)
 
 
 def count_weights(fake_quant: nn.Module) -> int:
@@ -307,7 +226,22 @@ def _latency(
     still = [
         onnxruntime_contender(v, files[v], feeds, threads=THREADS, spinning=False) for v in ("teacher_fp32", "student")
     ]
-    return rows + measure(still, still[0]), notes
+    rows += measure(still, still[0])
+    return rows + _other_sizes(files, task), notes
+
+
+def _other_sizes(files: Mapping[Variant, Path], task: Task) -> list[LatencyRow]:
+    """Teacher and student in ONNX Runtime on the task's other inputs."""
+    rows: list[LatencyRow] = []
+    for name, batch in itertools.product(task.timed, (1, THROUGHPUT_BATCH)):
+        feeds = task.feeds(batch, name)
+        both = [
+            onnxruntime_contender(v, files[v], feeds, threads=THREADS, inputs=name)
+            for v in files
+            if v in ("teacher_fp32", "student")
+        ]
+        rows += measure(both, both[0])
+    return rows
 
 
 def _elsewhere(
@@ -367,7 +301,8 @@ def _reasons(network: Network, here: str | None) -> dict[str, str]:
 def _time(network: Network, latency: Sequence[LatencyRow]) -> dict[str, Any]:
     """The latency of a row: batch 1, in its own runtime."""
     wanted = (network.variant, network.runtime, 1)
-    timed = next((r for r in latency if (r.variant, r.runtime, r.batch) == wanted and r.spinning), None)
+    found = (r for r in latency if (r.variant, r.runtime, r.batch) == wanted and r.spinning and not r.inputs)
+    timed = next(found, None)
     if timed is None:
         return {}
     return {k: getattr(timed, k) for k in ("ratio", "ratio_low", "ratio_high")} | {"latency_ms": timed.median_ms}

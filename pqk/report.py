@@ -72,6 +72,8 @@ class LatencyRow(Part):
     ratio_low: Positive | None
     """lower end of the bootstrap 95 % interval of `ratio`"""
     ratio_high: Positive | None
+    inputs: str = ""
+    """what the inputs are, where they are not the task's example"""
     spinning: bool = True
     """whether idle threads spin (ONNX Runtime's default); false is a row of its own"""
     significant: bool = False

@@ -80,7 +80,7 @@ def latency_cells(row: LatencyRow) -> list[str]:
     return [
         TITLES[row.variant],
         row.runtime if row.spinning else f"{row.runtime}, no spinning",
-        str(row.batch),
+        f"{row.batch}, {row.inputs}" if row.inputs else str(row.batch),
         str(row.threads),
         f"{row.median_ms:.3f} ms",
         f"{row.p05_ms:.3f} to {row.p95_ms:.3f} ms",

@@ -103,6 +103,7 @@ class Task:
         input_names, output_names: names in `model.onnx`.
         dynamic_axes: names of free axes by input and axis, `{"input_ids": {0: "batch", 1: "sequence"}}`; the first
             axis is the batch, whether it is said or not, and the only free one by default.
+        timed: name -> inputs of other sizes than the example's, at which teacher and student are timed, too.
         preprocessing: how to make model inputs from raw ones (JSON), written into the manifest.
         extra_files: student -> contents by name of what else belongs into the artifact, such as a tokenizer.
         notes: what the report should say of the data.
@@ -123,6 +124,7 @@ class Task:
         input_names: tuple[str, ...] | None = None,
         output_names: tuple[str, ...] | None = None,
         dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+        timed: Mapping[str, Inputs] | None = None,
         preprocessing: dict[str, Any] | None = None,
         extra_files: Callable[[nn.Module], Mapping[str, bytes]] | None = None,
         notes: Sequence[str] = (),
@@ -164,6 +166,7 @@ class Task:
         if len(self.input_names) != len(self.example) or len(set(self.input_names)) != len(self.example):
             raise InputError(f"task: input_names {self.input_names} must be {len(self.example)} names, all different")
         self.axes = _axes(self.example, self.input_names, dynamic_axes or {})
+        self.timed = dict(timed or {})
         self.preprocessing, self.extra_files = preprocessing or {}, extra_files
         self.notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
 
@@ -189,13 +192,14 @@ class Task:
             yield tuple(t[:limit] for t in batch.inputs)
             limit -= len(batch.inputs[0])
 
-    def sized(self, batch: int) -> Inputs:
-        """The example inputs, repeated or cut to `batch` samples."""
-        return tuple(torch.cat([t] * -(-batch // len(t)))[:batch] for t in self.example)
+    def sized(self, batch: int, name: str = "") -> Inputs:
+        """The example inputs, or those timed under `name`, repeated or cut to `batch` samples."""
+        inputs = self.timed[name] if name else self.example
+        return tuple(torch.cat([t] * -(-batch // len(t)))[:batch] for t in inputs)
 
-    def feeds(self, batch: int) -> dict[str, NDArray[Any]]:
-        """`sized(batch)` as arrays by input name, as ONNX runtimes take them."""
-        return {name: t.numpy() for name, t in zip(self.input_names, self.sized(batch), strict=True)}
+    def feeds(self, batch: int, name: str = "") -> dict[str, NDArray[Any]]:
+        """`sized(batch, name)` as arrays by input name, as ONNX runtimes take them."""
+        return {key: t.numpy() for key, t in zip(self.input_names, self.sized(batch, name), strict=True)}
 
     def score(self, model: Callable[..., Outputs], data: Data, limit: int | None = None) -> float:
         """The metric of `model` on (at most `limit` samples of) `data`."""
@@ -208,6 +212,8 @@ class Task:
         Raises `InputError` where they do not fit.
         """
         outputs = _try(teacher, self.example, "example")
+        for name, inputs in self.timed.items():
+            _try(teacher, inputs, name)
         self._check_names(outputs)
         if not bool(first_tensor(outputs).isfinite().all()):
             raise InputError("teacher: its outputs on the example inputs are NaN or infinite")

@@ -37,7 +37,7 @@ def short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "measure", functools.partial(benchmark.measure, rounds=5, burst=1, warm=1, pause=0.0))
         patch.setattr(proof, "_elsewhere", lambda *a, **k: [])
-        patch.setattr(proof, "_quantized_teachers", lambda *a, **k: [])
+        patch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
         yield
 
 

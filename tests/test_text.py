@@ -163,6 +163,18 @@ def test_a_classification_task(folder: Path, tmp_path: Path) -> None:
     assert fixed.example[0].shape == (2, 20) and not bool(fixed.example[1][:, -1].any())
 
 
+def test_latencies_are_taken_at_other_lengths_too(folder: Path) -> None:
+    """On real tokens without padding, as far as the model has positions for them."""
+    task = text_task(directory=folder, train=table(), evaluation=table(10), timed_lengths=(5, 24, 10_000))
+    assert list(task.timed) == ["5 tokens", "24 tokens"]
+    for name, length in (("5 tokens", 5), ("24 tokens", 24)):
+        ids, mask = task.sized(3, name)
+        assert ids.shape == mask.shape == (3, length) and bool(mask.all())
+        assert bool((ids[:, 0] == tiny.WORDS.index("[CLS]")).all()) and not bool((ids[:, 1:-1] < 3).any())
+    assert {name: x.shape for name, x in task.feeds(2, "5 tokens").items()} == dict.fromkeys(task.input_names, (2, 5))
+    task.check(encoder(folder))
+
+
 def test_what_is_done_to_texts_is_counted(folder: Path) -> None:
     rows = ["good " * 50, "", "bad", "  ", "a film"]
     judged = {"text": rows, "label": [0, 1, 2, 0, 1]}

@@ -70,7 +70,7 @@ def untimed() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "_latency", lambda *a, **k: ([], []))
-        patch.setattr(proof, "_quantized_teachers", lambda *a, **k: [])
+        patch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
         patch.setattr(proof, "_saved", at_the_end)
         yield
 
