@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from pqk import Recipe, compress, proof
 from pqk.coverage import integer_coverage
 from pqk.data import ArrayData
 from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError
 from pqk.modules import ActivationFakeQuant, DynamicFakeQuant, set_mode
 from pqk.parity import check_parity
-from pqk.passes import Capture, Convert, Fuse, Quantize
+from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.passes.convert import DYNAMIC, quantized_tensors
 from pqk.program import Program, Stage
 from pqk.qparams import dequantize, dynamic_qparams, quantize, quantize_dynamic_op
@@ -154,3 +155,29 @@ def test_fused_kernels_have_fixed_scales() -> None:
     assert fused.fused is not None
     with torch.no_grad():
         torch.testing.assert_close(fused.fused(task.example[0]), int8.student(task.example[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_student_is_trained_compiled_and_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way with a budget, distillation on dynamic quantizers, sensitivity and the report."""
+    monkeypatch.setattr(proof, "_latency", lambda *a, **k: ([], []))
+    monkeypatch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
+    torch.manual_seed(0)
+    model, part = Mixer().eval(), ArrayData(drawn((64, 6, 32)), drawn((64, 5), 1).argmax(1), 16)
+    task = Task(part, part, validation=part, example=drawn((2, 6, 32)), dynamic_axes={"input": {1: "tokens"}})
+    passes = (
+        Prune(parameters_ratio=1.2, multiple=4, importance="activation"),
+        Capture(),
+        Quantize(activations="dynamic", least_sqnr=1.0),
+        Distill(epochs=1.0, learning_rate=1e-3),
+        Convert(),
+    )
+    artifact = compress(model, task, Recipe(passes=passes), "x86-avx2", tmp_path / "out")
+    report = artifact.report
+    assert report.parity is not None and report.parity.passed
+    with torch.no_grad():
+        want = artifact.rebuild(model)(*task.example)
+    # A tie that falls the other way moves one input by a step, and with it all outputs a little.
+    torch.testing.assert_close(torch.from_numpy(artifact.run(*task.example)), want, atol=2e-2, rtol=0)
+    pruned = report.passes[0].details
+    assert report.passes[2].details["activations"] == 4
+    assert pruned["before"]["parameters"] >= 1.2 * pruned["after"]["parameters"]
