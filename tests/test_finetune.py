@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import text_models as tiny
+import torch
+from safetensors.torch import load_file
 
 from pqk.errors import InputError
 from pqk.models import finetune as module
@@ -15,7 +17,7 @@ from pqk.models.encoder import encoder
 from pqk.models.finetune import Job, accuracy, finetune
 from pqk.models.text import text_task
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
@@ -69,6 +71,24 @@ def test_a_killed_run_goes_on(job: Job, tmp_path: Path, monkeypatch: pytest.Monk
     assert {k: v["accuracy"] for k, v in again["dev"].items()} == {k: v["accuracy"] for k, v in whole["dev"].items()}
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert files[0] == files[1]
+
+
+def test_a_new_head_is_trained_alone_first(job: Job, tmp_path: Path) -> None:
+    """It learns where the encoder stands still, which it leaves as it was."""
+    base = tiny.directory(tmp_path / "base", "Model")
+    job = replace(job, rates=(1e-9,), epochs=1, probe_rate=3e-2)
+    found = {n: finetune(replace(job, probe_epochs=n), tmp_path / str(n), directory=base) for n in (0, 40)}
+    assert found[40]["test"] > found[0]["test"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "40"))
+    body = [k for k in before if "encoder.layer" in k]
+    assert body and all(torch.allclose(before[k], after[f"bert.{k}"], atol=1e-6) for k in body)
+    other = tiny.directory(tmp_path / "other", "Model")
+    small = transformers.DistilBertConfig(
+        vocab_size=len(tiny.WORDS), dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=24
+    )
+    transformers.DistilBertModel(small).save_pretrained(other)
+    with pytest.raises(InputError, match="is for BERT; of .* --probe-epochs 0"):
+        finetune(replace(job, probe_epochs=1), tmp_path / "no", directory=other)
 
 
 def test_labels_have_no_gaps(job: Job, tmp_path: Path) -> None:
