@@ -32,10 +32,13 @@ Timer = Callable[[Callable[[], object]], float]
 """the milliseconds of one call"""
 
 ROUNDS, WARM, BURST, PAUSE = 15, 20, 20, 0.05
+LONG_MS, FEWEST = 1000.0, 4
+"""calls of a burst are so few that it takes about so long, but at least so many"""
 PROTOCOL = (
     "Measured in turn: every round gives each contender a pause of {pause:g} ms, at least {warm} warm calls and a "
-    "burst of {burst} timed calls, for {rounds} rounds; medians over calls, ratios within rounds, bootstrap 95 % "
-    "intervals. Threads are pinned and, unless said otherwise, spin while idle, as they do by default."
+    "burst of {burst} timed calls (fewer, at least 4, where a burst would take over a second), for {rounds} rounds; "
+    "medians over calls, ratios within rounds, bootstrap 95 % intervals. Threads are pinned and, unless said "
+    "otherwise, spin while idle, as they do by default."
 )
 
 
@@ -200,6 +203,7 @@ def measure(
 ) -> list[LatencyRow]:
     """Rows in the order of `contenders`, their ratios against `baseline` (the first one where it is not given).
 
+    Where the slowest contender would take over a second for a burst, all have shorter ones.
     Raises `InputError` for fewer than 5 rounds (no interval would mean anything) or a baseline that is not measured.
     """
     if rounds < 5 or not contenders:
@@ -207,6 +211,9 @@ def measure(
     baseline = contenders[0] if baseline is None else baseline
     if baseline not in contenders:
         raise InputError(f"latency: the baseline {baseline.variant} in {baseline.runtime} is not among the contenders")
+    slowest = max(min(c.timer(c.call) for _ in range(2)) for c in contenders) if burst > FEWEST else 0.0
+    if slowest * burst > LONG_MS:
+        burst, warm = (min(n, max(FEWEST, round(LONG_MS / slowest))) for n in (burst, warm))
     times = interleave(contenders, rounds, burst=burst, pause=pause, warm=warm)
     reference = np.median(times[contenders.index(baseline)], axis=1)
     rows = []

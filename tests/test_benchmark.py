@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from pqk import benchmark
 from pqk.benchmark import (
     PAUSE,
     Contender,
@@ -80,29 +81,59 @@ def test_torch_gets_its_threads_in_its_own_turn_only() -> None:
         assert seen == [2, 1, 2, 1] and torch.get_num_threads() == 1
 
 
+class Clock:
+    """Time that passes where it is slept, and nowhere else."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 class Spinner:
     """A runtime whose idle threads spin for 30 ms after its calls and slow every other contender down threefold."""
 
     last: tuple["Spinner | None", float] = (None, 0.0)
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
 
     def __call__(self) -> None:
         owner, when = Spinner.last
-        start = time.perf_counter()
-        stolen = owner is not self and owner is not None and start < when + 0.03
-        time.sleep(self.seconds * (3 if stolen else 1))
+        stolen = owner is not self and owner is not None and self.clock.now < when + 0.03
+        self.clock.sleep(self.seconds * (3 if stolen else 1))
         if not stolen:
-            Spinner.last = (self, time.perf_counter())
+            Spinner.last = (self, self.clock.now)
 
 
-def test_a_pause_keeps_spinning_threads_out_of_the_next_turn() -> None:
-    a, b = Spinner(0.003), Spinner(0.001)
+def test_a_pause_keeps_spinning_threads_out_of_the_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(benchmark, "time", clock)
+    a, b = Spinner(clock, 0.003), Spinner(clock, 0.001)
     for pause, ratio in ((PAUSE, 3.0), (0.0, 1.0)):
         Spinner.last = (None, 0.0)
         row = measure([contender(a), contender(b)], rounds=5, burst=4, pause=pause, warm=1)[1]
-        assert row.ratio == pytest.approx(ratio, rel=0.35), pause
+        assert row.ratio == pytest.approx(ratio), pause
+
+
+def test_slow_calls_have_short_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(benchmark, "time", clock)
+    counts = dict.fromkeys("ab", 0)
+
+    def call(name: str, seconds: float) -> None:
+        counts[name] += 1
+        clock.sleep(seconds)
+
+    rows = measure([contender(lambda: call("a", 0.125)), contender(lambda: call("b", 0.01))], rounds=5)
+    assert rows[1].ratio == pytest.approx(12.5) and counts["a"] == counts["b"] == 2 + 5 * (8 + 8)
+    counts = dict.fromkeys("ab", 0)
+    measure([contender(lambda: call("a", 9.0)), contender(lambda: call("b", 0.01))], rounds=5)
+    assert counts["a"] == 2 + 5 * (4 + 4)
 
 
 def test_in_turn_and_alone_agree() -> None:
