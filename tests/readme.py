@@ -52,7 +52,7 @@ def table(name: str) -> str:
     conditions = (
         f"`models/results/{name}.json`: batch 1, {min(threads)} threads of a {machine['cpu']} "
         f"({machine['target']}), student compiled for {report.target}, ratios measured in turn with the teacher in "
-        f"ONNX Runtime FP32; metric on all {report.conditions.evaluation_samples:,} test images through ONNX Runtime; "
+        f"ONNX Runtime FP32; metric on all {report.conditions.evaluation_samples:,} test samples through ONNX Runtime; "
         f"{report.conditions.training_epochs:g} epochs of training in all."
     )
     return f"\n{markdown_table(ATTRIBUTION_HEADER, rows)}\n\n{conditions}\n\n"
