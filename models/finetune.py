@@ -5,8 +5,8 @@
 Every learning rate is trained in full and judged on texts that were held out of train; the best one is trained again on
 all of train where the held-out texts were its own; the test split is read once, at the end. A new head can be trained
 alone first, on the encoder as it is, so that it does not pull good features apart while it learns to read them
-(Kumar et al. 2022, arXiv:2202.10054). A killed run goes on where
-it was when it is given again. What was done, with the seconds, is in `finetune.json` beside the model.
+(Kumar et al. 2022, arXiv:2202.10054). A killed run goes on where it was when it is given again. What was done, with the
+seconds, is in `finetune.json` beside the model.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ def first_states(model: Encoder, data: TextData) -> ArrayData:
     """The encoder's last state of the first token of every text, with its label."""
     inner: Any = model.model
     found = [
-        (inner.bert(*b.inputs, token_type_ids=torch.zeros_like(b.inputs[0])).last_hidden_state[:, 0], b.targets)
-        for b in data.batches()
+        (inner.bert(*b.inputs, token_type_ids=model.segment).last_hidden_state[:, 0], b.targets) for b in data.batches()
     ]
     states, targets = (torch.cat(part) for part in zip(*found, strict=True))
     return ArrayData(states, targets, data.batch_size)

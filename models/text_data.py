@@ -163,7 +163,12 @@ class TextData(Data):
         if not len(self.ids):
             raise InputError("data: no samples")
         self._targets, self.samples, self.key_count = targets, len(self.ids), len(tokens)
-        self.views, self.altered = 1, None
+        self.altered = None
+
+    @property
+    def views(self) -> int:
+        """In how many forms a text is seen."""
+        return 1 if self.altered is None else self.altered.views
 
     @property
     def targets(self) -> Tensor | None:
@@ -184,7 +189,7 @@ class TextData(Data):
     def altered_by(self, altered: Altered) -> TextData:
         """The same samples in several forms: epoch e shows form e mod views, and no seed the texts as they are."""
         other = self.subset(self.ids)
-        other.altered, other.views, other.key_count = altered, altered.views, len(self.tokens) * altered.views
+        other.altered, other.key_count = altered, len(self.tokens) * altered.views
         return other
 
     def plan(self, seed: int | None, lengths: Tensor | None = None) -> list[Tensor]:

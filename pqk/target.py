@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from pqk.errors import InputError, nearest
-from pqk.qparams import Grid
+from pqk.qparams import U8, Grid
 
 ISA_ORDER = {"x86-avx2": ("x86-avx2", "x86-vnni"), "x86-vnni": ("x86-vnni",)}
 """target -> the machines it runs on with the numbers it was trained for"""
@@ -95,7 +95,6 @@ def machine_target() -> str:
     raise InputError(f"no integer target fits this CPU ({machine}); x86-64 with AVX2 or 64-bit Arm is needed")
 
 
-U8 = Grid("uint8", 0, 255, symmetric=False)
 S8 = Grid("int8", -128, 127, symmetric=False)
 S8_SYMMETRIC = Grid("int8", -127, 127, symmetric=True)
 S7_SYMMETRIC = Grid("int8", -64, 64, symmetric=True)
