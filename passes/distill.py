@@ -10,14 +10,16 @@ through the layers: on the pruned ResNet-20 of the digits the gradient's norm re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import nn
 
-from pqk.errors import InputError
+from pqk.errors import InputError, nearest
 from pqk.knowledge import AnySource, AnyTerm, CrossEntropy, FromModule, KLDivergence, Term
 from pqk.knowledge.objective import blindness
 from pqk.knowledge.sources import Given
@@ -49,6 +51,9 @@ class Distill(Training, Pass):
     """what moves the weights during the training: nothing, equal gradients, or learned uncertainties"""
     teach_from: float = Field(default=0.0, ge=0, lt=1)
     """share of the training before the teacher joins (a tenth is usual under quantization)"""
+    frozen: tuple[str, ...] = ()
+    """paths of modules or parameters that do not train, such as a table of embeddings: what the texts do not contain
+    then stays as near to the rest as the teacher has it, and the optimizer need not pass over it"""
     freeze_from: float = Field(default=0.5, ge=0, le=1)
     """share of a quantization-aware training after which all step sizes, and with them the activation ranges, stand
     still while the weights settle on them"""
@@ -128,7 +133,8 @@ class Distill(Training, Pass):
             balance=self.balance,
         )
         objective.select(student, program.teacher, self.keep)
-        log = fit(program.run, student, data, objective, self._clipped(program.stage))
+        with still(student, self.frozen):
+            log = fit(program.run, student, data, objective, self._clipped(program.stage))
         kept_epoch = objective.finish(student)
         for scale in steps:  # that they were frozen is a state of this training: a later one learns them again
             scale.requires_grad_(True)
@@ -138,3 +144,23 @@ class Distill(Training, Pass):
 
     def _clipped(self, stage: Stage) -> Training:
         return self if stage == Stage.MODULE or self.clip is not None else replace(self, clip=CAPTURED_CLIP)
+
+
+@contextmanager
+def still(student: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """No gradients for the parameters at these paths. Raises `InputError` for a path that has none."""
+    parameters = dict(student.named_parameters())
+    held = []
+    for path in paths:
+        found = [p for name, p in parameters.items() if name == path or name.startswith(f"{path}.")]
+        if not found:
+            known = {name.rpartition(".")[0] for name in parameters}
+            raise InputError(f'distill: frozen = "{path}": the student has no parameters there{nearest(path, known)}')
+        held += [p for p in found if p.requires_grad]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)

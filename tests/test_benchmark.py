@@ -4,6 +4,9 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from math import comb
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,6 +34,7 @@ from pqk.benchmark import (
     turn,
 )
 from pqk.errors import InputError
+from pqk.networks import NEURAL_COMPRESSOR, Network
 from pqk.runtime import session
 
 
@@ -227,6 +231,21 @@ def test_torch_rows_and_a_module_that_cannot_be_compiled() -> None:
 
     skipped = compiled_contender("teacher_fp32", Broken(), (x,))
     assert isinstance(skipped, Skipped) and "no such path" in skipped.reason
+
+
+def test_other_runtimes_stand_beside_the_same_baseline(timed_elsewhere: Callable[..., Any], tmp_path: Path) -> None:
+    """torch as it is and compiled in earnest, OpenVINO where it is; a module that is not there says why."""
+    net, x = nn.Conv2d(16, 16, 3, padding=1).eval(), torch.zeros(1, 16, 16, 16)
+    files = {"teacher_fp32": tmp_path / "fused.onnx", "student": tmp_path / "student.onnx"}
+    for path in (*files.values(), tmp_path / "teacher.onnx"):
+        path.write_bytes(stack(1))
+    absent = Network("teacher_ptq", None, None, "not installed", runtime=NEURAL_COMPRESSOR)
+    found = timed_elsewhere(SimpleNamespace(teacher=net), [absent], files, (x,), FEEDS)
+    assert found[0] == Skipped("teacher_ptq", NEURAL_COMPRESSOR, "not installed")
+    assert [f.runtime for f in found[1:]] == ["torch", "torch.compile", "openvino", "openvino"]
+    timed = [f for f in found if isinstance(f, Contender)]
+    rows = measure(timed, rounds=5, burst=1, warm=1, pause=0.0)
+    assert {"torch", "torch.compile"} <= {row.runtime for row in rows}
 
 
 def test_openvino_stands_beside_or_says_why_not() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pqk import benchmark, compiler, files, proof
+from pqk import compiler, files, proof
 from pqk.artifact import Artifact
 from pqk.compiler import compress
 from pqk.data import ArrayData
@@ -67,15 +66,6 @@ def task(shift: float = 0.0, scale: float = 1.0, **options: Any) -> Task:
     whole = ArrayData(x, torch.arange(48) % 4, 8, prepare=lambda inputs: tuple(t * scale for t in inputs))
     parts = [whole.subset(torch.arange(i, i + 16), augmented=False) for i in (0, 16, 32)]
     return Task(*parts[:2], validation=parts[2], **options)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short() -> Any:
-    """Timings that are too short to mean anything, of ONNX Runtime alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proof, "measure", functools.partial(benchmark.measure, rounds=5, burst=1, warm=1, pause=0.0))
-        patch.setattr(proof, "_elsewhere", lambda *a, **k: [])
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +237,13 @@ def full(*arguments: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", [(files, "save_file"), (compiler, "emit_onnx"), (compiler, "write_json"), (shutil, "rmtree")]
+    "where",
+    [
+        (files, "save_file"),
+        pytest.param((compiler, "emit_onnx"), marks=pytest.mark.full),
+        (compiler, "write_json"),
+        pytest.param((shutil, "rmtree"), marks=pytest.mark.full),
+    ],
 )
 def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(
     whole: Path, copied: Path, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch, proven: None
@@ -281,6 +277,7 @@ def test_a_parity_failure_ships_nothing_unless_it_is_allowed(
     assert done.report.parity is not None and not done.report.parity.passed
 
 
+@pytest.mark.full
 def test_full_attribution_trains_the_student_on_labels_alone(copied: Path) -> None:
     out = unfinished(copied)
     done = compress(Net(), task(), RECIPE, "x86-avx2", out, resume=True, attribution="full")
@@ -304,6 +301,7 @@ assert done.report.parity.passed
 """
 
 
+@pytest.mark.full
 def test_two_processes_compile_one_student(tmp_path: Path, whole: Path) -> None:
     """The whole of it under `torchrun`: rank 0 decides, proves and writes, both train, and the same things are made."""
     script, out = tmp_path / "two.py", tmp_path / "out"

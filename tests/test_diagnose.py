@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pqk import benchmark, cli, proof
+from pqk import cli, proof
 from pqk.artifact import Artifact
 from pqk.compiler import compress
 from pqk.controls import CONTROLS
@@ -212,11 +211,9 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short() -> Iterator[None]:
-    """Timings that are too short to mean anything, of ONNX Runtime alone."""
+def alone() -> Iterator[None]:
+    """No other tools' quantized teachers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proof, "measure", functools.partial(benchmark.measure, rounds=5, burst=1, warm=1, pause=0.0))
-        patch.setattr(proof, "_elsewhere", lambda *a, **k: [])
         patch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
         yield
 

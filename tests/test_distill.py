@@ -167,6 +167,24 @@ def test_scales_stand_still_from_where_they_should() -> None:
     assert not all(map(torch.equal, scales(0.5), scales(1.0)))
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_is_frozen_stands_still_and_is_free_again(quantized: bool) -> None:
+    before = program(small())
+    if quantized:
+        before = Quantize(samples=8).apply(Capture().apply(before, task()), task())
+    old = {n: p.detach().clone() for n, p in before.student.named_parameters()}
+    done = Distill(epochs=1, learning_rate=1e-3, optimizer="adamw", frozen=("layer1", "linear.bias")).apply(
+        before, task()
+    )
+    new = dict(done.student.named_parameters())
+    held = {n for n in new if n.startswith("layer1.") or n == "linear.bias"}
+    assert len(held) > 2 and all(torch.equal(new[n], old[n]) for n in held)
+    assert not any(torch.equal(new[n], old[n]) for n in ("linear.weight", "conv1.weight"))
+    assert all(p.requires_grad for p in new.values())
+    with pytest.raises(InputError, match=r'frozen = "layer9": the student has no parameters there \(did you mean "l'):
+        Distill(epochs=1, frozen=("layer9",)).apply(done, task())
+
+
 def calibrated(deep: tuple[int, ...] = (2, 2, 2)) -> tuple[Program, Task]:
     """A random teacher, its own answers as labels, and its quantized student before any training: 16 steps an epoch."""
     torch.manual_seed(0)

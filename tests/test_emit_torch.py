@@ -95,7 +95,7 @@ def test_it_agrees_with_onnx_runtime(made: Made, tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("target", ["x86-avx2", "cuda-sm80"])
+@pytest.mark.parametrize("target", ["x86-avx2", pytest.param("cuda-sm80", marks=pytest.mark.full)])
 def test_an_encoder_layer_agrees_with_onnx_runtime(target: str, tmp_path: Path) -> None:
     """Decisions on 99.5 % of the samples and, as attention is not the runtime's arithmetic, 30 dB of SQNR."""
     torch.manual_seed(0)

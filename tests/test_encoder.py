@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import pytest
 import text_models as tiny
 import torch
 
-from pqk import benchmark, compress, proof
+from pqk import compress, proof
 from pqk.artifact import Artifact
 from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError
@@ -32,11 +31,9 @@ PTQ = Recipe.loads('[[pass]]\nname = "capture"\n[[pass]]\nname = "quantize"\n[[p
 
 
 @pytest.fixture(autouse=True, scope="module")
-def short() -> Iterator[None]:
-    """Timings that are too short to mean anything, of ONNX Runtime alone, and no other tools' quantized teachers."""
+def alone() -> Iterator[None]:
+    """No other tools' quantized teachers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proof, "measure", functools.partial(benchmark.measure, rounds=5, burst=1, warm=1, pause=0.0))
-        patch.setattr(proof, "_elsewhere", lambda *a, **k: [])
         patch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
         yield
 

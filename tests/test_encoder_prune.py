@@ -328,6 +328,7 @@ def test_a_table_is_stored_and_looked_up_as_integers(tmp_path: Path) -> None:
 # ---- a free length
 
 
+@pytest.mark.full
 def test_an_encoder_of_any_length(tmp_path: Path) -> None:
     """Captured at one length, its INT8 file runs at another, with every linear layer in integers."""
     from pqk.coverage import integer_coverage

@@ -216,7 +216,7 @@ def test_a_resumed_training_is_the_whole_one(name: str, tmp_path: Path, monkeypa
     assert rest.keys() == whole.keys() and not [k for k in whole if not torch.equal(whole[k], rest[k])]
 
 
-@pytest.mark.parametrize("name", ["peer", "exits", "shadow"])
+@pytest.mark.parametrize("name", ["peer", *(pytest.param(n, marks=pytest.mark.full) for n in ("exits", "shadow"))])
 def test_nothing_of_it_is_exported(name: str, tmp_path: Path) -> None:
     """Through a quantization-aware training: the file has the tensors that it would have had."""
     done = program(tmp_path)

@@ -251,7 +251,14 @@ class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 
 
-@pytest.mark.parametrize(("phase", "at"), [(_Narrow, 0.3), (_Narrow, 0.7), (_Both, 0.5)])
+@pytest.mark.parametrize(
+    ("phase", "at"),
+    [
+        pytest.param(_Narrow, 0.3, marks=pytest.mark.full),
+        (_Narrow, 0.7),
+        pytest.param(_Both, 0.5, marks=pytest.mark.full),
+    ],
+)
 def test_a_killed_run_ends_in_the_same_student(
     phase: type, at: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -378,7 +378,7 @@ def launch(out: Path, kill: int | None = None) -> None:
 
 
 def test_two_processes_train_one_student(tmp_path: Path) -> None:
-    """Both end with the same tensors, decisions are those of rank 0, and a kill changes nothing."""
+    """Both end with the same tensors, and decisions are those of rank 0."""
     import json
 
     launch(tmp_path / "whole")
@@ -387,9 +387,15 @@ def test_two_processes_train_one_student(tmp_path: Path) -> None:
     assert_same(*sides)
     assert logs[0] == logs[1] and logs[0]["decided"] == 10 and logs[0]["steps"] == 2 * BATCHES
     assert all(map(math.isfinite, logs[0]["losses"])) and logs[0]["losses"][1] < logs[0]["losses"][0]
+
+
+@pytest.mark.full
+def test_two_processes_that_are_killed_go_on(tmp_path: Path) -> None:
+    """To the tensors of two that were not."""
+    launch(tmp_path / "whole")
     launch(tmp_path / "killed", kill=7)
     launch(tmp_path / "killed")
-    assert_same(read_tensors(tmp_path / "killed" / "rank0.safetensors")[0], sides[0])
+    assert_same(*(read_tensors(tmp_path / name / "rank0.safetensors")[0] for name in ("whole", "killed")))
 
 
 def test_progress_counts_steps_once() -> None:

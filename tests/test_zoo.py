@@ -75,7 +75,11 @@ def untimed() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = {"residual", "separable", "several", "attention"}
+"""networks of the default run: others are compiled in `make test-full`, and meet ONNX Runtime in test_emit_onnx"""
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in NETWORKS])
 def test_a_network_is_compiled_and_keeps_the_contract(name: str, tmp_path: Path) -> None:
     network = NETWORKS[name]
     teacher = network.teacher()
