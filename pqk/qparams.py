@@ -131,7 +131,8 @@ def dynamic_qparams(x: Tensor) -> QParams:
     low, high = (end.float() for end in torch.aminmax(x.detach()))
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = torch.where(high > low, (high - low) / (U8.qmax - U8.qmin), 1.0)
-    zero_point = (U8.qmin - low / scale).clamp(U8.qmin, U8.qmax).round()
+    # A range whose 255th part is less than a float can be has scale 0, and 0 / 0 the zero point of ONNX Runtime.
+    zero_point = (U8.qmin - low / scale).nan_to_num(nan=U8.qmax).clamp(U8.qmin, U8.qmax).round()
     return QParams(scale, zero_point.to(torch.int32), U8)
 
 
