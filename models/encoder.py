@@ -61,20 +61,26 @@ class Encoder(nn.Module):
         # All tokens are of the first segment: as a constant, its embedding is one row that capture computes once.
         known = "token_type_ids" in inspect.signature(model.forward).parameters
         self.register_buffer("segment", torch.zeros(1, 1, dtype=torch.int64) if known else None, persistent=False)
+        self.pooling = MeanOfTokens() if kind == "embedding" else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | dict[str, Tensor]:
         more = {} if self.segment is None else {"token_type_ids": self.segment}
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, **more)
-        if self.kind != "embedding":
+        if self.pooling is None:
             return output.logits
         states = output.last_hidden_state
-        return {"sentence_embedding": mean_of_tokens(states, attention_mask), "last_hidden_state": states}
+        return {"sentence_embedding": self.pooling(states, attention_mask), "last_hidden_state": states}
 
 
-def mean_of_tokens(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """The mean of `states` [B, S, D] over the tokens of `attention_mask` [B, S], at length 1: [B, D]."""
-    mask = attention_mask.unsqueeze(-1).to(states.dtype)
-    return F.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
+class MeanOfTokens(nn.Module):
+    """The mean of states [B, S, D] over the tokens of a mask [B, S], at length 1: [B, D].
+
+    A module, so that terms that compare features (cosines, relations between texts) can name it: `point = "pooling"`.
+    """
+
+    def forward(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return F.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
 
 
 def encoder(
@@ -92,7 +98,7 @@ def encoder(
         data: a folder that `directory` is looked up in, beside the current one.
 
     Raises `InputError` for a directory that is incomplete or holds pickled weights only, a decoder, a head that is
-    not the task's or was never trained, and labels that are not the head's.
+    not the task's or was never trained, labels that are not the head's, and embeddings that are no mean over tokens.
     """
     model, _ = load(find_directory(directory, None if data is None else Path(data)), task, labels)
     return Encoder(model, task).eval()
@@ -131,7 +137,9 @@ def load(
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"encoder: {folder} has no readable config.json: {_first_line(error)}") from error
         _refuse_decoders(config, folder)
-        if task != "embedding":
+        if task == "embedding":
+            _refuse_other_pooling(folder)
+        else:
             _set_labels(config, task, labels, folder, new_head)
         kind = transformers.AutoModel if task == "embedding" else transformers.AutoModelForSequenceClassification
         try:
@@ -160,7 +168,7 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise InputError(f"encoder: {folder} has no readable tokenizer: {_first_line(error)}") from error
     words = len(tokenizer)
-    if not 0.9 * config.vocab_size <= words <= config.vocab_size:
+    if not 0.99 * config.vocab_size <= words <= config.vocab_size:  # tables are rounded up to multiples of 64 or 128
         raise InputError(
             f"encoder: the tokenizer in {folder} has {words} tokens and the model {config.vocab_size}; it belongs to "
             "another model: copy the right one"
@@ -266,6 +274,23 @@ def _refuse_decoders(config: Any, folder: Path) -> None:
         raise InputError(f"encoder: {said}, which is not a bidirectional text encoder such as BERT; it cannot be used")
 
 
+def _refuse_other_pooling(folder: Path) -> None:
+    """Sentence-transformers say in a file of their own what an embedding is made of."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return
+    try:
+        said = json.loads(path.read_text())
+        modes = {k for k, v in said.items() if k.startswith("pooling_mode_") and v}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"encoder: {path} is not readable: {_first_line(error)}") from error
+    if modes - {"pooling_mode_mean_tokens"}:
+        raise InputError(
+            f"encoder: {path} says {', '.join(sorted(modes))}; only the mean over tokens can be compiled as an "
+            "embedding: wrap the model in a module of your own that pools as it does"
+        )
+
+
 def _set_labels(config: Any, task: str, labels: int | Sequence[str] | None, folder: Path, new_head: bool) -> None:
     """Hold `labels` against the head's, or give `config` those of a new head."""
     count = labels if isinstance(labels, int) or labels is None else len(labels)
@@ -280,6 +305,12 @@ def _set_labels(config: Any, task: str, labels: int | Sequence[str] | None, fold
         return
     if count is not None and count != config.num_labels:
         raise InputError(f"encoder: the head in {folder} has {config.num_labels} labels, and {count} are wanted")
+    if task == "classification" and config.problem_type == "multi_label_classification":
+        raise InputError(
+            f"encoder: the head in {folder} gives several labels to a text (problem_type = "
+            "multi_label_classification); a classification has one: write a pqk.Task with a loss and a decision of "
+            "your own"
+        )
     have = [config.id2label[i] for i in range(config.num_labels)]
     if task == "classification" and isinstance(labels, Sequence) and list(labels) != have:
         differing = next((a, b) for a, b in zip(labels, have, strict=True) if a != b)

@@ -62,7 +62,7 @@ class Job:
     max_length: int = 128
     freeze_embeddings: bool = False
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 JOBS = {

@@ -70,10 +70,14 @@ def _cosine_distance(outputs: Outputs, targets: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(widened(first_tensor(outputs)), targets, dim=-1)
 
 
-def _nearest_text(outputs: Outputs) -> Tensor:
-    """What a search returns: for each text the most similar other one, int64 [N]."""
+def _more_alike(outputs: Outputs) -> Tensor:
+    """What every ranking is made of: whether text j or the one behind it is more like text i, bool [N, N].
+
+    Not which text is the nearest of all: that is decided among near ties, and the more texts, the nearer they are.
+    """
     unit = F.normalize(widened(first_tensor(outputs)), dim=-1)
-    return (unit @ unit.T).fill_diagonal_(-2.0).argmax(1)
+    similar = unit @ unit.T
+    return similar > similar.roll(-1, 1)
 
 
 SCORES = Metric("spearman", "correlation", lambda outputs, targets: spearman(_score(outputs), targets))
@@ -174,7 +178,7 @@ def _judgement(task: str, held: TextData) -> dict[str, Any]:
     if task == "classification":
         return {"metric": "accuracy", "loss": cross_entropy, "decision": argmax}
     if task == "embedding":
-        return {"metric": AGREEMENT, "loss": _cosine_distance, "decision": _nearest_text}
+        return {"metric": AGREEMENT, "loss": _cosine_distance, "decision": _more_alike}
     assert held.targets is not None
     spread = float(held.targets.std()) or 1.0  # a score is acted on as low or high: in whole standard deviations
     return {
@@ -217,10 +221,12 @@ def targets_of(task: str, config: Any) -> Callable[[Sequence[Any], str], Tensor]
             by_name = config.label2id.get(value) if isinstance(value, str) else None
             try:
                 number = int(value) if by_name is None else by_name
-            except (TypeError, ValueError):
+                if by_name is None and not isinstance(value, str) and number != value:
+                    raise ValueError
+            except (TypeError, ValueError, OverflowError):
                 raise InputError(
-                    f'text: the label of row {row} of {what} is "{value}", which is neither a number nor the name of '
-                    f"one of the {config.num_labels} labels in config.json"
+                    f'text: the label of row {row} of {what} is "{value}", which is neither a whole number nor the '
+                    f"name of one of the {config.num_labels} labels in config.json"
                 ) from None
             if not 0 <= number < config.num_labels:
                 raise InputError(

@@ -112,10 +112,10 @@ def drop_block(student: nn.Module, example: Example, *, block: str, returns: int
     return student
 
 
-def kept_channels(plan: Iterable[Rewrite], module: str) -> list[int] | None:
+def kept_channels(plan: Iterable[Rewrite], module: str, dim: Dim = "out") -> list[int] | None:
     """The teacher's output channels that layer `module` still has, in order; None where none was cut.
 
-    Raises `InputError` where a rewrite removed the block that holds the layer.
+    With `dim="heads"` the heads of an attention. Raises `InputError` where a rewrite removed the block that holds it.
     """
     kept: list[int] | None = None
     for step in plan:
@@ -124,7 +124,7 @@ def kept_channels(plan: Iterable[Rewrite], module: str) -> list[int] | None:
             if f"{module}.".startswith(f"{block}."):
                 raise InputError(f'layer "{module}" is gone: pruning removed block "{block}"')
         for cut in step.arguments["cuts"] if step.function == cut_channels.__name__ else ():
-            if cut["module"] == module and cut["dim"] == "out":
+            if cut["module"] == module and cut["dim"] == dim:
                 before = [*range(cut["of"])] if kept is None else kept
                 doomed = set(cut["indices"])
                 kept = [c for i, c in enumerate(before) if i not in doomed]

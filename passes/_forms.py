@@ -206,16 +206,23 @@ def _two_dimensional(graph_module: fx.GraphModule, node: fx.Node) -> None:
     users = list(node.users)
     if len(users) == 1 and users[0].target in CLAMPS:
         last = users[0]  # a ReLU stays next to its layer, which folds it
-    free = [axis for axis, size in enumerate(result) if size is None]
-    # Several free sizes are all said: what follows from a -1 is a quotient that grows from layer to layer.
-    lengths = {axis: _length(graph_module, x, axis) if len(free) > 1 else -1 for axis in free}
-    sizes = [lengths.get(axis, size) for axis, size in enumerate(result)]
+    sizes = spelled_sizes(graph_module, x, result)
     with graph.inserting_after(last):
         whole = call(graph, aten.reshape.default, (last, sizes), last, layer=f"{last.meta['layer']}.reshape")
     for flattened in {node, last}:
         flattened.meta["shape"] = (None, result[-1])
     last.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
     move_points(graph_module, last, whole)
+
+
+def spelled_sizes(graph_module: fx.GraphModule, x: fx.Node, wanted: tuple[int | None, ...]) -> list[Any]:
+    """`wanted` for a reshape to it, where the free sizes are those of `x`.
+
+    Several free sizes are all said: what follows from a -1 is a quotient that grows from layer to layer.
+    """
+    free = [axis for axis, size in enumerate(wanted) if size is None]
+    lengths = {axis: _length(graph_module, x, axis) if len(free) > 1 else -1 for axis in free}
+    return [lengths.get(axis, size) for axis, size in enumerate(wanted)]
 
 
 def _length(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> fx.Node:

@@ -2,7 +2,7 @@
 
 The plan names the layers that were cut. The output of a block is that of some layers in it behind element-wise
 operators and pooling, which autograd remembers: the walk back from it ends at those layers, and where all of them kept
-the same channels, so did the block.
+the same channels, so did the block. Between queries and values it is heads that survive, one for a whole attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pqk.passes._cut import channels_of, cut_channels, drop_block, kept_channels
-from pqk.program import Example, Program, replay
+from pqk.program import Example, Program, Rewrite, replay
 
 SAME_CHANNELS = (
     "Add", "Mul", "Relu", "Threshold", "Hardtanh", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Sigmoid",
@@ -27,7 +27,7 @@ SAME_CHANNELS = (
 
 
 def surviving_channels(program: Program, example: Example, point: str) -> Sequence[int] | None:
-    """The teacher's channels, in order, that the student's output at module `point` has.
+    """The teacher's channels, or heads, in order, that the student's output at module `point` has.
 
     None where none was cut, and where it cannot be told. Raises `InputError` where pruning removed the module.
     """
@@ -37,10 +37,18 @@ def surviving_channels(program: Program, example: Example, point: str) -> Sequen
     if kept is not None or not any(step.function == cut_channels.__name__ for step in steps):
         return kept
     student = replay(copy.deepcopy(program.teacher).requires_grad_(True), example, steps, table).eval()
-    found = {
-        None if k is None else tuple(k) for k in (kept_channels(steps, p) for p in _layers(student, example, point))
-    }
+    layers = _layers(student, example, point)
+    if not layers:  # channels mix there, as they do in a product of queries and keys
+        return _heads(steps, point)
+    found = {None if k is None else tuple(k) for k in (kept_channels(steps, p) for p in layers)}
     return found.pop() if len(found) == 1 else None
+
+
+def _heads(steps: Sequence[Rewrite], point: str) -> Sequence[int] | None:
+    """The heads of the innermost attention around `point` that lost some; None where there is none."""
+    parts = point.split(".")
+    around = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((kept for path in around if (kept := kept_channels(steps, path, "heads")) is not None), None)
 
 
 def _layers(student: nn.Module, example: Example, point: str) -> list[str]:
@@ -49,7 +57,9 @@ def _layers(student: nn.Module, example: Example, point: str) -> list[str]:
 
     def keeper(path: str) -> Any:
         # The node is read at once: an in-place activation gives the tensor another one.
-        return lambda module, inputs, output: outputs.update({path: getattr(output, "grad_fn", None)})
+        return lambda module, inputs, output: outputs.update(
+            {path: getattr(output[0] if isinstance(output, tuple) else output, "grad_fn", None)}
+        )
 
     handles = [module.register_forward_hook(keeper(path)) for path, module in student.named_modules()]
     result: Tensor = student(*example)  # keeps the graph alive

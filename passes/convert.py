@@ -20,6 +20,7 @@ from pqk.modules import ActivationFakeQuant, BiasFakeQuant, DynamicFakeQuant, We
 from pqk.passes._embedding_tables import TableFakeQuant, convert_table
 from pqk.passes._forms import OUTPUT_AXIS, aten
 from pqk.passes._placement import moves
+from pqk.passes._rows import keep_rows
 from pqk.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.qparams import QParams, quantize, quantize_bias
 from pqk.task import Task
@@ -74,6 +75,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
             _multiply(student, node, dynamic[operand(node)])
     for node in dynamic:
         student.graph.erase_node(node)
+    keep_rows(student)
     for parameter in finish(student).parameters():
         parameter.requires_grad_(False)
     return student

@@ -116,28 +116,28 @@ class Distill(Training, Pass):
         if cache is None:
             cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self._asked())
         teacher.cache = cache if isinstance(cache, LogitCache) else None
-        steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
-
-        def on_progress(progress: float) -> None:
-            for scale in steps:
-                scale.requires_grad_(progress < self.freeze_from)
-
-        objective = Selecting(
-            self.terms,
-            task,
-            student,
-            teacher,
-            start=self.teach_from,
-            kept=lambda p: None if self.teacher.like_student else surviving_channels(program, task.example, p),
-            on_progress=on_progress,
-            balance=self.balance,
-        )
-        objective.select(student, program.teacher, self.keep)
         with still(student, self.frozen):
+            steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
+
+            def on_progress(progress: float) -> None:
+                for scale in steps:
+                    scale.requires_grad_(progress < self.freeze_from)
+
+            objective = Selecting(
+                self.terms,
+                task,
+                student,
+                teacher,
+                start=self.teach_from,
+                kept=lambda p: None if self.teacher.like_student else surviving_channels(program, task.example, p),
+                on_progress=on_progress,
+                balance=self.balance,
+            )
+            objective.select(student, program.teacher, self.keep)
             log = fit(program.run, student, data, objective, self._clipped(program.stage))
-        kept_epoch = objective.finish(student)
-        for scale in steps:  # that they were frozen is a state of this training: a later one learns them again
-            scale.requires_grad_(True)
+            kept_epoch = objective.finish(student)
+            for scale in steps:  # that they were frozen is a state of this training: a later one learns them again
+                scale.requires_grad_(True)
         cached = "cached" if isinstance(cache, LogitCache) else f"live: {cache}"
         notes = {} if kept_epoch is None else {"kept_epoch": kept_epoch}
         return program.note(losses=log.losses, steps=log.steps, retries=log.retries, teacher=cached, **notes)

@@ -36,15 +36,15 @@ LONG_MS, FEWEST = 1000.0, 4
 """calls of a burst are so few that it takes about so long, but at least so many"""
 PROTOCOL = (
     "Measured in turn: every round gives each contender a pause of {pause:g} ms, at least {warm} warm calls and a "
-    "burst of {burst} timed calls (fewer, at least 4, where a burst would take over a second), for {rounds} rounds; "
-    "medians over calls, ratios within rounds, bootstrap 95 % intervals. Threads are pinned and, unless said "
+    "burst of {burst} timed calls (fewer, at least {fewest}, where a burst would take over {long:g} s), for {rounds} "
+    "rounds; medians over calls, ratios within rounds, bootstrap 95 % intervals. Threads are pinned and, unless said "
     "otherwise, spin while idle, as they do by default."
 )
 
 
 def protocol(rounds: int = ROUNDS, *, burst: int = BURST, pause: float = PAUSE, warm: int = WARM) -> str:
     """The protocol in a sentence, for the report's conditions."""
-    return PROTOCOL.format(rounds=rounds, burst=burst, pause=1e3 * pause, warm=warm)
+    return PROTOCOL.format(rounds=rounds, burst=burst, pause=1e3 * pause, warm=warm, fewest=FEWEST, long=LONG_MS / 1e3)
 
 
 def timed(call: Callable[[], object]) -> float:

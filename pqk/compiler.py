@@ -7,13 +7,13 @@ import dataclasses
 import errno
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pqk.artifact import DEPLOYED, Artifact, write_manifest
 from pqk.data import digest_of
@@ -21,9 +21,11 @@ from pqk.emit_onnx import emit_onnx, names_of_outputs
 from pqk.emit_torch import emit_torch
 from pqk.errors import InputError, ParityError, nearest
 from pqk.files import read_json, write_json, write_tensors, write_whole
+from pqk.knowledge import LogitMSE
 from pqk.knowledge.teacher import fingerprint
 from pqk.machine import fingerprint as machine_fingerprint
 from pqk.oracle import Oracle
+from pqk.passes import Distill
 from pqk.pipeline import check_order, run_passes, state
 from pqk.program import Pass, Program, Stage
 from pqk.proof import prove
@@ -31,7 +33,7 @@ from pqk.recipe import Recipe, TargetSpec, unfit
 from pqk.report_markdown import to_markdown
 from pqk.run import Journal, Observer, Run, Silent, from_main, is_main_process
 from pqk.target import Target
-from pqk.task import Task, tensors
+from pqk.task import Task, argmax, first_tensor, tensors
 from pqk.train import Training, launched
 from pqk.tuning import NAME as TUNING
 from pqk.tuning import by_rule, for_target, given
@@ -77,7 +79,7 @@ def compress(
         )
     if attribution not in get_args(Attribution):
         raise InputError(f'attribution: "{attribution}"{nearest(attribution, get_args(Attribution))}')
-    recipe = _recipe(recipe, target, seed, task)
+    chosen_here, recipe = recipe is None, _recipe(recipe, target, seed, task)
     assert recipe.target is not None
     passes, chosen = recipe.passes, Target.named(recipe.target.name)
     last = check_order(passes)
@@ -100,6 +102,9 @@ def compress(
         raise InputError("attribution full: its extra training runs in one process; compile with one, or use standard")
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     task.check(teacher)
+    if chosen_here:
+        recipe = _fitted(recipe, teacher, task)
+        passes = recipe.passes
     folder = Path(out)
     identity = _identity(recipe, teacher, task)
     from_main(lambda: _open(folder, identity, resume))
@@ -150,6 +155,30 @@ def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, see
     if seed is not None and seed < 0:
         raise InputError(f"seed={seed} must not be negative")
     return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+
+
+def _fitted(recipe: Recipe, teacher: nn.Module, task: Task) -> Recipe:
+    """The default recipe, with terms that this task can have.
+
+    No labels where there are none; and half the squared distance to the teacher's first output instead of a divergence,
+    where that is a single score, or an answer without labels that is no class, such as an embedding.
+    """
+    if task.train is None:
+        return recipe
+    labelled = next(task.train.batches()).targets is not None
+    with torch.no_grad():
+        outputs = teacher(*task.example)
+    width = first_tensor(outputs).shape[-1]
+    first = next(iter(outputs)) if isinstance(outputs, Mapping) else None if isinstance(outputs, Tensor) else 0
+    distance = task.decision is not argmax and (width == 1 or not labelled)
+
+    def fit(p: Pass) -> Pass:
+        if not isinstance(p, Distill):
+            return p
+        terms = (*p.terms[:1], LogitMSE(output=first, weight=width / 2)) if distance else p.terms
+        return dataclasses.replace(p, terms=tuple(t for t in terms if labelled or t.needs_teacher))
+
+    return dataclasses.replace(recipe, passes=tuple(map(fit, recipe.passes)))
 
 
 def _identity(recipe: Recipe, teacher: nn.Module, task: Task) -> dict[str, Any]:

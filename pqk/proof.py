@@ -211,6 +211,9 @@ def _latency(
         return [], []
     rows: list[LatencyRow] = []
     notes: list[str] = []
+    if any(name is not None for axes in task.axes for name in axes[1:]):
+        shapes = zip(task.input_names, task.sized(1), strict=True)
+        notes.append(f"timed, unless said otherwise, on {', '.join(f'{n} {list(x.shape)}' for n, x in shapes)}")
     for batch in (1, THROUGHPUT_BATCH):
         inputs, feeds = task.sized(batch), task.feeds(batch)
         files = {n.variant: n.path for n in networks if n.path is not None and not n.untimed}

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pqk.data import ArrayData, Data, Inputs
 from pqk.errors import InputError
-from pqk.task import first_tensor, widened
+from pqk.task import concatenate, first_tensor, widened
 
 # ---- labels
 
@@ -44,8 +44,9 @@ def pseudo_labels(
     """The samples of `data` whose top probability by the teacher is at least `confidence`, with that class as label.
 
     Labels that are there are ignored (Lee 2013, "Pseudo-Label"). Augmentation, its views and ids stay those of
-    `ArrayData`; of other data, inputs are collected in the stored order. Raises `InputError` for a confidence outside
-    0 to 1, answers that are no finite logits [B, C], and where no sample is kept.
+    `ArrayData`; of other data, inputs are collected in the stored order, and sequences of several lengths padded with
+    zeros. Raises `InputError` for a confidence outside 0 to 1, answers that are no finite logits [B, C], and where no
+    sample is kept.
     """
     if not 0 <= confidence <= 1:  # NaN too
         raise InputError(f"pseudo-labels: confidence={confidence} must be a probability, from 0 to 1")
@@ -69,7 +70,7 @@ def pseudo_labels(
         some = data.with_targets(everywhere).subset(data.ids[sure], augmented=True)
         some.batch_size = batch_size or data.batch_size
     else:
-        whole = tuple(torch.cat(parts)[sure] for parts in zip(*inputs, strict=True))
+        whole = tuple(concatenate([*parts])[sure] for parts in zip(*inputs, strict=True))
         some = ArrayData(whole, label[sure], batch_size or len(inputs[0][0]))
     return Labelled(some, kept, len(sure))
 

@@ -173,13 +173,15 @@ def test_what_is_frozen_stands_still_and_is_free_again(quantized: bool) -> None:
     if quantized:
         before = Quantize(samples=8).apply(Capture().apply(before, task()), task())
     old = {n: p.detach().clone() for n, p in before.student.named_parameters()}
-    done = Distill(epochs=1, learning_rate=1e-3, optimizer="adamw", frozen=("layer1", "linear.bias")).apply(
-        before, task()
-    )
+    held, free = {n for n in old if n.startswith("layer1.") or n == "linear.bias"}, {"linear.weight", "conv1.weight"}
+    steps = sorted({f"{n}.scale" for n in quantizers(before.student)} & set(old))
+    assert len(held) > 2 and bool(steps) == quantized
+    held, free = held | set(steps[:1]), free | set(steps[1:2])
+    frozen = ("layer1", "linear.bias", *steps[:1])
+    done = Distill(epochs=1, learning_rate=1e-3, optimizer="adamw", frozen=frozen).apply(before, task())
     new = dict(done.student.named_parameters())
-    held = {n for n in new if n.startswith("layer1.") or n == "linear.bias"}
-    assert len(held) > 2 and all(torch.equal(new[n], old[n]) for n in held)
-    assert not any(torch.equal(new[n], old[n]) for n in ("linear.weight", "conv1.weight"))
+    assert all(torch.equal(new[n], old[n]) for n in held)
+    assert not any(torch.equal(new[n], old[n]) for n in free)
     assert all(p.requires_grad for p in new.values())
     with pytest.raises(InputError, match=r'frozen = "layer9": the student has no parameters there \(did you mean "l'):
         Distill(epochs=1, frozen=("layer9",)).apply(done, task())

@@ -39,7 +39,7 @@ EXPECTED: dict[str, tuple[set[str], dict[str, int]]] = {
     "grouped": (set(), {"QLinearConv": 4, "QLinearLeakyRelu": 1, "QGemm": 1}),
     "transposed": ({"ConvTranspose"}, {"QLinearConv": 2}),
     "several": (set(), {"QLinearConv": 3, "QLinearConcat": 1, "QGemm": 2}),
-    "attention": ({"Mul", "Softmax", "SkipLayerNormalization", "Gelu"}, {"QGemm": 8}),
+    "attention": ({"Mul", "Softmax", "Add", "LayerNormalization", "Gelu"}, {"QGemm": 8}),
     "linear": ({"Tanh"}, {"QGemm": 3}),
     "tokens": (set(), {"QGemm": 3}),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,20 @@ import torch
 
 from pqk import compress, proof
 from pqk.artifact import Artifact
+from pqk.compiler import _fitted
 from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError
 from pqk.models.encoder import Encoder, HubFiles, encoder, find_directory, load, load_tokenizer, positions
 from pqk.models.text import text_task
-from pqk.models.text_data import padded
+from pqk.models.text_data import TextData, padded
 from pqk.parity import OnnxModel
+from pqk.passes._survivors import surviving_channels
 from pqk.passes.capture import capture
+from pqk.program import Program, Stage
 from pqk.recipe import Recipe
+from pqk.run import Run
+from pqk.target import Target
+from pqk.task import Task
 
 transformers = pytest.importorskip("transformers")
 
@@ -129,6 +137,12 @@ def gone(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def pools(mode: str, other: str, folder: Path) -> None:
+    (folder / "1_Pooling").mkdir()
+    said = {f"pooling_mode_{mode}": True, f"pooling_mode_{other}": False, "word_embedding_dimension": 16}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+
+
 @pytest.mark.parametrize(
     ("kind", "spoil", "arguments", "message"),
     [
@@ -145,6 +159,13 @@ def gone(folder: Path) -> None:
         ("SequenceClassification", {"model_type": "t5"}, {}, "an encoder and a decoder"),
         ("SequenceClassification", {"model_type": "nothing"}, {}, "no readable config.json"),
         ("SequenceClassification", {"hidden_size": 32}, {}, "cannot be loaded as classification"),
+        ("SequenceClassification", {"problem_type": "multi_label_classification"}, {}, "several labels to a text"),
+        (
+            "Model",
+            partial(pools, "cls_token", "mean_tokens"),
+            {"task": "embedding"},
+            "says pooling_mode_cls_token; only",
+        ),
     ],
 )
 def test_what_is_no_trained_encoder_is_refused(
@@ -163,14 +184,84 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
     _, config = load(folder, "classification")
     assert positions(config) == 24
     assert len(load_tokenizer(folder, config)) == config.vocab_size
-    config.vocab_size = 12
-    with pytest.raises(InputError, match="has 17 tokens and the model 12"):
-        load_tokenizer(folder, config)
+    for other in (12, 18):
+        config.vocab_size = other
+        with pytest.raises(InputError, match=f"has 17 tokens and the model {other}"):
+            load_tokenizer(folder, config)
     config.vocab_size, config.pad_token_id = 17, 3
     with pytest.raises(InputError, match="pads with token 0 and the model with 3"):
         load_tokenizer(folder, config)
     with pytest.raises(InputError, match="no readable tokenizer"):
         load_tokenizer(tmp_path, config)
+
+
+def test_an_embedding_that_says_it_is_the_mean_is_one(tmp_path: Path) -> None:
+    folder = tiny.directory(tmp_path / "model", "Model")
+    pools("mean_tokens", "cls_token", folder)
+    said = encoder(folder, "embedding")(*inputs(5, 3))
+    assert isinstance(said, dict) and said["sentence_embedding"].shape == (2, 16)
+
+
+# ---- knowledge
+
+TAUGHT = """
+[[pass]]
+name = "prune"
+macs_ratio = 1.8
+scope = "per_layer"
+floor = 0.4
+multiple = 4
+ignore = ["model.embeddings"]
+[[pass]]
+name = "distill"
+epochs = 2
+learning_rate = 0.01
+optimizer = "adamw"
+terms = [
+    { term = "hidden_cosine", point = "pooling" },
+    { term = "similarity_preserving", point = "pooling" },
+    { term = "rkd_distance", point = "pooling" },
+    { term = "attention_maps", point = "model.encoder.layer.0.attention.self.dropout", mask = "attention_mask" },
+    { term = "hidden_cosine", point = "model.encoder.layer.1", mask = "attention_mask" },
+]
+"""
+
+
+def test_an_embedding_learns_by_cosines_relations_and_attention(base: Path) -> None:
+    """No labels; the heads that are left learn the maps of the teacher's same heads."""
+    teacher = encoder(base, "embedding")
+    task = text_task(
+        directory=base, train={"text": tiny.texts(64)}, evaluation={"text": tiny.texts(16, 1)}, task="embedding",
+        batch_size=8,
+    )  # fmt: skip
+    start = Program(teacher, copy.deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), Run())
+    prune, distill = Recipe.loads(TAUGHT + '[[pass]]\nname = "capture"\n').passes[:2]
+    pruned = prune.apply(start, task)
+    heads = surviving_channels(pruned, task.example, "model.encoder.layer.0.attention.self.dropout")
+    assert heads is not None and len(heads) == 1
+
+    def far(student: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float(task.loss(student(*task.example), teacher(*task.example)["sentence_embedding"]).mean())
+
+    before = far(pruned.student)
+    assert far(distill.apply(pruned, task).student) < 0.7 * before
+
+
+def test_the_default_recipe_asks_for_what_a_task_has(base: Path, folder: Path) -> None:
+    rows = {"text": tiny.texts(20), "label": [i % 3 for i in range(20)]}
+    made = partial(text_task, train=rows, evaluation=rows, batch_size=4)
+
+    def terms(teacher: Encoder, task: Task) -> list[tuple[str, float]]:
+        return [(t.term, t.weight) for t in _fitted(Recipe.default(), teacher, task).passes[1].terms]  # type: ignore
+
+    usual = [("cross_entropy", 0.1), ("kl", 0.9)]
+    labelled = made(directory=folder)
+    assert terms(encoder(folder), labelled) == usual
+    assert isinstance(labelled.train, TextData)
+    labelled.train._targets = None
+    assert terms(encoder(folder), labelled) == usual[1:]
+    assert terms(encoder(base, "embedding"), made(directory=base, task="embedding")) == [("logit_mse", 8.0)]
 
 
 # ---- out

@@ -28,9 +28,7 @@ def job(tmp_path: Path) -> Job:
     train = tmp_path / "train.tsv"
     lines = [f"{y}\t{'xyz'[y]}\t{r}\n" for y, r in zip(labels, rows, strict=True)]
     train.write_text("label\tname\ttext\n" + "".join(lines))
-    return Job(
-        train, train, names="name", rates=(1e-9, 3e-2), epochs=1, batch_size=32, dev_share=0.25, precision="fp32"
-    )
+    return Job(train, train, names="name", rates=(1e-9, 3e-2), epochs=1, batch_size=32, dev_share=0.25)
 
 
 def test_it_chooses_a_rate_and_writes_a_directory(job: Job, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pqk.errors import InputError
 from pqk.models.encoder import encoder
 from pqk.models.text import ranks, similarities, spearman, text_task
 from pqk.models.text_data import Altered, TextData, padded, read_table
+from pqk.synthesis import pseudo_labels
 from pqk.task import Task, concatenate
 
 pytest.importorskip("transformers")
@@ -238,7 +239,12 @@ def test_a_dataset_is_a_table(folder: Path) -> None:
     ("arguments", "message"),
     [
         (lambda: {"train": table(label=[*range(3)] * 13 + [3])}, "label of row 40 of train is 3 and the head has 3"),
-        (lambda: {"train": table(label=["fine"] * 40)}, 'row 1 of train is "fine", which is neither a number nor'),
+        (
+            lambda: {"train": table(label=["fine"] * 40)},
+            'row 1 of train is "fine", which is neither a whole number nor',
+        ),
+        (lambda: {"train": table(label=[0, 1.7] * 20)}, 'row 2 of train is "1.7", which is neither a whole number nor'),
+        (lambda: {"train": table(label=[float("inf")] * 40)}, 'row 1 of train is "inf", which is neither'),
         (lambda: {"train": table(text=[None] * 40)}, "row 1 of train is a NoneType, not a text"),
         (lambda: {"train": table(label=[0])}, "40 texts and 1 labels"),
         (lambda: {"train": "nowhere.tsv"}, "no file nowhere.tsv"),
@@ -253,6 +259,20 @@ def test_what_does_not_fit_is_refused(folder: Path, arguments: Callable[[], dict
     given = {"train": table(), "evaluation": table(10)} | arguments()
     with pytest.raises(InputError, match=message):
         text_task(directory=folder, **given)
+
+
+def test_a_teacher_labels_texts_of_several_lengths(folder: Path) -> None:
+    teacher = encoder(folder)
+    texts = text_task(directory=folder, train=table(), evaluation=table(10), batch_size=8).train
+    assert isinstance(texts, TextData)
+    found = pseudo_labels(teacher, texts, 0.0).data
+    want = {(*map(int, t),): None for t in (texts.tokens[i] for i in texts.ids)}
+    for ids, mask, label in zip(*found.inputs, found.targets, strict=True):  # type: ignore[arg-type]
+        row = ids[mask.bool()]
+        with torch.no_grad():
+            assert int(label) == int(teacher(row[None], torch.ones(1, len(row), dtype=torch.int64)).argmax())
+        want.pop((*map(int, row),), None)
+    assert found.samples == texts.samples and not want
 
 
 def test_padding_is_to_the_longest_or_to_a_length() -> None:
