@@ -41,6 +41,11 @@ SAID = {
     "hidden_size": "dim",
 }
 """sizes in a config.json: their usual names, and what DistilBERT calls them"""
+SHIFTED = (
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "ibert", "xmod",
+    "longformer", "mpnet", "esm",
+)  # fmt: skip
+"""families that count positions from behind the padding token"""
 LAYER = re.compile(r"\blayers?\.(\d+)\.(.+)\.weight(?:_u?int\d+)?$")
 QUERY = re.compile(r"(^|\.)(query|q_lin|q_proj|query_proj|q)$")
 
@@ -180,10 +185,9 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
 
 
 def positions(config: Any) -> int:
-    """How many tokens the model has positions for; RoBERTa's count from behind the padding token."""
+    """How many tokens the model has positions for."""
     most = getattr(config, "max_position_embeddings", None) or 512
-    shifted = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
-    return most - (config.pad_token_id or 0) - 1 if shifted else most
+    return most - (config.pad_token_id or 0) - 1 if config.model_type in SHIFTED else most
 
 
 # ---- out

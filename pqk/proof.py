@@ -6,6 +6,7 @@ and timed in turn with the teacher. What they answered is what the diagnostics a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -161,11 +162,11 @@ def _networks(
         return Network(variant, path, module)
 
     def stage(variant: Variant, kind: type[Pass]) -> Network:
-        try:
-            saved = _saved(program, task, passes, Stage.MODULE, kind)
-        except LookupError:
-            return Network(variant, None, None, f'the recipe has no "{kind.name}" in stage MODULE')
-        return emit(variant, saved.student, variant)
+        for before_quantization in (Stage.GRAPH, Stage.MODULE):
+            with contextlib.suppress(LookupError):
+                saved = _saved(program, task, passes, before_quantization, kind)
+                return emit(variant, saved.student, variant)
+        return Network(variant, None, None, f'the recipe has no "{kind.name}" before it quantizes')
 
     networks = [emit("teacher_fp32", program.teacher, "teacher"), *quantized_teachers(program, task, folder)]
     networks += [stage("pruned", Prune), stage("pruned_distilled", Distill)]

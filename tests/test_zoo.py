@@ -101,6 +101,19 @@ def test_a_network_is_compiled_and_keeps_the_contract(name: str, tmp_path: Path)
     answers_like_its_student(artifact, teacher, task)
 
 
+def test_a_student_taught_as_a_graph_has_its_row_too(tmp_path: Path) -> None:
+    """Captured first, so that dropout is gone, then distilled in float."""
+    network = NETWORKS["linear"]
+    teacher = network.teacher()
+    task = network.task(teacher)
+    _, distill, *rest = recipe(network).passes
+    capture, *later = rest
+    artifact = compress(teacher, task, Recipe(passes=(capture, distill, *later)), "x86-avx2", tmp_path / "out")
+    rows = {row.variant: row for row in artifact.report.attribution}
+    assert rows["pruned_distilled"].metric is not None and rows["pruned_distilled"].macs == rows["student"].macs
+    assert rows["pruned"].metric is None and "before it quantizes" in rows["pruned"].reasons["metric"]
+
+
 def answers_like_its_student(artifact: Artifact, teacher: nn.Module, task: Task) -> None:
     """The file says what the rebuilt INT8 graph says, in the teacher's structure."""
     with torch.no_grad():
