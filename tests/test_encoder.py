@@ -20,7 +20,6 @@ from pqk.artifact import Artifact
 from pqk.compiler import _fitted
 from pqk.emit_onnx import emit_onnx
 from pqk.errors import InputError
-from pqk.measure import count_macs
 from pqk.models.encoder import Encoder, HubFiles, encoder, find_directory, load, load_tokenizer, positions
 from pqk.models.text import text_task
 from pqk.models.text_data import TextData, padded
@@ -352,53 +351,3 @@ def test_an_embedding_artifact_serves_feature_extraction(base: Path, tmp_path: P
     ours = artifact.run(*(tokenizer(["good film"], return_tensors="pt")[n] for n in ("input_ids", "attention_mask")))
     mean = states.mean(0) / states.mean(0).norm()
     torch.testing.assert_close(mean, torch.from_numpy(ours["sentence_embedding"])[0], atol=1e-4, rtol=0)
-
-
-@pytest.mark.full
-def test_scores_within_a_budget_of_latency(tmp_path: Path) -> None:
-    """A regression, pruned by activation until it is faster at a stated length."""
-    scorer = tiny.directory(
-        tmp_path / "scorer", id2label={0: "score"}, label2id={"score": 0}, num_hidden_layers=4, hidden_size=64,
-        intermediate_size=512, num_attention_heads=4,
-    )  # fmt: skip
-    teacher = encoder(scorer, "regression")
-    tokenizer = load_tokenizer(scorer, teacher.model.config)
-
-    def scored(count: int, seed: int) -> dict[str, Any]:
-        rows = tiny.texts(count, seed)
-        given = tokenizer(rows, padding=True, return_tensors="pt")
-        with torch.no_grad():
-            return {"text": rows, "label": teacher(given["input_ids"], given["attention_mask"])[:, 0].tolist()}
-
-    task = text_task(
-        directory=scorer, train=scored(64, 0), validation=scored(24, 1), evaluation=scored(24, 2), task="regression",
-        batch_size=8, example_length=20,
-    )  # fmt: skip
-    recipe = Recipe.loads(BUDGET)
-    artifact = compress(teacher, task, recipe, "x86-avx2", tmp_path / "out")
-    report = artifact.report
-    assert report.parity.passed
-    student = next(row for row in report.attribution if row.variant == "student")
-    assert student.metric is not None and student.metric > 0.7
-    assert student.macs is not None and student.macs < 0.9 * count_macs(teacher, task.example)
-
-
-BUDGET = """
-[[pass]]
-name = "prune"
-latency_ratio = 1.2
-scope = "per_layer"
-importance = "activation"
-[[pass]]
-name = "distill"
-epochs = 4
-learning_rate = 0.002
-optimizer = "adamw"
-terms = [{ term = "logit_mse" }]
-[[pass]]
-name = "capture"
-[[pass]]
-name = "quantize"
-[[pass]]
-name = "convert"
-"""
