@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: nn.Module, kind: str) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model = model
         # All tokens are of the first segment: as a constant, its embedding is one row that capture computes once.
         known = "token_type_ids" in inspect.signature(model.forward).parameters
         self.register_buffer("segment", torch.zeros(1, 1, dtype=torch.int64) if known else None, persistent=False)

@@ -192,15 +192,7 @@ def _two_dimensional(graph_module: fx.GraphModule, node: fx.Node) -> None:
     if len(result) <= 2:
         return
     with graph.inserting_before(node):
-        columns = shape(x)[-1]
-        flat = call(
-            graph,
-            aten.reshape.default,
-            (x, [-1, columns]),
-            x,
-            shape=(None, columns),
-            layer=f"{node.meta['layer']}.rows",
-        )
+        flat = as_rows(x, f"{node.meta['layer']}.rows")
     node.args = (flat, *node.args[1:])
     last = node
     users = list(node.users)
@@ -213,6 +205,12 @@ def _two_dimensional(graph_module: fx.GraphModule, node: fx.Node) -> None:
         flattened.meta["shape"] = (None, result[-1])
     last.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
     move_points(graph_module, last, whole)
+
+
+def as_rows(x: fx.Node, layer: str) -> fx.Node:
+    """`x` [..., C] as [N, C], at the insertion point."""
+    columns = shape(x)[-1]
+    return call(x.graph, aten.reshape.default, (x, [-1, columns]), x, shape=(None, columns), layer=layer)
 
 
 def spelled_sizes(graph_module: fx.GraphModule, x: fx.Node, wanted: tuple[int | None, ...]) -> list[Any]:

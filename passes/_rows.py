@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from pqk.graph import call, operand, replace, shape
-from pqk.passes._forms import CLAMPS, aten, spelled_sizes
+from pqk.passes._forms import CLAMPS, as_rows, aten, spelled_sizes
 
 DEQUANTIZE = torch.ops.pqk.dequantize.default
 QUANTIZERS = (torch.ops.pqk.quantize.default, DEQUANTIZE)
@@ -84,9 +84,7 @@ def _make(source: fx.Node, rows: Rows) -> None:
         _make(operand(source), rows)
         rows[source] = _on_rows(source, rows)
     else:
-        columns, layer = shape(source)[-1], f"{source.meta['layer']}.rows"
-        rows[source] = call(source.graph, aten.reshape.default, (source, [-1, columns]), source, layer=layer)
-        rows[source].meta["shape"] = (None, columns)
+        rows[source] = as_rows(source, f"{source.meta['layer']}.rows")
 
 
 def _on_rows(node: fx.Node, rows: Rows) -> fx.Node:

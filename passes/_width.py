@@ -47,7 +47,7 @@ def gradients(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
     """
     model = copy.deepcopy(model).eval().requires_grad_(True)
     seen = 0
-    if next(task.validation.batches()).targets is None:
+    if not task.validation.labelled:
         raise InputError('prune: importance = "taylor" needs labelled validation data; use "activation" or "magnitude"')
     with torch.enable_grad():
         for batch in task.validation.batches():

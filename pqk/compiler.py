@@ -79,7 +79,8 @@ def compress(
         )
     if attribution not in get_args(Attribution):
         raise InputError(f'attribution: "{attribution}"{nearest(attribution, get_args(Attribution))}')
-    chosen_here, recipe = recipe is None, _recipe(recipe, target, seed, task)
+    by_default = recipe is None
+    recipe = _recipe(recipe, target, seed, task)
     assert recipe.target is not None
     passes, chosen = recipe.passes, Target.named(recipe.target.name)
     last = check_order(passes)
@@ -102,9 +103,8 @@ def compress(
         raise InputError("attribution full: its extra training runs in one process; compile with one, or use standard")
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     task.check(teacher)
-    if chosen_here:
+    if by_default:
         recipe = _fitted(recipe, teacher, task)
-        passes = recipe.passes
     folder = Path(out)
     identity = _identity(recipe, teacher, task)
     from_main(lambda: _open(folder, identity, resume))
@@ -113,7 +113,7 @@ def compress(
     journal = Journal(folder / ".work" / "journal.jsonl" if is_main_process() else None)
     run = Run(recipe.seed, folder / ".work", journal, observer or Silent())
     try:
-        program = _run(teacher, task, passes, chosen, run)
+        program = _run(teacher, task, recipe.passes, chosen, run)
         if is_main_process():
             _finish(program, task, recipe, folder, attribution, allow_parity_failure)
     except OSError as error:
@@ -165,7 +165,7 @@ def _fitted(recipe: Recipe, teacher: nn.Module, task: Task) -> Recipe:
     """
     if task.train is None:
         return recipe
-    labelled = next(task.train.batches()).targets is not None
+    labelled = task.train.labelled
     with torch.no_grad():
         outputs = teacher(*task.example)
     width = first_tensor(outputs).shape[-1]

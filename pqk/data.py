@@ -100,6 +100,11 @@ class Data(ABC):
     def fingerprint(self) -> str:
         """A digest of what the data is, so that a resumed run notices other data."""
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the first batch has targets."""
+        return next(self.batches()).targets is not None
+
 
 class ArrayData(Data):
     """Tensors in memory.

@@ -97,7 +97,7 @@ def verify(program: Program, task: Task, scope: str) -> None:
 
 def _record(program: Program, task: Task, index: int, p: Pass, seconds: float) -> Record:
     student = program.student
-    labelled = next(task.validation.batches()).targets is not None
+    labelled = task.validation.labelled
     return Record(
         index=index,
         pass_name=p.name,

@@ -6,7 +6,6 @@ and timed in turn with the teacher. What they answered is what the diagnostics a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -163,9 +162,11 @@ def _networks(
 
     def stage(variant: Variant, kind: type[Pass]) -> Network:
         for before_quantization in (Stage.GRAPH, Stage.MODULE):
-            with contextlib.suppress(LookupError):
+            try:
                 saved = _saved(program, task, passes, before_quantization, kind)
-                return emit(variant, saved.student, variant)
+            except LookupError:
+                continue
+            return emit(variant, saved.student, variant)
         return Network(variant, None, None, f'the recipe has no "{kind.name}" before it quantizes')
 
     networks = [emit("teacher_fp32", program.teacher, "teacher"), *quantized_teachers(program, task, folder)]

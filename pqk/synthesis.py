@@ -70,7 +70,7 @@ def pseudo_labels(
         some = data.with_targets(everywhere).subset(data.ids[sure], augmented=True)
         some.batch_size = batch_size or data.batch_size
     else:
-        whole = tuple(concatenate([*parts])[sure] for parts in zip(*inputs, strict=True))
+        whole = tuple(t[sure] for t in concatenate(inputs))
         some = ArrayData(whole, label[sure], batch_size or len(inputs[0][0]))
     return Labelled(some, kept, len(sure))
 
