@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels import _conv, int8_concat, int8_conv2d, int8_linear
-from pqk.kernels._conv import Conv
-from pqk.kernels._strides import check_disjoint, rows_reason
-from pqk.kernels._triton import Launch, allocate, check_tensor, falls_back, launch
+from pqk.kernels import int8_concat, int8_conv2d, int8_linear
+from pqk.kernels.common import conv as _conv
+from pqk.kernels.common.conv import Conv
+from pqk.kernels.common.launch import Launch, allocate, check_tensor, falls_back, launch
+from pqk.kernels.common.strides import check_disjoint, rows_reason
 from pqk.kernels.int8_concat import Concat
 
 OPS = ("int8_linear_into", "int8_conv2d_into", "int8_concat_into")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.kernels._epilogue import apply_steps, encode, epilogue
-from pqk.kernels._triton import Launch, allocate, cdiv, example, falls_back, jit, launched, tl
-from pqk.kernels._values import check_plain_steps, check_values, example_steps, load_values, values
+from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
+from pqk.kernels.common.launch import Launch, allocate, cdiv, example, falls_back, jit, launched, tl
+from pqk.kernels.common.values import check_plain_steps, check_values, example_steps, load_values, values
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels._configs import Config, chosen, fitting
-from pqk.kernels._epilogue import INTEGERS, apply_steps, check_steps, encode, epilogue, reads_residual
-from pqk.kernels._triton import (
+from pqk.kernels.common.configs import Config, chosen, fitting
+from pqk.kernels.common.epilogue import INTEGERS, apply_steps, check_steps, encode, epilogue, reads_residual
+from pqk.kernels.common.launch import (
     TYPES,
     Gpu,
     Launch,
@@ -46,7 +46,7 @@ from pqk.kernels._triton import (
     launched,
     tl,
 )
-from pqk.kernels._values import example_steps
+from pqk.kernels.common.values import example_steps
 
 HEADS = (32, 64, 128)
 """sizes of a head: what tiles of integer products come in"""

@@ -19,21 +19,10 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels._epilogue import apply_steps, encode, epilogue
-from pqk.kernels._strides import row_stride
-from pqk.kernels._triton import (
-    Launch,
-    allocate,
-    cdiv,
-    example,
-    falls_back,
-    gpu_of,
-    jit,
-    launch,
-    launched,
-    tl,
-)
-from pqk.kernels._values import (
+from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
+from pqk.kernels.common.launch import Launch, allocate, cdiv, example, falls_back, gpu_of, jit, launch, launched, tl
+from pqk.kernels.common.strides import row_stride
+from pqk.kernels.common.values import (  # fmt: skip
     MAX_ROWS,
     blocks,
     check_plain_steps,
@@ -42,7 +31,7 @@ from pqk.kernels._values import (
     load_values,
     rows_of,
     values,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

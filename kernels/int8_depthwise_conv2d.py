@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels._configs import Config, chosen, fitting
-from pqk.kernels._conv import Case, Conv, too_large
-from pqk.kernels._epilogue import encode, epilogue
-from pqk.kernels._triton import Gpu, Launch, cdiv, falls_back, gpu_of, jit, launched, tl
+from pqk.kernels.common.configs import Config, chosen, fitting
+from pqk.kernels.common.conv import Case, Conv, too_large
+from pqk.kernels.common.epilogue import encode, epilogue
+from pqk.kernels.common.launch import Gpu, Launch, cdiv, falls_back, gpu_of, jit, launched, tl
 
 
 def taps_first(weight: Tensor) -> Tensor:

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels._epilogue import apply_steps, encode, epilogue
-from pqk.kernels._norm import check_affine, normalize, normalized, too_large
-from pqk.kernels._triton import (
+from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
+from pqk.kernels.common.launch import (
     Launch,
     allocate,
     cdiv,
@@ -38,7 +37,8 @@ from pqk.kernels._triton import (
     launched,
     tl,
 )
-from pqk.kernels._values import check_plain_steps, example_steps, whole_rows
+from pqk.kernels.common.norm import check_affine, normalize, normalized, too_large
+from pqk.kernels.common.values import check_plain_steps, example_steps, whole_rows
 
 IDS = (torch.int64, torch.int32)
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels._configs import Config, chosen, fitting
-from pqk.kernels._epilogue import (
+from pqk.kernels.common.configs import Config, chosen, fitting
+from pqk.kernels.common.epilogue import (
     INTEGERS,
     apply_steps,
     centred,
@@ -35,8 +35,7 @@ from pqk.kernels._epilogue import (
     reads_residual,
     scaled,
 )
-from pqk.kernels._strides import MAX_STRIDE, check_disjoint, row_stride, rows_reason
-from pqk.kernels._triton import (
+from pqk.kernels.common.launch import (
     TYPES,
     Gpu,
     Launch,
@@ -51,7 +50,8 @@ from pqk.kernels._triton import (
     launched,
     tl,
 )
-from pqk.kernels._values import MAX_ROWS, example_steps
+from pqk.kernels.common.strides import MAX_STRIDE, check_disjoint, row_stride, rows_reason
+from pqk.kernels.common.values import MAX_ROWS, example_steps
 
 LARGEST_K = 1 << 15
 """with a bias of up to 2**30 steps, longer sums of 255 * 128 could leave int32"""

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from pqk.errors import InputError
-from pqk.kernels._epilogue import apply_steps, encode, epilogue
-from pqk.kernels._triton import (
+from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
+from pqk.kernels.common.launch import (
     Launch,
     allocate,
     cdiv,
@@ -37,7 +37,7 @@ from pqk.kernels._triton import (
     next_power_of_2,
     tl,
 )
-from pqk.kernels._values import MAX_ROWS, blocks, check_plain_steps, check_values, example_steps
+from pqk.kernels.common.values import MAX_ROWS, blocks, check_plain_steps, check_values, example_steps
 
 KINDS = ("max", "average", "global_average")
 MAX_TERMS = ((1 << 31) - 1) // 255

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.kernels import _norm
-from pqk.kernels._norm import Case, Norm, supports
-from pqk.kernels._triton import Launch, falls_back
+from pqk.kernels.common import norm as _norm
+from pqk.kernels.common.launch import Launch, falls_back
+from pqk.kernels.common.norm import Case, Norm, supports
 
 
 def reference(norm: Norm) -> tuple[Tensor, Tensor]:

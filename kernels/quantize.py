@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels._epilogue import FLOATS, INTEGERS, apply_steps, on_grid, program
-from pqk.kernels._triton import (
+from pqk.kernels.common.epilogue import FLOATS, INTEGERS, apply_steps, on_grid, program
+from pqk.kernels.common.launch import (
     Launch,
     allocate,
     cdiv,
@@ -31,7 +31,7 @@ from pqk.kernels._triton import (
     next_power_of_2,
     tl,
 )
-from pqk.qparams import TINY
+from pqk.quant.qparams import TINY
 
 LONGEST_ROW = 16384
 """a longer row of the dynamic kernel is read twice; up to this it stays in registers"""

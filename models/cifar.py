@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pqk.data import ArrayData
+from pqk.data.data import ArrayData
 from pqk.errors import InputError
 from pqk.models.images import CropFlip, Normalize
-from pqk.task import Task
+from pqk.task.task import Task
 
 # The public checkpoints were trained with ImageNet's constants, not CIFAR's.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.data import ArrayData
+from pqk.data.data import ArrayData
 from pqk.errors import InputError
 from pqk.models.images import CropFlip, Normalize
 from pqk.models.resnet import ResNet, resnet
-from pqk.task import Task
+from pqk.task.task import Task
 
 MEAN, STD = (0.25, 0.25, 0.25), (0.3, 0.3, 0.3)
 WEIGHTS = Path(__file__).with_name("digits_teacher.safetensors")

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.data import ArrayData, Inputs, Take, Views
+from pqk.data.data import ArrayData, Inputs, Take, Views
 from pqk.errors import InputError
-from pqk.task import Task
+from pqk.task.task import Task
 
 RATE = 8000
 WINDOW, BANDS, FRAMES = 256, 40, 64

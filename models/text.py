@@ -32,7 +32,7 @@ from pqk.models.encoder import (
     positions,
 )
 from pqk.models.text_data import Altered, Source, TextData, Tokens, column, padded, read_table
-from pqk.task import Metric, Outputs, Task, argmax, cross_entropy, first_tensor, widened
+from pqk.task.task import Metric, Outputs, Task, argmax, cross_entropy, first_tensor, widened
 
 # ---- metrics
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.data import Batch, Data, digest_of
+from pqk.data.data import Batch, Data, digest_of
 from pqk.errors import InputError, nearest
 from pqk.models.encoder import quietly
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pqk.passes.capture import Capture
-from pqk.passes.convert import Convert
-from pqk.passes.distill import Distill
-from pqk.passes.fuse import Fuse
-from pqk.passes.pqk import PQK
-from pqk.passes.prune import Prune
-from pqk.passes.quantize import Quantize
-from pqk.program import Pass, RewriteFunction
+from pqk.core.program import Pass, RewriteFunction
+from pqk.passes.capture.capture import Capture
+from pqk.passes.convert.convert import Convert
+from pqk.passes.distill.distill import Distill
+from pqk.passes.fuse.fuse import Fuse
+from pqk.passes.joint.joint_search import PQK
+from pqk.passes.prune.prune import Prune
+from pqk.passes.quantize.quantize import Quantize
 
 PASSES: tuple[type[Pass], ...] = (Prune, PQK, Distill, Capture, Quantize, Convert, Fuse)
 REWRITES: dict[str, RewriteFunction] = {f.__name__: f for p in PASSES for f in p.rewrites}

@@ -6,24 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pqk.artifact import Artifact as Artifact
     from pqk.compiler import compress as compress
-    from pqk.recipe import Recipe as Recipe
-    from pqk.synthesis import pseudo_labels as pseudo_labels
-    from pqk.synthesis import synthesize as synthesize
-    from pqk.target import Target as Target
-    from pqk.task import Metric as Metric
-    from pqk.task import Task as Task
+    from pqk.data.synthesis import pseudo_labels as pseudo_labels
+    from pqk.data.synthesis import synthesize as synthesize
+    from pqk.deploy.artifact import Artifact as Artifact
+    from pqk.recipe.recipe import Recipe as Recipe
+    from pqk.target.target import Target as Target
+    from pqk.task.task import Metric as Metric
+    from pqk.task.task import Task as Task
 
 _HOME = {
-    "Artifact": "pqk.artifact",
-    "Metric": "pqk.task",
-    "Recipe": "pqk.recipe",
-    "Target": "pqk.target",
-    "Task": "pqk.task",
+    "Artifact": "pqk.deploy.artifact",
+    "Metric": "pqk.task.task",
+    "Recipe": "pqk.recipe.recipe",
+    "Target": "pqk.target.target",
+    "Task": "pqk.task.task",
     "compress": "pqk.compiler",
-    "pseudo_labels": "pqk.synthesis",
-    "synthesize": "pqk.synthesis",
+    "pseudo_labels": "pqk.data.synthesis",
+    "synthesize": "pqk.data.synthesis",
 }
 __all__ = sorted(_HOME)
 

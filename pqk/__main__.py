@@ -1,6 +1,6 @@
 """`python -m pqk` is `pqk`."""
 
-from pqk.cli import main
+from pqk.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -21,29 +21,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqk.benchmark import first_line, ratio_to
-from pqk.coverage import integer_coverage
-from pqk.emit_onnx import emit_onnx
-from pqk.emit_torch import emit_torch
+from pqk.bench.oracle import Oracle
+from pqk.bench.protocol import first_line, ratio_to
+from pqk.core.costs import count_macs, count_parameters, float_bytes
+from pqk.core.pipeline import verify
+from pqk.core.program import Pass, Program, Stage
+from pqk.core.run_context import Advance, Observer, Run, Silent
+from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnxruntime_session import session
+from pqk.deploy.torch_emitter import emit_torch
 from pqk.errors import InputError, PqkError
-from pqk.machine import peak_memory
-from pqk.measure import count_macs, count_parameters, float_bytes
-from pqk.oracle import Oracle
-from pqk.parity import check_layers, describe
-from pqk.parity_fused import check_launches
 from pqk.passes import Distill, Prune
-from pqk.passes._blocks import find_blocks
-from pqk.passes._groups import check_groups
-from pqk.passes.convert import quantized_tensors
-from pqk.pipeline import verify
-from pqk.program import Pass, Program, Stage
-from pqk.recipe import Recipe, unfit
-from pqk.report import LayerParity
-from pqk.run import Advance, Observer, Run, Silent
-from pqk.runtime import session
-from pqk.target import Target
-from pqk.task import Task
-from pqk.train import Training
+from pqk.passes.convert.convert import quantized_tensors
+from pqk.passes.prune.blocks import find_blocks
+from pqk.passes.prune.groups import check_groups
+from pqk.recipe.recipe import Recipe, unfit
+from pqk.report.schema import LayerParity
+from pqk.target.machine import peak_memory
+from pqk.target.target import Target
+from pqk.task.task import Task
+from pqk.training.trainer import Training
+from pqk.verify.coverage import integer_coverage
+from pqk.verify.fused_parity import check_launches
+from pqk.verify.parity import check_layers, describe
 
 STEPS = 6
 """training steps that are timed; the first two warm up"""

@@ -15,28 +15,28 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pqk.artifact import DEPLOYED, Artifact, write_manifest
-from pqk.data import digest_of
-from pqk.emit_onnx import emit_onnx, names_of_outputs
-from pqk.emit_torch import emit_torch
+from pqk.bench.oracle import Oracle
+from pqk.core.pipeline import check_order, run_passes, state
+from pqk.core.program import Pass, Program, Stage
+from pqk.core.run_context import Journal, Observer, Run, Silent, from_main, is_main_process
+from pqk.data.data import digest_of
+from pqk.deploy.artifact import DEPLOYED, Artifact, write_manifest
+from pqk.deploy.onnx_emitter import emit_onnx, names_of_outputs
+from pqk.deploy.torch_emitter import emit_torch
+from pqk.deploy.tuning import NAME as TUNING
+from pqk.deploy.tuning import by_rule, for_target, given
 from pqk.errors import InputError, ParityError, nearest
+from pqk.evaluation.evaluate import prove
 from pqk.files import read_json, write_json, write_tensors, write_whole
 from pqk.knowledge import LogitMSE
-from pqk.knowledge.teacher import fingerprint
-from pqk.machine import fingerprint as machine_fingerprint
-from pqk.oracle import Oracle
+from pqk.knowledge.teachers.base import fingerprint
 from pqk.passes import Distill
-from pqk.pipeline import check_order, run_passes, state
-from pqk.program import Pass, Program, Stage
-from pqk.proof import prove
-from pqk.recipe import Recipe, TargetSpec, unfit
-from pqk.report_markdown import to_markdown
-from pqk.run import Journal, Observer, Run, Silent, from_main, is_main_process
-from pqk.target import Target
-from pqk.task import Task, argmax, first_tensor, tensors
-from pqk.train import Training, launched
-from pqk.tuning import NAME as TUNING
-from pqk.tuning import by_rule, for_target, given
+from pqk.recipe.recipe import Recipe, TargetSpec, unfit
+from pqk.report.markdown import to_markdown
+from pqk.target.machine import fingerprint as machine_fingerprint
+from pqk.target.target import Target
+from pqk.task.task import Task, argmax, first_tensor, tensors
+from pqk.training.trainer import Training, launched
 
 OWN = ("student.safetensors", "student.json", "recipe.toml", "report.json", "report.md", TUNING, *DEPLOYED)
 Attribution = Literal["standard", "full"]

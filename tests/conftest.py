@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if (path := config.getoption("--summary")) is None:
         return
     from pqk.files import write_json
-    from pqk.machine import fingerprint
+    from pqk.target.machine import fingerprint
 
     files: dict[str, Counter[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped", "xfailed"):
@@ -75,7 +75,8 @@ def timed_elsewhere() -> Iterator[Callable[..., Any]]:
     """
     import functools
 
-    from pqk import benchmark, proof
+    from pqk.bench import protocol as benchmark
+    from pqk.evaluation import evaluate as proof
 
     short, elsewhere = functools.partial(benchmark.measure, rounds=5, burst=1, warm=1, pause=0.0), proof._elsewhere
     with pytest.MonkeyPatch.context() as patch:

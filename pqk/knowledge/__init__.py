@@ -6,13 +6,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pqk.knowledge.beside import ExitsTeacher, PeerTeacher, ShadowTeacher
-from pqk.knowledge.black_box import CallableTeacher, OnnxTeacher
-from pqk.knowledge.dual_space import DualSpace
-from pqk.knowledge.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
-from pqk.knowledge.neurons import TaskNeurons, neuron_scores
 from pqk.knowledge.pairs import Pair, suggest_pairs
-from pqk.knowledge.relation import (
+from pqk.knowledge.sources import SOURCES, AnySource, FromModule, Source
+from pqk.knowledge.teachers.base import FrozenTeacher, Teacher
+from pqk.knowledge.teachers.black_box import CallableTeacher, OnnxTeacher
+from pqk.knowledge.teachers.ensemble import EMATeacher, EnsembleTeacher, UncertaintyTeacher
+from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher
+from pqk.knowledge.terms.base import Term, View
+from pqk.knowledge.terms.dual_space import DualSpace
+from pqk.knowledge.terms.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
+from pqk.knowledge.terms.neurons import TaskNeurons, neuron_scores
+from pqk.knowledge.terms.relation import (
     PKT,
     CorrelationCongruence,
     LocalGeometry,
@@ -20,7 +24,7 @@ from pqk.knowledge.relation import (
     RKDDistance,
     SimilarityPreserving,
 )
-from pqk.knowledge.response import (
+from pqk.knowledge.terms.response import (
     DIST,
     JSD,
     CrossEntropy,
@@ -34,10 +38,6 @@ from pqk.knowledge.response import (
     SortedULD,
     StandardizedKD,
 )
-from pqk.knowledge.sources import SOURCES, AnySource, FromModule, Source
-from pqk.knowledge.teacher import FrozenTeacher, Teacher
-from pqk.knowledge.teachers import EMATeacher, EnsembleTeacher, UncertaintyTeacher
-from pqk.knowledge.term import Term, View
 
 TERMS = (
     CrossEntropy, KLDivergence, ReverseKL, JSD, SkewKL, SkewReverseKL, LogitMSE, DecoupledKD, StandardizedKD, DIST,

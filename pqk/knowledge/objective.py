@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.data import Batch
+from pqk.data.data import Batch
 from pqk.errors import InputError
-from pqk.knowledge.balance import Gate, balancer, gate_named, ramp, temperature_for
-from pqk.knowledge.response import Divergence, pick
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teacher import Teacher
-from pqk.knowledge.term import Place, Term, View
-from pqk.task import Task, first_tensor, widened
-from pqk.train import Objective
+from pqk.knowledge.teachers.base import Teacher
+from pqk.knowledge.terms.base import Place, Term, View
+from pqk.knowledge.terms.response import Divergence, pick
+from pqk.knowledge.weighting import Gate, balancer, gate_named, ramp, temperature_for
+from pqk.task.task import Task, first_tensor, widened
+from pqk.training.trainer import Objective
 
 Kept = Callable[[str], Sequence[int] | None]
 """student's module path -> the teacher's output channels that survive there, where the compiler cut some"""
@@ -29,7 +29,7 @@ CALIBRATION = 512
 class Distillation(Objective):
     """Σ weight · term. Terms that need the teacher join after the first `start` share of the training.
 
-    `balance` is "static", "gradient_norm" or "learned" (`pqk.knowledge.balance`). `masks` (batch -> [B, positions…])
+    `balance` is "static", "gradient_norm" or "learned" (`pqk.knowledge.weighting`). `masks` (batch -> [B, positions…])
     and `gates` (view -> [B]) are functions that terms name. Raises `InputError`, before training, for a point, a gate
     or a head that is missing, where all weights are zero, and where no term can see what the student is for.
     """

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pqk.core.program import Example
 from pqk.errors import InputError
-from pqk.knowledge.feature import channel_axis
 from pqk.knowledge.taps import tap
-from pqk.program import Example
-from pqk.task import tensors, widened
+from pqk.knowledge.terms.feature import channel_axis
+from pqk.task.task import tensors, widened
 
 ROWS = 4096
 """positions of all samples on which the similarity is computed, at most"""

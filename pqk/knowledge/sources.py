@@ -15,15 +15,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 
-from pqk.data import Batch, Inputs
+from pqk.core.program import CONFIG
+from pqk.data.data import Batch, Inputs
 from pqk.errors import InputError
 from pqk.files import read_json
-from pqk.knowledge.beside import ExitsTeacher, PeerTeacher, ShadowTeacher, exit_for
-from pqk.knowledge.black_box import OnnxTeacher
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teacher import FrozenTeacher, Teacher
-from pqk.knowledge.teachers import EMATeacher, EnsembleTeacher, UncertaintyTeacher
-from pqk.program import CONFIG
+from pqk.knowledge.teachers.base import FrozenTeacher, Teacher
+from pqk.knowledge.teachers.black_box import OnnxTeacher
+from pqk.knowledge.teachers.ensemble import EMATeacher, EnsembleTeacher, UncertaintyTeacher
+from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher, exit_for
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What several kernels share: launches, argument checks, epilogues, tile configurations."""

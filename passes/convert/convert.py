@@ -1,0 +1,201 @@
+"""Convert: integer weights, int32 biases, and explicit quantize / dequantize nodes; the numbers stay the same.
+
+Each activation quantizer becomes `pqk::quantize` followed by `pqk::dequantize`. Operators that only move values act on
+the integers between the two, so that no runtime has to find that out. A dynamic quantizer becomes
+`pqk::quantize_dynamic_linear`, whose scale and zero point are values, too, and its readers integer products. Each
+weight becomes an int8 buffer and each bias an int32 buffer with a dequantize of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, ClassVar
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, fx, nn
+
+from pqk.core.graph import (
+    arguments,
+    attach,
+    attribute,
+    call,
+    facts,
+    finish,
+    free_path,
+    operand,
+    replace,
+    shape,
+    tensor_node,
+)
+from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
+from pqk.passes.capture.canonicalize import OUTPUT_AXIS, aten
+from pqk.passes.convert.token_rows import keep_rows
+from pqk.passes.quantize.embeddings import TableFakeQuant, convert_table
+from pqk.passes.quantize.placement import moves
+from pqk.quant.fake_quant import ActivationFakeQuant, BiasFakeQuant, DynamicFakeQuant, WeightFakeQuant, set_mode
+from pqk.quant.qparams import QParams, quantize, quantize_bias
+from pqk.task.task import Task
+
+Integers = dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]]
+"""a dequantized value -> its integers, scale and zero point"""
+QUANTIZE, DEQUANTIZE = torch.ops.pqk.quantize.default, torch.ops.pqk.dequantize.default
+DYNAMIC, MULTIPLY = torch.ops.pqk.quantize_dynamic_linear.default, torch.ops.pqk.matmul_integer_to_float.default
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Convert(Pass):
+    """Turn the fake-quantized student into integers: int8 weights, int32 biases, explicit quantize / dequantize."""
+
+    name: ClassVar[str] = "convert"
+    consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.FAKE_QUANT})
+    produces: ClassVar[Stage | None] = Stage.INT8
+
+    def apply(self, program: Program, task: Task) -> Program:
+        return program.rewrite(convert, task.example)
+
+
+def quantized_tensors(int8_graph: fx.GraphModule) -> list[tuple[str, fx.Node]]:
+    """`(layer, node)` of every activation that is quantized, in the order of the quantizing nodes in `model.onnx`."""
+    kinds = (QUANTIZE, DYNAMIC)
+    return [(n.meta["layer"], n) for n in int8_graph.graph.nodes if n.op == "call_function" and n.target in kinds]
+
+
+def convert(student: nn.Module, example: Example) -> nn.Module:
+    """The INT8 graph of a FAKE_QUANT graph, which is changed. In eval mode both compute the same numbers."""
+    assert isinstance(student, fx.GraphModule)
+    student.eval()
+    set_mode(student, "on")
+    integers: Integers = {}
+    dynamic: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for node in list(student.graph.nodes):
+        if node.op == "call_module":
+            module = attribute(student, str(node.target))
+            if isinstance(module, TableFakeQuant):
+                convert_table(student, node, module, DEQUANTIZE)
+            elif isinstance(module, ActivationFakeQuant):
+                _activation(student, node, module, integers)
+            elif isinstance(module, DynamicFakeQuant):
+                dynamic[node] = _ranged(student, node)
+            elif isinstance(module, WeightFakeQuant | BiasFakeQuant):
+                _tensor(student, node, module)
+        elif moves(node) and node.args[0] in integers:
+            _move(student, node, integers)
+        elif node.target in OUTPUT_AXIS and operand(node, 1).op == "get_attr" and node.args[0] in integers:
+            _stay_float(student, node, integers)
+        elif node.target is aten.linear.default and node.args[0] in dynamic:
+            _multiply(student, node, dynamic[operand(node)])
+    for node in dynamic:
+        student.graph.erase_node(node)
+    keep_rows(student)
+    for parameter in finish(student).parameters():
+        parameter.requires_grad_(False)
+    return student
+
+
+def _constants(student: fx.GraphModule, stem: str, qparams: QParams, dtype: torch.dtype) -> list[fx.Node]:
+    """`get_attr` nodes of a scale and a zero point of `dtype`, at the insertion point."""
+    values = {"scale": qparams.scale.clone(), "zero_point": qparams.zero_point.to(dtype)}
+    return [tensor_node(student, attach(student, free_path(student, f"{stem}_{k}"), v)) for k, v in values.items()]
+
+
+def _layer(quantizer: fx.Node) -> str:
+    return str(quantizer.target).removeprefix("quantizers.")
+
+
+def _activation(student: fx.GraphModule, node: fx.Node, module: ActivationFakeQuant, integers: Integers) -> None:
+    qparams, grid, graph, source = module.qparams(), module.grid, student.graph, operand(node)
+    with graph.inserting_before(node):
+        scale, zero_point = _constants(student, f"qparams.{_layer(node)}", qparams, grid.torch_dtype)
+        if source.op == "get_attr":  # a constant operand is stored as its integers
+            integer = quantize(attribute(student, str(source.target)).detach(), qparams)
+            q = tensor_node(student, attach(student, free_path(student, f"{source.target}_{grid.dtype}"), integer))
+        else:
+            arguments = (source, scale, zero_point, grid.qmin, grid.qmax)
+            q = call(graph, QUANTIZE, arguments, node, dtype=grid.torch_dtype)
+        if module.gain != 1:
+            path = attach(student, f"{scale.target}_out", module.output_scale())
+            scale = tensor_node(student, path)
+        value = call(graph, DEQUANTIZE, (q, scale, zero_point), node)
+    integers[value] = (q, scale, zero_point)
+    replace(student, node, value)
+
+
+def _ranged(student: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The integers, scale and zero point of what a dynamic quantizer reads."""
+    graph = student.graph
+    with graph.inserting_before(node):
+        found = call(graph, DYNAMIC, (operand(node),), node, dtype=torch.uint8)
+        parts = tuple(graph.call_function(operator.getitem, (found, i)) for i in range(3))
+    for part, dtype in zip(parts, (torch.uint8, torch.float32, torch.uint8), strict=True):
+        part.meta.update(facts(node) | {"dtype": dtype})
+    return parts
+
+
+def _multiply(student: fx.GraphModule, node: fx.Node, ranged: tuple[fx.Node, ...]) -> None:
+    """A linear layer of `ranged` integers as an integer product and a sum. Its weights are stored as [in, out]."""
+    a, graph = arguments(node), student.graph
+    stored, scale = a["weight"].args[:2]
+    columns = attribute(student, str(stored.target)).t().contiguous()
+    with graph.inserting_before(node):
+        weight = tensor_node(student, attach(student, free_path(student, f"{stored.target}_t"), columns))
+        value = call(graph, MULTIPLY, (*ranged, weight, scale), node)
+        if a["bias"] is not None:
+            value = call(graph, aten.add.Tensor, (value, a["bias"]), node)
+    replace(student, node, value)
+
+
+def _move(student: fx.GraphModule, node: fx.Node, integers: Integers) -> None:
+    """Let `node` act on the integers and dequantize after it; padding puts in the zero point."""
+    q, scale, zero_point = integers[operand(node)]
+    args: tuple[Any, ...] = (q, *node.args[1:])
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        zero = int(attribute(student, str(zero_point.target)))
+        args = (q, node.args[1], "constant", zero) if node.target is aten.pad.default else (q, node.args[1], zero)
+    graph = student.graph
+    with graph.inserting_before(node):
+        moved = call(graph, node.target, args, node, dtype=q.meta["dtype"])
+        value = call(graph, DEQUANTIZE, (moved, scale, zero_point), node)
+    integers[value] = (moved, scale, zero_point)
+    replace(student, node, value)
+
+
+def _stay_float(student: fx.GraphModule, node: fx.Node, integers: Integers) -> None:
+    """Dequantize the input of a layer with float weights per channel, all channels alike.
+
+    ONNX Runtime quantizes float weights that stand between a dequantize and a quantize by itself, per tensor and with
+    the full range, behind the back of training (its WeightBiasQuantization); it leaves alone what is not per tensor.
+    """
+    q, *scalars = integers[operand(node)]
+    channels = shape(q)[1]
+    assert channels is not None
+    with student.graph.inserting_before(node):
+        vectors = []
+        for name, scalar in zip(("scale", "zero_point"), scalars, strict=True):
+            value = attribute(student, str(scalar.target)).expand(channels).clone()
+            path = free_path(student, f"qparams.{node.name}_input_{name}")
+            vectors.append(tensor_node(student, attach(student, path, value)))
+        value = call(student.graph, DEQUANTIZE, (q, *vectors, 1), operand(node))
+    node.args = (value, *node.args[1:])
+
+
+def _tensor(student: fx.GraphModule, node: fx.Node, module: WeightFakeQuant | BiasFakeQuant) -> None:
+    path = str(operand(node).target)
+    value: Tensor = attribute(student, path).detach()
+    if isinstance(module, WeightFakeQuant):
+        qparams, dtype = module.qparams(), torch.int8
+        integer = quantize(value, qparams)
+    else:
+        scale = module.scale()
+        qparams, dtype = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), module.grid, axis=0), torch.int32
+        integer = quantize_bias(value, scale)
+    with student.graph.inserting_before(node):
+        stored = tensor_node(
+            student, attach(student, free_path(student, f"{path}_{integer.dtype}".replace("torch.", "")), integer)
+        )
+        scales = _constants(student, path, qparams, dtype)
+        replace(student, node, call(student.graph, DEQUANTIZE, (stored, *scales, 0), node))
+
+
+REWRITES: tuple[RewriteFunction, ...] = (convert,)
+Convert.rewrites = REWRITES

@@ -1,0 +1,94 @@
+"""Tokens as rows: what treats every token by itself works on [B*T, C], from one attention to the next.
+
+`capture` gives every linear layer two axes, between a reshape and its inverse. An operator that reads no axis but the
+last computes the same on rows, so here a reshape moves behind it, where it meets its inverse and both go. On a short
+text ONNX Runtime spends a tenth of its time on them, and its skip-layer-norm kernel, which wants three axes, is slower
+than the sum and the norm that stay two operators on rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+import pqk.quant.qparams  # noqa: F401 (the operators that this file names)
+from pqk.core.graph import call, operand, replace, shape
+from pqk.passes.capture.canonicalize import CLAMPS, as_rows, aten, spelled_sizes
+
+DEQUANTIZE = torch.ops.pqk.dequantize.default
+QUANTIZERS = (torch.ops.pqk.quantize.default, DEQUANTIZE)
+BY_ROW = (
+    *QUANTIZERS, *CLAMPS, aten.layer_norm.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor,
+    aten.gelu.default, aten.tanh.default, aten.sigmoid.default, aten.leaky_relu.default, aten.elu.default,
+)  # fmt: skip
+"""operators that need no axis but the last where their other operands have none"""
+Rows = dict[fx.Node, fx.Node]
+"""a value of more than two axes -> the same with two"""
+
+
+def keep_rows(graph_module: fx.GraphModule) -> None:
+    """Move every reshape of rows behind the operators that work on rows; what is dead afterwards stays."""
+    rows: Rows = {}
+    for node in list(graph_module.graph.nodes):
+        if node.target is aten.reshape.default:
+            _meet(graph_module, node, rows)
+        elif any(n in rows for n in _whole(node)):
+            _convert(graph_module, node, rows)
+
+
+def _whole(node: fx.Node) -> list[fx.Node]:
+    """The operands of the shape of `node`, which works by row; [] where it does not."""
+    if node.op != "call_function" or node.target not in BY_ROW or len(shape(node)) < 3 or shape(node)[-1] is None:
+        return []
+    several = (node.target in QUANTIZERS and len(shape(operand(node, 1)))) or (
+        node.target is aten.layer_norm.default and len(node.args[1]) != 1  # type: ignore[arg-type]
+    )
+    whole = [n for n in node.all_input_nodes if n.meta.get("shape") == shape(node)]
+    others = [n for n in node.all_input_nodes if n not in whole]
+    return [] if several or any(len(n.meta.get("shape", ())) > 1 for n in others) else whole
+
+
+def _meet(graph_module: fx.GraphModule, node: fx.Node, rows: Rows) -> None:
+    """A reshape from rows puts them at hand; one to rows takes those at hand; another one reads them."""
+    source = operand(node)
+    before, after = shape(source), shape(node)
+    by_row = before[-1:] == after[-1:] != (None,)
+    if by_row and len(before) == 2 < len(after):
+        rows[node] = source
+    elif by_row and len(after) == 2 < len(before) and source not in rows:
+        rows[source] = node
+    elif by_row and len(after) == 2 < len(before):
+        replace(graph_module, node, rows[source])
+    elif source in rows:
+        node.args = (rows[source], *node.args[1:])
+
+
+def _convert(graph_module: fx.GraphModule, node: fx.Node, rows: Rows) -> None:
+    """Compute `node` on rows; the reshape that takes its place is dead where nothing reads it."""
+    whole, wanted = _whole(node), shape(node)
+    with graph_module.graph.inserting_before(node):
+        for source in whole:
+            _make(source, rows)
+        result = _on_rows(node, rows)
+        sizes = spelled_sizes(graph_module, whole[0], wanted)
+        layer = f"{node.meta['layer']}.reshape"
+        back = call(graph_module.graph, aten.reshape.default, (result, sizes), node, layer=layer)
+    replace(graph_module, node, back)
+    rows[back] = result
+
+
+def _make(source: fx.Node, rows: Rows) -> None:
+    """Have the rows of `source` at hand, made at the insertion point; of dequantized values from their integers."""
+    if source in rows:
+        return
+    if source.target is DEQUANTIZE and _whole(source):
+        _make(operand(source), rows)
+        rows[source] = _on_rows(source, rows)
+    else:
+        rows[source] = as_rows(source, f"{source.meta['layer']}.rows")
+
+
+def _on_rows(node: fx.Node, rows: Rows) -> fx.Node:
+    result = node.graph.node_copy(node, lambda n: rows.get(n, n))
+    result.meta["shape"] = (None, shape(node)[-1])
+    return result

@@ -1,0 +1,78 @@
+"""Which student of a quantization-aware training to keep: what will be deployed is compared, not what trains.
+
+Converted to integers a student has no learned step, no clamp in float and no unrounded bias left, so the best epoch is
+the best of that form. What is best so far lies in buffers of the objective, which checkpoints hold: a run that was
+killed keeps the same epoch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pqk.knowledge.objective import Distillation
+from pqk.passes.convert.convert import convert
+from pqk.passes.prune.blocks import distance
+from pqk.task.task import Task, predict
+
+Criterion = Literal["last", "metric", "teacher"]
+
+
+Judge = Callable[[nn.Module], list[float]]
+"""a student -> how good it is, higher is better, first things first"""
+
+
+def judge(task: Task, teacher: nn.Module, criterion: Criterion) -> Judge:
+    """Scores FAKE_QUANT students (unchanged) as integers on validation data: [metric or 0, negative divergence].
+
+    The metric counts for "metric" where the data has labels; the divergence is that from `teacher`'s outputs.
+    """
+    answers, _ = predict(teacher, task.validation)
+
+    def score(student: nn.Module) -> list[float]:
+        twin = convert(copy.deepcopy(student), task.example)
+        outputs, targets = predict(twin, task.validation)
+        labelled = criterion == "metric" and targets is not None
+        return [task.metric.function(outputs, targets) if labelled else 0.0, -distance(outputs, answers)]
+
+    return score
+
+
+class Selecting(Distillation):
+    """Distillation that remembers the best student of the start and of every epoch's end, where it is told to."""
+
+    best_score: Tensor
+    """float64 [3]: the two of `judge`, and the number of epochs it was trained for"""
+    score: Judge | None = None
+
+    def select(self, student: nn.Module, teacher: nn.Module, criterion: Criterion) -> None:
+        """Compare from now on, beginning with `student` as it is; with "last" nothing is compared."""
+        if criterion == "last":
+            return
+        self.score = judge(self.task, teacher, criterion)
+        self.best = nn.Module()
+        for i, value in enumerate(student.state_dict().values()):
+            self.best.register_buffer(str(i), value.detach().clone(memory_format=torch.contiguous_format))
+        self.register_buffer("best_score", torch.tensor([*self.score(student), 0.0], dtype=torch.float64))
+
+    def end_epoch(self, student: nn.Module, epoch: int) -> None:
+        super().end_epoch(student, epoch)
+        if self.score is None:
+            return
+        score = self.score(student)
+        if score > self.best_score[:2].tolist():
+            self.best_score.copy_(torch.tensor([*score, epoch + 1.0], dtype=torch.float64))
+            for kept, value in zip(self.best.buffers(), student.state_dict().values(), strict=True):
+                kept.copy_(value)
+
+    def finish(self, student: nn.Module) -> int | None:
+        """Make `student` the best one; returns the epochs that it was trained for, None where nothing was compared."""
+        if self.score is None:
+            return None
+        state: dict[str, Any] = dict(zip(student.state_dict(), self.best.buffers(), strict=True))
+        student.load_state_dict(state)
+        return int(self.best_score[2])

@@ -1,0 +1,151 @@
+"""Fuse: the INT8 graph as a program of Triton operators, in which one launch does a whole layer.
+
+A convolution or linear layer takes in its bias, its activation, the quantize behind it, the residual addition behind
+that, and the quantize behind that one; everything is repeated in registers, rounding for rounding, so the fused
+student computes what the INT8 graph computes. Between launches there are integers, in NHWC.
+
+The student stays the INT8 graph. What `fuse` makes is `program.fused`, which `emit_torch` writes; it is derived from
+the student, so it is made again, not saved, when a run resumes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import fx
+
+from pqk.core.graph import attribute, calls, finish, operand
+from pqk.core.graph import replace as replace_node
+from pqk.core.launches import LaunchedOp, launches, traffic
+from pqk.core.program import CONFIG, Pass, Program, Stage
+from pqk.kernels.common.epilogue import rows_of
+from pqk.passes.capture.canonicalize import aten
+from pqk.passes.convert.convert import DEQUANTIZE
+from pqk.passes.fuse.concat import join
+from pqk.passes.fuse.epilogue import VIEWS, quantized
+from pqk.passes.fuse.nhwc import settle
+from pqk.passes.fuse.rule import Match, Rule
+from pqk.passes.fuse.rules_attention import AttentionRule, NormRule, SiblingsRule
+from pqk.passes.fuse.rules_elementwise import AddRule, ConcatRule, MaxPoolRule, MulRule, PoolRule, QuantizeRule
+from pqk.passes.fuse.rules_embedding import EmbeddingRule
+from pqk.passes.fuse.rules_weighted import ConvolutionRule, LinearRule
+from pqk.task.task import Task
+
+__all__ = ["Fuse", "LaunchedOp", "fuse", "launches", "stands_for"]
+
+RULES: tuple[Rule, ...] = (
+    AttentionRule(), SiblingsRule(), ConvolutionRule(), LinearRule(), EmbeddingRule(), NormRule(),
+    AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
+)  # fmt: skip
+"""those that take in the most first"""
+FREE = (
+    *VIEWS, aten.permute.default, aten.transpose.int, aten.t.default, aten.slice.Tensor, aten.select.int,
+    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default, aten.expand.default,
+)  # fmt: skip
+"""operators that give a view, which takes no launch (a reshape nearly always does)"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Fuse(Pass):
+    """Lower the INT8 student to fused Triton kernels: one launch a layer, emitted as `student.pt2`."""
+
+    tuning: str = ""
+    """a file of measured kernel configurations to store with the artifact: what `pqk benchmark --device cuda --json`
+    wrote; without one those that the kernels choose by rule are stored"""
+    name: ClassVar[str] = "fuse"
+    consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.INT8})
+
+    def apply(self, program: Program, task: Task) -> Program:
+        student = program.student
+        assert isinstance(student, fx.GraphModule)
+        fused, declined = fuse(student)
+        one = tuple(x[:1] if x.ndim else x for x in task.example)
+        before, after = traffic(student, one), traffic(fused, one)
+        program = replace(program, fused=fused).decline(self.name, declined)
+        return program.note(
+            launches_before=before.launches,
+            launches_after=after.launches,
+            bytes_before=before.bytes,
+            bytes_after=after.bytes,
+        )
+
+    def derive(self, program: Program) -> Program:
+        student = program.student
+        assert isinstance(student, fx.GraphModule)
+        return replace(program, fused=fuse(student)[0])
+
+
+def stands_for(node: fx.Node) -> str | None:
+    """The name of the node of the INT8 graph whose value a launch gives; None where `node` is no launch."""
+    return node.meta.get("stands_for")
+
+
+def fuse(int8_graph: fx.GraphModule) -> tuple[fx.GraphModule, list[tuple[str, str]]]:
+    """A fused copy of an INT8 graph, and `(layer, reason)` of what was left out or ends sooner than it might."""
+    fused = copy.deepcopy(int8_graph)
+    reasons: dict[tuple[str, str], None] = {}
+    for rule in RULES:
+        for node in _alive(fused.graph):
+            for match in rule.matches(fused, node):
+                reason = rule.check(fused, match)
+                if reason is None:
+                    _apply(fused, rule, match)
+                    break
+                reasons[node.meta["layer"], reason] = None
+    settle(fused)
+    fused.graph.eliminate_dead_code()
+    for node in calls(fused.graph, DEQUANTIZE):
+        _end_in_float(fused, node)
+    reasons |= dict.fromkeys(join(fused))
+    finish(fused)
+    reasons |= dict.fromkeys(_left_out(fused))
+    return fused, list(reasons)
+
+
+def _alive(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of a graph that loses some of those to come."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node in graph.find_nodes(op="call_function", target=node.target, sort=False):
+            yield node
+
+
+def _apply(fused: fx.GraphModule, rule: Rule, match: Match) -> None:
+    end = match.ending.end
+    with fused.graph.inserting_before(end):
+        replace_node(fused, end, rule.rewrite(fused, match))
+    fused.graph.eliminate_dead_code()
+
+
+def _end_in_float(fused: fx.GraphModule, node: fx.Node) -> None:
+    """Let the launch whose integers are only dequantized give the floats itself."""
+    value, views = quantized(fused, node), []
+    source = operand(node)
+    while len(source.users) == 1 and source.target in FREE:
+        views.append(source)
+        source = operand(source)
+    if value is None or len(source.users) != 1 or not str(source.kwargs.get("steps", "")).endswith("quantize"):
+        return
+    path, steps = str(source.kwargs["params"].target), str(source.kwargs["steps"])  # type: ignore[union-attr]
+    rows_of(steps, attribute(fused, path))[-1, 4] = value.scale
+    words = steps.split(",")
+    source.kwargs = {**source.kwargs, "steps": ",".join([*words[:-1], "requantize"]), "out_dtype": torch.float32}
+    for changed in (source, *views):
+        changed.meta["dtype"] = torch.float32
+    replace_node(fused, node, operand(node))
+
+
+def _left_out(fused: fx.GraphModule) -> Iterator[tuple[str, str]]:
+    moving: set[fx.Node] = set()
+    for node in fused.graph.nodes:
+        if node.op != "placeholder" and not any(n in moving for n in node.all_input_nodes):
+            continue  # computed from constants alone
+        moving.add(node)
+        left = node.op == "call_function" and getattr(node.target, "namespace", "") == "aten" and "dtype" in node.meta
+        if left and node.target not in (*FREE, aten.contiguous.default):
+            operator = getattr(node.target, "_opname", str(node.target))
+            yield node.meta["layer"], f"{operator}: no rule makes it part of a launch; torch runs it"

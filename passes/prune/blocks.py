@@ -1,0 +1,271 @@
+"""Residual blocks that can be left out, and what leaving something out costs on data.
+
+A block is removable when its shortcut alone passes its input through: with its own parameters at zero, on the real
+activations that reach it, output equals input (`relu(x + 0) = x` holds where x came from a ReLU). A layer of a
+post-norm encoder puts out its input normalized once more, which is the same where the input came out of a norm: there
+the gains of norms are set to one and everything else to zero. What else it returns, as attention maps, must be None or
+read by nobody.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pqk.passes.prune.cuts import Skip
+from pqk.passes.prune.groups import matches
+from pqk.task.task import first_tensor, tensors
+
+Inputs = tuple[Tensor, ...]
+NORMALIZED = 1e-3
+"""largest difference of values normalized once and twice: what the epsilon of a norm makes"""
+
+
+@dataclass
+class _Calls:
+    """What one forward pass showed of a module."""
+
+    times: int = 0
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    versions: tuple[int, ...] = ()
+
+
+@contextmanager
+def _watch(modules: dict[str, nn.Module]) -> Iterator[dict[str, _Calls]]:
+    """Record calls of these modules, in the order in which they end."""
+    seen: dict[str, _Calls] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            times = seen.pop(path, _Calls()).times + 1
+            seen[path] = _Calls(times, args, kwargs, output, tuple(t._version for t in tensors(output)))
+
+        return hook
+
+    handles = [m.register_forward_hook(note(path), with_kwargs=True) for path, m in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A removable block. Those of one signature have the same layers and input shapes: removing them saves the same."""
+
+    path: str
+    signature: str
+    returns: int = 0
+    """length of the tuple that it returns; 0: a tensor"""
+
+
+def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -> tuple[list[Block], dict[str, str]]:
+    """The innermost removable blocks, in order, and why modules of a block's make are not removable.
+
+    `inputs` is a batch of real samples: activations are compared on it.
+    """
+    candidates = {
+        p: m for p, m in model.named_modules() if p and len(list(m.children())) and any(True for _ in m.parameters())
+    }
+    with torch.no_grad(), _watch(candidates) as seen:
+        want = tensors(model(*inputs))
+    _forget_what_nobody_reads(model, inputs, want, {candidates[p]: calls for p, calls in seen.items()})
+    reasons: dict[str, str | None] = {p: _block_reason(candidates[p], seen[p]) for p in candidates if p in seen}
+    passing = [p for p, why in reasons.items() if why is None]
+    innermost = _innermost(model, passing)
+    kinds = {type(candidates[p]) for p in innermost}
+    declined = {p: why for p, why in reasons.items() if why is not None and type(candidates[p]) in kinds}
+    if not innermost:  # where nothing can go, the members of lists are what one would expect to
+        listed = {p for p in reasons if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.ModuleList)}
+        declined = {p: why for p, why in reasons.items() if why is not None and p in listed}
+    for block in list(innermost):
+        pattern = matches(block, protect)
+        if pattern is not None:
+            innermost.remove(block)
+            declined[block] = f'kept by protect = "{pattern}"'
+    return [Block(p, _signature(candidates[p], seen[p]), _returns(seen[p].output)) for p in innermost], declined
+
+
+def _forget_what_nobody_reads(
+    model: nn.Module, inputs: Inputs, want: list[Tensor], seen: dict[nn.Module, _Calls]
+) -> None:
+    """Note None for what a module returns beside its first tensor, where the model's outputs do not need it."""
+    for module, calls in seen.items():
+        x, _ = _hidden(calls)
+        output = calls.output
+        if calls.times != 1 or not isinstance(output, tuple) or not any(isinstance(t, Tensor) for t in output[1:]):
+            continue
+        if not isinstance(x, Tensor) or not isinstance(output[0], Tensor) or output[0].shape != x.shape:
+            continue
+        handle = module.register_forward_hook(lambda m, args, out: (out[0], *[None] * (len(out) - 1)))
+        try:
+            with torch.no_grad():
+                got = tensors(model(*inputs))
+            if all(torch.equal(g, w) for g, w in zip(got, want, strict=True)):
+                calls.output = (output[0], *[None] * (len(output) - 1))
+        except Exception:  # whatever a model raises that misses it: then it is read
+            continue
+        finally:
+            handle.remove()
+
+
+def _innermost(model: nn.Module, passing: list[str]) -> list[str]:
+    """The passing modules that hold no other; of an encoder's layer and its parts, the layer: what is in a list."""
+
+    def innermost(paths: list[str]) -> list[str]:
+        return [p for p in paths if not any(q.startswith(f"{p}.") for q in paths)]
+
+    lists = (nn.Sequential, nn.ModuleList)
+    listed = innermost([p for p in passing if isinstance(model.get_submodule(p.rpartition(".")[0]), lists)])
+    parts = [p for p in passing if any(p.startswith(f"{q}.") for q in listed)]
+    rest = innermost([p for p in passing if p not in parts])
+    return [p for p in passing if p in listed or (p in rest and not any(q.startswith(f"{p}.") for q in listed))]
+
+
+def _returns(output: Any) -> int:
+    return len(output) if isinstance(output, tuple) else 0
+
+
+def _signature(module: nn.Module, calls: _Calls) -> str:
+    shapes = [tuple(p.shape) for p in module.parameters()]
+    return hashlib.sha256(f"{module!r}{shapes}{_hidden(calls)[0].shape[1:]}".encode()).hexdigest()[:16]
+
+
+def _hidden(calls: _Calls) -> tuple[Any, Any]:
+    """The first input of a block, however it was passed, and its output or the tensor that heads the tuple of it."""
+    inputs = (*calls.arguments, *calls.keywords.values())
+    output = calls.output
+    alone = isinstance(output, tuple) and len(output) > 0 and all(part is None for part in output[1:])
+    return (inputs[0] if inputs else None), (output[0] if alone else output)
+
+
+def _block_reason(module: nn.Module, calls: _Calls) -> str | None:
+    if calls.times != 1:
+        return f"it is called {calls.times} times in one forward pass"
+    x, y = _hidden(calls)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return "it does not take and return one tensor"
+    if not calls.arguments:
+        return f"its input is passed by name, as {next(iter(calls.keywords))}"
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return f"it changes its input from {[*x.shape[1:]]} to {[*y.shape[1:]]}"
+    for gain in (0.0, 1.0):
+        out = first_tensor(_silent(module, gain)(*calls.arguments, **calls.keywords))
+        if torch.equal(out, x) or (gain and torch.allclose(out, _normalized(module, x), atol=NORMALIZED)):
+            return None
+    return "its input does not pass through it when its own parameters are zero"
+
+
+def _normalized(module: nn.Module, x: Tensor) -> Tensor:
+    eps = next((m.eps for m in module.modules() if isinstance(m, nn.LayerNorm)), 1e-5)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def _silent(module: nn.Module, gain: float) -> nn.Module:
+    """A copy whose parameters are zero, but for the gains of norms: layers of a gain and an offset."""
+    silent = copy.deepcopy(module).eval()
+    with torch.no_grad():
+        for parameter in silent.parameters():
+            parameter.zero_()
+        for layer in silent.modules():
+            own = dict(layer.named_parameters())
+            vectors = {*own} == {"weight", "bias"} and all(p.ndim == 1 for p in own.values())
+            if "weight" in own and (vectors or isinstance(layer, nn.LayerNorm)):
+                own["weight"].fill_(gain)
+        for name, buffer in silent.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.zero_()
+    return silent.requires_grad_(False)
+
+
+@contextmanager
+def without_block(model: nn.Module, block: str, returns: int = 0) -> Iterator[nn.Module]:
+    """`model` with a block replaced by its shortcut (see `Skip`) for a while."""
+    parent, _, name = block.rpartition(".")
+    holder, module = model.get_submodule(parent), model.get_submodule(block)
+    setattr(holder, name, Skip(returns))
+    try:
+        yield model
+    finally:
+        setattr(holder, name, module)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Something that could be left out: how to try it on a model, and which layers it touches."""
+
+    name: str
+    trial: Callable[[nn.Module], AbstractContextManager[nn.Module]]
+    touches: tuple[str, ...]
+
+
+def distance(outputs: Any, teacher: Any) -> float:
+    """How far outputs are from the teacher's, on the first tensor: mean KL(teacher, student) in nats for logits
+    [B, C], mean squared error otherwise."""
+    got, want = first_tensor(outputs).float(), first_tensor(teacher).float()
+    if want.ndim == 2 and want.shape[1] > 1:
+        return float(F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="batchmean"))
+    return float(F.mse_loss(got, want))
+
+
+@torch.no_grad()
+def edit_costs(
+    model: nn.Module, inputs: Inputs, teacher: Any, edits: Sequence[Edit], blocks: Sequence[str]
+) -> list[float]:
+    """The distance from the teacher's outputs that each edit alone leads to.
+
+    Everything that runs before an edit's first layer is computed once, for all edits: those modules return what they
+    returned then.
+    """
+    units = dict(_units(model, "", set(blocks)))
+    with _watch(units) as seen:
+        model(*inputs)
+    order = {path: i for i, path in enumerate(seen)}
+    # a tensor that was changed in place after it was returned is not what the module returns
+    stable = [
+        p
+        for p, c in seen.items()
+        if c.times == 1 and c.versions and tuple(t._version for t in tensors(c.output)) == c.versions
+    ]
+    unit_of = {path: unit for unit in units for path, _ in model.get_submodule(unit).named_modules(prefix=unit)}
+    costs = []
+    for edit in edits:
+        first = min((order.get(unit_of[path], 0) for path in edit.touches if path in unit_of), default=0)
+        with ExitStack() as stack:
+            for path in stable:
+                if order[path] < first:
+                    stack.enter_context(_answering(units[path], seen[path].output))
+            stack.enter_context(edit.trial(model))
+            costs.append(distance(model(*inputs), teacher))
+    return costs
+
+
+def _units(module: nn.Module, path: str, blocks: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks, and the largest modules around them that hold none."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        if any(b.startswith(f"{inner}.") for b in blocks):
+            yield from _units(child, inner, blocks)
+        else:
+            yield inner, child
+
+
+@contextmanager
+def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+    """`module` returning `output` whatever it is given."""
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward

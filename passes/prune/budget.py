@@ -1,0 +1,57 @@
+"""What pruning has to reach, and how much of it a network spends."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pqk.core.costs import count_macs, count_parameters, integer_bytes
+from pqk.core.run_context import Run
+from pqk.errors import InputError
+
+UNITS = {"macs": "MACs", "parameters": "parameters", "size": "bytes", "latency": "ms"}
+
+
+class Missed(InputError):
+    """A budget that cannot be met."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`reference / value(student)` is to reach `goal`. Latencies are measured once for each architecture."""
+
+    kind: str
+    goal: float
+    reference: float
+    run: Run
+    example: tuple[Tensor, ...]
+
+    def value(self, model: nn.Module) -> float:
+        """MACs a sample, parameters, INT8 bytes, or milliseconds of the INT8 form."""
+        if self.kind == "macs":
+            return count_macs(model, self.example)
+        if self.kind == "parameters":
+            return count_parameters(model)
+        if self.kind == "size":
+            return integer_bytes(model)
+        return self.run.decide(f"latency/{digest(model)}", lambda: self.run.latency(model, "prune.latency_ratio"))
+
+    def ratio(self, value: float) -> float:
+        return self.reference / max(value, 1e-12)
+
+    def missed(self, reached: float, what: str) -> Missed:
+        """The error for a budget that cannot be met."""
+        unit = UNITS[self.kind]
+        return Missed(
+            f"prune: {self.kind}_ratio = {self.goal:.4g} cannot be met: {what} is {self.ratio(reached):.3g} times less "
+            f"than the teacher ({reached:.4g} against {self.reference:.4g} {unit}). Lower the ratio below that, or "
+            "lower floor or multiple, allow depth and width both, or shorten ignore and protect; or set best_effort"
+        )
+
+
+def digest(model: nn.Module) -> str:
+    """An architecture: everything that a latency depends on, and no weights."""
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    return hashlib.sha256(f"{model!r}{shapes}".encode()).hexdigest()[:16]

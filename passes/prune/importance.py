@@ -1,0 +1,187 @@
+"""How much each channel matters, and the ladder of ever narrower networks that follows from it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from pqk.errors import InputError
+from pqk.passes.prune.cuts import NORMS, Cut, Dim, is_depthwise
+from pqk.passes.prune.groups import ChannelGroup, Member, layer_of, merge_cuts
+from pqk.task.task import Task
+
+Importance = Literal["magnitude", "taylor", "activation", "bn_scale"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step down the ladder: `group` loses `units` and is `width` channels wide; `lost` is their importance."""
+
+    group: ChannelGroup
+    units: tuple[int, ...]
+    width: int
+    lost: float
+
+    @property
+    def cuts(self) -> list[Cut]:
+        return self.group.cuts(c for u in self.units for c in self.group.units[u])
+
+
+def cuts_of(rungs: Sequence[Rung]) -> list[Cut]:
+    """The cuts of several rungs of one model's ladder, as one rewrite."""
+    return merge_cuts(cut for rung in rungs for cut in rung.cuts)
+
+
+def gradients(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
+    """Mean gradient of the task's loss for each parameter, over about `samples` validation samples.
+
+    Raises `InputError` for data without labels.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(True)
+    seen = 0
+    if not task.validation.labelled:
+        raise InputError('prune: importance = "taylor" needs labelled validation data; use "activation" or "magnitude"')
+    with torch.enable_grad():
+        for batch in task.validation.batches():
+            task.loss(model(*batch.inputs), batch.targets).sum().backward()
+            seen += len(batch.inputs[0])
+            if seen >= samples:
+                break
+    return {name: p.grad / seen for name, p in model.named_parameters() if p.grad is not None}
+
+
+@torch.no_grad()
+def input_energies(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
+    """Mean square of each channel that a convolution or linear layer reads, [C] by layer, over validation samples."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    hooks = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, _ConvNd | nn.Linear):
+            continue
+
+        def observe(layer: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+            x = args[0].detach().float().movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+            sums[path] = sums.get(path, torch.zeros(len(x))) + x.square().sum(1).cpu()
+            counts[path] = counts.get(path, 0) + x.shape[1]
+
+        hooks.append(layer.register_forward_pre_hook(observe))
+    try:
+        for inputs in task.calibration(samples):
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: total / counts[path] for path, total in sums.items()}
+
+
+MEASURES: dict[Importance, Callable[[nn.Module, Task, int], dict[str, Tensor]]] = {
+    "taylor": gradients,
+    "activation": input_energies,
+}
+"""what an importance that looks at data reads"""
+
+
+def unit_importance(
+    model: nn.Module, group: ChannelGroup, kind: Importance, measured: Mapping[str, Tensor] | None = None
+) -> Tensor | str:
+    """Importance of each unit of a group, float32 [units], mean 1; or why it has none.
+
+    - magnitude: L2 norm of all weights that go with a channel, made or read (Fang et al. 2023, arXiv:2301.12900).
+    - taylor: first-order change of the loss when the channel is zero: `|sum(weight * gradient)|`, at the norm after
+      the layer where there is one (Molchanov et al. 2019, arXiv:1906.10771); `measured` are the gradients.
+    - activation: the norm of what a channel adds to the layers that read it, its root mean square times that of their
+      weights (Sun et al. 2023, "Wanda", arXiv:2306.11695, section 3, of whole channels); needs no labels. `measured`
+      are the mean squares.
+    - bn_scale: mean |scale| of the group's batch norms (Liu et al. 2017, arXiv:1708.06519).
+    """
+    found = [(m, layer_of(model, m.path)) for m in group.members]
+    layers = [(m, layer) for m, layer in found if layer is not None and m.dim in ("out", "in")]
+    norms = [(m, layer) for m, layer in layers if isinstance(layer, tuple(NORMS)) and _weight(layer) is not None]
+    weighted = [(m, layer) for m, layer in layers if isinstance(layer, _ConvNd | nn.Linear)]
+    scores, measured = torch.zeros(group.channels), measured or {}
+    if kind == "magnitude":
+        for member, layer in weighted:
+            scores += _gather(member, _per_channel(layer, member.dim, layer.weight.detach().square()))
+        scores = scores.sqrt()
+    elif kind == "activation":
+        readers = [(m, layer) for m, layer in weighted if m.dim == "in" and m.path in measured]
+        if not readers:
+            return 'no convolution or linear layer reads it, whose inputs importance = "activation" looks at'
+        for member, layer in readers:
+            weights = _per_channel(layer, "in", layer.weight.detach().square()).cpu()
+            scores += _gather(member, weights * measured[member.path])
+        scores = scores.sqrt()
+    elif kind == "bn_scale":
+        scales = [(m, layer) for m, layer in norms if isinstance(layer, _BatchNorm)]
+        if not scales:
+            return 'it has no batch norm, whose scale importance = "bn_scale" reads'
+        for member, norm in scales:
+            scores += _gather(member, norm.weight.detach().abs()) / len(scales)
+    else:
+        for member, maker in norms or [(m, layer) for m, layer in weighted if m.dim == "out"]:
+            change = torch.zeros(member.of)
+            for name, value in maker.named_parameters(recurse=False):
+                effect = value.detach() * measured.get(f"{member.path}.{name}", torch.zeros_like(value))
+                change += _per_channel(maker, member.dim, effect).cpu()
+            scores += _gather(member, change).abs()
+    units = torch.stack([scores[list(unit)].sum() for unit in group.units])
+    return units / units.mean().clamp_min(1e-30)
+
+
+def _weight(layer: nn.Module) -> Tensor | None:
+    return getattr(layer, "weight", None)
+
+
+def _gather(member: Member, scores: Tensor) -> Tensor:
+    """Scores of a layer's channels summed into those of the group."""
+    scores = scores.float().cpu()
+    return torch.stack([scores[list(places)].sum() for places in member.places])
+
+
+def _per_channel(layer: nn.Module, dim: Dim, values: Tensor) -> Tensor:
+    """Sum values shaped like a conv's or linear's weight over all but the channels of one side."""
+    if values.ndim == 1:
+        return values
+    if isinstance(layer, nn.Embedding):
+        return values.sum(0)
+    groups = layer.groups if isinstance(layer, _ConvNd) and not is_depthwise(layer) else 1
+    transposed = isinstance(layer, _ConvNd) and layer.transposed
+    values = values.flatten(2).sum(-1) if values.ndim > 2 else values
+    if (dim == "in") == transposed or (isinstance(layer, _ConvNd) and is_depthwise(layer)):
+        return values.sum(1)
+    return values.unflatten(0, (groups, -1)).sum(1).flatten()
+
+
+def ladder(
+    scored: Sequence[tuple[ChannelGroup, Tensor]],
+    multiple: int,
+    floors: Sequence[int],
+    scope: Literal["global", "per_layer"],
+) -> list[Rung]:
+    """All narrowings in the order in which to make them: least important first, or all layers evenly.
+
+    Widths on it are multiples of `multiple` (and of a group's unit), at least the group's floor.
+    """
+    keyed: list[tuple[float, Rung]] = []
+    for (group, importance), floor in zip(scored, floors, strict=True):
+        order = importance.argsort(stable=True).tolist()
+        step, width = math.lcm(multiple, group.unit), group.channels
+        lowest, gone = max(step, math.ceil(floor / step) * step), 0
+        for narrower in range((width - 1) // step * step, lowest - 1, -step):
+            count = (group.channels - narrower) // group.unit
+            units = tuple(order[gone:count])
+            lost = float(importance[list(units)].sum()) * group.unit
+            key = lost / (len(units) * group.unit) if scope == "global" else 1 - narrower / group.channels
+            keyed.append((key, Rung(group, units, narrower, lost)))
+            gone = count
+    # stable, and keys rise within a group: a group's rungs stay in order
+    return [rung for _, rung in sorted(keyed, key=lambda entry: entry[0])]

@@ -1,0 +1,232 @@
+"""Where quantizers go: on every edge that the runtime needs to stay in integers.
+
+A runtime fuses DequantizeLinear -> op -> QuantizeLinear into an integer kernel, so an operator that lacks a quantizer
+on one of its inputs or on its output becomes a float island. Three kinds of operator are told apart:
+
+    heavy     convolutions, linear, matmul: always integer, unless left in float
+    light     add, mul, concat, pooling, sigmoid: integer where a neighbour wants the result in integers, or where all
+              inputs are integers anyway; elsewhere rounding twice costs more than a float operator
+    movement  slice, pad, reshape, transpose, max-pool …: no quantizer of their own; `convert` lets them act on the
+              integers of their input, with its scale
+
+A ReLU or clamp, and a scaling by a constant, that a quantizer follows is taken over by it. Linear and matmul need no
+quantizer on an output that only float operators read: the runtime has integer kernels that put out floats.
+
+Activations can also be quantized dynamically, on the range that each tensor has at run time: then linear layers with
+weights of their own are integer, each with a quantizer on its input alone, and everything else is float.
+
+Tables of embeddings are stored as integers and their rows dequantized (see `_embedding_tables`), whoever reads them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from pqk.core.graph import arguments, is_float, operand, shape
+from pqk.errors import InputError, nearest
+from pqk.passes.capture.canonicalize import CLAMPS, aten
+from pqk.passes.quantize.embeddings import LEAST, is_table
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+WEIGHTED = (*CONVOLUTIONS, aten.linear.default)
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+HEAVY = (*WEIGHTED, *PRODUCTS)
+FLOAT_OUTPUT = (aten.linear.default, *PRODUCTS)
+"""heavy operators whose integer kernel can put out floats"""
+LIGHT = (
+    aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.mean.dim, aten.avg_pool2d.default, aten.sigmoid.default,
+    aten.leaky_relu.default,
+)  # fmt: skip
+MOVEMENT = (
+    aten.slice.Tensor, aten.select.int, aten.pad.default, aten.constant_pad_nd.default, aten.reshape.default,
+    aten.flatten.using_ints, aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.t.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default, aten.expand.default,
+    aten.max_pool2d.default, aten.index_select.default,
+)  # fmt: skip
+
+
+def bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
+    """The constant bounds of a ReLU or clamp whose range includes 0; None for anything else."""
+    if node.op != "call_function" or node.target not in CLAMPS:
+        return None
+    a = arguments(node)
+    if node.target in (aten.relu.default, aten.relu6.default):
+        low, high = 0.0, 6.0 if node.target is aten.relu6.default else None
+    elif node.target is aten.hardtanh.default:
+        low, high = a["min_val"], a["max_val"]
+    else:
+        low, high = a["min"], a.get("max")
+    fixed = all(b is None or isinstance(b, int | float) for b in (low, high))
+    return (low, high) if fixed and (low is None or low <= 0) and (high is None or high > 0) else None
+
+
+def gain(node: fx.Node) -> float | None:
+    """The positive constant that `node` multiplies its input by; None for anything else."""
+    if node.op != "call_function" or node.target not in (aten.mul.Tensor, aten.div.Tensor) or len(node.args) < 2:
+        return None
+    factor = node.args[1]
+    if not isinstance(factor, int | float) or factor <= 0:
+        return None
+    return float(factor) if node.target is aten.mul.Tensor else 1 / factor
+
+
+def absorbed(node: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None], float]:
+    """What a quantizer on `node` reads, and the bounds and the gain of the clamp and scaling that it takes over."""
+    factor = gain(node)
+    clamp = node if factor is None else operand(node)
+    limits = bounds(clamp) if clamp is node or len(clamp.users) == 1 else None
+    return operand(clamp) if limits else clamp, limits or (None, None), factor or 1.0
+
+
+def tail(node: fx.Node) -> fx.Node:
+    """The last of `node`, a clamp that alone reads it, and a constant scaling that alone reads that."""
+    for follows in (bounds, gain):
+        users = list(node.users)
+        if len(users) == 1 and follows(users[0]) is not None:
+            node = users[0]
+    return node
+
+
+def moves(node: fx.Node) -> bool:
+    """Whether `node` only moves values (or picks the largest), so that it can act on integers as it does on floats."""
+    if node.op != "call_function" or node.target not in MOVEMENT or not is_float(node):
+        return False
+    a = arguments(node)
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        return a.get("mode", "constant") == "constant" and not a["value"]
+    return node.target is not aten.max_pool2d.default or not a["ceil_mode"]
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The node whose quantizer `node`'s value has: itself, or where it was moved from."""
+    while moves(node):
+        node = operand(node)
+    return node
+
+
+def inputs(node: fx.Node) -> list[fx.Node]:
+    """The values that `node` computes with, weights and biases of layers aside."""
+    if node.target in WEIGHTED:
+        return [operand(node)]
+    if node.target is aten.cat.default:
+        return list(node.args[0])  # type: ignore[arg-type]
+    return [a for a in node.args if is_float(a)]  # type: ignore[misc]
+
+
+class Placement:
+    """Which operators compute in integers and which values have a quantizer. The module's docstring has the rules."""
+
+    def __init__(self, graph_module: fx.GraphModule, floats: Mapping[str, str], dynamic: bool = False) -> None:
+        """`floats`: layer -> why it stays in float."""
+        self.dynamic = dynamic
+        self.nodes = [n for n in graph_module.graph.nodes if n.op != "output" and is_float(n)]
+        self.left = {n: floats[n.meta["layer"]] for n in self.nodes if n.meta["layer"] in floats}
+        self.integer = {n for n in self.nodes if n.target in HEAVY and self.capable(n)}
+        if dynamic:
+            self.values = {value for node in self.integer for value in inputs(node)}
+            return
+        for node in reversed(self.nodes):
+            if self.light(node) and self.wanted(tail(node)):
+                self.integer.add(node)
+        self.values = {value for value in map(self.value, self.nodes) if value is not None}
+        for node in self.nodes:
+            pools = node.target in (aten.add.Tensor, aten.mean.dim, aten.avg_pool2d.default)
+            if pools and self.light(node) and all(root(i) in self.values for i in inputs(node)):
+                self.integer.add(node)
+                self.values.add(tail(node))
+
+    def capable(self, node: fx.Node) -> bool:
+        """Whether a heavy operator can compute in integers: its weight is a parameter, or both factors are values."""
+        if node in self.left or node.meta["dtype"] != torch.float32:
+            return False
+        if self.dynamic and node.target is not aten.linear.default:
+            return False
+        if node.target in WEIGHTED:
+            return isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
+        return len(inputs(node)) == 2
+
+    def light(self, node: fx.Node) -> bool:
+        """Whether `node` is a light operator in a form that has an integer kernel."""
+        if node.op != "call_function" or node.target not in LIGHT or node in self.left:
+            return False
+        a = arguments(node)
+        if node.target is aten.mean.dim:
+            rank = len(shape(a["self"]))
+            return rank == 4 and a["keepdim"] and sorted(d % rank for d in a["dim"]) == [2, 3]
+        if node.target in (aten.add.Tensor, aten.mul.Tensor):
+            return len(inputs(node)) == 2 and a.get("alpha", 1) == 1
+        return node.meta["dtype"] == torch.float32
+
+    def wanted(self, node: fx.Node) -> bool:
+        """Whether some integer operator reads `node`, perhaps after movement."""
+        return any((u in self.integer and node in inputs(u)) or (moves(u) and self.wanted(u)) for u in node.users)
+
+    def value(self, node: fx.Node) -> fx.Node | None:
+        """The value of `node` that has a quantizer: its own, or that of the clamp and scaling after it; None: none."""
+        if node in self.integer and (node.target not in FLOAT_OUTPUT or self.wanted(tail(node))):
+            return tail(node)
+        return node if not moves(node) and self.wanted(node) else None
+
+
+def named_layers(graph_module: fx.GraphModule, patterns: tuple[str, ...]) -> dict[str, str]:
+    """The layers that `float_layers` names, with that as the reason. Raises `InputError` for a pattern without any."""
+    layers = [n.meta["layer"] for n in graph_module.graph.nodes if n.op == "call_function" and is_float(n)]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(layer, pattern) for layer in layers):
+            raise InputError(f'quantize: float_layers "{pattern}" matches no layer{nearest(pattern, layers)}')
+    chosen = (layer for layer in layers if any(fnmatch.fnmatchcase(layer, p) for p in patterns))
+    return dict.fromkeys(chosen, "left in float by name (float_layers)")
+
+
+def placement(
+    graph_module: fx.GraphModule, floats: Mapping[str, str] | None = None, dynamic: bool = False
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Where quantizers go (JSON, the `points` of `insert_fake_quant`), and `(layer, reason)` of what stays in float.
+
+    `floats` are the layers that are to stay in float, with the reason. `dynamic`: activations get their ranges at run
+    time.
+    """
+    where = Placement(graph_module, floats or {}, dynamic)
+    tails = {tail(n) for n in where.integer}
+    points: list[dict[str, Any]] = []
+    for node in where.nodes:
+        if node in where.values and dynamic:
+            readers = [u.name for u in node.users if u in where.integer]
+            points.append({"kind": "dynamic", "node": node.name, "readers": readers})
+        elif node in where.values:
+            readers = [u.name for u in node.users if node in tails or u in where.integer or moves(u)]
+            points.append({"kind": "activation", "node": node.name, "readers": readers})
+    points += [{"kind": "weight", "node": n.name} for n in where.nodes if n in where.integer and n.target in WEIGHTED]
+    points += [{"kind": "table", "node": n.name} for n in where.nodes if is_table(n) and n not in where.left]
+    return points, _reasons(where)
+
+
+def _reasons(where: Placement) -> list[tuple[str, str]]:
+    reasons = []
+    taken_over = set() if where.dynamic else {n for n in where.values if bounds(n) or gain(n)}
+    taken_over |= {operand(n) for n in taken_over if gain(n) and bounds(operand(n))}
+    for node in where.nodes:
+        operator = getattr(node.target, "_opname", str(node.target))
+        if node.op != "call_function" or node in where.integer or node in taken_over or moves(node):
+            continue
+        if node in where.left:
+            reason = where.left[node]
+        elif is_table(node):
+            continue
+        elif node.target is aten.embedding.default:
+            reason = f"{operator}: its table is computed, or has fewer than {LEAST} values"
+        elif where.dynamic and node.target is not aten.linear.default:
+            reason = f"{operator}: of what computes, only linear layers are quantized dynamically"
+        elif node.target in HEAVY:
+            reason = f"{operator}: its weight is computed, not a parameter, or it is not float32"
+        elif where.light(node) or bounds(node):
+            reason = f"{operator}: no neighbour needs its result in integers"
+        else:
+            reason = f"{operator}: the runtime has no integer kernel for it"
+        reasons.append((node.meta["layer"], reason))
+    return reasons

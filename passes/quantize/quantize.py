@@ -1,0 +1,311 @@
+"""Quantize: fake-quantizers on the target's integer grid, with ranges chosen from data.
+
+Where they go is told in `_placement`. A layer is left in float by name, because it is too sensitive (quantized alone it
+hurts the outputs by more than is allowed) or because the deployed student is faster for it; the reason is recorded.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, fx, nn
+
+from pqk.core.graph import arguments, attach, attribute, facts, finish, free_path, operand, replace, shape
+from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
+from pqk.errors import InputError
+from pqk.passes.capture.canonicalize import move_points
+from pqk.passes.quantize.embeddings import insert_table, table_of
+from pqk.passes.quantize.placement import (
+    FLOAT_OUTPUT,
+    HEAVY,
+    Placement,
+    absorbed,
+    inputs,
+    named_layers,
+    placement,
+    root,
+)
+from pqk.passes.quantize.smoothing import smooth
+from pqk.quant.fake_quant import (
+    ActivationFakeQuant,
+    BiasFakeQuant,
+    DynamicFakeQuant,
+    Quantizer,
+    WeightFakeQuant,
+    set_mode,
+)
+from pqk.quant.qparams import Grid, Method
+from pqk.task.task import Task, tensors
+
+QUIETEST = 1e-20
+"""noise over signal of outputs that do not change at all: 200 dB"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Quantize(Pass):
+    """Put fake-quantizers on the target's integer grid on every edge that the runtime needs to stay in integers."""
+
+    name: ClassVar[str] = "quantize"
+    consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.GRAPH})
+    produces: ClassVar[Stage | None] = Stage.FAKE_QUANT
+
+    activations: Literal["static", "dynamic"] = "static"
+    """on which ranges activations are rounded: on fixed ones, chosen from data, or on that which each tensor has at run
+    time. dynamic quantizes the inputs of linear layers alone, needs no calibration and survives inputs of another
+    range; it costs a pass over each input, and a range is that of a whole batch"""
+    calibration: Method = "mse"
+    """how ranges are chosen from the observed values: all of them, all but the tails, or the least squared error"""
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """for `percentile`: the share of values, in per cent, that the range covers"""
+    samples: int = Field(default=512, gt=0)
+    """validation samples that the ranges are chosen from, and sensitivity is measured on"""
+    smooth: float | None = Field(default=None, ge=0, le=1)
+    """first migrate outliers of activations into the weights that read them (SmoothQuant): alpha, the share of the
+    range that goes; 0.5 is the authors'. The float network stays what it is; norms that cannot take part say why"""
+    learned_scales: bool = True
+    """whether training may move the step sizes (LSQ)"""
+    float_layers: tuple[str, ...] = ()
+    """patterns (such as `layer3.*`) of layers to leave in float"""
+    least_sqnr: float | None = Field(default=None, gt=0)
+    """a layer stays in float where quantizing it alone leaves less signal over noise in the outputs than this, in
+    decibels, before training: each output's squares over those of its error. 20 is a usual bar; by default none is"""
+    faster_float: bool = False
+    """leave a layer that multiplies in float where the deployed student is significantly faster for it, each measured
+    in turn in the target's runtime at batch 1; needs a machine that is the target"""
+
+    @property
+    def dynamic(self) -> bool:
+        return self.activations == "dynamic"
+
+    def apply(self, program: Program, task: Task) -> Program:
+        """Raises `InputError` for a pattern that names no layer, and where speed cannot be measured here."""
+        if self.dynamic and program.target.runtime == "triton":
+            raise InputError(
+                f'quantize: activations = "dynamic" is for ONNX Runtime, and {program.target.name} runs student.pt2, '
+                'whose fused kernels have fixed scales; use "static"'
+            )
+        if self.smooth is not None:
+            program = self._smooth(program, task, self.smooth)
+        student = program.student
+        assert isinstance(student, fx.GraphModule)
+        floats = named_layers(student, self.float_layers)
+        if self.least_sqnr is not None:
+            floats |= self._sensitive(program, task, floats)
+        if self.faster_float:
+            floats |= self._faster(program, floats)
+        points, declined = placement(student, floats, self.dynamic)
+        program = program.rewrite(insert_fake_quant, task.example, **self._arguments(program, points))
+        self._calibrate(program.student, task)
+        kinds = [type(m) for m in program.student.modules()]
+        activation = DynamicFakeQuant if self.dynamic else ActivationFakeQuant
+        program = program.decline(self.name, declined)
+        return program.note(activations=kinds.count(activation), weights=kinds.count(WeightFakeQuant))
+
+    def _smooth(self, program: Program, task: Task, alpha: float) -> Program:
+        """With smoother inputs: only values change, so the plan needs no line for it."""
+        student = copy.deepcopy(program.student).eval()
+        assert isinstance(student, fx.GraphModule)
+        smoothed, declined = smooth(student, task.calibration(self.samples), alpha)
+        return dataclasses.replace(program, student=student).decline(self.name, declined).note(smoothed=smoothed)
+
+    def _arguments(self, program: Program, points: list[dict[str, Any]]) -> dict[str, Any]:
+        grids = {"activation": asdict(program.target.activation), "weight": asdict(program.target.weight)}
+        return {"points": points, "learned": self.learned_scales, **grids}
+
+    def _calibrate(self, student: nn.Module, task: Task) -> None:
+        calibrate(student, task, self.calibration, self.percentile, self.samples)
+
+    def _sensitive(self, program: Program, task: Task, floats: dict[str, str]) -> dict[str, str]:
+        """The layers whose quantization alone costs too much, and what it costs."""
+
+        def measure() -> dict[str, float]:
+            trial = copy.deepcopy(program.student)
+            assert isinstance(trial, fx.GraphModule)
+            layers = {n.meta["layer"] for n in Placement(trial, floats, self.dynamic).integer}
+            points = placement(trial, floats, self.dynamic)[0]
+            insert_fake_quant(trial, task.example, **self._arguments(program, points))
+            self._calibrate(trial, task)
+            return sensitivity(trial, layers, task.calibration(self.samples))
+
+        bar = self.least_sqnr or 0.0
+        return {
+            layer: f"too sensitive: quantized alone it leaves {sqnr:.1f} dB of signal over noise (least_sqnr = {bar:g})"
+            for layer, sqnr in program.run.decide("sensitivity", measure).items()
+            if sqnr < bar
+        }
+
+    def _faster(self, program: Program, floats: dict[str, str]) -> dict[str, str]:
+        """The layers that the deployed student is faster for in float, one after the other, and by how much."""
+        student, run, found = program.student, program.run, dict[str, str]()
+        assert isinstance(student, fx.GraphModule)
+        where = Placement(student, floats, self.dynamic)
+        layers = [n.meta["layer"] for n in where.nodes if n in where.integer and n.target in HEAVY]
+        with run.observer.task(f"{run.scope}: timing layers in float", len(layers)) as advance:
+            for layer in layers:
+                ratio, low, high = self._float_gain(program, (*floats, *found), layer)
+                if low > 1:
+                    found[layer] = f"faster in float: the student runs {ratio:.2f}x as fast ({low:.2f} to {high:.2f})"
+                advance(1, f"{layer}: {ratio:.2f}x in float")
+        return found
+
+    def _float_gain(self, program: Program, floats: tuple[str, ...], layer: str) -> list[float]:
+        """How much faster the student with `floats` in float is with `layer` in float, too: journaled."""
+        student, run = program.student, program.run
+        return run.decide(f"float/{layer}", lambda: run.float_gain(student, floats, layer, "quantize.faster_float"))
+
+
+# ---- the rewrite
+
+
+def insert_fake_quant(
+    student: nn.Module,
+    example: Example,
+    *,
+    points: list[dict[str, Any]],
+    activation: dict[str, Any],
+    weight: dict[str, Any],
+    learned: bool,
+) -> nn.Module:
+    """Insert fake-quantizers (uncalibrated) into a captured graph, which is changed and returned.
+
+    Each point names a node. `activation`: its value, for the nodes in `readers`, goes through an `ActivationFakeQuant`
+    on the grid `activation`; a clamp is replaced by it. `dynamic`: it goes through a `DynamicFakeQuant`. `weight`: its
+    weight and bias go through quantizers of the grid `weight` and of the accumulator; with a dynamic input the bias
+    stays float. `table`: the rows that it looks up go through a `TableFakeQuant`.
+    """
+    assert isinstance(student, fx.GraphModule)
+    nodes = {n.name: n for n in student.graph.nodes}
+    for point in points:
+        if point["kind"] == "activation":
+            _insert_activation(student, nodes[point["node"]], point["readers"], Grid(**activation), learned)
+        elif point["kind"] == "dynamic":
+            _insert_dynamic(student, nodes[point["node"]], point["readers"])
+    for point in points:
+        if point["kind"] == "weight":
+            _insert_weight(student, nodes[point["node"]], Grid(**weight), learned)
+        elif point["kind"] == "table":
+            insert_table(student, nodes[point["node"]], learned)
+    return finish(student)
+
+
+def _module_call(student: fx.GraphModule, name: str, module: nn.Module, source: fx.Node, layer: str) -> fx.Node:
+    path = attach(student, free_path(student, f"quantizers.{name.replace('.', '_')}"), module)
+    node = student.graph.create_node("call_module", path, (source,), name=path.replace(".", "_"))
+    node.meta.update(facts(source) | {"layer": layer})
+    return node
+
+
+def _insert_activation(student: fx.GraphModule, node: fx.Node, readers: list[str], grid: Grid, learned: bool) -> None:
+    source, limits, factor = absorbed(node)
+    layer = source.meta["layer"] if len(source.users) == 1 else node.meta["layer"]
+    module = ActivationFakeQuant(grid, *limits, gain=factor, learned=learned and source.op != "get_attr")
+    with student.graph.inserting_after(node):
+        fake = _module_call(student, layer, module, source, layer)
+    if source is not node:
+        replace(student, node, fake)
+        return
+    node.replace_all_uses_with(fake, delete_user_cb=lambda user: user is not fake and user.name in readers)
+    if all(user is fake for user in node.users):
+        move_points(student, node, fake)
+
+
+def _insert_dynamic(student: fx.GraphModule, node: fx.Node, readers: list[str]) -> None:
+    with student.graph.inserting_after(node):
+        fake = _module_call(student, node.meta["layer"], DynamicFakeQuant(), node, node.meta["layer"])
+    node.replace_all_uses_with(fake, delete_user_cb=lambda user: user.name in readers)
+
+
+def _insert_weight(student: fx.GraphModule, node: fx.Node, grid: Grid, learned: bool) -> None:
+    a, layer = arguments(node), node.meta["layer"]
+    activation = attribute(student, str(root(a["input"]).target))
+    weight = WeightFakeQuant(grid, shape(a["weight"])[0], learned)  # type: ignore[arg-type]
+    with student.graph.inserting_before(node):
+        tensors = [_module_call(student, f"{layer}.weight", weight, a["weight"], f"{layer}.weight")]
+        if a["bias"] is not None and isinstance(activation, ActivationFakeQuant):  # an accumulator of a known step
+            bias = BiasFakeQuant(activation, weight)
+            tensors.append(_module_call(student, f"{layer}.bias", bias, a["bias"], f"{layer}.bias"))
+    node.args = (a["input"], *tensors, *node.args[1 + len(tensors) :])
+
+
+# ---- the numbers
+
+
+def calibrate(student: nn.Module, task: Task, method: Method, percentile: float, samples: int) -> None:
+    """Choose every range of a FAKE_QUANT student from `samples` validation inputs, and turn its quantizers on."""
+    assert isinstance(student, fx.GraphModule)
+    was_training = student.training
+    student.eval()
+    set_mode(student, "observe")
+    called = [(n, attribute(student, str(n.target))) for n in student.graph.nodes if n.op == "call_module"]
+    with torch.no_grad():
+        for batch in task.calibration(samples):
+            student(*batch)
+        for _, module in called:
+            if isinstance(module, ActivationFakeQuant):
+                module.calibrate(method, percentile)
+        for node, module in called:
+            if isinstance(module, WeightFakeQuant):
+                module.calibrate(attribute(student, str(table_of(node).target)), method, percentile)
+            elif isinstance(module, BiasFakeQuant):
+                module.fit(attribute(student, str(operand(node).target)))
+    set_mode(student, "on")
+    student.train(was_training)
+
+
+# ---- what a layer costs
+
+
+def sensitivity(student: fx.GraphModule, layers: set[str], batches: Iterable[Example]) -> dict[str, float]:
+    """Layer -> signal over noise, in decibels, of a calibrated student's worst output with that layer alone quantized.
+
+    What a layer needs to run in integers is rounded: its inputs, its weight and bias, and its output where its kernel
+    cannot put out floats. `layers` are those that run in integers. All quantizers end switched on.
+    """
+    nodes = [n for n in student.graph.nodes if n.op == "call_function" and n.meta.get("layer") in layers]
+    inputs = list(batches)
+    set_mode(student, "off")
+    found = {}
+    with torch.no_grad():
+        want = [tensors(student(*batch)) for batch in inputs]
+        for node in nodes:
+            own = _own_quantizers(student, node)
+            for quantizer in own:
+                quantizer.mode = "on"
+            got = [tensors(student(*batch)) for batch in inputs]
+            found[node.meta["layer"]] = min(
+                _decibels(*sides) for sides in zip(_joined(want), _joined(got), strict=True)
+            )
+            for quantizer in own:
+                quantizer.mode = "off"
+    set_mode(student, "on")
+    return found
+
+
+def _own_quantizers(student: fx.GraphModule, node: fx.Node) -> list[Quantizer | DynamicFakeQuant]:
+    """The quantizers that a node needs to run in integers (a bias's follows its weight's)."""
+    around = [root(i) for i in inputs(node)] + [n for n in node.all_input_nodes if n.op == "call_module"]
+    if node.target not in FLOAT_OUTPUT:
+        around += node.users
+    called = {n: attribute(student, str(n.target)) for n in around if n.op == "call_module"}
+    return [m for m in called.values() if isinstance(m, ActivationFakeQuant | DynamicFakeQuant | WeightFakeQuant)]
+
+
+def _joined(outputs: list[list[Tensor]]) -> list[Tensor]:
+    """Each output over all batches."""
+    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _decibels(want: Tensor, got: Tensor) -> float:
+    signal, noise = want.double().square().sum(), (want.double() - got.double()).square().sum()
+    return float(-10 * torch.log10((noise / signal.clamp_min(1e-300)).clamp_min(QUIETEST)))
+
+
+REWRITES: tuple[RewriteFunction, ...] = (insert_fake_quant,)
+Quantize.rewrites = REWRITES

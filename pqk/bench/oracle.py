@@ -1,0 +1,105 @@
+"""The latency oracle: how long the deployed INT8 form of a float student takes in the target's runtime, here.
+
+A student is captured, quantized after training and converted as the recipe would, emitted, and timed in turn with the
+teacher in FP32, so that whatever else the machine is doing cancels out. Its weights do not matter, and layers that a
+measurement of the recipe's would leave in float are not looked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from pqk.bench.protocol import fastest, ratio_to
+from pqk.core.program import Pass, Program, Stage
+from pqk.core.run_context import Run
+from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnxruntime_session import session
+from pqk.passes import Capture, Convert, Quantize
+from pqk.target.target import Target
+from pqk.task.task import Task
+
+CALIBRATION = 32
+"""samples; a latency does not depend on the scales"""
+
+
+class Oracle:
+    """Times students beside the teacher at batch 1. `threads` of the runtime are part of what is measured."""
+
+    def __init__(
+        self, teacher: nn.Module, task: Task, target: Target, passes: Sequence[Pass], run: Run, threads: int = 2
+    ):
+        self.teacher, self.task, self.target, self.run, self.threads = teacher, task, target, run, threads
+        found = {type(p): p for p in passes}
+        quantize = found.get(Quantize, Quantize())
+        assert isinstance(quantize, Quantize)
+        cheap = dataclasses.replace(
+            quantize, calibration="minmax", samples=CALIBRATION, least_sqnr=None, faster_float=False, smooth=None
+        )
+        self.passes: tuple[Pass, ...] = (found.get(Capture, Capture()), cheap, found.get(Convert, Convert()))
+        self.folder = tempfile.TemporaryDirectory(prefix="pqk-oracle-")
+        self._session: ort.InferenceSession | None = None
+        self._last: tuple[nn.Module, tuple[str, ...], ort.InferenceSession] | None = None
+
+    def serve(self, run: Run) -> Run:
+        """`run` with this oracle in it."""
+        return dataclasses.replace(
+            run,
+            deployed_latency=self.latency,
+            deployed_baseline=self.baseline,
+            deployed_float_gain=self.float_gain,
+        )
+
+    def baseline(self) -> float:
+        """Milliseconds of the teacher in FP32, measured once in a run and journaled: all ratios are to it."""
+        return float(
+            self.run.journal.decide("oracle/teacher_ms", lambda: fastest([self._teacher()], self.task.feeds(1))[0])
+        )
+
+    def latency(self, student: nn.Module) -> float:
+        """Milliseconds of the INT8 form of a MODULE student: the baseline over the ratio measured in turn."""
+        candidate = session(self.emit(student), threads=self.threads)
+        teacher, student_ms = fastest([self._teacher(), candidate], self.task.feeds(1))
+        return self.baseline() * student_ms / teacher
+
+    def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str) -> tuple[float, float, float]:
+        """How many times faster the INT8 form of a GRAPH student is with `layer` in float beside `floats`.
+
+        In turn, with the ends of the 95 % interval.
+        """
+        if self._last is None or self._last[0] is not student or self._last[1] != floats:
+            integer = session(self.emit(student, Stage.GRAPH, floats), threads=self.threads)
+            self._last = student, floats, integer
+        candidate = session(self.emit(student, Stage.GRAPH, (*floats, layer)), threads=self.threads)
+        ratio, low, high = ratio_to(self._last[2], candidate, self.task.feeds(1))
+        return ratio, low, high
+
+    def emit(self, student: nn.Module, stage: Stage = Stage.MODULE, floats: tuple[str, ...] = ()) -> Path:
+        """The ONNX file of the INT8 form of a student in `stage`, with `floats` left in float beside the recipe's."""
+        program = Program(self.teacher, copy.deepcopy(student).eval(), stage, self.target, Run())
+        with torch.random.fork_rng(devices=[]):
+            for p in self.passes:
+                if program.stage not in p.consumes:
+                    continue
+                if isinstance(p, Quantize):
+                    p = dataclasses.replace(p, float_layers=(*p.float_layers, *floats))
+                program = dataclasses.replace(p.apply(program, self.task), stage=p.result_stage(program.stage))
+        path = Path(self.folder.name) / "candidate.onnx"
+        task = self.task
+        emit_onnx(program.student, task.example, path, task.input_names, task.output_names, task.axes)
+        return path
+
+    def _teacher(self) -> ort.InferenceSession:
+        if self._session is None:
+            path = Path(self.folder.name) / "teacher.onnx"
+            task = self.task
+            emit_onnx(self.teacher, task.example, path, task.input_names, task.output_names, task.axes)
+            self._session = session(path, threads=self.threads)
+        return self._session

@@ -1,0 +1,305 @@
+"""Latency beside the baseline, measured so that the number survives being checked.
+
+Idle thread pools spin and steal the cores from whoever is being timed, and machines drift. So contenders are measured
+*in turn* (A B C A B C …), each turn after a pause in which the others' threads fall asleep, with warm calls before a
+burst of timed ones. A ratio is taken within a round, where both sides saw the same machine, and its interval is a
+bootstrap over rounds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3): an interval that
+contains 1 is no speed-up.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pqk.deploy.onnxruntime_session import Model, session
+from pqk.errors import InputError
+from pqk.report.schema import LatencyRow, Variant
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Feeds = Mapping[str, NDArray[Any]]
+Timer = Callable[[Callable[[], object]], float]
+"""the milliseconds of one call"""
+
+ROUNDS, WARM, BURST, PAUSE = 15, 20, 20, 0.05
+LONG_MS, FEWEST = 1000.0, 4
+"""calls of a burst are so few that it takes about so long, but at least so many"""
+PROTOCOL = (
+    "Measured in turn: every round gives each contender a pause of {pause:g} ms, at least {warm} warm calls and a "
+    "burst of {burst} timed calls (fewer, at least {fewest}, where a burst would take over {long:g} s), for {rounds} "
+    "rounds; medians over calls, ratios within rounds, bootstrap 95 % intervals. Threads are pinned and, unless said "
+    "otherwise, spin while idle, as they do by default."
+)
+
+
+def protocol(rounds: int = ROUNDS, *, burst: int = BURST, pause: float = PAUSE, warm: int = WARM) -> str:
+    """The protocol in a sentence, for the report's conditions."""
+    return PROTOCOL.format(rounds=rounds, burst=burst, pause=1e3 * pause, warm=warm, fewest=FEWEST, long=LONG_MS / 1e3)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds of one call, by the wall clock."""
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """Something to time: one `call` is one inference of `batch` samples."""
+
+    variant: Variant
+    runtime: str
+    batch: int
+    threads: int
+    call: Callable[[], object]
+    spinning: bool = True
+    torch_threads: int = 1
+    """torch's own pool during its turn: 1 for everything that is not torch, whose threads would do harm"""
+    inputs: str = ""
+    """what the inputs are, where they are not the task's example"""
+    timer: Timer = timed
+    """what takes the time of one call; a device has its own clock"""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A contender that cannot run here, and why."""
+
+    variant: Variant
+    runtime: str
+    reason: str
+
+
+class Ratio(NamedTuple):
+    """How many times faster than the baseline, with its bootstrap 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        return not self.low <= 1 <= self.high
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run with `count` torch threads and restore the number that was set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Contenders
+
+
+def onnxruntime_contender(
+    variant: Variant, model: Model, feeds: Feeds, *, threads: int = 2, spinning: bool = True, inputs: str = ""
+) -> Contender:
+    """ONNX Runtime with its default optimizations. Raises `InputError` for a model it refuses."""
+    run = session_call(session(model, threads=threads, spinning=spinning), feeds)
+    return Contender(variant, "onnxruntime", batch_of(feeds), threads, run, spinning, inputs=inputs)
+
+
+def torch_contender(
+    variant: Variant, module: torch.nn.Module, inputs: Sequence[torch.Tensor], *, threads: int = 2
+) -> Contender:
+    """torch eager, in inference mode; `module` as it is, so put it in eval mode first."""
+
+    def call() -> None:
+        with torch.inference_mode():
+            module(*inputs)
+
+    return Contender(variant, "torch", len(inputs[0]), threads, call, torch_threads=threads)
+
+
+def compiled_contender(
+    variant: Variant,
+    module: torch.nn.Module,
+    inputs: Sequence[torch.Tensor],
+    *,
+    threads: int = 2,
+    runtime: str = "torch.compile",
+) -> Contender | Skipped:
+    """`torch.compile` with inductor, which needs a C++ compiler; compiled here, so the first call is not timed.
+
+    Weights are frozen into the code, which is what lets inductor choose its own layouts and fuse integer kernels.
+    """
+    try:
+        with torch_threads(threads), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # inductor's own modules deprecate themselves, at import and later
+            from torch._inductor import config as inductor
+
+            with inductor.patch(freezing=True):
+                compiled = torch.compile(module, dynamic=False)
+                compiled(*inputs)
+    except Exception as error:  # whatever inductor, dynamo or the C++ compiler raise: the row is left out, with this
+        return Skipped(variant, runtime, first_line(error))
+
+    def call() -> None:
+        with torch.no_grad():
+            compiled(*inputs)
+
+    return Contender(variant, runtime, len(inputs[0]), threads, call, torch_threads=threads)
+
+
+def openvino_contender(variant: Variant, model: Model, feeds: Feeds, *, threads: int = 2) -> Contender | Skipped:
+    """OpenVINO on the CPU in latency mode (`pip install pqk[bench]`), reading the same ONNX file."""
+    try:
+        import openvino
+    except ImportError:
+        return Skipped(variant, "openvino", "openvino is not installed: pip install 'pqk[bench]'")
+    try:
+        core = openvino.Core()
+        network = core.read_model(model if isinstance(model, bytes) else str(model))
+        properties = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        request = core.compile_model(network, "CPU", properties).create_infer_request()
+        request.infer(dict(feeds))
+    except Exception as error:  # openvino's exceptions share no public base class
+        return Skipped(variant, "openvino", first_line(error))
+    return Contender(variant, "openvino", batch_of(feeds), threads, lambda: request.infer(dict(feeds)))
+
+
+def session_call(run: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
+    feeds = dict(feeds)
+    return lambda: run.run(None, feeds)
+
+
+def batch_of(feeds: Feeds) -> int:
+    return len(next(iter(feeds.values())))
+
+
+def first_line(error: Exception, limit: int = 200) -> str:
+    """An unexpected error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:limit]}"
+
+
+# Measuring
+
+
+def measure(
+    contenders: Sequence[Contender],
+    baseline: Contender | None = None,
+    rounds: int = ROUNDS,
+    *,
+    burst: int = BURST,
+    pause: float = PAUSE,
+    warm: int = WARM,
+    seed: int = 0,
+) -> list[LatencyRow]:
+    """Rows in the order of `contenders`, their ratios against `baseline` (the first one where it is not given).
+
+    Where the slowest contender would take over a second for a burst, all have shorter ones.
+    Raises `InputError` for fewer than 5 rounds (no interval would mean anything) or a baseline that is not measured.
+    """
+    if rounds < 5 or not contenders:
+        raise InputError(f"latency: {rounds} rounds of {len(contenders)} contenders; at least 5 rounds of 1 are needed")
+    baseline = contenders[0] if baseline is None else baseline
+    if baseline not in contenders:
+        raise InputError(f"latency: the baseline {baseline.variant} in {baseline.runtime} is not among the contenders")
+    slowest = max(min(c.timer(c.call) for _ in range(2)) for c in contenders) if burst > FEWEST else 0.0
+    if slowest * burst > LONG_MS:
+        burst, warm = (min(n, max(FEWEST, round(LONG_MS / slowest))) for n in (burst, warm))
+    times = interleave(contenders, rounds, burst=burst, pause=pause, warm=warm)
+    reference = np.median(times[contenders.index(baseline)], axis=1)
+    rows = []
+    for contender, calls in zip(contenders, times, strict=True):
+        ratio = Ratio(1.0, 1.0, 1.0)
+        if contender is not baseline:
+            ratio = bootstrap_ratio(reference / np.median(calls, axis=1), seed=seed)
+        p05, p95 = np.percentile(calls, [5, 95])
+        row = LatencyRow(
+            variant=contender.variant,
+            runtime=contender.runtime,
+            batch=contender.batch,
+            threads=contender.threads,
+            median_ms=float(np.median(calls)),
+            p05_ms=float(p05),
+            p95_ms=float(p95),
+            ratio=ratio.ratio,
+            ratio_low=ratio.low,
+            ratio_high=ratio.high,
+            inputs=contender.inputs,
+            spinning=contender.spinning,
+            significant=ratio.significant,
+        )
+        rows.append(row)
+    return rows
+
+
+def interleave(
+    contenders: Sequence[Contender], rounds: int, *, burst: int, pause: float, warm: int
+) -> NDArray[np.float64]:
+    """Milliseconds of every timed call, `[contender, round, call]`, taken A B C A B C."""
+    times = np.empty((len(contenders), rounds, burst))
+    for round_index in range(rounds):
+        for index, contender in enumerate(contenders):
+            with torch_threads(contender.torch_threads):
+                times[index, round_index] = turn(
+                    contender.call, burst=burst, pause=pause, warm=warm, timer=contender.timer
+                )
+    return times
+
+
+def turn(call: Callable[[], object], *, burst: int, pause: float, warm: int, timer: Timer = timed) -> list[float]:
+    """One turn: pause until the other pools sleep, warm up, then `burst` timed calls, in milliseconds.
+
+    Two warm calls cost a small network 15 % (`warm` is 20), and a burst is not started while the calls still get
+    faster: it warms up again, at most three times, until its second half is as fast as its first.
+    """
+    time.sleep(pause)
+    for _ in range(4):
+        calls = np.array([timer(call) for _ in range(warm)])
+        half = warm // 2
+        if half == 0 or np.median(calls[half:]) > 0.9 * np.median(calls[:half]):
+            break
+    return [timer(call) for _ in range(burst)]
+
+
+def bootstrap_ratio(ratios: NDArray[np.float64], *, seed: int = 0, resamples: int = 4000) -> Ratio:
+    """Median of per-round ratios `[rounds]` with the percentile-bootstrap 95 % interval of that median."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(ratios), size=(resamples, len(ratios)))
+    medians = np.median(ratios[picks], axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+# Quick forms, for passes that choose by measured latency
+
+
+def fastest(runs: Sequence[ort.InferenceSession], feeds: Feeds, *, rounds: int = 9) -> list[float]:
+    """Milliseconds of the fastest call of each session, in turn over `rounds`.
+
+    Whatever else the machine does only adds time, so the fastest call is the one to decide by on a machine that is
+    shared; a median there can be ten times the truth. Reports quote medians.
+    """
+    return [float(t) for t in sessions_in_turn(runs, feeds, rounds).min(axis=(1, 2))]
+
+
+def ratio_to(
+    baseline: ort.InferenceSession, candidate: ort.InferenceSession, feeds: Feeds, *, rounds: int = 7, seed: int = 0
+) -> Ratio:
+    """How many times faster `candidate` is than `baseline` on the same feeds, in turn."""
+    reference, times = np.median(sessions_in_turn([baseline, candidate], feeds, rounds), axis=2)
+    return bootstrap_ratio(reference / times, seed=seed)
+
+
+def sessions_in_turn(runs: Sequence[ort.InferenceSession], feeds: Feeds, rounds: int) -> NDArray[np.float64]:
+    """Milliseconds of every timed call of some candidates, `[session, round, call]`, by the protocol."""
+    contenders = [Contender("student", "onnxruntime", batch_of(feeds), 1, session_call(run, feeds)) for run in runs]
+    return interleave(contenders, rounds, burst=BURST, pause=PAUSE, warm=WARM)

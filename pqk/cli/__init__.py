@@ -1,0 +1,1 @@
+"""What a person sees of pqk: the command line, its progress bars and its tables."""

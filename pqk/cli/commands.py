@@ -1,0 +1,334 @@
+"""What each command does: calls the library and makes an `Answer`, a document for `--json` and tables for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import RenderableType
+
+from pqk.cli import views as describe
+from pqk.cli.console import Answer, clock, listed, observer, table
+from pqk.cli.doctor import examine
+from pqk.comparison.config import Comparison, comparison_schema
+from pqk.compiler import compress as compile_student
+from pqk.core.run_context import Observer
+from pqk.deploy.artifact import MANIFEST, Artifact
+from pqk.errors import InputError
+from pqk.files import read_json
+from pqk.recipe.factories import load_task, load_teacher
+from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, json_schema, plain
+from pqk.report.schema import LatencyRow, Report, schema_text
+from pqk.report.text import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent
+from pqk.target.machine import fingerprint
+from pqk.target.target import Target
+
+Rows = list[list[Any]]
+
+
+def _warnings(texts: Sequence[str]) -> list[RenderableType]:
+    return [f"warning: {text}" for text in texts]
+
+
+# Compiling
+
+
+def _open(
+    path: Path, settings: Sequence[str], target: str | None, seed: int | None
+) -> tuple[Recipe, TeacherSpec, TaskSpec]:
+    """A recipe with the command line's changes, and its [teacher] and [task]."""
+    recipe = Recipe.load(path).override(settings)
+    if target is not None:
+        recipe = replace(recipe, target=TargetSpec(name=Target.named(target).name))
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    if recipe.teacher is None or recipe.task is None:
+        missing = "[teacher]" if recipe.teacher is None else "[task]"
+        raise InputError(
+            f'{path}: it has no {missing} table, which names what to compile: factory = "module:function". Without '
+            "one, call pqk.compress(teacher, task, recipe) from Python"
+        )
+    return recipe, recipe.teacher, recipe.task
+
+
+def _loaded(teacher: TeacherSpec, task: TaskSpec, data: Path | None, recipe: Path) -> tuple[Any, Any]:
+    if data is not None and not data.is_dir():
+        raise InputError(f"--data {data}: there is no such folder")
+    beside = recipe.resolve().parent
+    model = load_teacher(teacher, data, beside)
+    return model, load_task(task, data, beside, model)
+
+
+def compress(
+    path: Path,
+    out: Path,
+    *,
+    data: Path | None,
+    target: str | None,
+    settings: Sequence[str],
+    seed: int | None,
+    resume: bool,
+    attribution: Literal["standard", "full"],
+    allow_parity_failure: bool,
+    as_json: bool,
+) -> Answer:
+    recipe, teacher_spec, task_spec = _open(path, settings, target, seed)
+    teacher, task = _loaded(teacher_spec, task_spec, data, path)
+    artifact = compile_student(
+        teacher,
+        task,
+        recipe,
+        out=out,
+        resume=resume,
+        attribution=attribution,
+        allow_parity_failure=allow_parity_failure,
+        observer=observer(as_json),
+    )
+    report = artifact.report
+    warnings = [m for m in [artifact.target.mismatch()] if m is not None] + _diagnosed(report)
+    files = sorted([*artifact.manifest["files"], MANIFEST])
+    document = {"out": str(out), "files": files, "warnings": warnings, "report": json.loads(report.dumps())}
+    spent = f"{clock(sum(report.seconds.values()))} in passes; parity {_parity(report)}"
+    shown = [attribution_table(report), spent, *_warnings(warnings), f"written to {out}: {', '.join(files)}"]
+    return Answer(document, shown)
+
+
+def _diagnosed(report: Report) -> list[str]:
+    return [] if report.diagnostics is None else list(report.diagnostics.warnings)
+
+
+def _parity(report: Report) -> str:
+    if report.parity is None:
+        return f"not checked: {report.parity_reason or 'no reason given'}"
+    if report.parity.passed:
+        return f"met, {percent(report.parity.agreement)} of {report.parity.samples} samples decided alike"
+    return f"BROKEN: {report.parity.first_divergence}"
+
+
+def compare(
+    path: Path, out: Path, *, data: Path | None, seeds: list[int] | None, resume: bool, as_json: bool
+) -> Answer:
+    from pqk.comparison import results as cells
+    from pqk.comparison.runner import compare as run_cells
+
+    comparison = Comparison.load(path)
+    if seeds is not None:
+        comparison = comparison.seeded(tuple(seeds))
+    recipe = comparison.recipe
+    if recipe.teacher is None or recipe.task is None:
+        raise InputError(f"{path}: it needs a [teacher] and a [task] table, as recipes have them")
+    teacher, task = _loaded(recipe.teacher, recipe.task, data, path)
+    chosen = "" if seeds is None else f" --seeds {','.join(map(str, seeds))}"
+    command = f"pqk compare {path}{'' if data is None else ' --data DATA'} --out {out}{chosen}"
+    document = run_cells(teacher, task, comparison, out, resume=resume, observer=observer(as_json), command=command)
+    shown: list[RenderableType] = [
+        table(title, cells.HEADER, cells.table_of(document, part), right=(2, 3, 4, 6))
+        for part, title in (("screen", "Screened"), ("confirm", "Confirmed"))
+        if part in document
+    ]
+    shown += [*cells.notes_of(document), f"written to {out}: comparison.json, comparison.md"]
+    return Answer(document, shown, 1 if document["failed"] else 0)
+
+
+def check(
+    path: Path, *, data: Path | None, target: str | None, settings: Sequence[str], seed: int | None, as_json: bool
+) -> Answer:
+    from pqk.check import check as rehearse
+
+    recipe, teacher_spec, task_spec = _open(path, settings, target, seed)
+    teacher, task = _loaded(teacher_spec, task_spec, data, path)
+    shows: Observer = observer(as_json)
+    found = rehearse(teacher, task, recipe, shows)
+    document = {"recipe": str(path), **asdict(found)}
+    return Answer(document, describe.findings(document), 2 if found.problems else 0)
+
+
+# Measuring and looking
+
+
+def benchmark(folder: Path, batches: Sequence[int], threads: int, device: str) -> Answer:
+    if device == "cuda":
+        return _benchmark_cuda(folder, batches)
+    artifact = Artifact.load(folder)
+    warnings = [m for m in [artifact.target.mismatch()] if m is not None]
+    rows = artifact.benchmark(tuple(batches), threads)
+    if all(row.variant == "student" for row in rows):
+        warnings.append(
+            "nothing to compare with: the teacher's ONNX file, which a finished compile keeps in .work, is gone"
+        )
+    machine = fingerprint()
+    document = {
+        "artifact": str(folder),
+        "target": artifact.target.name,
+        "machine": machine,
+        "warnings": warnings,
+        "latency": [row.model_dump(mode="json") for row in rows],
+    }
+    title = f"{folder}, compiled for {artifact.target.name}"
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['target']}; measured in turn"
+    return Answer(document, [_latency(title, rows), where, *_warnings(warnings)])
+
+
+def _benchmark_cuda(folder: Path, batches: Sequence[int]) -> Answer:
+    from pqk.gpu.benchmark import benchmark as benchmark_on
+    from pqk.gpu.device import Cuda, missing
+
+    if (reason := missing()) is not None:
+        raise InputError(f"--device cuda: {reason}")
+    artifact = Artifact.load(folder)
+    warnings = [] if (mismatch := artifact.target.mismatch()) is None else [mismatch]
+    head = {"artifact": str(folder), "target": artifact.target.name, "machine": fingerprint(), "warnings": warnings}
+    document = head | benchmark_on(artifact, Cuda(), batches).document()
+    stores = "kernel configurations were measured first; to store them, compile with the file of --json as fuse.tuning"
+    return Answer(document, [*describe.gpu(document), stores, *_warnings(warnings)])
+
+
+def _latency(title: str, rows: Sequence[LatencyRow]) -> RenderableType:
+    return table(title, LATENCY_HEADER, [latency_cells(r) for r in rows], right=(2, 3, 4, 5, 6))
+
+
+def kernels(folder: Path | None, arches: Sequence[str], batch: int, *, as_json: bool) -> Answer:
+    from pqk.gpu.static_checks import prove
+
+    document = prove(folder, arches, batch=batch, observer=observer(as_json))
+    what = "the kernels' cases" if folder is None else f"{folder} at batch {batch}"
+    shown: list[RenderableType] = []
+    for arch in document["predictions_assume"]:
+        rows = [row for layer in document["layers"] for row in _launches(layer, arch["name"])]
+        untraced = {why for layer in document["layers"] if (why := layer["on"][arch["name"]]["traffic_reason"])}
+        shown += [
+            table(f"{what}, compiled for {arch['name']}", LAUNCHES, rows, right=range(3, len(LAUNCHES))),
+            f"≥ µs: predicted, not measured, by the peaks of one {arch['gpu']}: "
+            f"{arch['int8_ops'] / 1e12:.0f} TOPS INT8, {arch['bandwidth'] / 1e9:.0f} GB/s ({arch['source']})",
+            *(f"bytes not counted: {why}" for why in sorted(untraced)),
+        ]
+    missed = document["problems"]
+    verdict = [f"missed: {text}" for text in missed] or ["every bar is met: no spills, no more than 1.1x the bytes"]
+    return Answer(document, [*shown, READ, *verdict], 1 if missed else 0)
+
+
+LAUNCHES = (
+    "layer", "operator", "int8 units", "regs", "spills", "shared", "fills ≤", "moved", "to once", "issued", "≥ µs"
+)  # fmt: skip
+READ = (
+    "int8 units: integer matrix instructions in the code; fills: share of a core's warps that such programs can fill; "
+    "moved: distinct 32-byte sectors; to once: beside inputs, weights and outputs once; issued: all loads and stores"
+)
+
+
+def _launches(layer: dict[str, Any], arch: str) -> Rows:
+    """A row for each launch of a layer; its bytes and time stand in the first."""
+    there = layer["on"][arch]
+    traffic, predicted, alike = there["traffic"], there["predicted"], len(layer["layers"]) - 1
+    name, op = layer["layers"][0] + (f" +{alike}" if alike else ""), layer["op"].removeprefix("pqk::")
+    counted: list[str | None] = [None] * 4
+    if traffic:
+        moved, issued = (f"{traffic[k] / 1e3:.1f} kB" for k in ("moved", "issued"))
+        counted = [moved, f"{traffic['ratio']:.2f}x", issued, f"{predicted['microseconds']:.3f}"]
+    rows: Rows = []
+    for code in there["launches"]:
+        made: list[Any] = [None] * 5
+        if code["reason"] is None:
+            units = {name.partition(".")[0].removeprefix("v_").partition("_")[0].upper() for name in code["integer"]}
+            shared = f"{code['shared'] / 1024:.1f}/{code['shared_limit'] / 1024:.0f} K"
+            filled = f"{100 * code['occupancy']:.0f} %"
+            made = [", ".join(sorted(units)) or None, code["registers"], code["spills"], shared, filled]
+        rows.append([name, op, *made, *counted])
+        name, op, counted = "", "", [None] * 4
+    return rows or [[name, op, "not our kernel", *[None] * 8]]
+
+
+def inspect(where: Path) -> Answer:
+    if not where.exists():
+        raise InputError(f"{where}: there is no such file or folder")
+    if not where.is_dir():
+        return _inspect_recipe(where)
+    if (where / ".work").is_dir() and not (where / MANIFEST).exists():
+        return _inspect_unfinished(where)
+    return _inspect_artifact(Artifact.load(where))
+
+
+def _passes_of(recipe: Recipe) -> list[dict[str, Any]]:
+    return [
+        {"pass": p.name, "stage": str(stage), "produces": str(p.result_stage(stage)), "settings": plain(p)}
+        for p, stage in zip(recipe.passes, recipe.stages(), strict=True)
+    ]
+
+
+def _inspect_recipe(path: Path) -> Answer:
+    recipe = Recipe.load(path)
+    specs = {k: None if (s := getattr(recipe, k)) is None else plain(s) for k in ("teacher", "task", "target")}
+    rows = _passes_of(recipe)
+    document = {"kind": "recipe", "path": str(path), "seed": recipe.seed, **specs, "passes": rows}
+    head = [f"{k}: {listed(v, 400) if v else 'none given'}" for k, v in {**specs, "seed": str(recipe.seed)}.items()]
+    cells = [
+        [i + 1, r["pass"], f"{r['stage']} → {r['produces']}", listed(r["settings"], 400)] for i, r in enumerate(rows)
+    ]
+    shown = table(str(path), ("", "pass", "stage", "settings (the rest are defaults)"), cells)
+    return Answer(document, ["\n".join(head), shown])
+
+
+def _inspect_unfinished(folder: Path) -> Answer:
+    recipe = Recipe.loads(read_json(folder / ".work" / "run.json")["recipe"])
+    names = [f"{i:02d}-{p.name}" for i, p in enumerate(recipe.passes)]
+    done = [n for n in names if (folder / ".work" / n / "program.json").exists()]
+    document = {"kind": "unfinished", "folder": str(folder), "finished": done, "passes": _passes_of(recipe)}
+    left = [n for n in names if n not in done]
+    shown = [
+        f"{folder} is an unfinished compile: {len(done)} of {len(names)} passes are done",
+        f"done: {', '.join(done) or 'none'}",
+        f"left: {', '.join(left) or 'the proof'}",
+        f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
+    ]
+    return Answer(document, ["\n".join(shown)])
+
+
+def _inspect_artifact(artifact: Artifact) -> Answer:
+    report, manifest = artifact.report, artifact.manifest
+    recipe = _passes_of(artifact.recipe)
+    rows = []
+    for record, planned in zip(report.passes, recipe, strict=False):
+        declined = [{"layer": d.layer, "reason": d.reason} for d in report.declined if d.pass_name == record.pass_name]
+        rows.append({**record.model_dump(mode="json"), "settings": planned["settings"], "declined": declined})
+    document = {
+        "kind": "artifact",
+        "folder": str(artifact.folder),
+        **{k: v for k, v in manifest.items() if k not in ("files", "format")},
+        "files": manifest["files"],
+        "rewrites": [r.function for r in artifact.plan],
+        "passes": rows,
+        "report": json.loads(report.dumps()),
+    }
+    ports = [f"{p['name']} {p['dtype']} {p['shape']}" for p in (*manifest["inputs"], *manifest["outputs"])]
+    head = [
+        f"{artifact.folder}: {report.metric.name if report.metric else 'metric'} "
+        f"{metric_text(report.metric, report.metric.student if report.metric else None)} "
+        f"(teacher {metric_text(report.metric, report.metric.teacher if report.metric else None)}), "
+        f"{report.size_bytes / 1e3:.0f} kB, for {manifest['target']}, seed {manifest['seed']}",
+        f"inputs and outputs: {'; '.join(ports)}",
+        f"integer coverage {percent(report.integer_coverage)}; parity {_parity(report)}",
+        "every file is as it was written",
+    ]
+    shown = [*describe.passes_done(report), *_warnings(_diagnosed(report))]
+    return Answer(document, ["\n".join(head), attribution_table(report), *shown])
+
+
+# Reference
+
+
+def passes() -> Answer:
+    document = describe.reference()
+    return Answer(document, describe.reference_tables(document))
+
+
+def schema(report: bool, comparison: bool) -> Answer:
+    document = comparison_schema() if comparison else json.loads(schema_text()) if report else json_schema()
+    return Answer(document, [json.dumps(document, indent=2, ensure_ascii=False)])
+
+
+def doctor() -> Answer:
+    document = examine()
+    return Answer(document, describe.machine(document))

@@ -1,0 +1,177 @@
+"""Runs the passes of a recipe. After every pass it verifies, records and saves; no pass does any of this itself.
+
+Run state, in the run's folder:
+
+    run.json                 what this is a run of; a resume must match it
+    journal.jsonl            measured decisions
+    00-prune/                a finished pass: student.safetensors and program.json (stage, plan, records, declined)
+    01-distill.partial/      the checkpoint of the running one
+    cache/                   the teacher's answers
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqk.core.costs import count_macs, count_parameters
+from pqk.core.program import Declined, Pass, Program, Record, Rewrite, RewriteFunction, Stage, replay
+from pqk.core.run_context import from_main, is_main_process
+from pqk.errors import InputError, PqkError
+from pqk.files import read_json, read_tensors, write_json, write_tensors
+from pqk.target.machine import peak_memory
+from pqk.task.task import Task, tensors
+
+
+def check_order(passes: Sequence[Pass], start: Stage = Stage.MODULE) -> Stage:
+    """The stage in which the passes leave the student. Raises `InputError` for an order that no student can take."""
+    stage = start
+    for i, p in enumerate(passes):
+        if stage not in p.consumes:
+            wants = " or ".join(str(s) for s in sorted(p.consumes))
+            raise InputError(
+                f'recipe: pass {i + 1} "{p.name}" consumes {wants}, but the student is in stage {stage} there'
+                + (f', after "{passes[i - 1].name}"' if i else "")
+            )
+        if p.result_stage(stage) < stage:
+            raise InputError(f'recipe: pass {i + 1} "{p.name}" would move the student back from {stage}')
+        stage = p.result_stage(stage)
+    return stage
+
+
+def run_passes(program: Program, task: Task, passes: Sequence[Pass], start: int = 0) -> Program:
+    """Apply `passes` in order; those whose result is saved in the run's folder are loaded instead.
+
+    `start` numbers the first of them. Raises what a pass raises, and `PqkError` where verification finds a pass wrong.
+    """
+    table = {f.__name__: f for p in passes for f in p.rewrites}
+    for index, p in enumerate(passes, start):
+        scope = f"{index:02d}-{p.name}"
+        saved = None if program.run.folder is None else program.run.folder / scope
+        program = replace(program, run=program.run.enter(scope), details={})
+        # Rank 0 looks: it may have saved a pass that another process has yet to begin.
+        if saved is not None and from_main((saved / "program.json").exists):
+            program = p.derive(load(program, task, saved, table))
+            continue
+        began = time.perf_counter()
+        torch.manual_seed(program.run.seed_for("pass"))
+        after = p.apply(program, task)
+        after = replace(after, stage=p.result_stage(program.stage))
+        verify(after, task, scope)
+        seconds = time.perf_counter() - began
+        program = replace(after, records=(*after.records, _record(after, task, index, p, seconds)))
+        if saved is not None and is_main_process():
+            save(program, saved)
+            for checkpoints in saved.parent.glob(f"{scope}*.partial"):  # a pass may train more than once
+                shutil.rmtree(checkpoints, ignore_errors=True)
+    return program
+
+
+def verify(program: Program, task: Task, scope: str) -> None:
+    """The graph lints, outputs have the teacher's shapes and dtypes, values are finite."""
+    if isinstance(program.student, torch.fx.GraphModule):
+        program.student.graph.lint()
+    program.student.eval()
+    forms = {"student": program.student} | ({} if program.fused is None else {"fused student": program.fused})
+    for form, module in forms.items():
+        with torch.no_grad():
+            want, got = tensors(program.teacher(*task.example)), tensors(module(*task.example))
+        shapes = [[(tuple(t.shape), t.dtype) for t in side] for side in (want, got)]
+        if shapes[0] != shapes[1]:
+            raise PqkError(f"{scope}: the {form}'s outputs are {shapes[1]} and the teacher's {shapes[0]}")
+        for i, t in enumerate(got):
+            if t.is_floating_point() and not bool(t.isfinite().all()):
+                raise PqkError(f"{scope}: output {i} of the {form} is not finite on the example inputs")
+    for name, t in program.student.state_dict().items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise PqkError(f"{scope}: {name} of the student is not finite")
+
+
+def _record(program: Program, task: Task, index: int, p: Pass, seconds: float) -> Record:
+    student = program.student
+    labelled = task.validation.labelled
+    return Record(
+        index=index,
+        pass_name=p.name,
+        stage=str(program.stage),
+        seconds=round(seconds, 3),
+        parameters=count_parameters(student),
+        macs=count_macs(student, task.example),
+        size_bytes=sum(t.numel() * t.element_size() for t in student.state_dict().values()),
+        metric=task.score(student, task.validation) if labelled else None,
+        peak_memory_bytes=peak_memory(),
+        details=dict(program.details),
+    )
+
+
+def state(program: Program) -> dict[str, Any]:
+    """A program without its tensors, as JSON."""
+    return {
+        "stage": str(program.stage),
+        "plan": [asdict(r) for r in program.plan],
+        "declined": [asdict(d) for d in program.declined],
+        "records": [asdict(r) for r in program.records],
+    }
+
+
+def save(program: Program, folder: Path) -> None:
+    """Write a program; the folder appears under its name when everything is in it."""
+    partial = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_tensors(partial / "student.safetensors", program.student.state_dict())
+        write_json(partial / "program.json", state(program))
+        partial.replace(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(program: Program, task: Task, folder: Path, rewrites: Mapping[str, RewriteFunction]) -> Program:
+    """The program saved in `folder`, rebuilt from the teacher. Raises `InputError` for files that do not fit."""
+    saved = read_json(folder / "program.json")
+    plan = tuple(Rewrite(r["function"], r["arguments"]) for r in saved["plan"])
+    weights, _ = read_tensors(folder / "student.safetensors")
+    return replace(
+        program,
+        student=rebuild(program.teacher, task.example, plan, rewrites, weights),
+        stage=Stage[saved["stage"]],
+        plan=plan,
+        declined=tuple(Declined(**d) for d in saved["declined"]),
+        records=tuple(Record(**r) for r in saved["records"]),
+    )
+
+
+def rebuild(
+    teacher: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    plan: Sequence[Rewrite],
+    rewrites: Mapping[str, RewriteFunction],
+    weights: dict[str, torch.Tensor],
+) -> nn.Module:
+    """The student: the plan replayed on a copy of the teacher, filled with `weights`, in eval mode.
+
+    Raises `InputError` where the plan or the weights are of another teacher.
+    """
+    unknown = sorted({r.function for r in plan} - set(rewrites))
+    if unknown:
+        raise InputError(f"plan: unknown rewrites {unknown}; it was written by another version of pqk")
+    try:
+        # A frozen teacher makes a student that trains: rewrites freeze what must not.
+        student = replay(copy.deepcopy(teacher).requires_grad_(True), example, plan, rewrites)
+        student.load_state_dict(weights)
+    except (RuntimeError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"plan: it does not fit this teacher: {error}") from error
+    for module in student.modules():
+        module.training = False
+    return student

@@ -1,0 +1,153 @@
+"""The one thing that flows through the compiler, and the one verb that changes it.
+
+A `Program` holds the frozen teacher, the student, the stage the student is in, the target, and everything that was
+done so far. A `Pass` decides; a *rewrite* does. A rewrite is a plain function
+
+    rewrite(student, example, **arguments) -> student
+
+whose arguments are JSON. `Program.rewrite` calls it and writes it into the *plan*, so the plan replayed on a copy of
+the teacher, plus the saved tensors, gives the student back: without pickle, after a crash, or years later.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, fx, nn
+
+if TYPE_CHECKING:
+    from pqk.core.run_context import Run
+    from pqk.target.target import Target
+    from pqk.task.task import Task
+
+Example = tuple[Tensor, ...]
+RewriteFunction = Callable[..., nn.Module]
+
+#: pydantic configuration of every pass: unknown keys are refused, docstrings under fields are their documentation.
+CONFIG = ConfigDict(
+    extra="forbid",
+    use_attribute_docstrings=True,
+    arbitrary_types_allowed=False,
+    allow_inf_nan=False,
+    ser_json_inf_nan="constants",
+)
+
+
+class Stage(enum.IntEnum):
+    """What the student is. A stage only moves right."""
+
+    MODULE = 0
+    """an ordinary float `nn.Module`"""
+    GRAPH = 1
+    """the ATen graph that will be deployed, batch norm folded"""
+    FAKE_QUANT = 2
+    """that graph with fake-quantizers on the target's integer grid; it trains"""
+    INT8 = 3
+    """that graph with integer weights and explicit quantize / dequantize"""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One line of the plan: the name of a rewrite function and its JSON arguments."""
+
+    function: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Declined:
+    """'Does not apply' as a value: which pass left which layer alone, and why."""
+
+    pass_name: str
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the pipeline noted after one pass. `metric` is on validation data, None where the task has none."""
+
+    index: int
+    pass_name: str
+    stage: str
+    seconds: float
+    parameters: int
+    macs: int
+    size_bytes: int
+    metric: float | None
+    peak_memory_bytes: int = 0
+    """the largest resident memory of this process so far; 0 where the system does not say"""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The state of a compilation. Passes return a new one; the teacher is never changed."""
+
+    teacher: nn.Module
+    student: nn.Module
+    stage: Stage
+    target: Target
+    run: Run
+    plan: tuple[Rewrite, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    records: tuple[Record, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """what the current pass wants noted in its record (JSON)"""
+    fused: fx.GraphModule | None = None
+    """the INT8 student as a program of fused operators; made from the student, so it is not saved"""
+
+    def rewrite(self, function: RewriteFunction, example: Example, **arguments: Any) -> Program:
+        """Apply one rewrite to the student and append it to the plan. `arguments` must be JSON."""
+        student = function(self.student, example, **arguments)
+        return replace(self, student=student, plan=(*self.plan, Rewrite(function.__name__, arguments)))
+
+    def decline(self, pass_name: str, reasons: Iterable[tuple[str, str]]) -> Program:
+        """Note `(layer, reason)` pairs that `pass_name` left alone."""
+        return replace(self, declined=(*self.declined, *(Declined(pass_name, la, why) for la, why in reasons)))
+
+    def note(self, **details: Any) -> Program:
+        """Add JSON values to the current pass's record."""
+        return replace(self, details={**self.details, **details})
+
+
+class Pass(ABC):
+    """One step of a recipe: a frozen pydantic dataclass whose fields are its whole configuration."""
+
+    name: ClassVar[str]
+    consumes: ClassVar[frozenset[Stage]]
+    produces: ClassVar[Stage | None] = None
+    """the stage it leaves the student in; None: the stage it found"""
+    rewrites: ClassVar[tuple[RewriteFunction, ...]] = ()
+
+    @abstractmethod
+    def apply(self, program: Program, task: Task) -> Program:
+        """Return the program with this pass done. Raises `InputError` where it cannot apply."""
+
+    def derive(self, program: Program) -> Program:
+        """What this pass makes of the student without changing it. Called where its saved result is loaded."""
+        return program
+
+    def result_stage(self, stage: Stage) -> Stage:
+        """The stage after this pass on a student in `stage`."""
+        return stage if self.produces is None else self.produces
+
+
+def replay(
+    teacher_copy: nn.Module, example: Example, plan: Iterable[Rewrite], rewrites: Mapping[str, RewriteFunction]
+) -> nn.Module:
+    """Apply a plan to a copy of the teacher (which is changed). Raises `KeyError` for a rewrite that is unknown."""
+    student = teacher_copy
+    with torch.random.fork_rng(devices=[]):
+        for step in plan:
+            student = rewrites[step.function](student, example, **step.arguments)
+    return student

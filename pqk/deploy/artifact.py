@@ -1,0 +1,200 @@
+"""The directory that ships, and how it is read back. `model.onnx` is usable without pqk.
+
+model.onnx            the student, INT8, self-contained; not where the target is a GPU
+student.pt2           the fused student, where the recipe fuses; it needs `import pqk.kernels`
+tuning.json           the block sizes that its kernels run with on a GPU
+student.safetensors   its tensors, and
+student.json          the plan of rewrites that rebuilds the module from the teacher
+recipe.toml           what was done
+report.json, .md      what it is worth
+manifest.json         sha256 of every other file, versions, seed, data, target, inputs and outputs; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx, nn
+
+from pqk.bench.protocol import Contender, measure, onnxruntime_contender
+from pqk.core.pipeline import rebuild
+from pqk.core.program import Rewrite
+from pqk.deploy.onnxruntime_session import session
+from pqk.deploy.torch_emitter import load_student
+from pqk.deploy.tuning import NAME as TUNING
+from pqk.deploy.tuning import Tuning
+from pqk.errors import InputError
+from pqk.files import read_json, read_tensors, write_json
+from pqk.passes import REWRITES
+from pqk.recipe.recipe import Recipe
+from pqk.report.schema import LatencyRow, Report
+from pqk.target.target import Target
+from pqk.task.task import tensors
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+STUDENT = ("student.safetensors", "student.json")
+DEPLOYED = ("model.onnx", "student.pt2")
+"""what is run; an artifact has one of them or both"""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    """Seal a directory: its files are those that are there now."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))
+    entries = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files}
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": entries, **values})
+
+
+class Artifact:
+    """A compiled student on disk. `Artifact.load` checks every file against the manifest."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._run: Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]] | None = None
+
+    @staticmethod
+    def load(folder: str | Path) -> Artifact:
+        """Open a directory. Raises `InputError` for one that is unfinished, incomplete or changed."""
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            unfinished = (folder / ".work").is_dir()
+            why = "the compile did not finish; go on with --resume" if unfinished else "it is not a pqk artifact"
+            raise InputError(f"{folder} has no {MANIFEST}: {why}")
+        manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InputError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}; it needs another pqk version")
+        listed = set(manifest.get("files", ()))
+        unlisted = sorted({"report.json", "recipe.toml", *STUDENT} - listed)
+        if not listed & set(DEPLOYED):
+            unlisted.append(" or ".join(DEPLOYED))
+        if unlisted:
+            raise InputError(f"{folder / MANIFEST} was changed: it does not list {', '.join(unlisted)}")
+        for name, entry in manifest["files"].items():
+            path = folder / name
+            if Path(name).name != name or not path.is_file():
+                raise InputError(f"{folder}: {name} is missing; copy the whole directory again")
+            if not isinstance(entry, dict) or sha256(path) != entry.get("sha256"):
+                raise InputError(
+                    f"{path} was changed after the compile: its sha256 is not the manifest's; copy it again"
+                )
+        return Artifact(folder, manifest)
+
+    @property
+    def report(self) -> Report:
+        return Report.load(self.folder / "report.json")
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe.load(self.folder / "recipe.toml")
+
+    @property
+    def plan(self) -> tuple[Rewrite, ...]:
+        """The rewrites that make the student out of the teacher."""
+        plan = read_json(self.folder / "student.json")["plan"]
+        return tuple(Rewrite(r["function"], r["arguments"]) for r in plan)
+
+    @property
+    def target(self) -> Target:
+        return Target.named(self.manifest["target"])
+
+    def student(self, device: str | torch.device = "cpu") -> fx.GraphModule:
+        """The fused student of `student.pt2` as a torch module. Raises `InputError` where there is none."""
+        path = self.folder / "student.pt2"
+        if not path.exists():
+            raise InputError(f'{self.folder} has no student.pt2: its recipe does not end in "fuse"')
+        if (self.folder / TUNING).exists():
+            Tuning.load(self.folder / TUNING).install()
+        return load_student(path, device)
+
+    def run(self, *inputs: NDArray[Any] | torch.Tensor) -> Any:
+        """Outputs of `model.onnx` in ONNX Runtime: an array, or a dict by name where there are several.
+
+        Where there is only a `student.pt2`, of that on the CPU, by the reference bodies of its operators. Raises
+        `InputError` where inputs do not have the shapes and dtypes of the manifest.
+        """
+        arrays = [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs]
+        feeds = self._feeds(arrays)
+        if self._run is None:
+            onnx = self.folder / "model.onnx"
+            self._run = partial(session(onnx).run, None) if onnx.exists() else partial(_run_torch, self.student())
+        outputs = dict(zip([o["name"] for o in self.manifest["outputs"]], self._run(feeds), strict=True))
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    def _feeds(self, arrays: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        specs = self.manifest["inputs"]
+        if len(arrays) != len(specs):
+            raise InputError(f"run: {len(arrays)} inputs given; the model takes {[s['name'] for s in specs]}")
+        for x, s in zip(arrays, specs, strict=True):
+            fits = len(x.shape) == len(s["shape"]) and all(
+                isinstance(want, str) or want == have for want, have in zip(s["shape"], x.shape, strict=True)
+            )
+            if not fits or str(x.dtype) != s["dtype"]:
+                raise InputError(f"run: {s['name']} is {x.dtype} {list(x.shape)}; it must be {s['dtype']} {s['shape']}")
+        return {s["name"]: x for s, x in zip(specs, arrays, strict=True)}
+
+    def benchmark(self, batches: Sequence[int] = (1,), threads: int = 2, rounds: int = 30) -> list[LatencyRow]:
+        """The student beside its teacher, in turn, on this machine; nothing is written.
+
+        The teacher's FP32 file is not part of an artifact: ratios need `teacher.onnx` beside `model.onnx`, as in a
+        finished compile's run state; without it ratios are null.
+        """
+        if not (self.folder / "model.onnx").exists():
+            raise InputError(f"{self.folder} has no model.onnx, which a CPU is timed with; use --device cuda on a GPU")
+        proof = self.folder / ".work" / "proof"
+        teacher = next((p for p in (proof / "teacher_optimized.onnx", proof / "teacher.onnx") if p.exists()), None)
+        rows: list[LatencyRow] = []
+        for batch in batches:
+            feeds = self.example(batch)
+            student = onnxruntime_contender("student", self.folder / "model.onnx", feeds, threads=threads)
+            base = onnxruntime_contender("teacher_fp32", teacher, feeds, threads=threads) if teacher else None
+            contenders: list[Contender] = [student] if base is None else [base, student]
+            rows += measure(contenders, base, rounds)
+        return rows
+
+    def example(self, batch: int) -> dict[str, NDArray[Any]]:
+        """Random feeds of that batch size, from a fixed seed; free axes other than the batch get 16."""
+        rng = np.random.default_rng(0)
+        feeds = {}
+        for s in self.manifest["inputs"]:
+            shape = [batch if i == 0 else (16 if isinstance(n, str) else n) for i, n in enumerate(s["shape"])]
+            kind = np.dtype(s["dtype"])
+            drawn = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 2, shape)
+            feeds[s["name"]] = drawn.astype(kind)
+        return feeds
+
+    def rebuild(self, teacher: nn.Module | None = None) -> nn.Module:
+        """The student as a torch module: the plan replayed on a copy of `teacher`, filled with the saved tensors.
+
+        Without `teacher`, the recipe's factory makes it (its weights do not matter). Raises `InputError` where the
+        recipe names none, or the plan does not fit.
+        """
+        if teacher is None:
+            teacher = self._teacher()
+        weights, _ = read_tensors(self.folder / "student.safetensors")
+        example = tuple(torch.from_numpy(x) for x in self.example(2).values())
+        return rebuild(teacher, example, self.plan, REWRITES, weights)
+
+    def _teacher(self) -> nn.Module:
+        from pqk.recipe.factories import load_teacher
+
+        spec = self.recipe.teacher
+        if spec is None:
+            raise InputError("rebuild: this artifact was compiled from a module in Python; pass it as teacher=…")
+        return load_teacher(type(spec)(factory=spec.factory, arguments=spec.arguments), beside=self.folder)
+
+
+def _run_torch(student: fx.GraphModule, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    with torch.inference_mode():
+        return [t.numpy() for t in tensors(student(*(torch.from_numpy(np.array(x)) for x in feeds.values())))]

@@ -1,0 +1,202 @@
+"""Student or teacher → `model.onnx`: integer weights, QDQ, dynamic batch, one file that needs neither pqk nor torch.
+
+What ONNX Runtime reads is plain standard: QuantizeLinear / DequantizeLinear around float operators, which it fuses into
+integer kernels. Torch's exporter writes source paths and stack traces into the file; they are taken out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import opset21 as op
+from torch import Tensor, fx, nn
+
+from pqk.core.graph import Axes, free_axes
+from pqk.deploy.qdq import QUANTIZERS
+from pqk.errors import InputError
+from pqk.files import write_whole
+from pqk.passes.convert.convert import quantized_tensors
+from pqk.task.task import Outputs
+
+OPSET = 21
+aten = torch.ops.aten
+Value = Any
+"""a tensor of the ONNX graph that is being built"""
+
+
+def _quantize(x: Value, scale: Value, zero_point: Value, qmin: int, qmax: int) -> Value:
+    """The grid is the whole range of the zero point's dtype wherever ONNX is emitted, so QuantizeLinear saturates."""
+    return op.QuantizeLinear(x, scale, zero_point)
+
+
+def _quantize_dynamic(x: Value) -> Value:
+    return op.DynamicQuantizeLinear(x)
+
+
+def _matmul_integer_to_float(x: Value, x_scale: Value, x_zero: Value, weight: Value, weight_scale: Value) -> Value:
+    """In the form that ONNX Runtime fuses with the quantizer before it, and with the sum behind it."""
+    product = op.Cast(op.MatMulInteger(x, weight, x_zero), to=onnx.TensorProto.FLOAT)
+    return op.Mul(product, op.Mul(x_scale, weight_scale))
+
+
+def _dequantize(q: Value, scale: Value, zero_point: Value, axis: int | None = None) -> Value:
+    return op.DequantizeLinear(q, scale, zero_point, axis=1 if axis is None else axis)
+
+
+def _mean(x: Value, dim: Sequence[int], keepdim: bool = False, dtype: int | None = None) -> Value:
+    """Means over all axes after the channels have an integer kernel under the name GlobalAveragePool."""
+    rank = len(x.shape)
+    if keepdim and rank >= 3 and sorted(d % rank for d in dim) == list(range(2, rank)):
+        return op.GlobalAveragePool(x)
+    return op.ReduceMean(x, op.Constant(value_ints=list(dim)), keepdims=int(keepdim))  # type: ignore[arg-type]
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.pqk.quantize.default: _quantize,
+    torch.ops.pqk.quantize_dynamic_linear.default: _quantize_dynamic,
+    torch.ops.pqk.matmul_integer_to_float.default: _matmul_integer_to_float,
+    torch.ops.pqk.dequantize.default: _dequantize,
+    aten.mean.dim: _mean,
+}
+
+
+def emit_onnx(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    path: Path,
+    input_names: Sequence[str],
+    output_names: Sequence[str] | None = None,
+    axes: Axes | None = None,
+) -> None:
+    """Write `module`, a float module or an INT8 graph, to `path`, whole or not at all; its mode becomes eval.
+
+    `example` are inputs whose first axis is the batch (at least 2), which becomes the dynamic axis "batch"; `axes`
+    names further free axes. Outputs are named by `output_names`; by default by the keys of a dict, else `logits`, or
+    `output_0`, `output_1` … for several. The outputs of the QuantizeLinear nodes of activations are named `LAYER_q`.
+    Raises `InputError` where the module cannot be exported, and for a full disk.
+    """
+    module.eval()
+    names = list(output_names or _names_of_outputs(module, example))
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                example,
+                input_names=list(input_names),
+                output_names=names,
+                dynamic_shapes=free_axes(example, axes),
+                custom_translation_table=TRANSLATIONS,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+            assert program is not None
+            model = program.model_proto
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}") from error
+    _anonymize(model)
+    _name_axes(model, axes or ())
+    if isinstance(module, fx.GraphModule):
+        _name_layers(model, module)
+    _slim(model)
+    onnx.checker.check_model(model, full_check=True)
+    write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
+
+
+def _names_of_outputs(module: nn.Module, example: tuple[Tensor, ...]) -> list[str]:
+    with torch.no_grad():
+        return names_of_outputs(module(*example))
+
+
+def names_of_outputs(outputs: Outputs) -> list[str]:
+    """What outputs are called where the task does not name them."""
+    if isinstance(outputs, dict):
+        return list(outputs)
+    return ["logits"] if isinstance(outputs, Tensor) else [f"output_{i}" for i in range(len(outputs))]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints, logs, and warns of its own internals."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _anonymize(model: onnx.ModelProto) -> None:
+    """Take out what the exporter notes about the machine and the source it ran on."""
+    graph = model.graph
+    del model.metadata_props[:]
+    model.ClearField("doc_string")
+    model.producer_name, model.producer_version = "pqk", ""
+    graph.name = "student"
+    values = (*graph.initializer, *graph.value_info, *graph.input, *graph.output)
+    for part in (graph, *graph.node, *values, *model.functions):
+        del part.metadata_props[:]
+        part.ClearField("doc_string")
+
+
+def _name_axes(model: onnx.ModelProto, axes: Axes) -> None:
+    """Call free axes by their names, in the inputs and wherever an output has the same one."""
+    named: dict[str, str] = {}
+    for value, names in zip(model.graph.input, axes, strict=False):
+        dims = value.type.tensor_type.shape.dim
+        named.update({d.dim_param: n for d, n in zip(dims, names, strict=True) if n and d.dim_param})
+    for value in (*model.graph.input, *model.graph.output):
+        for d in value.type.tensor_type.shape.dim:
+            if d.dim_param in named:
+                d.dim_param = named[d.dim_param]
+
+
+def _slim(model: onnx.ModelProto) -> None:
+    """Take out what every reader infers: shapes inside the graph, where that works, and attributes that say defaults.
+
+    Beside the integer weights of a small student these were a tenth of the file. Nodes are named as what they make.
+    """
+    written = list(model.graph.value_info)
+    del model.graph.value_info[:]
+    inferred = {v.name: v.type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    constant = {tensor.name for tensor in model.graph.initializer}
+    model.graph.value_info.extend(v for v in written if v.name not in constant and inferred.get(v.name) != v.type)
+    for node in model.graph.node:
+        node.name = node.output[0]
+        schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
+        said = [a for a in node.attribute if not _is_default(a, schema.attributes[a.name])]
+        del node.attribute[:]
+        node.attribute.extend(said)
+
+
+def _is_default(attribute: onnx.AttributeProto, declared: onnx.defs.OpSchema.Attribute) -> bool:
+    default = declared.default_value
+    return default.type == attribute.type and onnx.helper.get_attribute_value(
+        default
+    ) == onnx.helper.get_attribute_value(attribute)
+
+
+def _name_layers(model: onnx.ModelProto, int8_graph: fx.GraphModule) -> None:
+    """Name the integers of every activation after its layer, and the values around it likewise."""
+    layers = [layer for layer, _ in quantized_tensors(int8_graph)]
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    nodes = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.input[0] not in initializers]
+    if len(nodes) != len(layers):
+        raise InputError(f"emit_onnx: {len(layers)} activations are quantized and the exporter wrote {len(nodes)}")
+    renamed = {node.output[0]: f"{layer}_q" for layer, node in zip(layers, nodes, strict=True)}
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for value in (*model.graph.value_info, *model.graph.output):
+        value.name = renamed.get(value.name, value.name)

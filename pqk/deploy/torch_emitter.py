@@ -1,0 +1,119 @@
+"""Fused student → `student.pt2`: one file that runs wherever torch, Triton and `pqk.kernels` are, and holds no pickle.
+
+`torch.export.save` writes a zip of JSON and raw tensor bytes, and the sample inputs as a pickle. That one record is
+emptied, which `torch.export.load` reads as "no sample inputs". The exporter's notes about the sources it ran on are
+taken out; each launch keeps the name of its layer, in the node's `custom` metadata.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pqk.core.graph import Axes, free_axes, quiet_export
+from pqk.errors import InputError
+from pqk.files import write_whole
+
+NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+SAMPLES = "data/sample_inputs/model.pt"
+RECORDS = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
+    r"|data/(weights/weight|constants/tensor)_\d+|data/(weights/model_weights|constants/model_constants)_config\.json"
+)
+"""what a `student.pt2` is made of, beside the empty record of sample inputs"""
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""the date of every record: the same student is the same file"""
+
+
+def emit_torch(fused: fx.GraphModule, example: tuple[Tensor, ...], path: Path, axes: Axes | None = None) -> None:
+    """Write a fused student to `path`, whole or not at all.
+
+    `example` are inputs whose first axis is the batch (at least 2), which stays free, as does what `axes` names. Raises
+    `InputError` where the module cannot be exported, and for a full disk.
+    """
+    free = free_axes(example, axes)
+    try:
+        with quiet_export(), torch.no_grad():
+            exported = torch.export.export(fused, example, dynamic_shapes=free, strict=False)
+    except Exception as error:  # whatever the tracer raised
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"emit_torch: the fused student cannot be exported: {reason}") from error
+    _annotate(exported.graph, fused.graph)
+    buffer = io.BytesIO()
+    with quiet_export():
+        torch.export.save(exported, buffer)
+    write_whole(Path(path), lambda partial: _write_records(partial, buffer))
+
+
+def load_student(path: Path | str, device: str | torch.device = "cpu") -> fx.GraphModule:
+    """The fused student in a `student.pt2`: a module that takes a batch of any size, in eval mode.
+
+    On a CPU the operators run their reference bodies, on a CUDA device the Triton kernels. Raises `InputError` for a
+    file that is missing, damaged, or holds anything but JSON and tensors; nothing in it is ever unpickled.
+    """
+    import pqk.kernels  # noqa: F401 (the operators that the file calls)
+
+    foreign = foreign_records(path)
+    if foreign:
+        raise InputError(f"{path} holds {', '.join(foreign[:4])}, which may run code when opened; pqk did not write it")
+    try:
+        with quiet_export():
+            module = torch.export.load(str(path)).module(check_guards=False)
+    except Exception as error:  # damaged JSON, another torch
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path} cannot be loaded by torch {torch.__version__}: {reason}") from error
+    assert isinstance(module, fx.GraphModule)
+    return module.to(device)
+
+
+def foreign_records(path: Path | str) -> list[str]:
+    """The records of an archive that are no part of a `student.pt2`: pickles, compiled code, extra files.
+
+    Raises `InputError` for a file that cannot be read or is no archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = []
+            for name in archive.namelist():
+                record = name.partition("/")[2]
+                if record == SAMPLES:
+                    if archive.getinfo(name).file_size:
+                        found.append(name)
+                    continue
+                config = record.endswith("_config.json")
+                if not RECORDS.fullmatch(record) or (config and _pickled(json.loads(archive.read(name)))):
+                    found.append(name)
+            return found
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not a student.pt2 ({error}); copy it again") from error
+
+
+def _pickled(config: dict[str, Any]) -> bool:
+    return any(entry.get("use_pickle", True) for entry in config.get("config", {}).values())
+
+
+def _write_records(path: Path, saved: io.BytesIO) -> None:
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as out:
+        for info in source.infolist():
+            record = info.filename.partition("/")[2]
+            content = b"" if record == SAMPLES else source.read(info)
+            out.writestr(zipfile.ZipInfo(f"student/{record}", EPOCH), content)
+
+
+def _annotate(exported: fx.Graph, fused: fx.Graph) -> None:
+    """Drop the exporter's notes, and give each operator of pqk its layer's name: both graphs have them in order."""
+    for node in exported.nodes:
+        for note in NOTES:
+            node.meta.pop(note, None)
+    sides = [[n for n in g.nodes if n.op == "call_function" and "pqk" in str(n.target)] for g in (exported, fused)]
+    for node, original in zip(*sides, strict=True):
+        node.meta["custom"] = {"layer": original.meta["layer"]}

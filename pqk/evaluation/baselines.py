@@ -1,0 +1,242 @@
+"""What the teacher is worth after post-training quantization alone: the tools that need no training, at their best.
+
+ONNX Runtime's own static quantization is always there, and for transformers its dynamic one, beside optimum's
+`ORTQuantizer`, which runs the same quantizers with other settings: those it recommends for the kind of CPU. The FP32
+baseline of a transformer gets ONNX Runtime's own tool for them, `onnxruntime.transformers.optimizer`, where that makes
+it faster. Intel's neural-compressor is used where it is installed. Its ONNX side was last released in 2024 as
+onnx-neural-compressor 1.0, which pins numpy below 2, so what is measured is what neural-compressor 3 offers on a CPU:
+static INT8 through PyTorch's exported graphs, run by `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from pqk.bench.protocol import Feeds, first_line, ratio_to
+from pqk.core.graph import Axes, free_axes
+from pqk.deploy.onnxruntime_session import session
+from pqk.errors import InputError
+from pqk.target.machine import installed
+from pqk.target.target import Target, machine_target
+from pqk.task.task import Task
+
+Inputs = tuple[Tensor, ...]
+
+CALIBRATION = 512
+"""samples of the validation data: the ranges that min-max finds hardly move after a few hundred"""
+SAME = 1e-3
+"""largest difference of outputs, over the largest of them, that a rearranged float graph may make"""
+
+
+def onnxruntime_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs], target: Target) -> None:
+    """Write the INT8 form of an FP32 ONNX file: QDQ, min-max calibration, weights per channel.
+
+    Activations are uint8 and weights int8 (both int8 on Arm). Where the target is `x86-avx2` and this machine has no
+    VNNI, weights get 7 bits (`reduce_range`), as ONNX Runtime's documentation asks: with 8, `vpmaddubsw` saturates and
+    the baseline would lose accuracy for a reason that is not quantization. `calibration` yields tuples in the order
+    of the file's inputs. Raises `InputError` for no calibration data or a file it cannot quantize.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    names = [i.name for i in session(teacher).get_inputs()]
+    batches = [{n: t.numpy() for n, t in zip(names, inputs, strict=True)} for inputs in calibration]
+    if not batches:
+        raise InputError("post-training quantization of the teacher: no calibration samples")
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    with tempfile.TemporaryDirectory() as folder, quiet_logging():
+        prepared = Path(folder) / "prepared.onnx"
+        try:
+            quant_pre_process(teacher, prepared, skip_symbolic_shape=True)
+            quantize_static(
+                prepared,
+                out,
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8 if target.activation.dtype == "uint8" else QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                reduce_range=_seven_bits(target),
+            )
+        except Exception as error:  # the quantizer's errors share no base class
+            raise InputError(f"ONNX Runtime cannot quantize the teacher: {first_line(error)}") from error
+
+
+def _seven_bits(target: Target) -> bool:
+    return target.name == "x86-avx2" and machine_target() == "x86-avx2"
+
+
+def onnxruntime_dynamic(teacher: Path, out: Path, target: Target) -> str | None:
+    """Write the INT8 form of an FP32 ONNX file whose activations are quantized at run time: None, or why it has none.
+
+    Matrix products and tables of embeddings, weights int8 per channel, of 7 bits as in `onnxruntime_ptq`.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with quiet_logging():
+        try:
+            quantize_dynamic(
+                teacher,
+                out,
+                op_types_to_quantize=["MatMul", "Gather", "Attention", "EmbedLayerNormalization"],
+                per_channel=True,
+                reduce_range=_seven_bits(target),
+                weight_type=QuantType.QInt8,
+            )
+        except Exception as error:  # the quantizer's errors share no base class
+            return f"ONNX Runtime cannot quantize the teacher dynamically: {first_line(error)}"
+    return None
+
+
+def optimum_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs] | None, target: Target) -> str | None:
+    """Write the INT8 form of an FP32 ONNX file by optimum's `ORTQuantizer`: None, or why there is none.
+
+    The settings are those that optimum recommends for the target's kind of CPU, with 7 bits as in `onnxruntime_ptq`.
+    `calibration` yields tuples in the order of the file's inputs, for static quantization by min-max; None: dynamic.
+    """
+    if installed("optimum-onnx") is None:
+        return "optimum is not installed: pip install 'pqk[encoders]'"
+    static = calibration is not None
+    with (
+        quiet_logging(),
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            from onnxruntime.quantization import CalibrationMethod
+            from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
+            from optimum.onnxruntime.configuration import CalibrationConfig
+            from transformers import PretrainedConfig
+
+            names = [i.name for i in session(teacher).get_inputs()]
+            samples = [
+                {n: row.tolist() for n, row in zip(names, rows, strict=True)}
+                for inputs in calibration or ()
+                for rows in zip(*inputs, strict=True)
+            ]
+            kinds = {"x86-avx2": AutoQuantizationConfig.avx2, "x86-vnni": AutoQuantizationConfig.avx512_vnni}
+            settings = kinds.get(target.name, AutoQuantizationConfig.arm64)(is_static=static, per_channel=True)
+            settings.reduce_range = _seven_bits(target)
+            quantizer, ranges = ORTQuantizer(teacher, PretrainedConfig()), None
+            if static:
+                ranges = quantizer.fit(
+                    samples,
+                    CalibrationConfig("validation", "", "", len(samples), CalibrationMethod.MinMax),
+                    onnx_augmented_model_name=str(Path(folder) / "augmented.onnx"),
+                    operators_to_quantize=settings.operators_to_quantize,
+                )
+            quantizer.quantize(settings, folder, calibration_tensors_range=ranges)
+            (Path(folder) / f"{teacher.stem}_quantized.onnx").replace(out)
+        except Exception as error:  # what it raises shares no base class
+            return f"optimum {installed('optimum-onnx')}: {first_line(error)}"
+    return None
+
+
+def is_transformer(path: Path) -> bool:
+    """Whether an ONNX file computes attention: products around a softmax, and layer norms."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return {"MatMul", "Softmax", "LayerNormalization"} <= {n.op_type for n in graph.node}
+
+
+def optimized_transformer(teacher: Path, out: Path, padded: Feeds, feeds: Feeds, threads: int) -> tuple[bool, str]:
+    """What `onnxruntime.transformers.optimizer` makes of the ONNX file of a transformer, on top of what a session does.
+
+    Outputs are compared on `padded`, inputs whose masks say something, and times taken on `feeds`.
+    Returns whether `out` is the better baseline, and in words for the report what was done or why not: the tool may
+    fuse nothing, change the outputs, or make the session significantly slower.
+    """
+    tool = "onnxruntime.transformers.optimizer (bert)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # among others for a folder that the tool leaves to the garbage collector
+        try:
+            with quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
+                from onnxruntime.transformers.optimizer import optimize_model
+
+                model = optimize_model(str(teacher), model_type="bert", opt_level=1, use_gpu=False)
+                fused = {name: n for name, n in model.get_fused_operator_statistics().items() if n}
+                model.save_model_to_file(str(out))
+            runs = [session(path, threads=threads) for path in (teacher, out)]
+            plain, other = (run.run(None, dict(padded)) for run in runs)
+        except Exception as error:  # the tool is a script: it raises what it meets
+            return False, f"teacher FP32 is without {tool}: {first_line(error)}"
+    if not fused:
+        return False, f"teacher FP32 is without {tool}, which fuses nothing in it"
+    worst = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-6)) for a, b in zip(plain, other, strict=True))
+    if worst > SAME:
+        return False, f"teacher FP32 is without {tool}, which moves its outputs by {worst:.1g} of the largest"
+    gain = ratio_to(runs[0], runs[1], feeds)
+    said = ", ".join(f"{n} {name}" for name, n in fused.items())
+    said += f"; {gain.ratio:.2f}x ({gain.low:.2f} to {gain.high:.2f}) as fast as with the session's optimizations alone"
+    if gain.high < 1:
+        return False, f"teacher FP32 is without {tool}, which makes it slower: {said}"
+    return True, f"teacher FP32 is optimized by {tool}: {said}"
+
+
+def ptq(teacher: Path, out: Path, task: Task, target: Target, samples: int = CALIBRATION) -> str | None:
+    """`onnxruntime_ptq` on (at most `samples`) validation samples: None, or why there is no such file."""
+    try:
+        onnxruntime_ptq(teacher, out, task.calibration(samples, teacher=True), target)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def neural_compressor_ptq(
+    teacher: nn.Module, example: Inputs, calibration: Iterable[Inputs], axes: Axes | None = None
+) -> tuple[fx.GraphModule | None, str | None]:
+    """The teacher quantized by neural-compressor with its default static INT8 configuration, or None and the reason.
+
+    `example` is a batch of at least 2 inputs, so that the batch axis is seen; `axes` names further free axes. The
+    result is a float graph with quantize / dequantize operators: measure it with
+    `compiled_contender(…, runtime="neural-compressor")`.
+    """
+    if installed("neural-compressor") is None:
+        return None, "neural-compressor is not installed: pip install 'pqk[ptq]'"
+    with quiet_logging(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao and the exporter deprecate a good part of themselves
+        try:
+            from neural_compressor.torch.export import export
+            from neural_compressor.torch.quantization import StaticQuantConfig, convert, prepare
+
+            with torch.no_grad():
+                exported = export(teacher, example, dynamic_shapes=free_axes(example, axes))
+                if exported is None:
+                    return None, "neural-compressor could not export the teacher (torch.export failed)"
+                prepared = prepare(exported, StaticQuantConfig(), example_inputs=example)
+                for inputs in calibration:
+                    prepared(*inputs)
+                return convert(prepared), None
+        except Exception as error:  # a missing torchao, an operator it does not know: the row is left out, with this
+            return None, f"neural-compressor {installed('neural-compressor')}: {first_line(error)}"
+
+
+@contextmanager
+def quiet_logging() -> Iterator[None]:
+    """For a while only errors pass: third parties log their progress, and raise their loggers' levels on import."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

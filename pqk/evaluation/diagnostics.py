@@ -1,0 +1,222 @@
+"""Whether distillation worked, for the report: `diagnostics.py` on what teacher, student and controls say.
+
+All of it is about classifications, logits [B, C]: of another task every part is null with its reason, except when the
+compile time has paid. The student is what is deployed; nothing here trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from pqk.data.data import Batch, Data, Inputs, map_tensors
+from pqk.evaluation.corruptions import CORRUPTIONS
+from pqk.evaluation.statistics import (
+    best_temperature,
+    break_even,
+    calibration,
+    control_row,
+    corruption_row,
+    corruption_warning,
+    fidelity,
+    negative_transfer,
+    teacher_health,
+)
+from pqk.report.diagnostics import (
+    BreakEven,
+    Calibration,
+    CapacityGap,
+    ControlRow,
+    ControlVariant,
+    Diagnostics,
+    Interval,
+    Robustness,
+)
+from pqk.report.schema import AttributionRow, Variant
+from pqk.task.task import Outputs, Task, argmax, concatenate, cross_entropy, tensors
+
+Model = Callable[..., Outputs]
+
+SAMPLES = 2000
+"""most evaluation samples that are corrupted, and validation samples that a temperature is found on"""
+LOGITS = 2**24
+"""most logits of a network that are kept: all evaluation samples, but of thousands of classes not as many"""
+NO_LABELS = "the evaluation data has no labels"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network says of evaluation samples, spread evenly: logits [N, C], labels int64 [N]."""
+
+    logits: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row of the attribution table, and what there is behind it for a diagnosis."""
+
+    row: AttributionRow
+    model: Model | None = None
+    """what is deployed"""
+    answers: Answers | str = "it was not evaluated"
+    """on the evaluation data, or why there are none"""
+
+
+def answers(task: Task, outputs: Outputs, targets: Any) -> Answers | str:
+    """The logits among a network's outputs of all evaluation samples, or why the task is no classification."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
+        shapes = ", ".join(str(["B", *t.shape[1:]]).replace("'", "") for t in tensors(outputs))
+        return f"diagnostics are about logits [B, C] of classes; the model's outputs are {shapes}"
+    if task.decision is not argmax and task.loss is not cross_entropy:
+        return "the task is no classification: its decision is not argmax, and its loss not cross-entropy"
+    if targets is not None:
+        if not isinstance(targets, Tensor) or targets.shape != outputs.shape[:1] or targets.is_floating_point():
+            return "the targets are not one class label a sample"
+        targets = targets.long()
+        if not 0 <= int(targets.min()) <= int(targets.max()) < outputs.shape[1]:
+            return f"the labels run from {int(targets.min())} to {int(targets.max())}, of {outputs.shape[1]} classes"
+    if not bool(outputs.isfinite().all()):
+        return "some logits are NaN or infinite"
+    chosen = spread(len(outputs), max(1, LOGITS // outputs.shape[1]))
+    return Answers(outputs[chosen].float(), None if targets is None else targets[chosen])
+
+
+def diagnose(task: Task, judged: Mapping[Variant, Judged], seconds: float) -> Diagnostics:
+    """The part `diagnostics` of a report; `seconds` is what the passes took."""
+    teacher, student = judged["teacher_fp32"], judged["student"]
+    paid = _paid(teacher.row, student.row, seconds)
+    parts: dict[str, Any] = {"break_even": paid}
+    for network in (student, teacher):
+        if isinstance(network.answers, str):
+            parts |= dict.fromkeys(DISTILLATION, network.answers)
+    if isinstance(teacher.answers, Answers) and isinstance(student.answers, Answers):
+        parts |= _distilled(task, judged, teacher, student, teacher.answers, student.answers)
+    reasons = {name: part for name, part in parts.items() if isinstance(part, str)}
+    found = Diagnostics(**{name: part for name, part in parts.items() if not isinstance(part, str)}, reasons=reasons)
+    return found.model_copy(update={"warnings": tuple(_warnings(found))})
+
+
+DISTILLATION = ("teacher", "fidelity", "calibration", "negative_transfer", "robustness", "capacity_gap")
+
+
+def _distilled(
+    task: Task, judged: Mapping[Variant, Judged], teacher: Judged, student: Judged, t: Answers, s: Answers
+) -> dict[str, Any]:
+    """Every part that looks at logits, or why it is not there."""
+    assert teacher.model is not None and student.model is not None
+    parts: dict[str, Any] = {"samples": len(s.logits), "fidelity": fidelity(s.logits, t.logits, s.labels)}
+    if s.labels is None:
+        reasons = dict.fromkeys(DISTILLATION, NO_LABELS)
+        return reasons | parts | {"teacher": teacher_health(t.logits)}
+    alone = judged["student_no_kd"].answers
+    control, missing = (None, alone) if isinstance(alone, str) else (alone.logits, None)
+    rows = tuple(_controls(judged, s.logits, s.labels))
+    gain = next((row.difference for row in rows if row.variant == "student_no_kd"), None)
+    return parts | {
+        "teacher": teacher_health(
+            t.logits, _calibrated(task, teacher.model, task.teachers(task.validation), t.logits, s.labels)
+        ),
+        "calibration": _calibrated(task, student.model, task.validation, s.logits, s.labels),
+        "negative_transfer": negative_transfer(s.logits, t.logits, s.labels, control, missing),
+        "robustness": robustness(task, teacher.model, student.model),
+        "controls": rows,
+        "capacity_gap": missing if gain is None else _gap(gain, teacher.row, student.row),
+    }
+
+
+def _controls(judged: Mapping[Variant, Judged], student: Tensor, labels: Tensor) -> Iterator[ControlRow]:
+    for variant in get_args(ControlVariant):
+        if variant in judged and isinstance(found := judged[variant].answers, Answers):
+            yield control_row(student, found.logits, labels, variant)
+
+
+def _gap(gain: Interval, teacher: AttributionRow, student: AttributionRow) -> CapacityGap | str:
+    if teacher.parameters is None or student.parameters is None:
+        return "the networks' parameters were not counted"
+    return CapacityGap(gain=gain, teacher_parameters=teacher.parameters, student_parameters=student.parameters)
+
+
+def _calibrated(task: Task, model: Model, validation: Data, logits: Tensor, labels: Tensor) -> Calibration:
+    """Calibration on evaluation data, with the temperature that is best on validation data."""
+    said, given = zip(*((model(*b.inputs), b.targets) for b in sampled(validation, SAMPLES)), strict=True)
+    found = answers(task, concatenate(list(said)), concatenate(list(given)))
+    if isinstance(found, str) or found.labels is None:
+        why = found if isinstance(found, str) else "it has no labels"
+        return calibration(logits, labels, None, f"validation data: {why}")
+    temperature = best_temperature(found.logits, found.labels)
+    reason = f"all {len(found.labels)} validation samples are right: no temperature is best on them"
+    return calibration(logits, labels, temperature, reason)
+
+
+def robustness(task: Task, teacher: Model, student: Model) -> Robustness | str:
+    """Both networks on corrupted evaluation samples, or why no corruption applies."""
+    left_out = {c.name: reason for c in CORRUPTIONS if (reason := c.unfit(task)) is not None}
+    applied = [c for c in CORRUPTIONS if c.name not in left_out]
+    if not applied:
+        return "; ".join(sorted(set(left_out.values())))
+    generator, clean = torch.Generator().manual_seed(0), "clean"
+    right: dict[tuple[str, Model], list[Tensor]] = {}
+
+    def spoiled(inputs: Inputs) -> dict[str, Inputs]:
+        return {clean: inputs} | {c.name: c(task, inputs, generator) for c in applied}
+
+    for batch in sampled(task.evaluation, SAMPLES):
+        seen = spoiled(batch.inputs)
+        taught = seen if batch.teacher_inputs is None else spoiled(batch.teacher_inputs)
+        for model, views in ((teacher, taught), (student, seen)):
+            for name, inputs in views.items():
+                right.setdefault((name, model), []).append(model(*inputs).argmax(1) == batch.targets)
+    flags = {key: torch.cat(found) for key, found in right.items()}
+    accuracies = [float(flags[clean, m].double().mean()) for m in (teacher, student)]
+
+    def pair(name: str, model: Model) -> tuple[Tensor, Tensor]:
+        return flags[clean, model], flags[name, model]
+
+    return Robustness(
+        samples=len(flags[clean, teacher]),
+        teacher=accuracies[0],
+        student=accuracies[1],
+        rows=tuple(corruption_row(c.name, c.what, pair(c.name, teacher), pair(c.name, student)) for c in applied),
+        left_out=left_out,
+    )
+
+
+def _paid(teacher: AttributionRow, student: AttributionRow, seconds: float) -> BreakEven | str:
+    """When the compile has paid, in queries of the measured latencies."""
+    if teacher.latency_ms is None or student.latency_ms is None:
+        return student.reasons.get("latency_ms", "latencies were not measured")
+    if student.ratio_low is None or student.ratio_low <= 1:
+        return "the student is not significantly faster, so the compile never pays"
+    paid = break_even(seconds, teacher.latency_ms, student.latency_ms)
+    return paid or "the student is not faster, so the compile never pays"
+
+
+def _warnings(found: Diagnostics) -> Iterator[str]:
+    said = [found.teacher and found.teacher.warning, found.negative_transfer and found.negative_transfer.warning]
+    said += [row.warning for row in found.controls]
+    said += [corruption_warning(row) for row in found.robustness.rows] if found.robustness else []
+    return (text for text in said if text)
+
+
+def spread(samples: int, most: int) -> Tensor:
+    """Positions of at most `most` samples, spread evenly: stored data may be sorted by class. int64 [N]."""
+    count = min(samples, most)
+    return torch.arange(count) * samples // max(1, count)
+
+
+@torch.inference_mode()
+def sampled(data: Data, most: int) -> Iterator[Batch]:
+    """At most `most` samples, spread evenly over all batches."""
+    chosen, seen = torch.zeros(data.samples, dtype=torch.bool), 0
+    chosen[spread(data.samples, most)] = True
+    for batch in data.batches():
+        index = chosen[seen : seen + len(batch.inputs[0])].nonzero()[:, 0]
+        seen += len(batch.inputs[0])
+        if len(index):
+            yield map_tensors(itemgetter(index), batch)

@@ -1,0 +1,1 @@
+"""Where a teacher's answers come from: live, cached, ensembles, online, black boxes."""

@@ -1,0 +1,202 @@
+"""What a teacher is, the frozen one, and what makes its answers those of one file (`pqk.knowledge.teachers.cache`).
+
+With a keyed augmentation the teacher sees each (sample, view) once; later epochs, the run's other trainings and, where
+`PQK_CACHE` names a folder, later runs read its answers.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqk.data.data import Batch, Data, Inputs, digest_of, map_tensors
+from pqk.knowledge.taps import tap
+from pqk.knowledge.teachers.cache import LogitCache, cache_folder
+from pqk.knowledge.terms.base import View
+from pqk.target.machine import autocast
+from pqk.task.task import widened
+
+Answer = tuple[Any, dict[str, Tensor]]
+"""(outputs, {point: feature}) of a batch"""
+
+PROBE = 8
+"""samples whose answers are compared with those that a cache holds"""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of a model's tensors and their names."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Teacher(nn.Module, ABC):
+    """Answers batches: always in eval mode, never with a gradient, in float32 at least.
+
+    `cache`, if any, holds the answers that were given before.
+    """
+
+    cache: LogitCache | None = None
+    featureless = "the teacher was made without that point; name it in its `points`"
+    """why a feature is missing"""
+    watches: Sequence[str] = ()
+    """points of the student that its lessons look at"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model that answers, for terms that look into it; None: it is a black box."""
+        return None
+
+    @abstractmethod
+    def live(self, batch: Batch) -> Answer:
+        """The answer to a batch, computed."""
+
+    def identity(self) -> str:
+        """A digest of everything that the answers depend on. Only asked for where they can be kept."""
+        raise NotImplementedError
+
+    def uncached(self) -> str | None:
+        """Why the answers cannot be kept for the next epoch, else None."""
+        return None
+
+    def check(self, example: Inputs) -> None:
+        """Raises `InputError` where it cannot answer these inputs."""
+
+    def begin(self, progress: float) -> None:
+        """Called before each training step with the share of the training that is done, 0 to 1."""
+
+    def lesson(self, view: View) -> Tensor | None:
+        """What it learns itself beside the student: a loss [B] that is added to the student's; None: nothing."""
+        return None
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Answer:
+        """(outputs, {point: feature}) of a batch, without a gradient. Raises `InputError` where it cannot answer."""
+        # Whatever precision the student trains in: an answer is the same when it is kept.
+        with torch.autocast(batch.inputs[0].device.type, enabled=False):
+            if self.cache is None or batch.keys is None:
+                return self.live(batch)
+            rows, present = self.cache.get(batch.keys)
+            device, name = batch.inputs[0].device, self.cache.output
+            if bool(present.all()):
+                return (rows.to(device) if name is None else {name: rows.to(device)}), {}
+            live, _ = self.live(batch)
+            live = live if name is None else live[name]
+            self.cache.put(batch.keys[~present.to(batch.keys.device)], live[~present.to(device)])
+            found = torch.where(present.view(-1, *[1] * (live.dim() - 1)).to(device), rows.to(device), live)
+            return (found if name is None else {name: found}), {}
+
+
+def asked(tapped: nn.Module, batch: Batch, precision: str = "fp32") -> Answer:
+    """What a tapped model says, in float32 at least; "bf16": computed in bfloat16 autocast (`pqk.target.machine`)."""
+    with autocast(batch.inputs[0].device.type, precision):
+        outputs, features = tapped(*batch.inputs)
+    return map_tensors(lambda t: widened(t) if t.is_floating_point() else t, outputs), features
+
+
+class FrozenTeacher(Teacher):
+    """A module in eval mode, without gradients, its buffers never touched; optionally cached.
+
+    `precision` "bf16" computes its convolutions and matmuls in bfloat16 autocast (about twice as fast where the CPU
+    has the instructions); outputs are float32. `students_view`: where the two see different views, it sees that of the
+    student, which it once was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Sequence[str] = (),
+        precision: str = "fp32",
+        cache: LogitCache | None = None,
+        students_view: bool = False,
+    ) -> None:
+        super().__init__()
+        # Hidden from `parameters()` and `state_dict()`: the teacher is read only and is not part of any checkpoint.
+        self._model = [tap(model.eval(), points)]
+        self.precision, self.cache, self.students_view = precision, None if points else cache, students_view
+
+    @property
+    def module(self) -> nn.Module | None:
+        return getattr(self._model[0], "model", None)
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        self._model[0].eval()
+        super().train(False)
+        return self
+
+    def identity(self) -> str:
+        model = self.module or self._model[0]  # its text, too: other layers can have the same tensors
+        return repr((fingerprint(model), str(model), self.precision, self.students_view))
+
+    def live(self, batch: Batch) -> Answer:
+        device = batch.inputs[0].device
+        if any(t.device != device for t in self._model[0].parameters()):
+            self._model = [copy.deepcopy(self._model[0]).to(device)]  # the program's teacher stays where it is
+        return asked(self._model[0], batch if self.students_view else batch.for_teacher(), self.precision)
+
+
+def cache_for(
+    folder: Path | None, teacher: nn.Module, data: Data, precision: str, output: str | None = None
+) -> LogitCache | str:
+    """The cache of this teacher on this data, shared by all passes of a run, or the reason why there is none.
+
+    `output` is the one that is asked for of a teacher with several outputs: it alone is kept, and answered.
+    With the environment variable `PQK_CACHE` it is in the folder named there, shared by all runs. `teacher`: a
+    `Teacher`, or the model of a frozen one. Raises `InputError` where the file holds other answers than it gives.
+    """
+    teacher = teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher, precision=precision)
+    place = cache_folder(folder)
+    if (reason := teacher.uncached()) is not None:
+        return reason
+    if place is None:
+        return "nothing is saved in this run"
+    if data.key_count is None:
+        return data.unkeyed_reason
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return "several processes would write one file"
+    batch, outputs = _probe(teacher, data)
+    named = output if isinstance(outputs, dict) and output in outputs else None
+    outputs = outputs if named is None else outputs[named]
+    if not isinstance(outputs, Tensor):
+        kind = type(outputs).__name__
+        return f"the teacher's output is a {kind}; only single tensors are cached: let all terms name one as `output`"
+    if outputs.dtype != torch.float32:
+        return f"the teacher answers in {outputs.dtype}, and answers are kept in float32"
+    seen = digest_of("seen", (*batch.inputs, *(batch.teacher_inputs or ())))  # `prepare` shows in nothing else
+    key = f"{teacher.identity()} {data.fingerprint()} {precision} {seen}" + (f" {named}" if named else "")
+    key = hashlib.sha256(key.encode()).hexdigest()
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f"{key}.npy"
+    size, free = 4 * data.key_count * (outputs[0].numel() + 2), shutil.disk_usage(place).free
+    if not path.exists() and size > free / 2:
+        return f"the answers would take {size / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free"
+    cache = LogitCache(path, data.key_count, outputs.shape[1:], named)
+    if batch.keys is not None:
+        cache.confirm(batch.keys, outputs, precision)
+    return cache
+
+
+@torch.no_grad()
+def _probe(teacher: Teacher, data: Data) -> tuple[Batch, Any]:
+    """A few training samples in their first view, with their labels, and what the teacher says of them."""
+    with torch.random.fork_rng(devices=[]):
+        batch = next(data.batches(0))
+    few = map_tensors(lambda t: t[:PROBE], batch)
+    return few, teacher.live(few)[0]

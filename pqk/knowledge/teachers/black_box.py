@@ -1,0 +1,155 @@
+"""Teachers that only answer: a function, or an ONNX file. Terms that need their features are refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pqk.data.data import Batch, Inputs, map_tensors
+from pqk.errors import InputError
+from pqk.knowledge.teachers.base import Answer, Teacher
+from pqk.task.task import Outputs, tensors, widened
+
+
+class CallableTeacher(Teacher):
+    """Any function of the inputs: a service, another framework, a rule. Its answers are logits [B, …, C].
+
+    `logits_of_labels` and `logits_of_top_k` turn what such a box often gives instead. `identity`, any text that names
+    what answers, lets its answers be kept. Raises `InputError` for a torch module, which would be trained along.
+    """
+
+    featureless = "the teacher is a black box, which shows nothing but its outputs; choose terms that compare those"
+
+    def __init__(self, function: Callable[..., Outputs], identity: str | None = None) -> None:
+        super().__init__()
+        if isinstance(function, nn.Module):
+            raise InputError("distill: a torch module is no black box; let a FrozenTeacher answer for it")
+        self.function, self.named = function, identity
+
+    def uncached(self) -> str | None:
+        return (
+            "a function does not say what it computes; give the teacher an `identity`" if self.named is None else None
+        )
+
+    def identity(self) -> str:
+        return f"callable {self.named}"
+
+    def check(self, example: Inputs) -> None:
+        answers = tensors(self.live(Batch(example, None, None))[0])
+        shapes = [tuple(t.shape) for t in answers]
+        if not shapes or any(not s or s[0] != len(example[0]) for s in shapes):
+            raise InputError(
+                f"distill: the teacher answers {len(example[0])} samples with tensors of shapes {shapes}; each must "
+                f"have one row for every sample"
+            )
+
+    def live(self, batch: Batch) -> Answer:
+        outputs = self.function(*batch.for_teacher().inputs)
+        if not tensors(outputs):
+            raise InputError(f"distill: the teacher's answer is a {type(outputs).__name__} without tensors")
+        device = batch.inputs[0].device
+        return map_tensors(lambda t: (widened(t) if t.is_floating_point() else t).detach().to(device), outputs), {}
+
+
+class OnnxTeacher(CallableTeacher):
+    """A float ONNX file, run by ONNX Runtime on the CPU with as many threads as torch has.
+
+    Raises `InputError` for a file that cannot be run and, naming both sides, for one that takes other inputs than
+    `example` (each [B, …], in the model's order).
+    """
+
+    def __init__(self, path: str | Path, example: Inputs) -> None:
+        self.path = Path(path)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch needs the cores in between
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise InputError(f"distill: ONNX Runtime refuses the teacher {path}: {str(error).strip()}") from error
+        _check_inputs(self.path, session, example)
+        names = [i.name for i in session.get_inputs()]
+
+        def answer(*inputs: Tensor) -> Outputs:
+            feeds = {n: np.ascontiguousarray(t.detach().cpu().numpy()) for n, t in zip(names, inputs, strict=True)}
+            try:
+                found = [torch.from_numpy(a) for a in session.run(None, feeds)]
+            except Exception as error:  # as above
+                shapes = [tuple(t.shape) for t in inputs]
+                raise InputError(f"distill: the teacher {path} cannot take inputs {shapes}: {error}") from error
+            return found[0] if len(found) == 1 else tuple(found)
+
+        super().__init__(answer)
+
+    def uncached(self) -> str | None:
+        return None
+
+    def identity(self) -> str:
+        """Of the file, and of those that hold its larger tensors."""
+        model = onnx.load(str(self.path), load_external_data=False)
+        stored = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+        digest = hashlib.sha256()
+        for path in (self.path, *(self.path.parent / name for name in sorted(stored))):
+            digest.update(path.read_bytes())
+        return f"onnx {digest.hexdigest()}"
+
+
+def _check_inputs(path: Path, session: ort.InferenceSession, example: Inputs) -> None:
+    """Raises `InputError` where the file's inputs are not the example's, or it takes one size of batch only."""
+    wanted = [(i.name, i.shape, i.type) for i in session.get_inputs()]
+    given = [(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in example]
+    types = {"float": "float32", "double": "float64"}
+
+    def fits(shape: Sequence[int | str | None], kind: str, t: Tensor) -> bool:
+        kind = kind.removeprefix("tensor(").removesuffix(")")
+        axes = zip(shape[1:], t.shape[1:], strict=False)
+        same = len(shape) == t.dim() and all(not isinstance(n, int) or n == m for n, m in axes)
+        return same and types.get(kind, kind) == str(t.dtype).removeprefix("torch.")
+
+    if len(wanted) != len(example) or not all(fits(s, k, t) for (_, s, k), t in zip(wanted, example, strict=True)):
+        raise InputError(f"distill: the teacher {path} takes {wanted}, and the task gives {given}")
+    fixed = [(name, shape) for name, shape, _ in wanted if shape and isinstance(shape[0], int)]
+    if fixed:
+        name, shape = fixed[0]
+        raise InputError(
+            f"distill: the teacher {path} takes batches of {shape[0]} only (input {name}: {shape}), and those of the "
+            "task vary; export it with a dynamic batch axis"
+        )
+
+
+def logits_of_labels(labels: Tensor, classes: int, smoothing: float = 0.1) -> Tensor:
+    """Logits [B, classes] of a box that only decides: int64 [B], or [B, n] of n samples, of which the shares count.
+
+    `smoothing` of the probability goes to all classes alike. Raises `InputError` for labels that are no classes.
+    """
+    if labels.is_floating_point() or (labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
+        raise InputError(f"distill: the teacher's labels must be whole numbers from 0 to {classes - 1}")
+    if not 0 < smoothing < 1:
+        raise InputError(f"distill: smoothing={smoothing} must be between 0 and 1: a logit of 0 is minus infinity")
+    shares = F.one_hot(labels.reshape(len(labels), -1).long(), classes).float().mean(1)
+    return ((1 - smoothing) * shares + smoothing / classes).log()
+
+
+def logits_of_top_k(probabilities: Tensor, indices: Tensor, classes: int) -> Tensor:
+    """Logits [B, classes] of a box that gives its k most probable classes; the others share what is left alike.
+
+    probabilities float [B, k], indices int64 [B, k]. Raises `InputError` where k is not less than `classes`.
+    """
+    k = probabilities.shape[-1]
+    if probabilities.shape != indices.shape or k >= classes:
+        raise InputError(
+            f"distill: top-k answers are probabilities {tuple(probabilities.shape)} and classes "
+            f"{tuple(indices.shape)}; both must be [B, k] with k below {classes}"
+        )
+    left = (1 - probabilities.double().sum(-1, keepdim=True)).clamp_min(1e-6) / (classes - k)
+    spread = left.expand(len(left), classes).scatter(-1, indices, probabilities.double().clamp_min(1e-12))
+    return spread.log().to(probabilities.dtype)

@@ -1,0 +1,205 @@
+"""Teachers that learn beside the student: a peer, auxiliary exits, a shadow head.
+
+They own parameters, which train and are saved with the student's, and live outside it: nothing of them is exported.
+Both sides hear each other detached: no loss of the student's reaches a teacher's parameters, and what a teacher learns
+reaches the student's only where that is the point, at an auxiliary exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pqk.data.data import Batch, Inputs
+from pqk.errors import InputError
+from pqk.knowledge.taps import tap
+from pqk.knowledge.teachers.base import Answer, Teacher, asked
+from pqk.knowledge.terms.base import View
+from pqk.knowledge.terms.response import KLDivergence
+from pqk.task.task import first_tensor, widened
+
+
+def divergence(student: Any, teacher: Any, view: View, temperature: float) -> Tensor:
+    """T² KL(teacher ‖ student) [B] of outputs; no gradient to the teacher's."""
+    return KLDivergence(temperature=temperature)(View(student, teacher, view.targets, {}, {}, view.task), None)
+
+
+def labelled(outputs: Any, view: View) -> Tensor | float:
+    """The task's loss [B]; nothing where there are no labels."""
+    return 0.0 if view.targets is None else view.task.loss(outputs, view.targets)
+
+
+class PeerTeacher(Teacher):
+    """A second student that learns beside the first (deep mutual learning: Zhang et al., CVPR 2018, arXiv:1706.00384).
+
+    It answers in eval mode, and learns T² KL(student ‖ peer) and the task's loss in a forward pass of its own.
+    """
+
+    uncacheable: ClassVar[str] = "the teacher is a peer, which learns in every step"
+
+    def __init__(
+        self,
+        peer: nn.Module,
+        points: Sequence[str] = (),
+        *,
+        kd_weight: float = 1.0,
+        temperature: float = 1.0,
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__()
+        self.peer, self.points, self.precision = peer.eval(), points, precision
+        self.kd_weight, self.temperature = kd_weight, temperature
+        self._tapped = [tap(self.peer, points)]
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.peer
+
+    def uncached(self) -> str | None:
+        return self.uncacheable
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PeerTeacher:
+        super()._apply(fn, recurse)
+        self._tapped = [tap(self.peer, self.points)]  # a tapped graph holds buffers of its own
+        return self
+
+    def live(self, batch: Batch) -> Answer:
+        return asked(self._tapped[0], batch, self.precision)
+
+    def lesson(self, view: View) -> Tensor | None:
+        self.peer.train()
+        outputs = self.peer(*view.inputs)
+        self.peer.eval()
+        return labelled(outputs, view) + self.kd_weight * divergence(outputs, view.student, view, self.temperature)
+
+
+class Exit(nn.Module):
+    """A small classifier of a feature [B, C, H, W] or [B, …, C] -> logits [B, classes]: mean, layer norm, linear.
+
+    float32 at least. The normalisation, over channels, makes all features alike in size.
+    """
+
+    def __init__(self, channels: int, classes: int, image: bool) -> None:
+        super().__init__()
+        self.image = image
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False)
+        self.classify = nn.Linear(channels, classes)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        feature = widened(feature)
+        if feature.dim() > 2:
+            feature = feature.flatten(2).mean(2) if self.image else feature.flatten(1, -2).mean(1)
+        return self.classify(self.norm(feature))
+
+
+def exit_for(feature: Tensor, outputs: Any, where: str) -> Exit:
+    """An untrained exit at `feature` for the classes of `outputs`. Raises `InputError` where they are not [B, C]."""
+    logits = first_tensor(outputs)
+    if logits.dim() != 2:
+        raise InputError(
+            f"distill: {where} classifies whole samples, and the model's first output is {tuple(logits.shape)}; it "
+            "must be [B, classes]"
+        )
+    image = feature.dim() == 4
+    return Exit(feature.shape[1 if image else -1], logits.shape[1], image)
+
+
+class Beside(Teacher):
+    """A teacher that answers as another one does, with something beside it that learns."""
+
+    def __init__(self, inner: Teacher) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.inner.module
+
+    @property
+    def featureless(self) -> str:  # type: ignore[override]
+        return self.inner.featureless
+
+    def check(self, example: Inputs) -> None:
+        self.inner.check(example)
+
+    def begin(self, progress: float) -> None:
+        self.inner.begin(progress)
+
+    def live(self, batch: Batch) -> Answer:
+        return self.inner(batch)
+
+
+class ExitsTeacher(Beside):
+    """The student's deepest output teaches exits at its own shallower points (be your own teacher: Zhang et al., ICCV
+    2019, arXiv:1905.08094), beside another teacher, whose answers and cache are kept.
+
+    Each exit learns ce_weight · task loss + kd_weight · T² KL(student's output ‖ exit). Their gradient goes into the
+    student below the point, and none to its output. The exits are left behind with the training.
+    """
+
+    def __init__(
+        self,
+        inner: Teacher,
+        exits: dict[str, Exit],
+        *,
+        ce_weight: float = 0.3,
+        kd_weight: float = 0.7,
+        temperature: float = 3.0,
+    ) -> None:
+        super().__init__(inner)
+        self.watches = tuple(exits)
+        self.exits = nn.ModuleList(exits.values())
+        self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
+
+    def identity(self) -> str:
+        return self.inner.identity()
+
+    def uncached(self) -> str | None:
+        return self.inner.uncached()
+
+    def lesson(self, view: View) -> Tensor | None:
+        total = self.inner.lesson(view)
+        for point, head in zip(self.watches, self.exits, strict=True):
+            said = head(view.student_features[point])
+            loss = self.kd_weight * divergence(said, first_tensor(view.student), view, self.temperature)
+            loss = loss + self.ce_weight * labelled(said, view)
+            total = loss if total is None else total + loss
+        return total
+
+
+class ShadowTeacher(Beside):
+    """A second head on the frozen teacher's features, which teaches in its place (SHAKE: Li & Jin, NeurIPS 2022).
+
+    The head learns T² KL(teacher ‖ shadow) and, as the student talks back, student_weight · T² KL(student ‖ shadow).
+    The teacher's backbone stays as it is. `inner` must show the feature at `point`.
+    """
+
+    uncacheable: ClassVar[str] = "the teacher's shadow head learns in every step"
+
+    def __init__(
+        self, inner: Teacher, point: str, head: Exit, *, student_weight: float = 1.0, temperature: float = 4.0
+    ) -> None:
+        super().__init__(inner)
+        self.point, self.head = point, head
+        self.student_weight, self.temperature = student_weight, temperature
+        self._heard: list[tuple[Tensor, Tensor]] = []
+        """what the teacher said of the batch that was answered last: (feature, logits)"""
+
+    def uncached(self) -> str | None:
+        return self.uncacheable
+
+    def live(self, batch: Batch) -> Answer:
+        outputs, features = self.inner(batch)
+        self._heard = [(features[self.point], first_tensor(outputs))]
+        return self.head(features[self.point]), features
+
+    def lesson(self, view: View) -> Tensor | None:
+        if not self._heard:  # no term has asked the teacher yet
+            return None
+        ((feature, logits),) = self._heard
+        self._heard = []
+        said = self.head(feature)
+        mimicry = divergence(said, logits, view, self.temperature)
+        return mimicry + self.student_weight * divergence(said, first_tensor(view.student), view, self.temperature)

@@ -1,0 +1,1 @@
+"""Distillation losses, one kind of knowledge a file."""

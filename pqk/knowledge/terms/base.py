@@ -1,0 +1,93 @@
+"""A knowledge term: one distillation loss with its weight, and where it looks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from torch import Tensor, nn
+
+from pqk.core.program import CONFIG
+from pqk.data.data import Inputs
+from pqk.errors import InputError, nearest
+from pqk.task.task import Task
+
+
+@dataclass(frozen=True)
+class View:
+    """What a term sees of one batch. Teacher tensors are detached. Features by point name."""
+
+    student: Any
+    teacher: Any
+    targets: Any
+    student_features: Mapping[str, Tensor]
+    teacher_features: Mapping[str, Tensor]
+    task: Task
+    inputs: Inputs = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    """by name: which positions of a sample count"""
+
+    def mask(self, name: str) -> Tensor:
+        """[B, positions…], 0 where a feature does not count: a mask of this training, or the model input of that name.
+
+        Raises `InputError`, naming the nearest known one, where there is neither.
+        """
+        if name in self.masks:
+            return self.masks[name]
+        inputs = dict(zip(self.task.input_names, self.inputs, strict=False))
+        if name not in inputs:
+            raise InputError(f'distill: there is no mask "{name}"{nearest(name, {*self.masks, *inputs})}')
+        return inputs[name]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Two points of comparison on the task's example, before training: what a projector is built from."""
+
+    student: Tensor
+    teacher: Tensor
+    """the features [B, …]"""
+    kept: Sequence[int] | None
+    """the teacher's channels that survive in the student, where the compiler cut some"""
+    student_model: nn.Module
+    teacher_model: nn.Module | None
+    """None: the teacher is a black box"""
+    task: Task
+
+    def __str__(self) -> str:
+        return f"student {tuple(self.student.shape)}, teacher {tuple(self.teacher.shape)}"
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Term(ABC):
+    """Returns a per-sample loss [B] in float32 at least, whose mean, times `weight`, is minimised."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """factor of this term's loss"""
+    rise: float = Field(default=0.0, ge=0, le=1)
+    """share of the training over which the weight rises from 0, once the term has joined"""
+    fall: float = Field(default=0.0, ge=0, le=1)
+    """share of the training, at its end, over which the weight falls to 0"""
+    gate: str | None = Field(default=None, min_length=1)
+    """what scales this loss sample by sample: "teacher_right", "teacher_confidence", "student_doubt",
+    "teacher_agreement" (of an ensemble with uncertainty), or one given in Python"""
+
+    needs_teacher: ClassVar[bool] = True
+    blind: ClassVar[str] = ""
+    """what this term cannot see, so that it must not train a student alone"""
+
+    def points(self) -> tuple[str, str] | None:
+        """(student, teacher) module paths whose outputs are compared; None: the models' outputs are."""
+        return None
+
+    def projector(self, place: Place) -> nn.Module | None:
+        """The module that maps the student's feature to the teacher's shape. Trains along, and is never exported."""
+        return None
+
+    @abstractmethod
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        """Per-sample losses [B], in float32, or in float64 where the outputs are."""

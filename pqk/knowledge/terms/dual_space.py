@@ -1,0 +1,98 @@
+"""Dual-space distillation: both models' hidden states, each read by both models' heads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from pqk.core.program import CONFIG
+from pqk.errors import InputError, nearest
+from pqk.knowledge.terms.base import Place, View
+from pqk.knowledge.terms.feature import FeatureTerm
+from pqk.knowledge.terms.response import kl_rows, per_sample
+from pqk.task.task import first_tensor, widened
+
+Head = tuple[Tensor, Tensor | None]
+"""weight [C, D] and bias [C]"""
+
+
+class DualProjector(nn.Module):
+    """Maps between the two hidden spaces, which train along. The heads are looked at and belong to their models."""
+
+    def __init__(self, student: Head, teacher: Head) -> None:
+        super().__init__()
+        self.heads = (student, teacher)
+        self.to_student = nn.Linear(teacher[0].shape[1], student[0].shape[1])
+        self.to_teacher = nn.Linear(student[0].shape[1], teacher[0].shape[1])
+
+    def read(self, hidden: Tensor, model: int) -> Tensor:
+        """Logits of a hidden state by the head of the student (0) or the teacher (1), which learns nothing by it."""
+        weight, bias = self.heads[model]
+        return F.linear(hidden, weight.detach().to(hidden), None if bias is None else bias.detach().to(hidden))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class DualSpace(FeatureTerm):
+    """KL in the student's space, KL in the teacher's, and CE of what the first is read from (Zhang et al., EMNLP 2024).
+
+    Section 3.2: KL(W_s P f_t ‖ z_s) + CE(W_s P f_t, y) + KL(z_t ‖ W_t P' f_s), with the heads W frozen and the maps P
+    and P' learned. The points are the inputs of the heads (images are averaged over their positions); the first outputs
+    of the two models are theirs. Class counts may differ.
+    """
+
+    term: Literal["dual_space"] = "dual_space"
+    head: str = Field(min_length=1)
+    """path of the linear layer that reads the student's feature at `point`"""
+    teacher_head: str | None = None
+    """its path in the teacher, where it has another name there"""
+    temperature: float = Field(default=1.0, gt=0)
+    """T: softens the distributions of both divergences"""
+
+    def projector(self, place: Place) -> nn.Module:
+        if place.teacher_model is None:
+            raise InputError(f"{self.called}: the teacher is a black box, and its head cannot be looked at")
+        heads = (
+            self._head("student", place.student_model, self.head, place.student),
+            self._head("teacher", place.teacher_model, self.teacher_head or self.head, place.teacher),
+        )
+        return DualProjector(*heads)
+
+    def _head(self, whose: str, model: nn.Module, path: str, feature: Tensor) -> Head:
+        found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        weight = found.get(f"{path}.weight")
+        if weight is None or weight.dim() != 2:
+            known = [n.removesuffix(".weight") for n, t in found.items() if n.endswith("weight") and t.dim() == 2]
+            raise InputError(f'{self.called}: the {whose} has no linear layer "{path}"{nearest(path, known)}')
+        width = _hidden(feature).shape[-1]
+        if weight.shape[1] != width:
+            raise InputError(
+                f'{self.called}: the {whose}\'s head "{path}" reads {weight.shape[1]} channels and the feature has '
+                f"{width}; choose the point that it reads"
+            )
+        return weight, found.get(f"{path}.bias")
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        assert isinstance(projector, DualProjector)
+        hidden_s, hidden_t = (_hidden(f) for f in self.features(view))
+        z_s, z_t = widened(first_tensor(view.student)), widened(first_tensor(view.teacher).detach())
+        read_s = projector.read(projector.to_student(hidden_t), 0)
+        read_t = projector.read(projector.to_teacher(hidden_s), 1)
+        if read_s.shape != z_s.shape or read_t.shape != z_t.shape:
+            raise InputError(
+                f"{self.called}: the heads give {tuple(read_s.shape)} and {tuple(read_t.shape)}, the models "
+                f"{tuple(z_s.shape)} (student) and {tuple(z_t.shape)} (teacher); choose the points that they read"
+            )
+        if not isinstance(view.targets, Tensor) or view.targets.shape != z_s.shape[:-1]:
+            raise InputError(f"{self.called}: it needs one class label for each of the student's rows of logits")
+        log_p = [F.log_softmax(z / self.temperature, -1) for z in (read_s.detach(), z_s, z_t, read_t)]
+        divergences = self.temperature**2 * (kl_rows(log_p[0], log_p[1]) + kl_rows(log_p[2], log_p[3]))
+        labelled = F.cross_entropy(read_s.flatten(0, -2), view.targets.flatten(), reduction="none")
+        return per_sample([divergences + labelled.view_as(divergences)])
+
+
+def _hidden(feature: Tensor) -> Tensor:
+    return feature.mean((2, 3)) if feature.dim() == 4 else feature

@@ -1,0 +1,107 @@
+"""Task neurons: of a feature wider than the student's, the units on which the teacher's answer depends most.
+
+A unit's score is the mean over samples of |Σ_positions activation · ∂ top logit / ∂ activation|: the first-order change
+of the answer when the unit is removed. That makes it a pruning criterion as well (Molchanov et al. 2017, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from pqk.core.program import CONFIG
+from pqk.data.data import Inputs
+from pqk.errors import InputError
+from pqk.knowledge.taps import tap
+from pqk.knowledge.terms.base import Place, View
+from pqk.knowledge.terms.feature import FeatureTerm, Slice, channel_axis
+from pqk.task.task import first_tensor, widened
+
+
+def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs]) -> Tensor:
+    """The score [C] ≥ 0 of every channel of the feature at module path `point`, on batches of model inputs.
+
+    The model is run in eval mode and left as it was. Raises `InputError` for a point that is missing, or on which the
+    model's answer does not depend, and where there are no samples.
+    """
+    tapped, training, total, samples = tap(model, [point]), model.training, None, 0
+    model.eval()
+    try:
+        for inputs in batches:
+            score = _scores(tapped, point, inputs)
+            total = score if total is None else total + score
+            samples += len(inputs[0])
+    finally:
+        model.train(training)
+    if total is None:
+        raise InputError(f'task neurons at "{point}": there are no samples to score them on')
+    return total / samples
+
+
+def _scores(tapped: nn.Module, point: str, inputs: Inputs) -> Tensor:
+    """The scores of one batch, summed over its samples."""
+    # A frozen model records nothing unless its inputs do; token numbers cannot, so the first weights do it for them.
+    frozen = [p for p in tapped.parameters() if p.is_floating_point() and not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            outputs, features = tapped(*inputs)
+            answer, feature = widened(first_tensor(outputs)).amax(-1).sum(), features[point]
+            (gradient,) = torch.autograd.grad(answer, feature, allow_unused=True)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    if gradient is None:
+        raise InputError(f'task neurons at "{point}": the model\'s answer does not depend on its output')
+    change = widened(gradient * feature).detach().movedim(channel_axis(feature), 1)
+    return change.flatten(2).sum(2).abs().sum(0) if change.dim() > 2 else change.abs().sum(0)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TaskNeurons(FeatureTerm):
+    """mean_i (1 − ρ_i)², ρ_i the correlation of the student's unit i with the teacher's i-th task neuron.
+
+    The teacher's units with the largest gradient × activation, as many as the student has, in their own order (Saadi &
+    Wang, Flex-KD, 2507.10155, section 3). Correlations are over the batch and its positions: the same for every sample.
+    """
+
+    term: Literal["task_neurons"] = "task_neurons"
+    samples: int = Field(default=256, ge=2)
+    """validation samples on which the teacher's units are scored"""
+
+    def projector(self, place: Place) -> nn.Module | None:
+        wanted, there = (f.shape[channel_axis(f)] for f in (place.student, place.teacher))
+        if wanted > there:
+            raise InputError(f"{self.called}: the student has more units than the teacher ({place})")
+        if place.teacher_model is None:
+            raise InputError(f"{self.called}: the teacher is a black box, and its units cannot be scored")
+        scores = neuron_scores(
+            place.teacher_model, self.points()[1], place.task.calibration(self.samples, teacher=True)
+        )
+        return Slice(scores.topk(wanted).indices.sort().values.tolist())
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        s, t = self.features(view, projector)
+        self.same_shape(s, t)
+        weights, axis = self.position_weights(view, s), channel_axis(s)
+        s, t = (f.movedim(axis, -1).flatten(0, -2) for f in (s, t))
+        w = None if weights is None else weights.reshape(-1, 1).to(s.dtype)
+        return _uncorrelated(s, t, w).square().mean().expand(len(view.student_features[self.point]))
+
+
+def _uncorrelated(s: Tensor, t: Tensor, weights: Tensor | None) -> Tensor:
+    """1 − Pearson's correlation of the columns of [samples, C], weighted; 0 where the teacher's is constant."""
+    if weights is None:
+        weights = torch.ones_like(s[:, :1])
+    share = weights / weights.sum().clamp_min(1e-6)
+    s, t = (x - (share * x).sum(0) for x in (s, t))
+    norms = [torch.linalg.vector_norm(share.sqrt() * x, dim=0) for x in (s, t)]
+    size = norms[0] * norms[1]
+    loss = (size - (share * s * t).sum(0)) / (size + 1e-8)
+    return torch.where(norms[1] > 1e-6, loss, torch.zeros_like(loss))

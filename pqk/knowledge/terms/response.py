@@ -1,0 +1,358 @@
+"""Response knowledge: what the teacher says.
+
+Every term takes logits [B, …, C] of each output, or of the one that `output` names, and averages over the axes between
+the first and the last. Probabilities are p = softmax(z / T) throughout, always by way of `log_softmax`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from pqk.core.program import CONFIG
+from pqk.errors import InputError, nearest
+from pqk.knowledge.terms.base import Term, View
+from pqk.task.task import tensors, widened
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""(student, teacher) logits, one for every output that is compared"""
+
+
+def per_sample(losses: list[Tensor]) -> Tensor:
+    """Mean over the outputs and over all axes but the first: [B, …] each -> [B]."""
+    return torch.stack([loss.reshape(len(loss), -1).mean(1) for loss in losses]).mean(0)
+
+
+def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) over the last axis, of log-probabilities."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def pick(value: Any, output: int | str | None) -> Any:
+    """One of a model's outputs (or targets) by number or name; all where that is None, or where there is only one."""
+    if output is None or isinstance(value, Tensor) or value is None:
+        return value
+    if isinstance(output, str):
+        named = value if isinstance(value, Mapping) else getattr(value, "_asdict", dict)()
+        if output not in named:
+            raise InputError(f'distill: the model has no output "{output}"{nearest(output, map(str, named))}')
+        return named[output]
+    found = tensors(value)
+    if not -len(found) <= output < len(found):
+        raise InputError(f"distill: the model has {len(found)} outputs, and none of number {output}")
+    return found[output]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ResponseTerm(Term):
+    """A term that compares the models' outputs."""
+
+    output: int | str | None = None
+    """the output that is compared, by number or by name; none: all of them"""
+
+    def pairs(self, view: View, same_classes: bool = True) -> Pairs:
+        """(student, teacher) logits, each [B, …, C], float32 at least.
+
+        Raises `InputError`, naming both sides, where their number or shapes differ.
+        """
+        students, teachers = (tensors(pick(o, self.output)) for o in (view.student, view.teacher))
+        if len(students) != len(teachers):
+            raise InputError(f"distill: the student has {len(students)} outputs and the teacher {len(teachers)}")
+        found = list(zip(students, teachers, strict=True))
+        for s, t in found:
+            if s.shape[:-1] != t.shape[:-1] or (same_classes and s.shape != t.shape):
+                raise InputError(
+                    f"distill: the student's output is {tuple(s.shape)} and the teacher's {tuple(t.shape)}; this term "
+                    f"compares them {'class by class' if same_classes else 'row by row'}"
+                )
+        return [(widened(s), widened(t.detach())) for s, t in found]
+
+    def labels(self, view: View, logits: list[Tensor]) -> list[Tensor]:
+        """The labels int64 [B, …] of each output. Raises `InputError` where there are none that fit."""
+        found = tensors(pick(view.targets, self.output))
+        name = type(self).__name__
+        if not found:
+            raise InputError(f"distill: {name} needs labels, and the training data has none; take the term out")
+        if len(found) != len(logits) or any(
+            y.shape != z.shape[:-1] or y.is_floating_point() for y, z in zip(found, logits, strict=True)
+        ):
+            raise InputError(
+                f"distill: {name} needs one class label for every row of logits; labels are "
+                f"{[tuple(y.shape) for y in found]}, logits {[tuple(z.shape) for z in logits]}; name one with `output`"
+            )
+        for y, z in zip(found, logits, strict=True):
+            if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < z.shape[-1]:
+                raise InputError(
+                    f"distill: labels run from {int(y.min())} to {int(y.max())} and {name} has {z.shape[-1]} classes"
+                )
+            if z.shape[-1] < 2:
+                raise InputError(f"distill: {name} tells one class from the others, and there is only one")
+        return [y.long() for y in found]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class CrossEntropy(Term):
+    """The task's own loss against the labels; no teacher."""
+
+    term: Literal["cross_entropy"] = "cross_entropy"
+    needs_teacher: ClassVar[bool] = False
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        if view.targets is None:
+            raise InputError("distill: cross_entropy needs labels, and the training data has none; take the term out")
+        loss = view.task.loss(view.student, view.targets)
+        return loss if loss.dim() == 1 else per_sample([loss])
+
+
+# ---- divergences
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Divergence(ResponseTerm):
+    """T² times a divergence of the two distributions softmax(z / T)."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """T: softens both distributions; 1 to 2 under quantization-aware training"""
+    teacher_top: float | None = Field(default=None, gt=0, lt=1)
+    """if given, T is chosen so that the teacher's mean top probability on calibration data is this"""
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        losses = []
+        for pair in self.pairs(view):
+            log_s, log_t = (F.log_softmax(self.scaled(z) / self.temperature, -1) for z in pair)
+            losses.append(self.temperature**2 * self.divergence(log_s, log_t))
+        return per_sample(losses)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """What becomes of logits before the temperature."""
+        return logits
+
+    @abstractmethod
+    def divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        """Of log-probabilities [B, …, C]: [B, …]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class KLDivergence(Divergence):
+    """T² · Σ_c p_t log(p_t / p_s), with p = softmax(z / T) (Hinton, Vinyals, Dean 2015, section 2)."""
+
+    term: Literal["kl"] = "kl"
+    temperature: float = Field(default=4.0, gt=0)
+    """T: softens both distributions; 1 to 2 under quantization-aware training"""
+
+    def divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        return kl_rows(log_t, log_s)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ReverseKL(Divergence):
+    """T² · KL(s ‖ t), which seeks a mode instead of covering all (Gu et al., MiniLLM 2024, section 2.1)."""
+
+    term: Literal["reverse_kl"] = "reverse_kl"
+
+    def divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        return kl_rows(log_s, log_t)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class JSD(Divergence):
+    """β KL(t ‖ m) + (1−β) KL(s ‖ m), m = β t + (1−β) s (Agarwal et al., GKD 2024, equation 1)."""
+
+    term: Literal["jsd"] = "jsd"
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """β: the teacher's share of the mixture; near 0 it is like KL(t ‖ s), near 1 like KL(s ‖ t)"""
+
+    def divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        log_m = _mixture(log_t, log_s, self.beta)
+        return self.beta * kl_rows(log_t, log_m) + (1 - self.beta) * kl_rows(log_s, log_m)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class SkewKL(Divergence):
+    """KL(t ‖ λ t + (1−λ) s) (Ko et al., DistiLLM 2024, section 3.1): KL without its exploding gradients."""
+
+    term: Literal["skew_kl"] = "skew_kl"
+    skew: float = Field(default=0.1, gt=0, lt=1)
+    """λ: the first distribution's share of the mixture"""
+
+    def divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        return kl_rows(log_t, _mixture(log_t, log_s, self.skew))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class SkewReverseKL(Divergence):
+    """KL(s ‖ λ s + (1−λ) t) (Ko et al., DistiLLM 2024, section 3.1)."""
+
+    term: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    skew: float = Field(default=0.1, gt=0, lt=1)
+    """λ: the first distribution's share of the mixture"""
+
+    def divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        return kl_rows(log_s, _mixture(log_s, log_t, self.skew))
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share · p + (1 − share) · q)."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class StandardizedKD(Divergence):
+    """KL of logits that are z-scored row by row (Sun et al., CVPR 2024, algorithm 1). Throws confidence away."""
+
+    term: Literal["standardized_kd"] = "standardized_kd"
+    weight: float = Field(default=9.0, ge=0)
+    """factor of this term's loss"""
+    temperature: float = Field(default=2.0, gt=0)
+    """T, after the z-score"""
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        if logits.shape[-1] < 2:
+            raise InputError("distill: standardized_kd divides by the deviation over classes, and there is only one")
+        centred = logits - logits.mean(-1, keepdim=True)
+        # Not `std`, whose gradient is NaN where all logits of a row are equal.
+        deviation = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(logits.shape[-1] - 1)
+        return centred / (deviation + 1e-7)
+
+    def divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
+        return kl_rows(log_t, log_s)
+
+
+# ---- others
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class LogitMSE(ResponseTerm):
+    """mean_c (z_s − z_t)² (Kim et al., 2105.08919); centred: KD's limit for large T."""
+
+    term: Literal["logit_mse"] = "logit_mse"
+    centred: bool = False
+    """subtract each sample's mean logit first"""
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        losses = []
+        for s, t in self.pairs(view):
+            if self.centred:
+                s, t = s - s.mean(-1, keepdim=True), t - t.mean(-1, keepdim=True)
+            losses.append((s - t).square())
+        return per_sample(losses)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class DecoupledKD(ResponseTerm):
+    """T² (a · TCKD + b · NCKD): target against the rest, and among the rest (Zhao et al., CVPR 2022, equation 7).
+
+    The target is sliced out of the logits. The authors let it rise over the first 20 epochs: see `rise`.
+    """
+
+    term: Literal["decoupled_kd"] = "decoupled_kd"
+    temperature: float = Field(default=4.0, gt=0)
+    """T: softens both distributions"""
+    target: float = Field(default=1.0, ge=0)
+    """a: factor of what the teacher says of the labelled class"""
+    others: float = Field(default=8.0, ge=0)
+    """b: factor of how it ranks the other classes"""
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        pairs, losses = self.pairs(view), []
+        for (s, t), y in zip(pairs, self.labels(view, [s for s, _ in pairs]), strict=True):
+            (two_s, rest_s), (two_t, rest_t) = (_decoupled(z / self.temperature, y) for z in (s, t))
+            both = self.target * kl_rows(two_t, two_s) + self.others * kl_rows(rest_t, rest_s)
+            losses.append(self.temperature**2 * both)
+        return per_sample(losses)
+
+
+def _decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probabilities of target and not target [B, …, 2], those among the other classes [B, …, C − 1])."""
+    own = labels.unsqueeze(-1)
+    index = torch.arange(z.shape[-1] - 1, device=z.device).expand(*labels.shape, -1)
+    rest = z.gather(-1, index + (index >= own).long())
+    two = torch.cat([z.gather(-1, own), rest.logsumexp(-1, keepdim=True)], -1)
+    return F.log_softmax(two, -1), F.log_softmax(rest, -1)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class DIST(ResponseTerm):
+    """b (1 − ρ of rows) + g (1 − ρ of columns) of softmax(z / T), times T² (Huang et al., 2022, equations 8 to 10).
+
+    ρ is Pearson's correlation; columns are what the batch says of one class, so batches should have at least 32
+    samples. A row or column in which the teacher says nothing (it is constant) teaches nothing.
+    """
+
+    term: Literal["dist"] = "dist"
+    temperature: float = Field(default=1.0, gt=0)
+    """T: softens both distributions"""
+    rows: float = Field(default=1.0, ge=0)
+    """b: factor of the correlation within samples"""
+    columns: float = Field(default=1.0, ge=0)
+    """g: factor of the correlation within classes, over the batch"""
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        losses = []
+        for s, t in self.pairs(view):
+            p_s, p_t = ((z / self.temperature).softmax(-1) for z in (s, t))
+            across = _uncorrelated(p_s.flatten(0, -2).T, p_t.flatten(0, -2).T).mean()  # the same for every sample
+            losses.append(self.temperature**2 * (self.rows * _uncorrelated(p_s, p_t) + self.columns * across))
+        return per_sample(losses)
+
+
+def _uncorrelated(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 − Pearson's correlation over the last axis; 0 where the teacher is constant."""
+    s, t = (x - x.mean(-1, keepdim=True) for x in (student, teacher))
+    norm_s, norm_t = (torch.linalg.vector_norm(x, dim=-1) for x in (s, t))
+    loss = 1 - (s * t).sum(-1) / (norm_s * norm_t + 1e-8)
+    return torch.where(norm_t > 1e-3, loss, torch.zeros_like(loss))
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class LabelSmoothing(ResponseTerm):
+    """A control: KL from a teacher that knows the label and nothing else (Yuan et al., CVPR 2020, equation 9).
+
+    It tells "the teacher helps" from "smoothing helps": let `smoothing` be 1 − the teacher's mean top probability.
+    """
+
+    term: Literal["label_smoothing"] = "label_smoothing"
+    needs_teacher: ClassVar[bool] = False
+    smoothing: float = Field(default=0.1, gt=0, lt=1)
+    """the probability that all classes but the labelled one share equally"""
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        logits = [widened(z) for z in tensors(pick(view.student, self.output))]
+        losses = []
+        for z, y in zip(logits, self.labels(view, logits), strict=True):
+            taught = torch.full_like(z, math.log(self.smoothing / (z.shape[-1] - 1)))
+            taught.scatter_(-1, y.unsqueeze(-1), math.log1p(-self.smoothing))
+            losses.append(kl_rows(taught, F.log_softmax(z, -1)))
+        return per_sample(losses)
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class SortedULD(ResponseTerm):
+    """L1 of the sorted probabilities, the shorter padded with zeros (Boizard et al., 2402.12030, equation 7).
+
+    For a teacher with other classes or another vocabulary. It is blind to *which* class: never use it alone.
+    """
+
+    term: Literal["sorted_uld"] = "sorted_uld"
+    blind: ClassVar[str] = "it does not see which class is meant"
+    weight: float = Field(default=1.5, ge=0)
+    """factor of this term's loss"""
+    temperature: float = Field(default=1.0, gt=0)
+    """T: softens both distributions"""
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        losses = []
+        for pair in self.pairs(view, same_classes=False):
+            s, t = ((z / self.temperature).softmax(-1).sort(-1, descending=True).values for z in pair)
+            width = max(s.shape[-1], t.shape[-1])
+            s, t = (F.pad(p, (0, width - p.shape[-1])) for p in (s, t))
+            losses.append((s - t).abs().sum(-1))
+        return per_sample(losses)

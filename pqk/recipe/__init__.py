@@ -1,0 +1,37 @@
+"""How a run is written down: recipes, the factories that they name, their defaults and schema."""
+
+from __future__ import annotations
+
+from pqk.recipe.recipe import (
+    FACTORY,
+    Recipe,
+    TargetSpec,
+    TaskSpec,
+    TeacherSpec,
+    documentation,
+    explain,
+    json_schema,
+    parse,
+    parse_passes,
+    pass_named,
+    plain,
+    read_text,
+    unfit,
+)
+
+__all__ = [
+    "FACTORY",
+    "Recipe",
+    "TargetSpec",
+    "TaskSpec",
+    "TeacherSpec",
+    "documentation",
+    "explain",
+    "json_schema",
+    "parse",
+    "parse_passes",
+    "pass_named",
+    "plain",
+    "read_text",
+    "unfit",
+]

@@ -1,0 +1,118 @@
+"""Import what a recipe names: the teacher's factory and the task's. Nothing else in pqk imports a user's code."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pqk.errors import InputError, nearest
+from pqk.files import read_tensors
+from pqk.recipe.recipe import TaskSpec, TeacherSpec
+from pqk.task.task import Task
+
+
+def load_teacher(spec: TeacherSpec, data: Path | None = None, beside: Path | None = None) -> nn.Module:
+    """The teacher in eval mode, with its weights. A factory with a parameter `data` gets the data folder.
+
+    Raises `InputError` for a factory or weights that do not fit.
+    """
+    arguments = dict(spec.arguments)
+    if data is not None and "data" in _parameters(spec.factory, "[teacher]", beside):
+        arguments = {"data": data, **arguments}
+    teacher = _call(spec.factory, arguments, "[teacher]", beside)
+    if not isinstance(teacher, nn.Module):
+        raise InputError(f"[teacher] {spec.factory} returned a {type(teacher).__name__}, not a torch module")
+    if spec.weights is not None:
+        load_weights(teacher, find_weights(spec.weights, data, beside))
+    return teacher.eval()
+
+
+def find_weights(name: str, data: Path | None, beside: Path | None) -> Path:
+    """The file `name` beside the recipe, in the data folder, or as a path. Raises `InputError` where it is nowhere."""
+    folders = [beside, data, Path(os.environ["PQK_DATA"]) if "PQK_DATA" in os.environ else None, Path("../shared/data")]
+    places = [folder / name for folder in folders if folder is not None]
+    for path in [*places, Path(name)]:
+        if path.is_file():
+            return path
+    raise InputError(
+        f"[teacher] weights: no file {name} (looked in {', '.join(sorted({str(p.parent) for p in places}))}); "
+        "point --data or PQK_DATA at the folder that has it"
+    )
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill `model` from a safetensors file. Raises `InputError` naming the keys or shapes that differ."""
+    weights, _ = read_tensors(path)
+    want = model.state_dict()
+    missing = sorted(k for k in set(want) - set(weights) if not k.endswith("num_batches_tracked"))
+    extra = sorted(set(weights) - set(want))
+    if missing or extra:
+        raise InputError(
+            f"{path}: its keys are not the model's: {len(missing)} missing {missing[:3]}, "
+            f"{len(extra)} unexpected {extra[:3]}; check the factory and its arguments"
+        )
+    for key, tensor in weights.items():
+        if tensor.shape != want[key].shape:
+            raise InputError(f"{path}: {key} is {tuple(tensor.shape)} and the model's is {tuple(want[key].shape)}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path}: {key} has NaN or infinite values")
+    model.load_state_dict(weights, strict=False)
+
+
+def load_task(
+    spec: TaskSpec, data: Path | None = None, beside: Path | None = None, teacher: nn.Module | None = None
+) -> Task:
+    """The task. A factory with a parameter `teacher` gets it, for data that only a teacher can make.
+
+    Raises `InputError` for a factory that does not fit.
+    """
+    arguments = {"data": data, **spec.arguments}
+    if teacher is not None and "teacher" in _parameters(spec.factory, "[task]", beside):
+        arguments["teacher"] = teacher
+    task = _call(spec.factory, arguments, "[task]", beside)
+    if not isinstance(task, Task):
+        raise InputError(f"[task] {spec.factory} returned a {type(task).__name__}, not a pqk.Task")
+    return task
+
+
+def _parameters(factory: str, where: str, beside: Path | None) -> Collection[str]:
+    return inspect.signature(_find(factory, where, beside)).parameters.keys()
+
+
+def _call(factory: str, arguments: dict[str, Any], where: str, beside: Path | None) -> Any:
+    function = _find(factory, where, beside)
+    try:
+        return function(**arguments)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's code does
+        called = f"{factory}({', '.join(f'{k}=…' for k in arguments)})"
+        raise InputError(f"{where} {called}: {type(error).__name__}: {error}") from error
+
+
+def _find(factory: str, where: str, beside: Path | None) -> Callable[..., Any]:
+    module_name, _, name = factory.partition(":")
+    places = [str(p) for p in (beside, Path.cwd()) if p is not None]
+    sys.path[:0] = places  # a user's factory stands beside the recipe or where the command was given
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's file does when it is imported
+        raise InputError(
+            f"{where} factory: cannot import {module_name}: {type(error).__name__}: {error}; it must be installed, "
+            "beside the recipe or in the current folder"
+        ) from error
+    finally:
+        for place in places:
+            sys.path.remove(place)
+    if not callable(getattr(module, name, None)):
+        known = [n for n in dir(module) if not n.startswith("_") and callable(getattr(module, n))]
+        raise InputError(f'{where} factory: {module_name} has no function "{name}"{nearest(name, known)}')
+    return getattr(module, name)

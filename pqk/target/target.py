@@ -1,0 +1,111 @@
+"""The machine that will run the student, and the integer grid that its kernels can run exactly.
+
+x86 without VNNI multiplies u8 by s8 with `vpmaddubsw`, which adds two products in 16 bits and saturates: weights are
+kept within ±64 there (255 * 64 * 2 = 32640 < 2**15), and every output is exact. That grid is exact on every x86, so an
+`x86-avx2` student also runs, exactly, on machines with VNNI; the reverse is not true.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pqk.errors import InputError, nearest
+from pqk.quant.qparams import U8, Grid
+
+ISA_ORDER = {"x86-avx2": ("x86-avx2", "x86-vnni"), "x86-vnni": ("x86-vnni",)}
+"""target -> the machines it runs on with the numbers it was trained for"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What will run the student. `activation` and `weight` are its integer grids; weights are per output channel."""
+
+    name: str
+    activation: Grid
+    weight: Grid
+    channel_multiple: int
+    runtime: Literal["onnxruntime", "triton"]
+
+    @staticmethod
+    def named(name: str) -> Target:
+        """The target of that name. Raises `InputError` naming the nearest known one."""
+        for target in TARGETS:
+            if target.name == name:
+                return target
+        raise InputError(f'unknown target "{name}"{nearest(name, (t.name for t in TARGETS))}')
+
+    @staticmethod
+    def detect() -> Target:
+        """The target that this machine's CPU is. Raises `InputError` for a CPU without integer dot products."""
+        return Target.named(machine_target())
+
+    def unmeasured(self) -> str | None:
+        """Why a compile cannot time this target's students, nor read what its runtime executes; None where it can.
+
+        A compile measures in ONNX Runtime. Triton students are timed on their GPU, by `pqk benchmark --device cuda`.
+        """
+        if self.runtime == "triton":
+            return f"target {self.name}: student.pt2 is timed on its GPU: pqk benchmark DIR --device cuda"
+        return self.mismatch()
+
+    def mismatch(self) -> str | None:
+        """Why the numbers of this target are not this machine's; None where they are."""
+        here = machine_target()
+        if self.name.startswith("cuda"):
+            capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+            if capability is None:
+                return f"target {self.name} needs a CUDA device and this machine ({here}) has none"
+            have = 10 * capability[0] + capability[1]
+            need = int(self.name.removeprefix("cuda-sm"))
+            return None if have >= need else f"target {self.name} is newer than this machine's GPU (sm{have})"
+        if here in ISA_ORDER.get(self.name, (self.name,)):
+            return None
+        return f"target {self.name} is not this machine, which is {here}: the integer kernels differ"
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags as the kernel reports them; empty where it does not."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+@cache
+def machine_target() -> str:
+    """Name of the target that this CPU is."""
+    flags, machine = cpu_flags(), platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        if flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
+            return "x86-vnni"
+        if "avx2" in flags or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+            return "x86-avx2"
+    if machine in ("aarch64", "arm64"):
+        # Apple's kernels report no flags; every Apple silicon CPU has the dot product.
+        return "arm-i8mm" if "i8mm" in flags else "arm-dotprod"
+    raise InputError(f"no integer target fits this CPU ({machine}); x86-64 with AVX2 or 64-bit Arm is needed")
+
+
+S8 = Grid("int8", -128, 127, symmetric=False)
+S8_SYMMETRIC = Grid("int8", -127, 127, symmetric=True)
+S7_SYMMETRIC = Grid("int8", -64, 64, symmetric=True)
+
+TARGETS: tuple[Target, ...] = (
+    Target("x86-avx2", U8, S7_SYMMETRIC, 16, "onnxruntime"),
+    Target("x86-vnni", U8, S8_SYMMETRIC, 16, "onnxruntime"),
+    Target("arm-dotprod", S8, S8_SYMMETRIC, 8, "onnxruntime"),
+    Target("arm-i8mm", S8, S8_SYMMETRIC, 8, "onnxruntime"),
+    Target("cuda-sm80", S8_SYMMETRIC, S8_SYMMETRIC, 32, "triton"),
+    Target("cuda-sm89", S8_SYMMETRIC, S8_SYMMETRIC, 32, "triton"),
+    Target("cuda-sm90", S8_SYMMETRIC, S8_SYMMETRIC, 32, "triton"),
+    Target("cuda-sm100", S8_SYMMETRIC, S8_SYMMETRIC, 32, "triton"),
+)

@@ -1,0 +1,1 @@
+"""One training loop for every stage: schedules, accumulation, checkpoints that resume to the bit."""

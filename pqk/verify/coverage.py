@@ -1,0 +1,199 @@
+"""Integer coverage: the share of MACs that run in integer kernels, read from the graph ONNX Runtime will execute.
+
+A quantized file promises nothing. An operator becomes an integer kernel only if the runtime's own fusions find
+quantized inputs and output around it, so the optimized graph is written out and its operators are counted. Shapes come
+from running that graph once with every intermediate value as an output; the batch is divided out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+
+from pqk.deploy.onnxruntime_session import Model, session
+from pqk.errors import InputError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerMacs:
+    """One operator that multiplies: its MACs for one sample, whether in an integer kernel, and if not, why."""
+
+    name: str
+    op: str
+    macs: int
+    integer: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """`share` of `total_macs` (per sample) in integer kernels, 0 to 1; 1 where nothing multiplies."""
+
+    share: float
+    total_macs: int
+    integer_macs: int
+    layers: tuple[LayerMacs, ...]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Shapes of a node's inputs (`()` where absent) and first output, with its attributes."""
+
+    inputs: tuple[Shape, ...]
+    output: Shape
+    attributes: Mapping[str, Any]
+
+
+# MACs of a node over the whole batch. Each output of a convolution takes the MACs of one filter, whichever way
+# (NCHW, NHWC, NCHWc) the runtime has laid the values out.
+
+
+def convolution(weight: int) -> Callable[[Operands], int]:
+    def macs(at: Operands) -> int:
+        return math.prod(at.output) * math.prod(at.inputs[weight][1:])
+
+    return macs
+
+
+def transposed_convolution(at: Operands) -> int:
+    return math.prod(at.inputs[0]) * math.prod(at.inputs[1][1:])
+
+
+def product(at: Operands) -> int:
+    """Gemm and MatMul: each output takes as many MACs as the contracted axis is long."""
+    left = at.inputs[0]
+    transposed = len(left) > 1 and at.attributes.get("transA", 0)
+    return math.prod(at.output) * left[-2 if transposed else -1]
+
+
+def attention(at: Operands) -> int:
+    """com.microsoft Attention: the projection to queries, keys and values, then QK' and PV over all heads."""
+    (batch, tokens, _), weight = at.inputs[0], at.inputs[1]
+    return batch * tokens * math.prod(weight) + 2 * batch * tokens * tokens * at.output[-1]
+
+
+def multi_head_attention(at: Operands) -> int:
+    """com.microsoft MultiHeadAttention on separate queries and keys [B, T, D]."""
+    query, key = at.inputs[0], at.inputs[1] or at.inputs[0]
+    return query[0] * query[1] * key[-2] * (query[-1] + at.output[-1])
+
+
+INTEGER: dict[str, Callable[[Operands], int]] = {
+    "QLinearConv": convolution(3),
+    "ConvInteger": convolution(1),
+    "QGemm": product,
+    "QLinearMatMul": product,
+    "MatMulInteger": product,
+    "MatMulIntegerToFloat": product,
+    "DynamicQuantizeMatMul": product,
+    "QAttention": attention,
+}
+FLOAT: dict[str, Callable[[Operands], int]] = {
+    "Conv": convolution(1),
+    "FusedConv": convolution(1),
+    "NhwcFusedConv": convolution(1),
+    "ConvTranspose": transposed_convolution,
+    "Gemm": product,
+    "FusedGemm": product,
+    "MatMul": product,
+    "FusedMatMul": product,
+    "FusedMatMulActivation": product,
+    "TransposeMatMul": product,
+    "Attention": attention,
+    "MultiHeadAttention": multi_head_attention,
+}
+UNCOUNTED = frozenset({"Einsum", "LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "MatMulNBits", "GroupQueryAttention"})
+
+
+def integer_coverage(model: Model, example_feeds: Mapping[str, NDArray[Any]]) -> Coverage:
+    """Coverage of an ONNX model; `example_feeds` is one batch of its inputs by name.
+
+    Raises `InputError` for a model that ONNX Runtime refuses, feeds that do not fit, or an operator whose MACs cannot
+    be counted (recurrent cells, Einsum, 4-bit products).
+    """
+    graph = executed_graph(model)
+    shapes = value_shapes(graph, example_feeds)
+    batch = len(next(iter(example_feeds.values())))
+    layers = []
+    for node in graph.graph.node:
+        if node.op_type in UNCOUNTED:
+            raise InputError(f"integer coverage: the MACs of {node.op_type} ({human_name(node)}) cannot be counted")
+        integer = node.op_type in INTEGER
+        count = INTEGER.get(node.op_type) or FLOAT.get(node.op_type)
+        if count is None:
+            continue
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        operands = Operands(tuple(shapes.get(n, ()) for n in node.input), shapes[node.output[0]], attributes)
+        reason = None if integer else float_reason(node, graph)
+        layers.append(LayerMacs(human_name(node), node.op_type, count(operands) // batch, integer, reason))
+    total, in_integers = sum(la.macs for la in layers), sum(la.macs for la in layers if la.integer)
+    return Coverage(in_integers / total if total else 1.0, total, in_integers, tuple(layers))
+
+
+def executed_graph(model: Model) -> onnx.ModelProto:
+    """The graph as ONNX Runtime executes it on this machine, with its default optimizations."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "executed.onnx"
+        session(model, save_to=path)
+        return onnx.load(path)
+
+
+def value_shapes(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Shape]:
+    """The shape of every input, initializer and node output; intermediate values are made outputs and run once."""
+    shapes: dict[str, Shape] = {i.name: tuple(i.dims) for i in model.graph.initializer}
+    shapes |= {name: tuple(value.shape) for name, value in feeds.items()}
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    # Only the operands of products are wanted; an output needs no type, the runtime infers it.
+    counted = [n for n in model.graph.node if n.op_type in INTEGER or n.op_type in FLOAT]
+    for name in dict.fromkeys(name for n in counted for name in (*n.input, n.output[0])):
+        if name and name not in shapes:
+            probe.graph.output.add().name = name
+    if not probe.graph.output:
+        return shapes
+    try:
+        values = session(probe.SerializeToString(), optimized=False).run(None, dict(feeds))
+    except InputError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise InputError(f"integer coverage: the example inputs do not fit the model: {error}") from error
+    return shapes | {o.name: tuple(v.shape) for o, v in zip(probe.graph.output, values, strict=True)}
+
+
+def float_reason(node: onnx.NodeProto, model: onnx.ModelProto) -> str:
+    """Why the runtime left this operator in float: what its neighbours lack."""
+    producers = {name: n for n in model.graph.node for name in n.output}
+    weights = {i.name for i in model.graph.initializer}
+    for position, name in enumerate(node.input[:2]):
+        producer = producers.get(name)
+        if producer is None or producer.op_type != "DequantizeLinear":
+            what = "weight" if name in weights else f"input {position}" if position else "input"
+            source = f" (from {producer.op_type} {human_name(producer)})" if producer else ""
+            return f"its {what} is float{source}"
+    readers = [n for n in model.graph.node if node.output[0] in n.input]
+    loose = next((n for n in readers if n.op_type != "QuantizeLinear"), None)
+    if loose is not None:
+        return f"its output is not quantized before {loose.op_type} {human_name(loose)}"
+    if not readers:
+        return "its output leaves the model in float"
+    return f"the runtime has no integer kernel for this {node.op_type}"
+
+
+def human_name(node: onnx.NodeProto) -> str:
+    """The layer whose weight it reads, else the node's name or its output's, without what fusions append."""
+    weight = next((n for n in node.input if ".weight" in n), None)
+    if weight is not None:
+        return weight.partition(".weight")[0]
+    name = node.name or node.output[0]
+    return re.sub(r"(_token_\d+|_nchwc|_quant|_nhwc)+$", "", name).removeprefix("node_")

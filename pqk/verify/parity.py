@@ -1,0 +1,301 @@
+"""The parity contract: the graph that was trained, the INT8 graph and ONNX Runtime compute the same thing.
+
+Per layer and on the same integers, ONNX Runtime and the INT8 graph differ by at most one step of the output (LSB);
+convolutions, linear layers and matrix products are equal on 99.9 % and their int32 accumulators everywhere; float
+outputs agree to 1e-5. Sums, pools and the like are allowed to round ties the other way, so ties, found in float64, are
+left out of their exact share. End to end, decisions agree on 99.5 % of the samples and the metric within 0.1 points,
+but never finer than one sample. The first layer that breaks the contract is named, with its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from pqk.deploy.onnxruntime_session import session
+from pqk.deploy.qdq import Array, Layer, QdqFile, Twin
+from pqk.errors import InputError
+from pqk.quant.qparams import per_axis
+from pqk.report.schema import LayerParity, Parity
+from pqk.target.machine import usable_cores
+from pqk.task.task import Outputs, Task, predict, tensors
+
+Model = Callable[..., Outputs]
+
+MAX_LSB = 1
+EXACT_SHARE = 0.999
+AGREEMENT = 0.995
+METRIC_TOLERANCE = 0.001
+"""0.1 points of a share; of a metric in another unit, a thousandth of its value"""
+RELATIVE = 1e-5
+TIE = 1e-9
+"""how near to a half a float64 quotient must be to be one: well above its rounding, well below float32's"""
+
+QUANTIZE = torch.ops.pqk.quantize.default
+DYNAMIC = torch.ops.pqk.quantize_dynamic_linear.default
+DEQUANTIZE = torch.ops.pqk.dequantize.default
+
+
+def check_parity(
+    fake_quant: nn.Module,
+    int8_graph: fx.GraphModule,
+    onnx_path: Path,
+    task: Task,
+    *,
+    optimized: bool = True,
+    samples: int | None = None,
+    layer_samples: int = 16,
+) -> Parity:
+    """Check the contract on the student's file.
+
+    Layers are compared on `layer_samples` validation samples, end to end on (the first `samples` of) the evaluation
+    data. `optimized=False` runs ONNX Runtime without its optimizations, for a target that is not this machine. A
+    broken contract is a result, not an error; `InputError` is raised for a file that is not this graph's.
+    """
+    from pqk.deploy.onnx_emitter import quantized_tensors  # it emits through torch.onnx, which is slow to import
+
+    inputs = next(task.calibration(layer_samples))
+    layers = check_layers(int8_graph, quantized_tensors(int8_graph), onnx_path, inputs, optimized=optimized)
+    with torch.inference_mode():
+        deployed = OnnxModel(onnx_path, fake_quant(*task.example), optimized=optimized)
+    ends = compare_ends(fake_quant, deployed, task, samples=samples)
+    return verdict(layers, ends, "optimized" if optimized else "unoptimized")
+
+
+def verdict(
+    layers: Sequence[LayerParity], ends: Mapping[str, Any], mode: Literal["optimized", "unoptimized", "reference"]
+) -> Parity:
+    """The contract: every layer, then the ends."""
+    broken = next((layer for layer in layers if not layer.passed), None)
+    divergence = describe(broken) if broken else ends["divergence"]
+    return Parity(
+        passed=divergence is None,
+        layers=tuple(layers),
+        agreement=ends["agreement"],
+        metric_delta=ends["metric_delta"],
+        first_divergence=divergence,
+        samples=ends["samples"],
+        mode=mode,
+    )
+
+
+def describe(layer: LayerParity) -> str:
+    """One line on how a layer breaks the contract."""
+    if layer.max_relative is not None:
+        return f"{layer.name} ({layer.op}): float output differs by {layer.max_relative:.2g} (allowed {RELATIVE:g})"
+    text = f"{layer.name} ({layer.op}): differs by up to {layer.max_lsb:g} LSB, {100 * layer.exact:.2f} % exact"
+    return text + (", int32 accumulators differ" if layer.accumulators is False else "")
+
+
+# Layers
+
+
+def check_layers(
+    int8_graph: fx.GraphModule,
+    named: Sequence[tuple[str, fx.Node]],
+    onnx_path: Path,
+    inputs: tuple[Tensor, ...],
+    *,
+    optimized: bool = True,
+) -> list[LayerParity]:
+    """Every layer of the file against the INT8 graph, on the integers that the graph computes from `inputs`.
+
+    `named` are the graph's quantize nodes with their layers' names, in the order of the file's activation quantizers.
+    """
+    file = QdqFile(onnx.load(onnx_path))
+    quantizers = [layer for layer in file.layers if layer.quantized]
+    outputs = [layer for layer in file.layers if not layer.quantized]
+    if len(quantizers) != len(named) or len(file.inputs) != len(inputs):
+        raise InputError(
+            f"parity: {onnx_path} quantizes {len(quantizers)} tensors of {len(file.inputs)} inputs, the INT8 graph "
+            f"{len(named)} of {len(inputs)}: the file was not made from this graph"
+        )
+    recorder = Recorder(int8_graph)
+    with torch.inference_mode():
+        results = tensors(recorder.run(*inputs))
+        ties = Ties(int8_graph, recorder.made)
+        ties.run(*inputs)
+    recorded = {name: value.numpy() for name, value in zip(file.inputs, inputs, strict=True)}
+    nodes = {layer.output: node for layer, (_, node) in zip(quantizers, named, strict=True)}
+    for layer, (_, node) in zip(quantizers, named, strict=True):
+        made = file.integers[layer.output].output  # by a dynamic quantizer, a scale and a zero point as well
+        recorded |= {name: t.numpy() for name, t in zip(made, recorder.made[node], strict=True)}
+    names = {layer.output: name for layer, (name, _) in zip(quantizers, named, strict=True)}
+    rows = []
+    for layer in quantizers:
+        tie = ties.found[nodes[layer.output]].numpy()
+        rows.append(check_integers(file, layer, names[layer.output], recorded, tie, optimized))
+    positions = {output.name: i for i, output in enumerate(file.model.graph.output)}
+    for layer in outputs:
+        expected = results[positions[layer.output]].numpy()
+        rows.append(check_float(file, layer, recorded, expected, optimized))
+    return rows
+
+
+def check_integers(
+    file: QdqFile, layer: Layer, name: str, recorded: Mapping[str, Array], ties: Array, optimized: bool
+) -> LayerParity:
+    """One layer with an integer output; `ties` marks outputs that are exact halves before rounding."""
+    got = run_layer(file, layer, recorded, optimized).astype(np.int32)
+    difference = np.abs(got - recorded[layer.output])
+    counted = difference if layer.is_product else difference[~ties]
+    max_lsb = int(difference.max(initial=0))
+    exact = float((counted == 0).mean()) if counted.size else 1.0
+    twin = file.twin(layer, recorded) if layer.is_product else None
+    accumulators = None if twin is None else equal_accumulators(twin, optimized)
+    passed = max_lsb <= MAX_LSB and accumulators is not False and (exact >= EXACT_SHARE or not layer.is_product)
+    return LayerParity(name=name, op=layer.op, max_lsb=max_lsb, exact=exact, accumulators=accumulators, passed=passed)
+
+
+def check_float(
+    file: QdqFile, layer: Layer, recorded: Mapping[str, Array], expected: Array, optimized: bool
+) -> LayerParity:
+    """One layer with a float output: differences are relative to the tensor's largest value, as sums cancel."""
+    got = run_layer(file, layer, recorded, optimized)
+    size = max(float(np.abs(expected).max(initial=0)), float(np.finfo(np.float32).tiny))
+    relative = np.abs(got.astype(np.float64) - expected) / size
+    worst = float(relative.max(initial=0))
+    return LayerParity(
+        name=layer.output,
+        op=layer.op,
+        max_lsb=None,
+        exact=float((relative <= RELATIVE).mean()) if relative.size else 1.0,
+        max_relative=worst,
+        passed=worst <= RELATIVE,
+    )
+
+
+def run_layer(file: QdqFile, layer: Layer, recorded: Mapping[str, Array], optimized: bool) -> Array:
+    feeds = {name: recorded[name] for name in layer.inputs}
+    model = file.extract(layer, {name: value.shape for name, value in feeds.items()})
+    return session(model, optimized=optimized).run(None, feeds)[0]
+
+
+def equal_accumulators(twin: Twin, optimized: bool) -> bool:
+    """Whether ONNX Runtime's int32 accumulators are the true ones (float64 holds every such sum exactly)."""
+    left, right = twin.operands()
+    got = session(twin.model(), optimized=optimized).run(None, {"left": left.values})[0]
+    x, w = (torch.from_numpy(o.values.astype(np.float64) - o.zero_point) for o in (left, right))
+    truth = integer_convolution(x, w, twin.attributes) if twin.op == "Conv" else x @ w
+    return bool((torch.from_numpy(got).double() == truth).all())
+
+
+def integer_convolution(x: Tensor, weight: Tensor, attributes: Mapping[str, Any]) -> Tensor:
+    """ONNX Conv without a bias, any number of axes, explicit pads; [N, C, …] float64."""
+    axes = x.ndim - 2
+    convolve: Callable[..., Tensor] = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[axes - 1]
+    pads = attributes.get("pads") or [0] * (2 * axes)
+    ordered = [p for axis in reversed(range(axes)) for p in (pads[axis], pads[axis + axes])]
+    return convolve(
+        nn.functional.pad(x, ordered),
+        weight,
+        stride=tuple(attributes.get("strides") or [1] * axes),
+        dilation=tuple(attributes.get("dilations") or [1] * axes),
+        groups=int(attributes.get("group", 1)),
+    )
+
+
+class Recorder(fx.Interpreter):
+    """Runs the INT8 graph and keeps the integers of every tensor that it quantizes, with a scale and a zero point where
+    they are found at run time."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.made: dict[fx.Node, tuple[Tensor, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target in (QUANTIZE, DYNAMIC):
+            self.made[n] = (result,) if n.target is QUANTIZE else tuple(result)
+        return result
+
+
+class Ties(fx.Interpreter):
+    """Runs the INT8 graph in float64 on recorded integers and finds what is an exact half before rounding."""
+
+    def __init__(self, graph: fx.GraphModule, made: Mapping[fx.Node, tuple[Tensor, ...]]) -> None:
+        super().__init__(graph)
+        self.made = made
+        self.found: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target in (QUANTIZE, DYNAMIC):
+            x, *fixed = self.fetch_args_kwargs_from_env(n)[0][:2]
+            made = self.made[n]
+            steps = x.double() / (fixed or made[1:2])[0].double()
+            self.found[n] = ((steps - steps.floor()) - 0.5).abs() < TIE
+            # Every layer is given the same integers, so that differences do not add up.
+            return made[0] if fixed else made
+        if n.target is DEQUANTIZE:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            q, scale, zero_point, axis = (*args, *kwargs.values(), None)[:4]
+            scale, zero_point = (per_axis(p.double(), q, axis) for p in (scale, zero_point))
+            return (q.double() - zero_point) * scale
+        result = super().run_node(n)
+        widen = isinstance(result, Tensor) and result.dtype == torch.float32
+        return result.double() if widen else result
+
+
+# End to end
+
+
+class OnnxModel:
+    """An ONNX file called like the module it was made from: tensors in, the module's structure of tensors out."""
+
+    def __init__(self, path: Path, like: Outputs, *, optimized: bool = True, threads: int | None = None) -> None:
+        """`like` is any output of the module; only its structure is used."""
+        self.session = session(path, optimized=optimized, threads=threads or usable_cores())
+        self.names = [i.name for i in self.session.get_inputs()]
+        self.like = like
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        feeds = {name: t.detach().contiguous().numpy() for name, t in zip(self.names, inputs, strict=True)}
+        return restructured(self.like, iter(map(torch.from_numpy, self.session.run(None, feeds))))
+
+
+def restructured(like: Outputs, values: Iterator[Tensor]) -> Outputs:
+    """`values` in the structure of `like`, in the order of `pqk.task.tensors`."""
+    if isinstance(like, Tensor):
+        return next(values)
+    if isinstance(like, dict):
+        return {key: restructured(part, values) for key, part in like.items()}
+    return type(like)(restructured(part, values) for part in like)
+
+
+def compare_ends(fake_quant: nn.Module, deployed: Model, task: Task, *, samples: int | None) -> dict[str, Any]:
+    """Decisions and metric of the fake-quant graph against what is deployed: agreement, delta, divergence."""
+    ours, targets = predict(fake_quant, task.evaluation, samples)
+    theirs, _ = predict(deployed, task.evaluation, samples)
+    mine, other = task.decision(ours), task.decision(theirs)
+    if mine.is_floating_point():
+        raise InputError(
+            f"parity: the task's decision is {mine.dtype}, which cannot agree exactly; pass Task(decision=…) that "
+            "returns integers or booleans, such as the class, the token or whether a threshold is passed"
+        )
+    agreement = float((mine == other).double().mean())
+    delta = None
+    if targets is not None:
+        delta = task.metric.function(theirs, targets) - task.metric.function(ours, targets)
+    value = 1.0 if targets is None or task.metric.unit == "share" else task.metric.function(ours, targets)
+    count = len(tensors(ours)[0])
+    divergence = ends_divergence(agreement, delta, value, mine.numel(), count)
+    return {"agreement": agreement, "metric_delta": delta, "samples": count, "divergence": divergence}
+
+
+def ends_divergence(agreement: float, delta: float | None, value: float, decisions: int, samples: int) -> str | None:
+    """How decisions or metric break the contract; None where they keep it. One sample is always allowed."""
+    slack = 1e-12  # of summing shares in floating point
+    least = min(AGREEMENT, 1 - 1 / decisions)
+    most = max(METRIC_TOLERANCE * max(abs(value), 1e-3), 1 / samples)
+    told = "every layer agrees with the INT8 graph, so the INT8 graph differs from the fake-quantized one"
+    if agreement < least - slack:
+        return f"end to end: {100 * agreement:.2f} % of decisions agree (at least {100 * least:.2f} % must); {told}"
+    if delta is not None and not abs(delta) <= most + slack:
+        return f"end to end: the metric differs by {delta:+.5f} (allowed {most:.5f}); {told}"
+    return None

@@ -1,0 +1,238 @@
+"""`pqk check`: what a compile would stumble over is found before any training, and what it costs is estimated."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pqk import check as module
+from pqk.bench.protocol import Ratio
+from pqk.check import STEPS, Findings, Stopwatch, check
+from pqk.cli import app as cli
+from pqk.core.run_context import Silent
+from pqk.recipe.recipe import Recipe
+from pqk.task.task import Task
+
+RECIPE = """
+[target]
+name = "x86-avx2"
+[[pass]]
+name = "prune"
+macs_ratio = 1.5
+multiple = 8
+[[pass]]
+name = "distill"
+epochs = 5
+[[pass]]
+name = "capture"
+[[pass]]
+name = "quantize"
+samples = 64
+float_layers = ["head"]
+[[pass]]
+name = "convert"
+"""
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[Any]:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+    try:
+        import toy
+
+        yield toy
+    finally:
+        sys.path.remove(str(Path(__file__).parents[1] / "support"))
+
+
+@pytest.fixture(scope="module")
+def sound(toy: Any) -> Findings:
+    """The rehearsal of a recipe that works, timed for real."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "THREADS", 1)
+        return check(toy.teacher(), toy.task(), Recipe.loads(RECIPE))
+
+
+@pytest.fixture
+def untimed(sound: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies are measured once, in `sound`; everywhere else they are made up."""
+    monkeypatch.setattr(module, "ratio_to", lambda *args, **kwargs: Ratio(2.0, 1.9, 2.1))
+    monkeypatch.setattr(module.Oracle, "baseline", lambda oracle: 1.0)
+
+
+@pytest.fixture
+def undeployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is found before the student is exported, which takes most of a rehearsal of a toy."""
+    monkeypatch.setattr(module._Rehearsal, "_deploy", lambda rehearsal: None)
+
+
+pytestmark = pytest.mark.usefixtures("untimed")
+
+
+def rehearse(toy: Any, text: str, task: Task | None = None, **teacher: Any) -> Findings:
+    return check(toy.teacher(**teacher), task or toy.task(), Recipe.loads(text))
+
+
+def test_a_sound_recipe_has_no_problems(sound: Findings) -> None:
+    assert sound.problems == [] and sound.warnings == []
+    assert [p.name for p in sound.passes] == ["prune", "distill", "capture", "quantize", "convert"]
+    assert [p.stage for p in sound.passes] == ["MODULE", "MODULE", "MODULE", "GRAPH", "FAKE_QUANT"]
+    json.dumps(dataclasses.asdict(sound))
+
+
+def test_what_cannot_be_pruned_has_a_reason(sound: Findings) -> None:
+    reasons = {g["name"]: g["reason"] for g in sound.groups}
+    assert reasons["first.0"] is None and reasons["second.0"] is None
+    assert "output" in reasons["head"]
+
+
+def test_what_cannot_be_quantized_has_a_reason(sound: Findings) -> None:
+    declined = {d["layer"]: d["reason"] for d in sound.passes[3].declined}
+    assert "by name" in declined["head"]
+
+
+def test_costs_are_measured(sound: Findings) -> None:
+    assert sound.latency is not None and sound.student is not None
+    assert sound.latency["ratio_low"] <= sound.latency["ratio"] <= sound.latency["ratio_high"]
+    assert sound.latency["teacher_ms"] / sound.latency["student_ms"] == pytest.approx(sound.latency["ratio"])
+    assert 0 < (sound.integer_coverage or 0) < 1, "the head is left in float"
+    assert sound.student["macs"] * 1.5 <= sound.teacher["macs"]
+    assert sound.memory_bytes > 1e8
+    assert sound.seconds == pytest.approx(sum(p.seconds or 0 for p in sound.passes))
+
+
+def test_training_time_is_steps_times_the_time_of_one(sound: Findings) -> None:
+    distill = sound.passes[1]
+    assert distill.steps == 5 * 128 // 32 and distill.step_ms is not None
+    assert distill.seconds is not None and distill.seconds < 60
+    assert all(p.step_ms is None for p in sound.passes if p is not distill)
+
+
+@pytest.mark.usefixtures("undeployed")
+def test_more_epochs_take_longer_and_the_rehearsal_does_not(toy: Any) -> None:
+    found = rehearse(toy, RECIPE.replace("epochs = 5", "epochs = 50000"))
+    assert found.passes[1].steps == 200_000
+    assert found.seconds > 60 and found.problems == []
+
+
+def test_cached_answers_of_the_teacher_cost_nothing(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps see every view once; the teacher is then read from the cache."""
+    rehearsal = module._Rehearsal(toy.teacher(), toy.task(), Recipe.loads(RECIPE), Silent())
+    monkeypatch.setattr(module, "forward_seconds", lambda model, inputs: 1.0)
+    distill = rehearsal.recipe.passes[1]
+    assert rehearsal._cached(distill, 10) == 10 - 4
+    assert rehearsal._cached(distill, 10) == 10, "a second training finds them all"
+    rehearsal.oracle.folder.cleanup()
+
+
+@pytest.mark.usefixtures("undeployed")
+def test_the_teacher_is_not_changed(toy: Any) -> None:
+    teacher = toy.teacher()
+    teacher.train()
+    before = copy.deepcopy(teacher.state_dict())
+    check(teacher, toy.task(), Recipe.loads(RECIPE))
+    assert teacher.training and all(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fragments"),
+    [
+        ("macs_ratio = 1.5", "macs_ratio = 1000", ["pass 1", "cannot be met", "floor"]),
+        ("epochs = 5", 'epochs = 5\nterms = [{ term = "hint", point = "thrid" }]', ["pass 2", "thrid"]),
+        ('"head"', '"haed"', ["pass 4", "haed", "head"]),
+    ],
+)
+@pytest.mark.usefixtures("undeployed")
+def test_a_pass_that_cannot_work_is_a_problem(toy: Any, old: str, new: str, fragments: list[str]) -> None:
+    found = rehearse(toy, RECIPE.replace(old, new))
+    assert len(found.problems) == 1
+    for fragment in fragments:
+        assert fragment in found.problems[0], found.problems[0]
+
+
+@pytest.mark.usefixtures("undeployed")
+def test_a_model_that_cannot_be_captured_is_named_with_its_line(toy: Any) -> None:
+    found = rehearse(toy, RECIPE, branch=True)
+    assert len(found.problems) == 1 and "pass 3" in found.problems[0]
+    assert "toy.py" in found.problems[0] and "x.sum() > 0" in found.problems[0]
+    assert [p.name for p in found.passes] == ["prune", "distill", "capture"], "nothing after it can be rehearsed"
+
+
+@pytest.mark.usefixtures("undeployed")
+def test_a_group_that_breaks_the_law_is_refused(toy: Any) -> None:
+    found = rehearse(toy, RECIPE.replace("macs_ratio = 1.5", "macs_ratio = 1.1"), sliced=True)
+    assert "differ" in next(g["reason"] for g in found.groups if g["name"] == "second.0")
+    assert found.problems == []
+
+
+@pytest.mark.usefixtures("undeployed")
+def test_without_training_data_the_training_passes_are_the_problem(toy: Any) -> None:
+    found = rehearse(toy, RECIPE, toy.task(train=False))
+    assert len(found.problems) == 1 and "pass 2" in found.problems[0] and "no training data" in found.problems[0]
+    assert found.passes[-1].name == "convert", "the rest is rehearsed all the same"
+
+
+def test_a_recipe_that_stops_short_is_a_problem(toy: Any) -> None:
+    found = rehearse(toy, RECIPE.replace('[[pass]]\nname = "convert"\n', ""))
+    assert len(found.problems) == 1 and "FAKE_QUANT" in found.problems[0]
+
+
+def test_another_machine_is_a_warning_and_gives_no_latency(toy: Any) -> None:
+    found = rehearse(toy, RECIPE.replace("x86-avx2", "arm-dotprod"))
+    assert "not this machine" in found.warnings[0] and found.problems == []
+    assert found.latency is None and found.integer_coverage is None and found.latency_reason
+    assert found.student is not None
+
+
+def test_a_surprise_is_a_finding(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def surprise(*args: Any, **kwargs: Any) -> nn.Module:
+        raise ZeroDivisionError("nobody thought of this")
+
+    monkeypatch.setattr(module, "emit_onnx", surprise)
+    found = rehearse(toy, RECIPE)
+    assert found.problems == ["emit: ZeroDivisionError: nobody thought of this"]
+
+
+def test_the_stopwatch_times_steps() -> None:
+    watch = Stopwatch(Silent())
+    with watch.task("a pass", STEPS) as advance:
+        advance(0, "")
+        for _ in range(STEPS):
+            advance(1, "loss")
+    assert len(watch.steps["a pass"]) == STEPS and min(watch.steps["a pass"]) >= 0
+
+
+def test_the_command_says_it_in_words_and_exits_with_two(
+    toy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = '[teacher]\nfactory = "toy:teacher"\n[task]\nfactory = "toy:task"\n'
+    path = tmp_path / "recipe.toml"
+    path.write_text(head + RECIPE)
+    assert cli.run(["check", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "expected latency" in shown and "nothing stands in the way" in shown and "GB at the highest" in shown
+    monkeypatch.setattr(module._Rehearsal, "_deploy", lambda rehearsal: None)
+    path.write_text(head + RECIPE.replace("macs_ratio = 1.5", "macs_ratio = 1000"))
+    assert cli.run(["check", str(path), "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["passes"][0]["problem"] in document["problems"][0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.toml"]
+
+
+def test_a_gpu_s_recipe_is_rehearsed_without_a_gpu(toy: Any) -> None:
+    recipe = '[[pass]]\nname = "capture"\n[[pass]]\nname = "quantize"\nsamples = 64\n[[pass]]\nname = "convert"\n'
+    target, fuse = '[target]\nname = "cuda-sm90"\n', '[[pass]]\nname = "fuse"\n'
+    found = rehearse(toy, target + recipe + fuse)
+    assert found.problems == [] and found.student is not None and found.student["size_bytes"] > 0
+    assert found.latency is None and "--device cuda" in (found.latency_reason or "")
+    assert any('must be "fuse"' in p for p in rehearse(toy, target + recipe).problems)

@@ -1,0 +1,32 @@
+"""The committed students: on any x86 they are right on exactly as many images as their reports say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pqk.deploy.onnxruntime_session import session
+from pqk.files import read_json
+from pqk.models.cifar import MEAN, STD, load_split
+from pqk.models.images import Normalize
+
+RESULTS = Path(__file__).parents[2] / "models" / "results"
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar10", pytest.param("resnet56_cifar10", marks=pytest.mark.full)])
+def test_a_committed_student_scores_what_its_report_says(name: str, data_file: Callable[[str], Path]) -> None:
+    """On the grid of x86-avx2 no product saturates, so that no instruction set gives other integers."""
+    images, labels = load_split(data_file("cifar10_test.npz"))
+    student = session(RESULTS / f"{name}.onnx", threads=1)
+    (given,) = student.get_inputs()
+    (images,) = Normalize(MEAN, STD)((images,))
+    right = sum(
+        int((torch.from_numpy(student.run(None, {given.name: x.numpy()})[0]).argmax(1) == y).sum())
+        for x, y in zip(images.split(500), labels.split(500), strict=True)
+    )
+    report = read_json(RESULTS / f"{name}.json")
+    (row,) = (r for r in report["attribution"] if r["variant"] == "student")
+    assert right == round(row["metric"] * len(labels))

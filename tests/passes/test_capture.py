@@ -1,0 +1,247 @@
+"""What capture promises: the same numbers, one clean trainable graph with readable names, and errors that point."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from pqk.core.program import Rewrite, replay
+from pqk.errors import InputError
+from pqk.passes.capture.capture import capture
+
+aten = torch.ops.aten
+
+
+def lively(module: nn.Module) -> nn.Module:
+    """Batch norm statistics and affine parameters that are not the identity."""
+    torch.manual_seed(0)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert m.running_mean is not None and m.running_var is not None
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 2)
+            if m.affine:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.2)
+    return module.eval()
+
+
+def agree(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    """Capture with two samples, compare on all of them and on one."""
+    with torch.no_grad():
+        whole, one = module(*inputs), module(*(x[:1] for x in inputs))
+        graph = capture(module, tuple(x[:2] for x in inputs))
+        torch.testing.assert_close(graph(*inputs), whole, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(graph(*(x[:1] for x in inputs)), one, atol=2e-6, rtol=1e-5)
+    assert isinstance(graph, fx.GraphModule)
+    return graph
+
+
+def targets(graph: fx.GraphModule) -> list[Any]:
+    return [n.target for n in graph.graph.nodes if n.op == "call_function"]
+
+
+class Residual(nn.Module):
+    """In-place additions and activations, dropout, a shortcut of slices and a pad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, 2, padding=1), nn.BatchNorm2d(16)
+        self.drop, self.relu = nn.Dropout(), nn.ReLU(inplace=True)
+        self.linear = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(x))
+        y += F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        return self.linear(self.drop(self.relu(y)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def residual() -> tuple[nn.Module, fx.GraphModule, Tensor]:
+    module, x = lively(Residual()), torch.randn(5, 3, 8, 8)
+    return module, agree(copy.deepcopy(module), x), x
+
+
+def test_only_what_inference_needs_is_left(residual: Any) -> None:
+    _, graph, _ = residual
+    kinds = {aten.conv2d.default, aten.relu.default, aten.slice.Tensor, aten.pad.default, aten.add.Tensor}
+    assert set(targets(graph)) == kinds | {aten.mean.dim, aten.flatten.using_ints, aten.linear.default}
+    assert len(targets(graph)) == 11
+
+
+def test_names_are_those_of_the_model(residual: Any) -> None:
+    _, graph, _ = residual
+    assert sorted(graph.state_dict()) == [
+        "conv1.bias", "conv1.weight", "conv2.bias", "conv2.weight", "linear.bias", "linear.weight",
+    ]  # fmt: skip
+    layers = [n.meta["layer"] for n in graph.graph.nodes if n.op == "call_function"]
+    assert len(set(layers)) == len(layers) and {"conv1", "conv2", "linear"} <= set(layers)
+    shapes = {n.meta["layer"]: n.meta["shape"] for n in graph.graph.nodes if n.op == "call_function"}
+    assert shapes["conv2"] == (None, 16, 4, 4)
+
+
+def test_points_hold_what_each_module_put_out(residual: Any) -> None:
+    module, graph, x = residual
+    seen: dict[str, Tensor] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                seen[n.name] = value
+            return value
+
+    expected: dict[str, Tensor] = {}
+    for name in ("bn1", "linear"):
+        module.get_submodule(name).register_forward_hook(lambda m, i, o, n=name: expected.update({n: o.clone()}))
+    module(x)
+    Watch(graph).run(x)
+    assert "conv1" not in graph.meta["points"], "its output, before batch norm, is not in the graph"
+    for name, value in expected.items():
+        torch.testing.assert_close(seen[graph.meta["points"][name]], value, atol=1e-5, rtol=1e-4)
+
+
+def test_the_graph_trains_copies_and_takes_channels_last(residual: Any) -> None:
+    module, graph, x = residual
+    copied = copy.deepcopy(graph).to(memory_format=torch.channels_last).train()
+    out = copied(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(out, module(x), atol=2e-6, rtol=1e-5)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in copied.parameters())
+    assert copied.meta["points"] == graph.meta["points"]
+
+
+def test_replaying_gives_a_graph_that_loads_the_tensors(residual: Any) -> None:
+    _, graph, x = residual
+    again = replay(lively(Residual()), (x[:2],), (Rewrite("capture", {}),), {"capture": capture})
+    for p in again.parameters():
+        nn.init.zeros_(p)
+    again.load_state_dict(graph.state_dict(), strict=True)
+    assert torch.equal(again(x), graph(x))
+    assert [n.name for n in again.graph.nodes] == [n.name for n in graph.graph.nodes]  # type: ignore[union-attr]
+
+
+class Structure(nn.Module):
+    def __init__(self, build: Any) -> None:
+        super().__init__()
+        self.linear, self.build = nn.Linear(3, 3), build
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.build(self.linear(x), y * 2)
+
+
+@pytest.mark.parametrize("build", [lambda a, b: (a, b), lambda a, b: {"b": b, "a": a}, lambda a, b: (a, {"b": [b]})])
+def test_inputs_and_outputs_keep_their_structure(build: Any) -> None:
+    agree(Structure(build).eval(), torch.randn(3, 3), torch.randn(3, 3))
+
+
+def test_inputs_are_called_as_the_task_calls_them() -> None:
+    """Also where a layer of the model has that name."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.image(x) + y
+
+    example = torch.randn(2, 4), torch.randn(2, 4)
+    for names, expected in (
+        (None, ["x", "y", "image", "add"]),
+        (["image", "depth"], ["image", "depth", "image_1", "add"]),
+    ):
+        graph = capture(Two(), example, input_names=names)
+        assert isinstance(graph, fx.GraphModule)
+        nodes = [n for n in graph.graph.nodes if n.op in ("placeholder", "call_function")]
+        assert [n.meta["layer"] for n in nodes] == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        pytest.param(lambda: [nn.ConvTranspose2d(4, 6, 2, 2, groups=2), nn.BatchNorm2d(6)], (4, 5, 5), id="transposed"),
+        pytest.param(lambda: [nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)], (4, 5, 5), id="first"),
+        pytest.param(lambda: [nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6, affine=False)], (4,), id="linear"),
+        pytest.param(lambda: [nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)], (4, 9), id="1d"),
+    ],
+)
+def test_batch_norm_is_folded_wherever_it_stands(layers: Any, shape: tuple[int, ...]) -> None:
+    graph = agree(lively(nn.Sequential(*layers())), torch.randn(4, *shape))
+    assert not any("batch_norm" in str(t) for t in targets(graph))
+
+
+class Shared(nn.Module):
+    """One convolution used twice, with a batch norm of its own each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.conv(self.one(self.conv(x))))
+
+
+def test_folding_into_a_shared_convolution_makes_two_of_it() -> None:
+    graph = agree(lively(Shared()), torch.randn(3, 3, 4, 4))
+    assert sum(t is aten.conv2d.default for t in targets(graph)) == 2
+    assert len(graph.state_dict()) == 4
+
+
+class Forms(nn.Module):
+    """Operators with several spellings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.same = nn.Linear(8, 24), nn.Conv1d(5, 5, 3, padding="same")
+        self.table = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inner(F.silu(self.same(x))).chunk(3, dim=-1)
+        a, b = F.scaled_dot_product_attention(q, k, v, scale=0.3).split([3, 5], dim=-1)
+        x = F.hardswish(torch.cat([b, F.hardsigmoid(a)], -1)) @ (self.table * 2)
+        return F.relu(self.inner(x)).view(x.shape[0], -1)
+
+
+def test_every_spelling_becomes_the_one_that_runtimes_know() -> None:
+    torch.manual_seed(0)
+    graph = agree(Forms().eval(), torch.randn(4, 5, 8))
+    gone = ("silu", "hardswish", "hardsigmoid", "chunk", "split", "scaled_dot_product", "view", "getitem", "padding")
+    assert not [t for t in targets(graph) if any(g in str(t) for g in gone)]
+    linear = [n for n in graph.graph.nodes if n.target is aten.linear.default]
+    assert len(linear) == 3 and all(len(n.meta["shape"]) == 2 for n in linear)
+    relu = next(n for n in graph.graph.nodes if n.target is aten.relu.default)
+    assert relu.args[0] in linear, "the activation stays next to its layer"
+
+
+def test_computed_weights_are_computed_once() -> None:
+    graph = agree(weight_norm(nn.Conv2d(3, 4, 3)).eval(), torch.randn(3, 3, 6, 6))
+    assert targets(graph) == [aten.conv2d.default]
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else x + 1  # the line that is named
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(3, 2, -1) * 2  # the batch is a number
+
+
+@pytest.mark.parametrize(("module", "line"), [(Branch(), "if x.sum() > 0"), (FixedBatch(), "x.reshape(3, 2, -1)")])
+def test_what_cannot_be_captured_is_named_with_its_line(
+    module: nn.Module, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError) as error:
+        capture(module, (torch.randn(3, 4),))
+    assert line in str(error.value) and "test_capture.py:" in str(error.value) and "capture: " in str(error.value)
+    assert capfd.readouterr() == ("", ""), "the library never prints"

@@ -1,0 +1,220 @@
+"""report.json: round trip, schema, refusals; the page and the table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from pqk.errors import InputError
+from pqk.report.markdown import to_markdown
+from pqk.report.schema import (
+    SCHEMA_PATH,
+    AttributionRow,
+    Conditions,
+    DeclinedRow,
+    LatencyRow,
+    LayerParity,
+    Metric,
+    Parity,
+    PassRecord,
+    Report,
+    schema_text,
+)
+from pqk.report.text import to_text
+from pqk.target.machine import fingerprint
+
+
+def a_report(**changes: Any) -> Report:
+    teacher = LatencyRow(
+        variant="teacher_fp32",
+        runtime="onnxruntime",
+        batch=1,
+        threads=2,
+        median_ms=2.0,
+        p05_ms=1.9,
+        p95_ms=2.2,
+        ratio=1.0,
+        ratio_low=1.0,
+        ratio_high=1.0,
+    )
+    faster = {"median_ms": 0.5, "p05_ms": 0.4, "p95_ms": 0.6, "ratio": 4.0, "ratio_low": 3.9, "ratio_high": 4.1}
+    student = teacher.model_copy(update={"variant": "student", "significant": True, **faster})
+    pruned = AttributionRow(variant="pruned", metric=0.8, reasons={"latency_ms": "not asked for"})
+    final = AttributionRow(
+        variant="student",
+        metric=0.91,
+        latency_ms=0.5,
+        ratio=4.0,
+        ratio_low=3.9,
+        ratio_high=4.1,
+        size_bytes=120_000,
+        parameters=100_000,
+        macs=20_000_000,
+        integer_coverage=1.0,
+    )
+    layer = LayerParity(name="conv1", op="Conv", max_lsb=1, exact=0.9999, accumulators=True, passed=True)
+    fields: dict[str, Any] = {
+        "metric": Metric(name="accuracy", unit="share", teacher=0.93, student=0.91),
+        "latency": (teacher, student),
+        "integer_coverage": 1.0,
+        "parity": Parity(
+            passed=True,
+            layers=(layer,),
+            agreement=0.999,
+            metric_delta=-0.0001,
+            first_divergence=None,
+            samples=1000,
+            mode="optimized",
+        ),
+        "size_bytes": 120_000,
+        "parameters": 100_000,
+        "macs": 20_000_000,
+        "seconds": {"00-prune": 1.5},
+        "declined": (DeclinedRow(pass_name="quantize", layer="softmax", reason="float | faster"),),
+        "machine": fingerprint(),
+        "target": "x86-avx2",
+        "seed": 0,
+        "attribution": (AttributionRow(variant="teacher_fp32", metric=0.93, latency_ms=2.0, ratio=1.0), pruned, final),
+        "conditions": Conditions(
+            training_epochs=4,
+            training_seconds=100.0,
+            train_samples=45_000,
+            validation_samples=5_000,
+            evaluation_samples=10_000,
+            protocol="in turn",
+        ),
+        "passes": (
+            PassRecord(
+                index=0,
+                pass_name="prune",
+                stage="MODULE",
+                seconds=1.5,
+                parameters=1,
+                macs=1,
+                size_bytes=4,
+                metric=None,
+                details={"kept": [1, 2]},
+            ),
+        ),
+        "notes": ("a note",),
+    }
+    return Report(**{**fields, **changes})
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    report = a_report()
+    assert Report.loads(report.dumps()) == report
+    (tmp_path / "report.json").write_text(report.dumps())
+    assert Report.load(tmp_path / "report.json") == report
+    assert Report.loads(report.dumps()).dumps() == report.dumps()
+
+
+def test_json_has_what_readers_are_promised() -> None:
+    document = json.loads(a_report().dumps())
+    row = "variant runtime batch threads median_ms p05_ms p95_ms ratio ratio_low ratio_high"
+    assert set(row.split()) <= document["latency"][0].keys()
+    assert {"name", "unit", "teacher", "student"} == document["metric"].keys()
+    assert {"passed", "layers", "agreement", "metric_delta"} <= document["parity"].keys()
+    assert {"name", "max_lsb", "exact"} <= document["parity"]["layers"][0].keys()
+    assert document["declined"] == [{"pass": "quantize", "layer": "softmax", "reason": "float | faster"}]
+    assert document["passes"][0]["pass"] == "prune"
+
+
+def test_the_committed_schema_is_the_models_and_reports_fit_it() -> None:
+    assert SCHEMA_PATH.read_text() == schema_text(), "write pqk.report.schema_text() to report.schema.json"
+    schema = json.loads(schema_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    validator.validate(json.loads(a_report().dumps()))
+    wrong = json.loads(a_report().dumps())
+    wrong["integer_coverage"] = 100
+    assert not validator.is_valid(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"integer_coverage": 1.5}, "integer_coverage"),
+        ({"unknown": 1}, "unknown"),
+        ({"latency": [{"variant": "fastest"}]}, "latency.0"),
+        ({"seed": "x"}, "seed"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], where: str) -> None:
+    document = json.loads(a_report().dumps()) | change
+    with pytest.raises(InputError, match=f"report.json: {where}"):
+        Report.loads(json.dumps(document))
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the report"):
+        Report.load(tmp_path / "none.json")
+    with pytest.raises(InputError, match="the document"):
+        Report.loads("{")
+
+
+def test_the_page_says_everything() -> None:
+    page = to_markdown(a_report())
+    for text in (
+        "| teacher, FP32 | 93.00 % |",
+        "4.00x (3.90 to 4.10)",
+        "1x (baseline)",
+        "pruned, float: no latency_ms: not asked for",
+        "**met**",
+        "99.90 % of 1000 samples",
+        "| conv1 | Conv | 1 | 99.99 % | equal |",
+        "| quantize | softmax | float \\| faster |",
+        "4 epochs, 100 s",
+        "seed 0",
+        "- a note",
+    ):
+        assert text in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+
+
+def test_the_page_says_why_numbers_are_missing() -> None:
+    page = to_markdown(
+        a_report(
+            latency=(),
+            latency_reason="another machine",
+            integer_coverage=None,
+            integer_coverage_reason="no runtime",
+            parity=None,
+            parity_reason="no ONNX file",
+            declined=(),
+        )
+    )
+    for text in ("Not measured: another machine.", "not measured: no runtime", "not checked: no ONNX file", "Nothing."):
+        assert text in page
+
+
+def test_a_broken_contract_and_an_insignificant_ratio_are_said_so() -> None:
+    report = a_report()
+    assert report.parity is not None
+    broken = report.parity.model_copy(update={"passed": False, "first_divergence": "conv1 (Conv): 3 LSB"})
+    ratio = {"ratio": 1.05, "ratio_low": 0.9, "ratio_high": 1.2}
+    slow = report.latency[1].model_copy(update={**ratio, "significant": False})
+    last = report.attribution[2].model_copy(update=ratio)
+    report = a_report(parity=broken, latency=(report.latency[0], slow), attribution=(last,))
+    page = to_markdown(report)
+    assert "**broken**" in page and "First divergence: conv1 (Conv): 3 LSB" in page
+    assert page.count("no significant speed-up") == 2
+    assert "significant" in to_text(report, width=160)
+
+
+def test_the_table_fits_a_terminal() -> None:
+    text = to_text(a_report(), width=120)
+    assert "91.00 %" in text and "student: + QAT" in text and "x86-avx2" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_fingerprint_names_no_host_and_no_path() -> None:
+    import platform
+
+    told = fingerprint()
+    text = json.dumps(told)
+    assert platform.node() not in text and "/" not in told["os"] and told["cores"] >= 1
+    assert "torch" in told["versions"]
