@@ -20,9 +20,10 @@ from torch import Tensor
 
 from pqk.errors import InputError
 from pqk.kernels import int8_concat, int8_conv2d, int8_linear
-from pqk.kernels.common import conv as _conv
+from pqk.kernels.common import conv
+from pqk.kernels.common.checks import allocate, check_tensor
 from pqk.kernels.common.conv import Conv
-from pqk.kernels.common.launch import Launch, allocate, check_tensor, falls_back, launch
+from pqk.kernels.common.launch import Launch, falls_back, launch
 from pqk.kernels.common.strides import check_disjoint, rows_reason
 from pqk.kernels.int8_concat import Concat
 
@@ -129,14 +130,14 @@ for _op in (int8_linear_into, int8_conv2d_into, int8_concat_into):
 class Case:
     """A case of int8_linear or int8_conv2d, written behind `before` columns of `width`."""
 
-    of: int8_linear.Case | _conv.Case
+    of: int8_linear.Case | conv.Case
     before: int
     width: int
 
     def columns(self, device: str = "meta") -> Tensor:
         """Where the case is written to."""
         shape: tuple[int, ...]
-        if isinstance(self.of, _conv.Case):
+        if isinstance(self.of, conv.Case):
             shape, dtype = self.of.conv("meta").out_shape, self.of.conv("meta").out_dtype
         else:
             shape, dtype = (self.of.m, self.of.n), self.of.out_dtype
@@ -145,9 +146,9 @@ class Case:
 
 
 CASES = (
-    Case(_conv.Case((1, 16, 16, 32), 32, epilogue="quantize"), 64, 128),
-    Case(_conv.Case((1, 7, 5, 8), 24, dtype=torch.int8, epilogue="residual"), 3, 40),
-    Case(_conv.Case((1, 8, 8, 64), 64, (1, 1), padding=(0, 0), epilogue="quantize"), 0, 96),
+    Case(conv.Case((1, 16, 16, 32), 32, epilogue="quantize"), 64, 128),
+    Case(conv.Case((1, 7, 5, 8), 24, dtype=torch.int8, epilogue="residual"), 3, 40),
+    Case(conv.Case((1, 8, 8, 64), 64, (1, 1), padding=(0, 0), epilogue="quantize"), 0, 96),
     Case(int8_linear.Case(128, 96, 64), 32, 128),
 )
 """whole sectors and others, a pixel at a time, a linear layer"""
@@ -156,6 +157,6 @@ CASES = (
 def specialize(case: Case, device: str = "meta") -> Launch:
     """The launch of a case."""
     out = case.columns(device)
-    if isinstance(case.of, _conv.Case):
+    if isinstance(case.of, conv.Case):
         return int8_conv2d.plan(case.of.conv(device), out=out)
     return int8_linear.plan(**case.of.arguments(device), out=out)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pqk.kernels.common.checks import allocate, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import Launch, allocate, cdiv, example, falls_back, jit, launched, tl
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
+from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import check_plain_steps, check_values, example_steps, load_values, values
 
 

@@ -29,23 +29,12 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate, check_number, check_tensor, example
 from pqk.kernels.common.configs import Config, chosen, fitting
 from pqk.kernels.common.epilogue import INTEGERS, apply_steps, check_steps, encode, epilogue, reads_residual
-from pqk.kernels.common.launch import (
-    TYPES,
-    Gpu,
-    Launch,
-    allocate,
-    cdiv,
-    check_number,
-    check_tensor,
-    example,
-    falls_back,
-    gpu_of,
-    jit,
-    launched,
-    tl,
-)
+from pqk.kernels.common.gpu import Gpu, gpu_of
+from pqk.kernels.common.launch import TYPES, Launch, cdiv, falls_back, launched
+from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import example_steps
 
 HEADS = (32, 64, 128)

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import Launch, allocate, cdiv, example, falls_back, gpu_of, jit, launch, launched, tl
+from pqk.kernels.common.gpu import gpu_of
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, launch, launched
 from pqk.kernels.common.strides import row_stride
+from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import (  # fmt: skip
     MAX_ROWS,
     blocks,

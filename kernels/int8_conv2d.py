@@ -19,11 +19,14 @@ from torch import Tensor
 
 from pqk.errors import InputError
 from pqk.kernels import int8_linear
+from pqk.kernels.common.checks import check_tensor
 from pqk.kernels.common.configs import Config, chosen, fitting
 from pqk.kernels.common.conv import Case, Conv, too_large
 from pqk.kernels.common.epilogue import encode, epilogue, exact_dtype
-from pqk.kernels.common.launch import Gpu, Launch, cdiv, check_tensor, falls_back, gpu_of, jit, launched, tl
+from pqk.kernels.common.gpu import Gpu, gpu_of
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
 from pqk.kernels.common.strides import row_stride
+from pqk.kernels.common.triton import jit, tl
 
 
 def accumulate(conv: Conv) -> Tensor:

@@ -21,7 +21,9 @@ from pqk.errors import InputError
 from pqk.kernels.common.configs import Config, chosen, fitting
 from pqk.kernels.common.conv import Case, Conv, too_large
 from pqk.kernels.common.epilogue import encode, epilogue
-from pqk.kernels.common.launch import Gpu, Launch, cdiv, falls_back, gpu_of, jit, launched, tl
+from pqk.kernels.common.gpu import Gpu, gpu_of
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
+from pqk.kernels.common.triton import jit, tl
 
 
 def taps_first(weight: Tensor) -> Tensor:

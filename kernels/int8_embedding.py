@@ -23,21 +23,12 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate, check_scale, check_tensor, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import (
-    Launch,
-    allocate,
-    cdiv,
-    check_scale,
-    check_tensor,
-    example,
-    falls_back,
-    gpu_of,
-    jit,
-    launched,
-    tl,
-)
+from pqk.kernels.common.gpu import gpu_of
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
 from pqk.kernels.common.norm import check_affine, normalize, normalized, too_large
+from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import check_plain_steps, example_steps, whole_rows
 
 IDS = (torch.int64, torch.int32)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate, check_scale, check_tensor, example
 from pqk.kernels.common.configs import Config, chosen, fitting
 from pqk.kernels.common.epilogue import (
     INTEGERS,
@@ -35,22 +36,10 @@ from pqk.kernels.common.epilogue import (
     reads_residual,
     scaled,
 )
-from pqk.kernels.common.launch import (
-    TYPES,
-    Gpu,
-    Launch,
-    allocate,
-    cdiv,
-    check_scale,
-    check_tensor,
-    example,
-    falls_back,
-    gpu_of,
-    jit,
-    launched,
-    tl,
-)
+from pqk.kernels.common.gpu import Gpu, gpu_of
+from pqk.kernels.common.launch import TYPES, Launch, cdiv, falls_back, launched
 from pqk.kernels.common.strides import MAX_STRIDE, check_disjoint, row_stride, rows_reason
+from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import MAX_ROWS, example_steps
 
 LARGEST_K = 1 << 15

@@ -24,19 +24,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import (
-    Launch,
-    allocate,
-    cdiv,
-    example,
-    falls_back,
-    gpu_of,
-    jit,
-    launched,
-    next_power_of_2,
-    tl,
-)
+from pqk.kernels.common.gpu import gpu_of
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched, next_power_of_2
+from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import MAX_ROWS, blocks, check_plain_steps, check_values, example_steps
 
 KINDS = ("max", "average", "global_average")

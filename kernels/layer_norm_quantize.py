@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.kernels.common import norm as _norm
+from pqk.kernels.common import norm as common
 from pqk.kernels.common.launch import Launch, falls_back
 from pqk.kernels.common.norm import Case, Norm, supports
 
 
 def reference(norm: Norm) -> tuple[Tensor, Tensor]:
     """(out, kept) in plain torch, on any device. Raises `InputError` for arguments that do not fit each other."""
-    return _norm.reference(norm, centre=True)
+    return common.reference(norm, centre=True)
 
 
 def plan(norm: Norm) -> Launch:
     """The launch; its outputs are `args["out_ptr"]` and `args["kept_ptr"]`. Tensors may be on the `meta` device."""
-    return _norm.plan(norm, centre=True)
+    return common.plan(norm, centre=True)
 
 
 def run(norm: Norm) -> tuple[Tensor, Tensor]:
     """(out, kept) by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
-    return _norm.run("layer_norm_quantize", norm, centre=True)
+    return common.run("layer_norm_quantize", norm, centre=True)
 
 
 @torch.library.custom_op("pqk::layer_norm_quantize", mutates_args=(), device_types="cpu")
@@ -50,7 +50,7 @@ def layer_norm_quantize(
     keep: str,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """See `_norm.Norm`. → `out_dtype` of the shape of `x`; what `keep` names, a float, or [0]. Raises `InputError`."""
+    """See `norm.Norm`. → `out_dtype` of the shape of `x`; what `keep` names, a float, or [0]. Raises `InputError`."""
     grids = (x_scale, x_zero_point, residual_scale, residual_zero_point)
     return reference(Norm(x, residual, weight, bias, params, steps, eps, *grids, keep, out_dtype))
 
@@ -64,7 +64,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @layer_norm_quantize.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _norm.empty(Norm(*arguments))
+    return common.empty(Norm(*arguments))
 
 
 CASES = (

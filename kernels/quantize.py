@@ -17,20 +17,10 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate, check_number, check_tensor, example
 from pqk.kernels.common.epilogue import FLOATS, INTEGERS, apply_steps, on_grid, program
-from pqk.kernels.common.launch import (
-    Launch,
-    allocate,
-    cdiv,
-    check_number,
-    check_tensor,
-    example,
-    falls_back,
-    jit,
-    launched,
-    next_power_of_2,
-    tl,
-)
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched, next_power_of_2
+from pqk.kernels.common.triton import jit, tl
 from pqk.quant.qparams import TINY
 
 LONGEST_ROW = 16384

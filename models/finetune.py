@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from pqk.core.run_context import Run
 from pqk.data.data import ArrayData, Batch
+from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError
 from pqk.models.encoder import TOKENIZER, Encoder, find_directory, load, load_tokenizer, positions
 from pqk.models.text import held_out, rows_of, targets_of
 from pqk.models.text_data import Source, TextData, Tokens, column, read_table
-from pqk.task.task import METRICS, first_tensor, predict, widened
+from pqk.task.metrics import METRICS, predict
 from pqk.training.trainer import Objective, Training, fit
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pqk.data.data import Inputs
+from pqk.data.structures import Inputs
 
 
 @dataclass(frozen=True)

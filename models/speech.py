@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.data.data import ArrayData, Inputs, Take, Views
+from pqk.data.data import ArrayData
+from pqk.data.structures import Inputs
+from pqk.data.views import Take, Views
 from pqk.errors import InputError
 from pqk.task.task import Task
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pqk.data.structures import Outputs, first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.models.encoder import (
     FREE,
@@ -32,7 +33,8 @@ from pqk.models.encoder import (
     positions,
 )
 from pqk.models.text_data import Altered, Source, TextData, Tokens, column, padded, read_table
-from pqk.task.task import Metric, Outputs, Task, argmax, cross_entropy, first_tensor, widened
+from pqk.task.metrics import Metric, argmax, cross_entropy
+from pqk.task.task import Task
 
 # ---- metrics
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pqk.deploy.artifact import Artifact as Artifact
     from pqk.recipe.recipe import Recipe as Recipe
     from pqk.target.target import Target as Target
-    from pqk.task.task import Metric as Metric
+    from pqk.task.metrics import Metric as Metric
     from pqk.task.task import Task as Task
 
 _HOME = {

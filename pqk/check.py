@@ -22,17 +22,18 @@ import torch
 from torch import nn
 
 from pqk.bench.oracle import Oracle
-from pqk.bench.protocol import first_line, ratio_to
+from pqk.bench.protocol import ratio_to
+from pqk.core.aten import quantized_tensors
 from pqk.core.costs import count_macs, count_parameters, float_bytes
 from pqk.core.pipeline import verify
 from pqk.core.program import Pass, Program, Stage
-from pqk.core.run_context import Advance, Observer, Run, Silent
+from pqk.core.progress import Advance, Observer, Silent
+from pqk.core.run_context import Run
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import session
 from pqk.deploy.torch_emitter import emit_torch
-from pqk.errors import InputError, PqkError
+from pqk.errors import InputError, PqkError, first_line
 from pqk.passes import Distill, Prune
-from pqk.passes.convert.convert import quantized_tensors
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.groups import check_groups
 from pqk.recipe.recipe import Recipe, unfit
@@ -41,9 +42,10 @@ from pqk.target.machine import peak_memory
 from pqk.target.target import Target
 from pqk.task.task import Task
 from pqk.training.trainer import Training
+from pqk.verify.contract import describe
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.fused_parity import check_launches
-from pqk.verify.parity import check_layers, describe
+from pqk.verify.parity import check_layers
 
 STEPS = 6
 """training steps that are timed; the first two warm up"""

@@ -7,35 +7,38 @@ import dataclasses
 import errno
 import importlib.metadata
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pqk.bench.oracle import Oracle
+from pqk.core.distributed import from_main, is_main_process
+from pqk.core.journal import Journal
 from pqk.core.pipeline import check_order, run_passes, state
 from pqk.core.program import Pass, Program, Stage
-from pqk.core.run_context import Journal, Observer, Run, Silent, from_main, is_main_process
+from pqk.core.progress import Observer, Silent
+from pqk.core.run_context import Run
 from pqk.data.data import digest_of
+from pqk.data.structures import tensors
 from pqk.deploy.artifact import DEPLOYED, Artifact, write_manifest
 from pqk.deploy.onnx_emitter import emit_onnx, names_of_outputs
 from pqk.deploy.torch_emitter import emit_torch
 from pqk.deploy.tuning import NAME as TUNING
-from pqk.deploy.tuning import by_rule, for_target, given
 from pqk.errors import InputError, ParityError, nearest
 from pqk.evaluation.evaluate import prove
 from pqk.files import read_json, write_json, write_tensors, write_whole
-from pqk.knowledge import LogitMSE
+from pqk.gpu.autotune import by_rule, for_target, given
 from pqk.knowledge.teachers.base import fingerprint
-from pqk.passes import Distill
+from pqk.recipe.fit import fit_recipe
 from pqk.recipe.recipe import Recipe, TargetSpec, unfit
 from pqk.report.markdown import to_markdown
 from pqk.target.machine import fingerprint as machine_fingerprint
 from pqk.target.target import Target
-from pqk.task.task import Task, argmax, first_tensor, tensors
+from pqk.task.task import Task
 from pqk.training.trainer import Training, launched
 
 OWN = ("student.safetensors", "student.json", "recipe.toml", "report.json", "report.md", TUNING, *DEPLOYED)
@@ -104,7 +107,7 @@ def compress(
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     task.check(teacher)
     if by_default:
-        recipe = _fitted(recipe, teacher, task)
+        recipe = fit_recipe(recipe, teacher, task)
     folder = Path(out)
     identity = _identity(recipe, teacher, task)
     from_main(lambda: _open(folder, identity, resume))
@@ -155,30 +158,6 @@ def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, see
     if seed is not None and seed < 0:
         raise InputError(f"seed={seed} must not be negative")
     return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
-
-
-def _fitted(recipe: Recipe, teacher: nn.Module, task: Task) -> Recipe:
-    """The default recipe, with terms that this task can have.
-
-    No labels where there are none; and half the squared distance to the teacher's first output instead of a divergence,
-    where that is a single score, or an answer without labels that is no class, such as an embedding.
-    """
-    if task.train is None:
-        return recipe
-    labelled = task.train.labelled
-    with torch.no_grad():
-        outputs = teacher(*task.example)
-    width = first_tensor(outputs).shape[-1]
-    first = next(iter(outputs)) if isinstance(outputs, Mapping) else None if isinstance(outputs, Tensor) else 0
-    distance = task.decision is not argmax and (width == 1 or not labelled)
-
-    def fit(p: Pass) -> Pass:
-        if not isinstance(p, Distill):
-            return p
-        terms = (*p.terms[:1], LogitMSE(output=first, weight=width / 2)) if distance else p.terms
-        return dataclasses.replace(p, terms=tuple(t for t in terms if labelled or t.needs_teacher))
-
-    return dataclasses.replace(recipe, passes=tuple(map(fit, recipe.passes)))
 
 
 def _identity(recipe: Recipe, teacher: nn.Module, task: Task) -> dict[str, Any]:

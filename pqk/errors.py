@@ -26,3 +26,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f' (did you mean "{close[0]}"?)' if close else f" (known: {', '.join(known)})"
+
+
+def first_line(error: Exception, limit: int = 200) -> str:
+    """An unexpected error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:limit]}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pqk.errors import InputError
-from pqk.kernels.common.launch import Gpu
+from pqk.kernels.common.gpu import Gpu
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate, check_scale, check_tensor, example
 from pqk.kernels.common.epilogue import (
     FLOATS,
     INTEGERS,
@@ -28,7 +29,7 @@ from pqk.kernels.common.epilogue import (
     reads_residual,
     scaled,
 )
-from pqk.kernels.common.launch import TYPES, allocate, cdiv, check_scale, check_tensor, example
+from pqk.kernels.common.launch import TYPES, cdiv
 
 MAX_TERMS = (1 << 16) - 1
 """products an accumulator sums: so many of at most 2**14, and a bias of at most 2**30, stay within int32"""

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels.common.launch import check_tensor, jit, tl
+from pqk.kernels.common.checks import check_tensor
+from pqk.kernels.common.triton import jit, tl
 
 STEPS = (
     "relu", "relu6", "gelu", "gelu_tanh", "silu", "hard_swish", "sigmoid", "requantize", "add", "mul", "quantize",

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate, check_tensor, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import Launch, allocate, cdiv, check_tensor, example, gpu_of, jit, launched, tl
+from pqk.kernels.common.gpu import gpu_of
+from pqk.kernels.common.launch import Launch, cdiv, launched
+from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import (  # fmt: skip
     MAX_ROWS,
     check_plain_steps,

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import check_number, check_tensor
 from pqk.kernels.common.epilogue import FLOATS, INTEGERS, check_steps, names_of, program, reads_residual
-from pqk.kernels.common.launch import cdiv, check_number, check_tensor, jit, next_power_of_2, tl
+from pqk.kernels.common.launch import cdiv, next_power_of_2
+from pqk.kernels.common.triton import jit, tl
 
 MAX_ROWS = (1 << 31) - 4096
 """rows are counted in 32 bits, and the last block may reach past the end; offsets into memory have 64"""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from pqk.core.aten import CLAMPS, aten
 from pqk.core.graph import (
     arguments,
     attach,
@@ -21,25 +22,13 @@ from pqk.core.graph import (
     calls,
     free_path,
     is_float,
+    move_points,
     operand,
     replace,
     shape,
     tensor_node,
 )
-
-aten = torch.ops.aten
-OUTPUT_AXIS: dict[Any, int] = {
-    aten.conv1d.default: 0, aten.conv2d.default: 0, aten.conv3d.default: 0, aten.linear.default: 0,
-    aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 1, aten.conv_transpose3d.input: 1,
-}  # fmt: skip
-"""operators that batch norm folds into -> the axis of the weight that holds output channels"""
-SAME_SHAPE = (
-    aten.add.Tensor, aten.mul.Tensor, aten.layer_norm.default, aten.gelu.default, aten.relu.default, aten.tanh.default,
-    aten.linear.default,
-)  # fmt: skip
-"""operators whose output has the axes of an input, but for the last"""
-CLAMPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default)
-
+from pqk.core.reshapes import as_rows, spelled_sizes
 
 # ---- one form for each thing
 
@@ -207,49 +196,6 @@ def _two_dimensional(graph_module: fx.GraphModule, node: fx.Node) -> None:
     move_points(graph_module, last, whole)
 
 
-def as_rows(x: fx.Node, layer: str) -> fx.Node:
-    """`x` [..., C] as [N, C], at the insertion point."""
-    columns = shape(x)[-1]
-    return call(x.graph, aten.reshape.default, (x, [-1, columns]), x, shape=(None, columns), layer=layer)
-
-
-def spelled_sizes(graph_module: fx.GraphModule, x: fx.Node, wanted: tuple[int | None, ...]) -> list[Any]:
-    """`wanted` for a reshape to it, where the free sizes are those of `x`.
-
-    Several free sizes are all said: what follows from a -1 is a quotient that grows from layer to layer.
-    """
-    free = [axis for axis, size in enumerate(wanted) if size is None]
-    lengths = {axis: _length(graph_module, x, axis) if len(free) > 1 else -1 for axis in free}
-    return [lengths.get(axis, size) for axis, size in enumerate(wanted)]
-
-
-def _length(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> fx.Node:
-    """The node of a free size, read where it enters the graph: what lies between would be kept alive for it."""
-    while True:
-        if x.target is aten.reshape.default:
-            size = arguments(x)["shape"][axis]
-            if isinstance(size, fx.Node):
-                return size
-        if x.target is aten.embedding.default and axis < len(shape(operand(x, 1))):
-            x = operand(x, 1)
-            continue
-        before = [n for n in x.all_input_nodes if x.target in SAME_SHAPE and _like(n, x, axis)]
-        if not before:
-            break
-        x = before[0]
-    graph = graph_module.graph
-    behind = x if x.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
-    with graph.inserting_after(behind):
-        node = graph.call_function(aten.sym_size.int, (x, axis))
-    node.meta["layer"] = f"{x.meta['layer']}.size"
-    return node
-
-
-def _like(node: fx.Node, x: fx.Node, axis: int) -> bool:
-    """Whether `node` has the axes of `x` as far as `axis`, of which `axis` is free in both."""
-    return is_float(node) and len(shape(node)) == len(shape(x)) and shape(node)[axis] is None
-
-
 def _one_reshape(graph_module: fx.GraphModule, node: fx.Node) -> None:
     """A reshape of a reshape is one; a reshape to the shape that was there is none."""
     source = operand(node)
@@ -261,82 +207,4 @@ def _one_reshape(graph_module: fx.GraphModule, node: fx.Node) -> None:
         replace(graph_module, node, source)
 
 
-def move_points(graph_module: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
-    """Module outputs that were `old`, which stays, are now `new`."""
-    points = graph_module.meta["points"]
-    points.update({path: new.name for path, name in points.items() if name == old.name})
-
-
 # ---- batch norm
-
-
-def fold_batch_norms(graph_module: fx.GraphModule) -> None:
-    graph = graph_module.graph
-    for node in calls(graph, aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default):
-        a = arguments(node)
-        gain, offset = _affine(graph_module, a)
-        before = a["input"]
-        if node.target is aten._native_batch_norm_legit_no_training.default:  # its first result is the value
-            node = next(user for user in node.users if user.args[1] == 0)
-        points = graph_module.meta["points"]
-        foldable = before.op == "call_function" and before.target in OUTPUT_AXIS and len(before.users) == 1
-        if foldable and before.args[1].op == "get_attr":
-            for path in [p for p, name in points.items() if name == before.name]:
-                del points[path]  # what this module put out is not in the graph any more
-            _fold(graph_module, before, gain, offset)
-            replace(graph_module, node, before)
-        elif len(shape(before)) == 4:
-            replace(graph_module, node, _depthwise(graph_module, node, before, gain, offset))
-
-
-def _affine(graph_module: fx.GraphModule, a: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch norm in eval mode as `gain * x + offset`, float64 [C]."""
-
-    def value(name: str, default: float) -> torch.Tensor:
-        node = a[name]
-        return (
-            attribute(graph_module, str(node.target)).detach().double() if node is not None else torch.tensor(default)
-        )
-
-    gain = value("weight", 1.0) / torch.sqrt(value("running_var", 1.0) + a["eps"])
-    return gain, value("bias", 0.0) - value("running_mean", 0.0) * gain
-
-
-def _fold(graph_module: fx.GraphModule, node: fx.Node, gain: torch.Tensor, offset: torch.Tensor) -> None:
-    """Multiply the weight of `node` by `gain` and move its bias, in new parameters where others share the old ones."""
-    a, graph = arguments(node), graph_module.graph
-    weight_path = str(a["weight"].target)
-    weight, axis, groups = attribute(graph_module, weight_path), OUTPUT_AXIS[node.target], a.get("groups", 1)
-    dtype = weight.dtype
-    if axis == 1 and groups > 1:  # transposed: [in, out / groups, …]; the groups are laid along `in`
-        rows = gain.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(*weight.shape[:2])
-        scaled = weight.detach().double() * rows.reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:]))
-    else:
-        scaled = weight.detach().double() * gain.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
-    bias = attribute(graph_module, str(a["bias"].target)).detach().double() if a["bias"] is not None else 0.0
-    shared = sum(n.op == "get_attr" and n.target == weight_path for n in graph.nodes) > 1 or len(a["weight"].users) > 1
-    stem = node.meta["layer"] if shared else weight_path.rpartition(".")[0]
-    names = [f"{stem}.{name}" if stem else name for name in ("weight", "bias")]
-    names = [free_path(graph_module, name) for name in names] if shared else names
-    values = (scaled.to(dtype), (bias * gain + offset).to(dtype))
-    with graph.inserting_before(node):
-        new = [
-            tensor_node(graph_module, attach(graph_module, n, nn.Parameter(v)))
-            for n, v in zip(names, values, strict=True)
-        ]
-    node.args, node.kwargs = (
-        (a["input"], *new, *node.args[3:]),
-        {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")},
-    )
-
-
-def _depthwise(
-    graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, gain: torch.Tensor, offset: torch.Tensor
-) -> fx.Node:
-    stem = free_path(graph_module, node.meta["layer"] + "_affine")
-    weight = attach(graph_module, f"{stem}.weight", nn.Parameter(gain.float().reshape(-1, 1, 1, 1)))
-    bias = attach(graph_module, f"{stem}.bias", nn.Parameter(offset.float()))
-    graph = graph_module.graph
-    with graph.inserting_before(node):
-        tensors = tensor_node(graph_module, weight), tensor_node(graph_module, bias)
-        return call(graph, aten.conv2d.default, (x, *tensors, [1, 1], [0, 0], [1, 1], len(gain)), node)

@@ -21,14 +21,13 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
+from pqk.core.aten import aten
 from pqk.core.graph import (
-    Axes,
     arguments,
     attach,
     attribute,
     calls,
     finish,
-    free_axes,
     free_path,
     quiet_export,
     replace,
@@ -37,7 +36,9 @@ from pqk.core.graph import (
 )
 from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.errors import InputError
-from pqk.passes.capture.canonicalize import aten, canonical_forms, fold_batch_norms
+from pqk.passes.capture.batch_norm import fold_batch_norms
+from pqk.passes.capture.canonicalize import canonical_forms
+from pqk.task.axes import Axes, free_axes
 from pqk.task.task import Task
 
 NO_OPS = (

@@ -15,6 +15,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
+from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, OUTPUT_AXIS, QUANTIZE, aten, moves
 from pqk.core.graph import (
     arguments,
     attach,
@@ -29,18 +30,14 @@ from pqk.core.graph import (
     tensor_node,
 )
 from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
-from pqk.passes.capture.canonicalize import OUTPUT_AXIS, aten
 from pqk.passes.convert.token_rows import keep_rows
 from pqk.passes.quantize.embeddings import TableFakeQuant, convert_table
-from pqk.passes.quantize.placement import moves
 from pqk.quant.fake_quant import ActivationFakeQuant, BiasFakeQuant, DynamicFakeQuant, WeightFakeQuant, set_mode
 from pqk.quant.qparams import QParams, quantize, quantize_bias
 from pqk.task.task import Task
 
 Integers = dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]]
 """a dequantized value -> its integers, scale and zero point"""
-QUANTIZE, DEQUANTIZE = torch.ops.pqk.quantize.default, torch.ops.pqk.dequantize.default
-DYNAMIC, MULTIPLY = torch.ops.pqk.quantize_dynamic_linear.default, torch.ops.pqk.matmul_integer_to_float.default
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -53,12 +50,6 @@ class Convert(Pass):
 
     def apply(self, program: Program, task: Task) -> Program:
         return program.rewrite(convert, task.example)
-
-
-def quantized_tensors(int8_graph: fx.GraphModule) -> list[tuple[str, fx.Node]]:
-    """`(layer, node)` of every activation that is quantized, in the order of the quantizing nodes in `model.onnx`."""
-    kinds = (QUANTIZE, DYNAMIC)
-    return [(n.meta["layer"], n) for n in int8_graph.graph.nodes if n.op == "call_function" and n.target in kinds]
 
 
 def convert(student: nn.Module, example: Example) -> nn.Module:

@@ -8,20 +8,12 @@ than the sum and the norm that stay two operators on rows.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-import pqk.quant.qparams  # noqa: F401 (the operators that this file names)
+from pqk.core.aten import BY_ROW, DEQUANTIZE, QUANTIZERS, aten
 from pqk.core.graph import call, operand, replace, shape
-from pqk.passes.capture.canonicalize import CLAMPS, as_rows, aten, spelled_sizes
+from pqk.core.reshapes import as_rows, spelled_sizes
 
-DEQUANTIZE = torch.ops.pqk.dequantize.default
-QUANTIZERS = (torch.ops.pqk.quantize.default, DEQUANTIZE)
-BY_ROW = (
-    *QUANTIZERS, *CLAMPS, aten.layer_norm.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor,
-    aten.gelu.default, aten.tanh.default, aten.sigmoid.default, aten.leaky_relu.default, aten.elu.default,
-)  # fmt: skip
-"""operators that need no axis but the last where their other operands have none"""
 Rows = dict[fx.Node, fx.Node]
 """a value of more than two axes -> the same with two"""
 

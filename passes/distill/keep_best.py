@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pqk.knowledge.objective import Distillation
 from pqk.passes.convert.convert import convert
-from pqk.passes.prune.blocks import distance
-from pqk.task.task import Task, predict
+from pqk.task.metrics import distance, predict
+from pqk.task.task import Task
 
 Criterion = Literal["last", "metric", "teacher"]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from pqk.core.aten import aten
 from pqk.core.graph import attach, attribute, call, calls, free_path, replace, shape, tensor_node
 from pqk.kernels.common.epilogue import MAX_STEPS, rows_of
-from pqk.passes.capture.canonicalize import aten
 
 OPS = torch.ops.pqk
 WRITERS: dict[Any, Any] = {

@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from pqk.core.aten import CLAMPS, VIEWS, aten
 from pqk.core.graph import arguments, attribute, is_float, operand, shape
-from pqk.passes.capture.canonicalize import CLAMPS, aten
 from pqk.passes.convert.convert import DEQUANTIZE, QUANTIZE
 from pqk.passes.fuse.lookup_table import tabulated
 
 MAX_STEPS = 8
 Row = tuple[float, float, float, float, float]
 NOTHING: Row = (0.0, 0.0, 0.0, 0.0, 0.0)
-VIEWS = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import fx
 
+from pqk.core.aten import VIEWS, aten
 from pqk.core.graph import attribute, calls, finish, operand
 from pqk.core.graph import replace as replace_node
 from pqk.core.launches import LaunchedOp, launches, traffic
 from pqk.core.program import CONFIG, Pass, Program, Stage
 from pqk.kernels.common.epilogue import rows_of
-from pqk.passes.capture.canonicalize import aten
 from pqk.passes.convert.convert import DEQUANTIZE
 from pqk.passes.fuse.concat import join
-from pqk.passes.fuse.epilogue import VIEWS, quantized
+from pqk.passes.fuse.epilogue import quantized
 from pqk.passes.fuse.nhwc import settle
 from pqk.passes.fuse.rule import Match, Rule
 from pqk.passes.fuse.rules_attention import AttentionRule, NormRule, SiblingsRule

@@ -12,17 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from pqk.core.aten import POINTWISE
 from pqk.core.graph import attribute, is_float
 from pqk.kernels.common.epilogue import ENTRIES
-from pqk.passes.capture.canonicalize import CLAMPS, aten
-from pqk.passes.convert.convert import DEQUANTIZE, QUANTIZE
-
-POINTWISE = (
-    *CLAMPS, QUANTIZE, DEQUANTIZE, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor,
-    aten.sigmoid.default, aten.tanh.default, aten.leaky_relu.default, aten.gelu.default, aten.elu.default,
-    aten.exp.default, aten.softplus.default, aten.mish.default, aten.neg.default, aten.abs.default,
-)  # fmt: skip
-"""operators that compute each element from the elements in its place"""
+from pqk.passes.convert.convert import DEQUANTIZE
 
 
 def tabulated(root: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, tuple[float, ...]] | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import fx
 
+from pqk.core.aten import aten
 from pqk.core.graph import arguments, call, operand, replace, shape
-from pqk.passes.capture.canonicalize import aten
 
 TO_NHWC, TO_NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 NHWC_AXIS = {0: 0, 1: 3, 2: 1, 3: 2}

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pqk.core.aten import aten
 from pqk.core.graph import attach, call, free_path, shape, tensor_node
 from pqk.errors import InputError
 from pqk.kernels.common.epilogue import check_params, program
-from pqk.passes.capture.canonicalize import aten
 from pqk.passes.fuse.epilogue import Ending, Quantized
 from pqk.passes.fuse.nhwc import TO_NHWC, nchw, nhwc
 

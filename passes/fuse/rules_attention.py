@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from pqk.core.aten import aten
 from pqk.core.graph import arguments, call, operand, shape
 from pqk.core.graph import replace as replace_node
 from pqk.kernels import int8_attention, int8_linear
 from pqk.kernels.common.norm import too_large
-from pqk.passes.capture.canonicalize import aten
 from pqk.passes.convert.convert import QUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
 from pqk.passes.fuse.rule import Match, Rule, as_end, launch, like, plain_epilogue, stand, unlike

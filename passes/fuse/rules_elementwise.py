@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from pqk.core.aten import aten
 from pqk.core.graph import arguments, attribute, operand, shape
 from pqk.kernels.common.epilogue import program
-from pqk.passes.capture.canonicalize import aten
 from pqk.passes.convert.convert import QUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
 from pqk.passes.fuse.nhwc import nhwc, turned

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pqk.core.aten import aten
 from pqk.core.graph import arguments, attribute, call, operand, shape
 from pqk.kernels import int8_conv2d, int8_depthwise_conv2d, int8_linear
 from pqk.kernels.common.conv import Conv
 from pqk.kernels.common.epilogue import fold_bias
-from pqk.passes.capture.canonicalize import aten
 from pqk.passes.convert.convert import DEQUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
 from pqk.passes.fuse.nhwc import nhwc

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from pqk.core.aten import aten
 from pqk.core.graph import arguments, attribute, operand, shape
-from pqk.passes.capture.canonicalize import aten
 
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 MOVES = (aten.slice.Tensor, aten.index_select.default, *PADS)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -36,8 +36,8 @@ from pqk.passes.joint.slimmable import Widths, carry, two_widths
 from pqk.passes.prune.budget import UNITS
 from pqk.passes.prune.cuts import cut_channels, kept_channels
 from pqk.passes.prune.groups import ChannelGroup, find_groups, layer_of
-from pqk.passes.prune.importance import Importance
 from pqk.passes.prune.prune import Prune
+from pqk.passes.prune.settings import WidthSettings
 from pqk.passes.quantize.quantize import Quantize, insert_fake_quant
 from pqk.quant.fake_quant import quantizers
 from pqk.quant.qparams import Method
@@ -46,7 +46,7 @@ from pqk.training.trainer import Objective, Training, TrainingLog, fit
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
-class PQK(Training, Pass):
+class PQK(Training, WidthSettings, Pass):
     """Prune, quantize and distill in one training: the network with its pruned channels put back is the teacher."""
 
     name: ClassVar[str] = "pqk"
@@ -72,25 +72,6 @@ class PQK(Training, Pass):
     """weight of what the full width teaches the student in phase 2"""
     freeze_from: float = Field(default=0.5, ge=0, le=1)
     """share of phase 2 after which the step sizes stand still"""
-    macs_ratio: float | None = Field(default=None, gt=1)
-    """budget: the teacher's multiply-accumulates over the student's"""
-    parameters_ratio: float | None = Field(default=None, gt=1)
-    """budget: the teacher's parameters over the student's"""
-    size_ratio: float | None = Field(default=None, gt=1)
-    """budget: the teacher's FP32 bytes over the bytes of the student's INT8 form"""
-    latency_ratio: float | None = Field(default=None, gt=1)
-    """budget: the teacher's FP32 latency over that of the student's INT8 form, both in the target's runtime"""
-    importance: Importance = "magnitude"
-    """what a channel is worth: weight norm, first-order effect on the task loss, the norm of what it adds to the layers
-    that read it (activation), or batch-norm scale"""
-    scope: Literal["global", "per_layer"] = "global"
-    """channels compete across the network, or every layer loses the same share"""
-    multiple: int | None = Field(default=None, ge=1)
-    """widths are multiples of this; by default what the target's kernels like"""
-    floor: float = Field(default=0.25, gt=0)
-    """what every layer keeps at least: a share of the teacher's channels if below 1, else a number of channels"""
-    ignore: tuple[str, ...] = ()
-    """layers, or modules around them, that are never cut (shell patterns: `layer1.*`, `conv1`)"""
     calibration: Method = "mse"
     """how ranges are chosen, before the training, from the observed values"""
     samples: int = Field(default=512, ge=2)
@@ -114,12 +95,8 @@ class PQK(Training, Pass):
         ratios: dict[str, Any] = {n: r if (r := getattr(self, n)) is None else r**share for n in names}
         return Prune(
             **ratios,
-            importance=self.importance,
-            scope=self.scope,
-            multiple=self.multiple,
-            floor=self.floor,
+            **{name: getattr(self, name) for name in ("importance", "scope", "multiple", "floor", "samples")},
             ignore=(*self.ignore, *ignore),
-            samples=self.samples,
         )
 
     def apply(self, program: Program, task: Task) -> Program:

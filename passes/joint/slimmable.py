@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pqk.core.aten import OUTPUT_AXIS
 from pqk.core.graph import attach, attribute, facts, finish, free_path, operand
-from pqk.passes.capture.canonicalize import OUTPUT_AXIS
 from pqk.passes.prune.cuts import channel_axis, channels_of
 from pqk.quant.fake_quant import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, quantizers
 from pqk.quant.qparams import TINY

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pqk.data.structures import first_tensor, tensors
 from pqk.passes.prune.cuts import Skip
 from pqk.passes.prune.groups import matches
-from pqk.task.task import first_tensor, tensors
+from pqk.task.metrics import distance
 
 Inputs = tuple[Tensor, ...]
 NORMALIZED = 1e-3
@@ -208,15 +209,6 @@ class Edit:
     name: str
     trial: Callable[[nn.Module], AbstractContextManager[nn.Module]]
     touches: tuple[str, ...]
-
-
-def distance(outputs: Any, teacher: Any) -> float:
-    """How far outputs are from the teacher's, on the first tensor: mean KL(teacher, student) in nats for logits
-    [B, C], mean squared error otherwise."""
-    got, want = first_tensor(outputs).float(), first_tensor(teacher).float()
-    if want.ndim == 2 and want.shape[1] > 1:
-        return float(F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="batchmean"))
-    return float(F.mse_loss(got, want))
 
 
 @torch.no_grad()

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from pqk.data.structures import tensors
 from pqk.errors import InputError
 from pqk.passes.prune.cuts import Cut, Dim, channel_axis, channels_of, cut_channels, is_depthwise
-from pqk.passes.prune.heads import Attention, find_attention
-from pqk.passes.prune.whole_tables import find_whole_tables
-from pqk.task.task import tensors
+from pqk.passes.prune.heads import Attention, find_attention, find_whole_tables
 
 TOLERANCE = 1e-4
 """largest error of the law, relative to the largest output; a wrong mapping is off by whole channels"""

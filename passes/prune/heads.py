@@ -189,3 +189,34 @@ def cut_heads(module: nn.Module, doomed: Sequence[int], heads: int, size: int) -
     for name, table in list(module.named_parameters(recurse=False)):
         if table.ndim > 1 and table.shape[-1] == heads:
             setattr(module, name, nn.Parameter(table.detach()[..., left].contiguous(), table.requires_grad))
+
+
+def find_whole_tables(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, str]:
+    """Linear layers and norms that one forward pass of `model` (unchanged) gives a whole table -> its embedding."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.no_grad(), _TableReads(model) as watch:
+            model.eval()(*example)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    return watch.read
+
+
+class _TableReads(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        layers = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear | nn.LayerNorm | nn.Embedding)}
+        self.tables = {_memory(m.weight): p for p, m in layers.items() if isinstance(m, nn.Embedding)}
+        self.layers = {id(m.weight): p for p, m in layers.items() if not isinstance(m, nn.Embedding)}
+        self.read: dict[str, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, F.layer_norm) and args and (table := self.tables.get(_memory(args[0]))) is not None:
+            given = (*args, *(kwargs or {}).values())
+            self.read |= {self.layers[id(t)]: table for t in given if id(t) in self.layers}
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -10,11 +10,9 @@ next narrowings) the one goes that moves the outputs least away from the teacher
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
@@ -24,86 +22,20 @@ from pqk.data.data import Batch
 from pqk.errors import InputError, nearest
 from pqk.passes.prune.budget import UNITS, Budget
 from pqk.passes.prune.cuts import channels_of, cut_channels, drop_block
-from pqk.passes.prune.groups import ChannelGroup
-from pqk.passes.prune.importance import Importance
 from pqk.passes.prune.search import Depth, Width
+from pqk.passes.prune.settings import PruneSettings
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, fit
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Prune(Pass):
+class Prune(PruneSettings, Pass):
     """Cut channels and residual blocks until the student is so many times smaller or faster than the teacher."""
 
     name: ClassVar[str] = "prune"
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE})
     produces: ClassVar[Stage | None] = Stage.MODULE
     rewrites: ClassVar[tuple[RewriteFunction, ...]] = (cut_channels, drop_block)
-
-    width: bool = True
-    """cut channels"""
-    depth: bool = False
-    """remove whole residual blocks"""
-    blocks: Literal["ranked", "every_other"] = "ranked"
-    """which blocks go first: those whose removal costs least on validation data, or every other one of each container,
-    then every other one of those that are left, the first staying to the end (as DistilBERT was started)"""
-    macs_ratio: float | None = Field(default=None, gt=1)
-    """budget: the teacher's multiply-accumulates over the student's"""
-    parameters_ratio: float | None = Field(default=None, gt=1)
-    """budget: the teacher's parameters over the student's"""
-    size_ratio: float | None = Field(default=None, gt=1)
-    """budget: the teacher's FP32 bytes over the bytes of the student's INT8 form"""
-    latency_ratio: float | None = Field(default=None, gt=1)
-    """budget: the teacher's FP32 latency over that of the student's INT8 form, both in the target's runtime"""
-    importance: Importance = "magnitude"
-    """what a channel is worth: weight norm, first-order effect on the task loss, the norm of what it adds to the layers
-    that read it (activation), or batch-norm scale"""
-    scope: Literal["global", "per_layer"] = "global"
-    """channels compete across the network, or every layer loses the same share"""
-    multiple: int | None = Field(default=None, ge=1)
-    """widths are multiples of this; by default what the target's kernels like"""
-    floor: float = Field(default=0.25, gt=0)
-    """what every layer keeps at least: a share of the teacher's channels if below 1, else a number of channels"""
-    ignore: tuple[str, ...] = ()
-    """layers, or modules around them, that are never cut (shell patterns: `layer1.*`, `conv1`)"""
-    protect: tuple[str, ...] = ()
-    """blocks that are never removed (shell patterns)"""
-    keep_blocks: dict[str, int] = Field(default_factory=dict)
-    """the fewest children that a container keeps, by its path: `{ layer3 = 5 }`. What a block costs on data before
-    recovery says little about how much the student can learn again; late blocks hold most of the parameters"""
-    best_effort: bool = False
-    """where the budget cannot be met, go as far as is allowed instead of failing; the report says how far"""
-    steps: int = Field(default=1, ge=1)
-    """the budget is approached in this many equal factors, with recovery after each"""
-    recovery_epochs: float = Field(default=0.0, ge=0)
-    """training after each step, in epochs"""
-    recovery_rate: float = Field(default=0.01, gt=0)
-    """peak learning rate of that training"""
-    samples: int = Field(default=256, ge=2)
-    """validation samples that blocks are ranked on, and that taylor and activation importance are measured on"""
-    removals_per_ranking: int = Field(default=1, ge=1)
-    """with depth: how many blocks (and narrowings) go before the rest is ranked again; more is faster and coarser"""
-    candidates: int = Field(default=8, ge=1)
-    """networks timed on the ladder of widths, for a latency budget"""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Prune:
-        given = [f"{kind}_ratio" for kind in UNITS if getattr(self, f"{kind}_ratio") is not None]
-        if len(given) != 1:
-            raise InputError(
-                f"prune: exactly one of {', '.join(f'{k}_ratio' for k in UNITS)} is the budget; "
-                f"{' and '.join(given) + ' are' if given else 'none is'} given"
-            )
-        if not (self.width or self.depth):
-            raise InputError("prune: width and depth are both false, so nothing could be cut; set one of them")
-        if self.blocks == "every_other" and (self.width or not self.depth):
-            raise InputError(
-                'prune: blocks = "every_other" has no costs that narrowings could be compared with; set depth = true '
-                "and width = false, and narrow in a prune of its own"
-            )
-        if self.floor > 1 and self.floor != int(self.floor):
-            raise InputError(f"prune: floor = {self.floor} is neither a share below 1 nor a whole number of channels")
-        return self
 
     def apply(self, program: Program, task: Task) -> Program:
         """Raises `InputError` where the budget cannot be met, measured, or the model not traced."""
@@ -163,12 +95,6 @@ class Prune(Pass):
             "parameters": count_parameters(model),
             "int8_bytes": integer_bytes(model),
         }
-
-    def minimum(self, teacher: nn.Module, group: ChannelGroup) -> int:
-        """The fewest channels that a group keeps."""
-        if self.floor >= 1:
-            return int(self.floor)
-        return math.ceil(self.floor * (channels_of(teacher.get_submodule(group.name), "out") or group.channels))
 
 
 def _widths(program: Program) -> dict[str, list[int]]:

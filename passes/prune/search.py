@@ -9,30 +9,30 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from pqk.core.program import Program
-from pqk.core.run_context import Observer
+from pqk.core.progress import Observer
+from pqk.data.structures import concatenate
 from pqk.errors import InputError
-from pqk.passes.prune.blocks import Block, Edit, Inputs, distance, edit_costs, find_blocks, without_block
+from pqk.passes.prune.blocks import Block, Edit, Inputs, edit_costs, find_blocks, without_block
 from pqk.passes.prune.budget import UNITS, Budget, Missed, digest
 from pqk.passes.prune.cuts import Skip, cut_channels, drop_block
 from pqk.passes.prune.groups import ChannelGroup, find_groups, law_reason, masked, probe
 from pqk.passes.prune.importance import MEASURES, Rung, cuts_of, ladder, unit_importance
-from pqk.task.task import Task, concatenate
-
-if TYPE_CHECKING:
-    from pqk.passes.prune.prune import Prune
+from pqk.passes.prune.settings import PruneSettings
+from pqk.task.metrics import distance
+from pqk.task.task import Task
 
 
 class Width:
     """Cuts channels until a goal is reached; holds what one step of the pass shares."""
 
     def __init__(
-        self, config: Prune, task: Task, budget: Budget, refused: dict[str, str], ranking: list[dict[str, Any]]
+        self, config: PruneSettings, task: Task, budget: Budget, refused: dict[str, str], ranking: list[dict[str, Any]]
     ) -> None:
         self.config, self.task, self.budget, self.refused, self.ranking = config, task, budget, refused, ranking
         self.savings: dict[str, float] = {}

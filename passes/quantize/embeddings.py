@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from pqk.core.aten import aten
 from pqk.core.graph import arguments, attach, attribute, call, facts, free_path, operand, replace, shape, tensor_node
-from pqk.passes.capture.canonicalize import aten
+from pqk.quant.autograd import LearnedStepPerChannel
 from pqk.quant.fake_quant import WeightFakeQuant
-from pqk.quant.qparams import Grid, LearnedStepPerChannel, Method, choose, quantize
+from pqk.quant.qparams import Grid, Method, choose, quantize
 
 LEAST = 1024
 """values of the smallest table that is worth a dequantize of its own"""

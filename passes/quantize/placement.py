@@ -27,52 +27,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from pqk.core.aten import FLOAT_OUTPUT, HEAVY, LIGHT, WEIGHTED, aten, bounds, gain, moves, root
 from pqk.core.graph import arguments, is_float, operand, shape
 from pqk.errors import InputError, nearest
-from pqk.passes.capture.canonicalize import CLAMPS, aten
 from pqk.passes.quantize.embeddings import LEAST, is_table
-
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-WEIGHTED = (*CONVOLUTIONS, aten.linear.default)
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
-HEAVY = (*WEIGHTED, *PRODUCTS)
-FLOAT_OUTPUT = (aten.linear.default, *PRODUCTS)
-"""heavy operators whose integer kernel can put out floats"""
-LIGHT = (
-    aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.mean.dim, aten.avg_pool2d.default, aten.sigmoid.default,
-    aten.leaky_relu.default,
-)  # fmt: skip
-MOVEMENT = (
-    aten.slice.Tensor, aten.select.int, aten.pad.default, aten.constant_pad_nd.default, aten.reshape.default,
-    aten.flatten.using_ints, aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.t.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default, aten.expand.default,
-    aten.max_pool2d.default, aten.index_select.default,
-)  # fmt: skip
-
-
-def bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
-    """The constant bounds of a ReLU or clamp whose range includes 0; None for anything else."""
-    if node.op != "call_function" or node.target not in CLAMPS:
-        return None
-    a = arguments(node)
-    if node.target in (aten.relu.default, aten.relu6.default):
-        low, high = 0.0, 6.0 if node.target is aten.relu6.default else None
-    elif node.target is aten.hardtanh.default:
-        low, high = a["min_val"], a["max_val"]
-    else:
-        low, high = a["min"], a.get("max")
-    fixed = all(b is None or isinstance(b, int | float) for b in (low, high))
-    return (low, high) if fixed and (low is None or low <= 0) and (high is None or high > 0) else None
-
-
-def gain(node: fx.Node) -> float | None:
-    """The positive constant that `node` multiplies its input by; None for anything else."""
-    if node.op != "call_function" or node.target not in (aten.mul.Tensor, aten.div.Tensor) or len(node.args) < 2:
-        return None
-    factor = node.args[1]
-    if not isinstance(factor, int | float) or factor <= 0:
-        return None
-    return float(factor) if node.target is aten.mul.Tensor else 1 / factor
 
 
 def absorbed(node: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None], float]:
@@ -89,23 +47,6 @@ def tail(node: fx.Node) -> fx.Node:
         users = list(node.users)
         if len(users) == 1 and follows(users[0]) is not None:
             node = users[0]
-    return node
-
-
-def moves(node: fx.Node) -> bool:
-    """Whether `node` only moves values (or picks the largest), so that it can act on integers as it does on floats."""
-    if node.op != "call_function" or node.target not in MOVEMENT or not is_float(node):
-        return False
-    a = arguments(node)
-    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
-        return a.get("mode", "constant") == "constant" and not a["value"]
-    return node.target is not aten.max_pool2d.default or not a["ceil_mode"]
-
-
-def root(node: fx.Node) -> fx.Node:
-    """The node whose quantizer `node`'s value has: itself, or where it was moved from."""
-    while moves(node):
-        node = operand(node)
     return node
 
 

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pqk.core.aten import PRODUCTS, aten, moves
 from pqk.core.graph import arguments, attribute, operand, shape
 from pqk.core.program import Example
-from pqk.passes.capture.canonicalize import aten
-from pqk.passes.quantize.placement import PRODUCTS, moves
-from pqk.task.task import tensors
+from pqk.data.structures import tensors
 
 SAME = 1e-5
 """largest change of an output, over the largest output, that scaling may make: that of sums in another order"""

@@ -10,26 +10,20 @@ contains 1 is no speed-up.
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from pqk.deploy.onnxruntime_session import Model, session
+from pqk.bench.contenders import Contender, Feeds, Timer, batch_of, session_call, timed, torch_threads
+from pqk.bench.statistics import Ratio, bootstrap_ratio
 from pqk.errors import InputError
-from pqk.report.schema import LatencyRow, Variant
+from pqk.report.schema import LatencyRow
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-Feeds = Mapping[str, NDArray[Any]]
-Timer = Callable[[Callable[[], object]], float]
-"""the milliseconds of one call"""
 
 ROUNDS, WARM, BURST, PAUSE = 15, 20, 20, 0.05
 LONG_MS, FEWEST = 1000.0, 4
@@ -47,145 +41,7 @@ def protocol(rounds: int = ROUNDS, *, burst: int = BURST, pause: float = PAUSE, 
     return PROTOCOL.format(rounds=rounds, burst=burst, pause=1e3 * pause, warm=warm, fewest=FEWEST, long=LONG_MS / 1e3)
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Milliseconds of one call, by the wall clock."""
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
-@dataclass(frozen=True, eq=False)
-class Contender:
-    """Something to time: one `call` is one inference of `batch` samples."""
-
-    variant: Variant
-    runtime: str
-    batch: int
-    threads: int
-    call: Callable[[], object]
-    spinning: bool = True
-    torch_threads: int = 1
-    """torch's own pool during its turn: 1 for everything that is not torch, whose threads would do harm"""
-    inputs: str = ""
-    """what the inputs are, where they are not the task's example"""
-    timer: Timer = timed
-    """what takes the time of one call; a device has its own clock"""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A contender that cannot run here, and why."""
-
-    variant: Variant
-    runtime: str
-    reason: str
-
-
-class Ratio(NamedTuple):
-    """How many times faster than the baseline, with its bootstrap 95 % interval."""
-
-    ratio: float
-    low: float
-    high: float
-
-    @property
-    def significant(self) -> bool:
-        return not self.low <= 1 <= self.high
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Run with `count` torch threads and restore the number that was set."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # Contenders
-
-
-def onnxruntime_contender(
-    variant: Variant, model: Model, feeds: Feeds, *, threads: int = 2, spinning: bool = True, inputs: str = ""
-) -> Contender:
-    """ONNX Runtime with its default optimizations. Raises `InputError` for a model it refuses."""
-    run = session_call(session(model, threads=threads, spinning=spinning), feeds)
-    return Contender(variant, "onnxruntime", batch_of(feeds), threads, run, spinning, inputs=inputs)
-
-
-def torch_contender(
-    variant: Variant, module: torch.nn.Module, inputs: Sequence[torch.Tensor], *, threads: int = 2
-) -> Contender:
-    """torch eager, in inference mode; `module` as it is, so put it in eval mode first."""
-
-    def call() -> None:
-        with torch.inference_mode():
-            module(*inputs)
-
-    return Contender(variant, "torch", len(inputs[0]), threads, call, torch_threads=threads)
-
-
-def compiled_contender(
-    variant: Variant,
-    module: torch.nn.Module,
-    inputs: Sequence[torch.Tensor],
-    *,
-    threads: int = 2,
-    runtime: str = "torch.compile",
-) -> Contender | Skipped:
-    """`torch.compile` with inductor, which needs a C++ compiler; compiled here, so the first call is not timed.
-
-    Weights are frozen into the code, which is what lets inductor choose its own layouts and fuse integer kernels.
-    """
-    try:
-        with torch_threads(threads), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # inductor's own modules deprecate themselves, at import and later
-            from torch._inductor import config as inductor
-
-            with inductor.patch(freezing=True):
-                compiled = torch.compile(module, dynamic=False)
-                compiled(*inputs)
-    except Exception as error:  # whatever inductor, dynamo or the C++ compiler raise: the row is left out, with this
-        return Skipped(variant, runtime, first_line(error))
-
-    def call() -> None:
-        with torch.no_grad():
-            compiled(*inputs)
-
-    return Contender(variant, runtime, len(inputs[0]), threads, call, torch_threads=threads)
-
-
-def openvino_contender(variant: Variant, model: Model, feeds: Feeds, *, threads: int = 2) -> Contender | Skipped:
-    """OpenVINO on the CPU in latency mode (`pip install pqk[bench]`), reading the same ONNX file."""
-    try:
-        import openvino
-    except ImportError:
-        return Skipped(variant, "openvino", "openvino is not installed: pip install 'pqk[bench]'")
-    try:
-        core = openvino.Core()
-        network = core.read_model(model if isinstance(model, bytes) else str(model))
-        properties = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-        request = core.compile_model(network, "CPU", properties).create_infer_request()
-        request.infer(dict(feeds))
-    except Exception as error:  # openvino's exceptions share no public base class
-        return Skipped(variant, "openvino", first_line(error))
-    return Contender(variant, "openvino", batch_of(feeds), threads, lambda: request.infer(dict(feeds)))
-
-
-def session_call(run: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
-    feeds = dict(feeds)
-    return lambda: run.run(None, feeds)
-
-
-def batch_of(feeds: Feeds) -> int:
-    return len(next(iter(feeds.values())))
-
-
-def first_line(error: Exception, limit: int = 200) -> str:
-    """An unexpected error in one line."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:limit]}"
 
 
 # Measuring
@@ -268,15 +124,6 @@ def turn(call: Callable[[], object], *, burst: int, pause: float, warm: int, tim
         if half == 0 or np.median(calls[half:]) > 0.9 * np.median(calls[:half]):
             break
     return [timer(call) for _ in range(burst)]
-
-
-def bootstrap_ratio(ratios: NDArray[np.float64], *, seed: int = 0, resamples: int = 4000) -> Ratio:
-    """Median of per-round ratios `[rounds]` with the percentile-bootstrap 95 % interval of that median."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(ratios), size=(resamples, len(ratios)))
-    medians = np.median(ratios[picks], axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 # Quick forms, for passes that choose by measured latency

@@ -10,17 +10,20 @@ from typing import Any, Literal
 
 from rich.console import RenderableType
 
+from pqk.bench.artifact import benchmark as benchmark_artifact
 from pqk.cli import views as describe
 from pqk.cli.console import Answer, clock, listed, observer, table
 from pqk.cli.doctor import examine
 from pqk.comparison.config import Comparison, comparison_schema
 from pqk.compiler import compress as compile_student
-from pqk.core.run_context import Observer
+from pqk.core.progress import Observer
 from pqk.deploy.artifact import MANIFEST, Artifact
 from pqk.errors import InputError
 from pqk.files import read_json
 from pqk.recipe.factories import load_task, load_teacher
-from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, json_schema, plain
+from pqk.recipe.parsing import plain
+from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec
+from pqk.recipe.schema import json_schema
 from pqk.report.schema import LatencyRow, Report, schema_text
 from pqk.report.text import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent
 from pqk.target.machine import fingerprint
@@ -111,7 +114,7 @@ def _parity(report: Report) -> str:
 def compare(
     path: Path, out: Path, *, data: Path | None, seeds: list[int] | None, resume: bool, as_json: bool
 ) -> Answer:
-    from pqk.comparison import results as cells
+    from pqk.comparison import markdown
     from pqk.comparison.runner import compare as run_cells
 
     comparison = Comparison.load(path)
@@ -125,11 +128,11 @@ def compare(
     command = f"pqk compare {path}{'' if data is None else ' --data DATA'} --out {out}{chosen}"
     document = run_cells(teacher, task, comparison, out, resume=resume, observer=observer(as_json), command=command)
     shown: list[RenderableType] = [
-        table(title, cells.HEADER, cells.table_of(document, part), right=(2, 3, 4, 6))
+        table(title, markdown.HEADER, markdown.table_of(document, part), right=(2, 3, 4, 6))
         for part, title in (("screen", "Screened"), ("confirm", "Confirmed"))
         if part in document
     ]
-    shown += [*cells.notes_of(document), f"written to {out}: comparison.json, comparison.md"]
+    shown += [*markdown.notes_of(document), f"written to {out}: comparison.json, comparison.md"]
     return Answer(document, shown, 1 if document["failed"] else 0)
 
 
@@ -154,7 +157,7 @@ def benchmark(folder: Path, batches: Sequence[int], threads: int, device: str) -
         return _benchmark_cuda(folder, batches)
     artifact = Artifact.load(folder)
     warnings = [m for m in [artifact.target.mismatch()] if m is not None]
-    rows = artifact.benchmark(tuple(batches), threads)
+    rows = benchmark_artifact(artifact, tuple(batches), threads)
     if all(row.variant == "student" for row in rows):
         warnings.append(
             "nothing to compare with: the teacher's ONNX file, which a finished compile keeps in .work, is gone"

@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pqk.core.run_context import Advance, Observer, Silent
+from pqk.core.progress import Advance, Observer, Silent
 
 PLAIN_WIDTH = 120
 """columns where the output is not a terminal, which has none of its own"""

@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from pqk.cli.console import clock, listed, table
 from pqk.knowledge import SOURCES, TERMS
 from pqk.passes import PASSES
-from pqk.recipe.recipe import documentation
+from pqk.recipe.parsing import documentation
 from pqk.report.schema import LatencyRow, Report
 from pqk.report.text import percent
 

@@ -28,24 +28,27 @@ from torch import nn
 from pqk.bench.oracle import Oracle
 from pqk.bench.protocol import ratio_to
 from pqk.comparison.config import Comparison, Variant, epochs
-from pqk.comparison.results import Cell, Row, best, rows_of, to_markdown, verdict
+from pqk.comparison.markdown import to_markdown
+from pqk.comparison.results import Cell, Row, best, rows_of, verdict
+from pqk.core.journal import Journal
 from pqk.core.pipeline import load, run_passes
 from pqk.core.program import Pass, Program, Stage
-from pqk.core.run_context import Journal, Observer, Run, Silent
+from pqk.core.progress import Observer, Silent
+from pqk.core.run_context import Run
 from pqk.data.data import digest_of
 from pqk.deploy.onnx_emitter import emit_onnx
-from pqk.deploy.onnxruntime_session import session
+from pqk.deploy.onnxruntime_session import OnnxModel, session
 from pqk.errors import InputError, PqkError
 from pqk.files import read_json, write_json, write_whole
 from pqk.knowledge.teachers.base import fingerprint
 from pqk.passes import REWRITES
-from pqk.recipe.recipe import plain, unfit
+from pqk.recipe.parsing import plain
+from pqk.recipe.recipe import unfit
 from pqk.target.machine import fingerprint as machine_fingerprint
 from pqk.target.machine import usable_cores
 from pqk.target.target import Target
 from pqk.task.task import Task
 from pqk.training.trainer import launched
-from pqk.verify.parity import OnnxModel
 
 
 def compare(

@@ -15,32 +15,12 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 FACTS = ("shape", "dtype", "layer")
-BATCH = "batch"
-Axes = Sequence[Sequence[str | None]]
-"""for each input the names of its axes; None: of a fixed size"""
-
-
-def batch_axes(example: Sequence[Tensor]) -> tuple[tuple[str | None, ...], ...]:
-    """The axes of inputs that are free in their first one only."""
-    return tuple((BATCH, *[None] * (t.ndim - 1)) if t.ndim else () for t in example)
-
-
-def free_axes(example: Sequence[Tensor], axes: Axes | None = None) -> tuple[dict[int, Any], ...]:
-    """`axes` (by default the batch alone) as the `dynamic_shapes` of `torch.export`.
-
-    The batch is one `Dim` for all inputs. Other axes are free within the limits that the model itself sets, such as a
-    table of positions, which the exporter finds.
-    """
-    batch = torch.export.Dim(BATCH)
-    named = [list(enumerate(a)) for a in (axes or batch_axes(example))]
-    return tuple({i: torch.export.Dim.DYNAMIC if i else batch for i, name in a if name} for a in named)
 
 
 def facts(node: fx.Node) -> dict[str, Any]:
@@ -171,3 +151,9 @@ def quiet_export() -> Iterator[None]:
             yield
     finally:
         logging.getLogger("torch").setLevel(level)
+
+
+def move_points(graph_module: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
+    """Module outputs that were `old`, which stays, are now `new`."""
+    points = graph_module.meta["points"]
+    points.update({path: new.name for path, name in points.items() if name == old.name})

@@ -23,12 +23,13 @@ import torch
 from torch import nn
 
 from pqk.core.costs import count_macs, count_parameters
+from pqk.core.distributed import from_main, is_main_process
 from pqk.core.program import Declined, Pass, Program, Record, Rewrite, RewriteFunction, Stage, replay
-from pqk.core.run_context import from_main, is_main_process
+from pqk.data.structures import tensors
 from pqk.errors import InputError, PqkError
 from pqk.files import read_json, read_tensors, write_json, write_tensors
 from pqk.target.machine import peak_memory
-from pqk.task.task import Task, tensors
+from pqk.task.task import Task
 
 
 def check_order(passes: Sequence[Pass], start: Stage = Stage.MODULE) -> Stage:

@@ -8,91 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
 
-import torch
 from torch import nn
 
+from pqk.core.distributed import from_main
+from pqk.core.journal import Journal, Json
+from pqk.core.progress import Observer, Silent
 from pqk.errors import InputError
-
-Json = Any
-Advance = Callable[[int, str], None]
-"""(steps, text) -> None"""
-
-
-class Observer(Protocol):
-    """Shows progress. The library never prints; the command line passes an observer that does."""
-
-    def task(self, description: str, total: int) -> AbstractContextManager[Advance]: ...
-
-
-class Silent:
-    """The default observer: nothing is shown."""
-
-    def task(self, description: str, total: int) -> AbstractContextManager[Advance]:
-        return nullcontext(lambda steps, text="": None)
-
-
-class Journal:
-    """Measured decisions by key, one JSON line each, flushed to disk before they are used."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.decisions: dict[str, Json] = {}
-        if path is not None and path.exists():
-            whole = path.read_bytes()
-            lines = whole.split(b"\n")
-            for line in lines[:-1]:
-                try:
-                    entry = json.loads(line)
-                    self.decisions[entry["key"]] = entry["value"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise InputError(f"{path} was changed: a line is not a decision ({error}); start anew") from error
-            if lines[-1]:  # a killed run can leave half a line; the decision was not used yet
-                os.truncate(path, len(whole) - len(lines[-1]))
-
-    def decide(self, key: str, measure: Callable[[], Json]) -> Json:
-        """The journaled value of `key`, or `measure()` (JSON), noted first."""
-        if key not in self.decisions:
-            value = json.loads(json.dumps(measure()))
-            if self.path is not None:
-                self._append(self.path, json.dumps({"key": key, "value": value}) + "\n")
-            self.decisions[key] = value
-        return self.decisions[key]
-
-    @staticmethod
-    def _append(path: Path, line: str) -> None:
-        before = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("ab", buffering=0) as f:
-                f.write(line.encode())
-                os.fsync(f.fileno())
-        except OSError as error:
-            if path.exists():
-                os.truncate(path, before)
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def is_main_process() -> bool:
-    """Whether this process decides and writes the files: rank 0, or the only one."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
-        torch.distributed.get_rank() == 0
-    )
-
-
-def from_main(value: Callable[[], Json]) -> Json:
-    """`value()` of rank 0 in all processes; the others do not call theirs."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value()
-    box = [value() if is_main_process() else None]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
 
 _NO_BUDGET = (
     "{where}: a latency budget needs the target's runtime, and this machine is not the target; "

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from pqk.data.data import (
-    ArrayData,
-    Augment,
-    Batch,
-    Data,
-    Inputs,
-    LoaderData,
-    Take,
-    TeachersView,
-    TwoViews,
-    View,
-    Views,
-    as_data,
-    digest_of,
-    map_tensors,
-    split,
-)
+from pqk.data.data import ArrayData, Augment, Batch, Data, LoaderData, as_data, digest_of, split
+from pqk.data.structures import Inputs, map_tensors
+from pqk.data.views import Take, TeachersView, TwoViews, View, Views
 
 __all__ = [
     "ArrayData",

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pqk.data.data import ArrayData, Data, Inputs
+from pqk.data.data import ArrayData, Data
+from pqk.data.structures import Inputs, concatenate, first_tensor, widened
 from pqk.errors import InputError
-from pqk.task.task import concatenate, first_tensor, widened
 
 # ---- labels
 

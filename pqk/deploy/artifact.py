@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from pqk.bench.protocol import Contender, measure, onnxruntime_contender
 from pqk.core.pipeline import rebuild
 from pqk.core.program import Rewrite
+from pqk.data.structures import tensors
 from pqk.deploy.onnxruntime_session import session
 from pqk.deploy.torch_emitter import load_student
 from pqk.deploy.tuning import NAME as TUNING
@@ -34,9 +34,8 @@ from pqk.errors import InputError
 from pqk.files import read_json, read_tensors, write_json
 from pqk.passes import REWRITES
 from pqk.recipe.recipe import Recipe
-from pqk.report.schema import LatencyRow, Report
+from pqk.report.schema import Report
 from pqk.target.target import Target
-from pqk.task.task import tensors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -143,25 +142,6 @@ class Artifact:
             if not fits or str(x.dtype) != s["dtype"]:
                 raise InputError(f"run: {s['name']} is {x.dtype} {list(x.shape)}; it must be {s['dtype']} {s['shape']}")
         return {s["name"]: x for s, x in zip(specs, arrays, strict=True)}
-
-    def benchmark(self, batches: Sequence[int] = (1,), threads: int = 2, rounds: int = 30) -> list[LatencyRow]:
-        """The student beside its teacher, in turn, on this machine; nothing is written.
-
-        The teacher's FP32 file is not part of an artifact: ratios need `teacher.onnx` beside `model.onnx`, as in a
-        finished compile's run state; without it ratios are null.
-        """
-        if not (self.folder / "model.onnx").exists():
-            raise InputError(f"{self.folder} has no model.onnx, which a CPU is timed with; use --device cuda on a GPU")
-        proof = self.folder / ".work" / "proof"
-        teacher = next((p for p in (proof / "teacher_optimized.onnx", proof / "teacher.onnx") if p.exists()), None)
-        rows: list[LatencyRow] = []
-        for batch in batches:
-            feeds = self.example(batch)
-            student = onnxruntime_contender("student", self.folder / "model.onnx", feeds, threads=threads)
-            base = onnxruntime_contender("teacher_fp32", teacher, feeds, threads=threads) if teacher else None
-            contenders: list[Contender] = [student] if base is None else [base, student]
-            rows += measure(contenders, base, rounds)
-        return rows
 
     def example(self, batch: int) -> dict[str, NDArray[Any]]:
         """Random feeds of that batch size, from a fixed seed; free axes other than the batch get 16."""

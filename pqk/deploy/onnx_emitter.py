@@ -19,12 +19,12 @@ import torch
 from onnxscript import opset21 as op
 from torch import Tensor, fx, nn
 
-from pqk.core.graph import Axes, free_axes
+from pqk.core.aten import quantized_tensors
+from pqk.data.structures import Outputs
 from pqk.deploy.qdq import QUANTIZERS
 from pqk.errors import InputError
 from pqk.files import write_whole
-from pqk.passes.convert.convert import quantized_tensors
-from pqk.task.task import Outputs
+from pqk.task.axes import Axes, free_axes
 
 OPSET = 21
 aten = torch.ops.aten

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime as ort
+import torch
+from torch import Tensor
 
+from pqk.data.structures import Outputs
 from pqk.errors import InputError
+from pqk.target.machine import usable_cores
 
 Model = Path | str | bytes
 """an ONNX file, or its bytes"""
@@ -37,3 +42,26 @@ def session(
     except Exception as error:  # onnxruntime's exceptions share no public base class
         what = "the model's bytes" if isinstance(model, bytes) else str(model)
         raise InputError(f"ONNX Runtime {ort.__version__} refuses {what}: {str(error).strip()}") from error
+
+
+class OnnxModel:
+    """An ONNX file called like the module it was made from: tensors in, the module's structure of tensors out."""
+
+    def __init__(self, path: Path, like: Outputs, *, optimized: bool = True, threads: int | None = None) -> None:
+        """`like` is any output of the module; only its structure is used."""
+        self.session = session(path, optimized=optimized, threads=threads or usable_cores())
+        self.names = [i.name for i in self.session.get_inputs()]
+        self.like = like
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        feeds = {name: t.detach().contiguous().numpy() for name, t in zip(self.names, inputs, strict=True)}
+        return restructured(self.like, iter(map(torch.from_numpy, self.session.run(None, feeds))))
+
+
+def restructured(like: Outputs, values: Iterator[Tensor]) -> Outputs:
+    """`values` in the structure of `like`, in the order of `pqk.task.tensors`."""
+    if isinstance(like, Tensor):
+        return next(values)
+    if isinstance(like, dict):
+        return {key: restructured(part, values) for key, part in like.items()}
+    return type(like)(restructured(part, values) for part in like)

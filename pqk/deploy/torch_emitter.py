@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pqk.core.graph import Axes, free_axes, quiet_export
+from pqk.core.graph import quiet_export
 from pqk.errors import InputError
 from pqk.files import write_whole
+from pqk.task.axes import Axes, free_axes
 
 NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 SAMPLES = "data/sample_inputs/model.pt"

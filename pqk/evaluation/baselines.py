@@ -25,12 +25,13 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from pqk.bench.protocol import Feeds, first_line, ratio_to
-from pqk.core.graph import Axes, free_axes
+from pqk.bench.contenders import Feeds
+from pqk.bench.protocol import ratio_to
 from pqk.deploy.onnxruntime_session import session
-from pqk.errors import InputError
+from pqk.errors import InputError, first_line
 from pqk.target.machine import installed
 from pqk.target.target import Target, machine_target
+from pqk.task.axes import Axes, free_axes
 from pqk.task.task import Task
 
 Inputs = tuple[Tensor, ...]

@@ -18,13 +18,14 @@ import torch
 
 from pqk.core.pipeline import load, run_passes
 from pqk.core.program import Pass, Program, Stage
+from pqk.data.structures import concatenate
 from pqk.errors import InputError
 from pqk.evaluation.diagnostics import SAMPLES, Answers, answers, sampled
 from pqk.knowledge import CrossEntropy, FromModule, LabelSmoothing
 from pqk.knowledge.sources import restart
 from pqk.passes import REWRITES, Distill, Prune
 from pqk.report.diagnostics import ControlVariant
-from pqk.task.task import Task, concatenate
+from pqk.task.task import Task
 from pqk.training.trainer import Training
 
 Labels = CrossEntropy | LabelSmoothing

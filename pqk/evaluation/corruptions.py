@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from pqk.data.data import Inputs
+from pqk.data.structures import Inputs
 from pqk.task.task import Task
 
 

@@ -14,7 +14,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from pqk.data.data import Batch, Data, Inputs, map_tensors
+from pqk.data.data import Batch, Data
+from pqk.data.structures import Inputs, Outputs, concatenate, map_tensors, tensors
 from pqk.evaluation.corruptions import CORRUPTIONS
 from pqk.evaluation.statistics import (
     best_temperature,
@@ -38,7 +39,8 @@ from pqk.report.diagnostics import (
     Robustness,
 )
 from pqk.report.schema import AttributionRow, Variant
-from pqk.task.task import Outputs, Task, argmax, concatenate, cross_entropy, tensors
+from pqk.task.metrics import argmax, cross_entropy
+from pqk.task.task import Task
 
 Model = Callable[..., Outputs]
 

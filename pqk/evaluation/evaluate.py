@@ -15,20 +15,20 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from pqk.bench.protocol import (
+from pqk.bench.contenders import (
     Contender,
     Skipped,
     compiled_contender,
-    measure,
     onnxruntime_contender,
     openvino_contender,
-    protocol,
     torch_contender,
 )
+from pqk.bench.protocol import measure, protocol
 from pqk.core.costs import count_macs, count_parameters
 from pqk.core.pipeline import load
 from pqk.core.program import Declined, Pass, Program, Stage
 from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.deploy.torch_emitter import load_student
 from pqk.evaluation.controls import CONTROLS
 from pqk.evaluation.diagnostics import Judged, answers, diagnose
@@ -49,11 +49,13 @@ from pqk.report.schema import (
     Variant,
 )
 from pqk.target.machine import fingerprint, peak_memory
-from pqk.task.task import Task, predict
+from pqk.task.metrics import predict
+from pqk.task.task import Task
 from pqk.training.trainer import Training
+from pqk.verify.contract import Model
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.fused_parity import check_fused_parity
-from pqk.verify.parity import Model, OnnxModel, check_parity
+from pqk.verify.parity import check_parity
 
 THREADS = 2
 THROUGHPUT_BATCH = 32

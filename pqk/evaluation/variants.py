@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from pqk.core.program import Program
+from pqk.data.structures import Outputs
 from pqk.evaluation.baselines import (
     CALIBRATION,
     is_transformer,
@@ -20,7 +21,7 @@ from pqk.evaluation.baselines import (
     ptq,
 )
 from pqk.report.schema import Variant
-from pqk.task.task import Outputs, Task
+from pqk.task.task import Task
 
 NEURAL_COMPRESSOR = "neural-compressor"
 TRITON = "triton"

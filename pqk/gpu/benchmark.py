@@ -29,15 +29,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pqk.bench.protocol import BURST, ROUNDS, WARM, Contender, Skipped, first_line, interleave, measure
+from pqk.bench.contenders import Contender, Skipped
+from pqk.bench.protocol import BURST, ROUNDS, WARM, interleave, measure
 from pqk.core.launches import traffic
+from pqk.data.structures import tensors
 from pqk.deploy.artifact import Artifact
-from pqk.deploy.tuning import Tuning, measured, merged
-from pqk.errors import InputError, ParityError
+from pqk.deploy.tuning import Tuning
+from pqk.errors import InputError, ParityError, first_line
+from pqk.gpu.autotune import measured, merged
 from pqk.gpu.device import Ceilings, Device
 from pqk.recipe.factories import load_teacher
 from pqk.report.schema import LatencyRow, Variant
-from pqk.task.task import tensors
 
 STUDENT = "student.pt2"
 GATE_SAMPLES = 64

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from pqk.errors import PqkError
 from pqk.gpu.roofline import arch_named, occupancy
-from pqk.kernels.common.launch import TRITON_MISSING, Launch, signature
+from pqk.kernels.common.launch import Launch, signature
+from pqk.kernels.common.triton import TRITON_MISSING
 
 INTEGER = re.compile(r"IMMA|IGMMA|UTCIMMA|v_s?mfmac?_i32")
 """matrix instructions whose accumulator is an integer: of a warp, of Hopper's warp group, of Blackwell's tensor memory,

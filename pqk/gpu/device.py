@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
-from pqk.bench.protocol import Timer
+from pqk.bench.contenders import Timer
 from pqk.errors import InputError
-from pqk.kernels.common.launch import TRITON_MISSING, too_old
+from pqk.kernels.common.gpu import too_old
+from pqk.kernels.common.triton import TRITON_MISSING
 
 Call = Callable[[], object]
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pqk.errors import InputError, nearest
-from pqk.kernels.common.launch import OLDEST, Gpu
+from pqk.kernels.common.gpu import OLDEST, Gpu
 
 REGISTERS = 512
 """32-bit registers of a lane in each of a core's four schedulers (NVIDIA: 65536 / 4 / 32; AMD: 512 a SIMD lane)"""

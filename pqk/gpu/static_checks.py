@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.core.run_context import Observer, Silent
+from pqk.core.progress import Observer, Silent
 from pqk.deploy.artifact import Artifact
 from pqk.errors import InputError, PqkError
 from pqk.gpu.codegen import Code, Job, answer, compile_all, job, worker
 from pqk.gpu.roofline import ARCHES, arch_named, predict
 from pqk.gpu.traffic import Traffic, trace, untraceable
 from pqk.kernels import KERNELS, on_cuda
-from pqk.kernels.common.launch import TRITON_MISSING, Launch, collecting, planning_for
+from pqk.kernels.common.gpu import planning_for
+from pqk.kernels.common.launch import Launch, collecting
+from pqk.kernels.common.triton import TRITON_MISSING
 from pqk.passes.fuse.fuse import LaunchedOp, launches
 from pqk.target.machine import installed
 

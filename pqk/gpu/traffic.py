@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from pqk.errors import InputError
-from pqk.kernels.common.launch import INTERPRETED, TRITON_MISSING, Launch, launch
+from pqk.kernels.common.launch import Launch, launch
+from pqk.kernels.common.triton import INTERPRETED, TRITON_MISSING
 
 SECTOR = 32
 """bytes"""

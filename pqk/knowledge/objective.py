@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pqk.data.data import Batch
+from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import Teacher
 from pqk.knowledge.terms.base import Place, Term, View
 from pqk.knowledge.terms.response import Divergence, pick
 from pqk.knowledge.weighting import Gate, balancer, gate_named, ramp, temperature_for
-from pqk.task.task import Task, first_tensor, widened
+from pqk.task.task import Task
 from pqk.training.trainer import Objective
 
 Kept = Callable[[str], Sequence[int] | None]

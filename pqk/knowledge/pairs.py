@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from pqk.core.program import Example
+from pqk.data.structures import tensors, widened
 from pqk.errors import InputError
 from pqk.knowledge.taps import tap
 from pqk.knowledge.terms.feature import channel_axis
-from pqk.task.task import tensors, widened
 
 ROWS = 4096
 """positions of all samples on which the similarity is computed, at most"""

@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 
 from pqk.core.program import CONFIG
-from pqk.data.data import Batch, Inputs
+from pqk.data.data import Batch
+from pqk.data.structures import Inputs
 from pqk.errors import InputError
 from pqk.files import read_json
 from pqk.knowledge.taps import tap

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.knowledge.terms.base import Term, View
-from pqk.task.task import first_tensor, widened
 
 LEAST, MOST = 0.01, 100.0
 """a balancer's factors stay within these"""

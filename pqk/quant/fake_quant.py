@@ -21,19 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from pqk.errors import InputError
-from pqk.quant.qparams import (
-    BIAS_LEVELS,
-    TINY,
-    DynamicStep,
-    Grid,
-    LearnedStep,
-    LearnedStepPerChannel,
-    Method,
-    QParams,
-    StraightThroughBias,
-    choose,
-    from_range,
-)
+from pqk.quant.autograd import DynamicStep, LearnedStep, LearnedStepPerChannel, StraightThroughBias
+from pqk.quant.qparams import BIAS_LEVELS, TINY, Grid, Method, QParams, choose, from_range
 
 Mode = Literal["on", "off", "observe"]
 

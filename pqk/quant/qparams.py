@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -80,30 +80,6 @@ def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
 
 
-@torch.library.custom_op("pqk::quantize", mutates_args=())
-def quantize_op(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Per-tensor quantization as one node of the INT8 graph; `zero_point`'s dtype (uint8 or int8) is the result's."""
-    dtype: Any = "uint8" if zero_point.dtype == torch.uint8 else "int8"
-    return quantize(x, QParams(scale, zero_point, Grid(dtype, qmin, qmax, symmetric=False)))
-
-
-@quantize_op.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    return torch.empty_like(x, dtype=zero_point.dtype)
-
-
-@torch.library.custom_op("pqk::dequantize", mutates_args=())
-def dequantize_op(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
-    """float32 values of uint8, int8 or int32 `q`; `scale` and `zero_point` are [] or [C] along `axis`."""
-    scale, zero_point = (per_axis(p, q, axis) for p in (scale, zero_point))
-    return (q.to(torch.float32) - zero_point.to(torch.float32)) * scale
-
-
-@dequantize_op.register_fake
-def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
-    return torch.empty_like(q, dtype=torch.float32)
-
-
 def from_range(low: Tensor, high: Tensor, grid: Grid, axis: int | None = None) -> QParams:
     """The qparams that cover `[low, high]` ([] or [C]) on `grid`.
 
@@ -134,36 +110,6 @@ def dynamic_qparams(x: Tensor) -> QParams:
     # A range whose 255th part is less than a float can be has scale 0, and 0 / 0 the zero point of ONNX Runtime.
     zero_point = (U8.qmin - low / scale).nan_to_num(nan=U8.qmax).clamp(U8.qmin, U8.qmax).round()
     return QParams(scale, zero_point.to(torch.int32), U8)
-
-
-@torch.library.custom_op("pqk::quantize_dynamic_linear", mutates_args=())
-def quantize_dynamic_op(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers uint8, scale float32 [] and zero point uint8 [] of `x` on the range that it has."""
-    qparams = dynamic_qparams(x)
-    return quantize(x, qparams), qparams.scale, qparams.zero_point.to(torch.uint8)
-
-
-@quantize_dynamic_op.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    integers = torch.empty_like(x, dtype=torch.uint8)
-    return integers, x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.uint8)
-
-
-@torch.library.custom_op("pqk::matmul_integer_to_float", mutates_args=())
-def matmul_integer_to_float_op(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight: Tensor, weight_scale: Tensor
-) -> Tensor:
-    """float32 [..., N] of uint8 `x` [..., K] and int8 `weight` [K, N]: the exact accumulator times both scales.
-
-    `x_scale` and `x_zero_point` are [], `weight_scale` is [N].
-    """
-    accumulator = (x.double() - x_zero_point.double()) @ weight.double()
-    return accumulator.float() * (x_scale * weight_scale)
-
-
-@matmul_integer_to_float_op.register_fake
-def _(x: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=torch.float32)
 
 
 def choose(x: Tensor, grid: Grid, method: Method, axis: int | None = None, percentile: float = 99.99) -> QParams:
@@ -205,97 +151,6 @@ def _least_squares(rows: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple
     return best_low, best_high
 
 
-class LearnedStep(torch.autograd.Function):
-    """Fake quantization whose step is learned (LSQ: Esser et al. 2020, "Learned Step Size Quantization", section 2).
-
-        forward   y = s * clamp(round(x / s), lo, hi)            lo = qmin - zero_point, hi = qmax - zero_point
-        backward  dx = g where lo*s < x < hi*s, else 0
-                  ds = k * Σ g * (clamp(round(x/s), lo, hi) - [inside] x/s) = k * (Σ g*y - Σ dx*x) / s
-
-    with k = 1 / sqrt(elements per step * hi). The right-hand form needs only `x` and `y`, which are kept anyway, and
-    costs one masked copy and two dot products; a mask, a residual and a reduction cost four passes over memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, limit: float, gain: float) -> Tensor:
-        """Per tensor. `scale` [] is used within [TINY, limit], and its gradient flows even where it is clamped.
-
-        The result is scaled by the constant `gain`, which costs nothing here: it is a scaling of the step.
-        """
-        step = scale.detach().clamp(TINY, limit)
-        y = torch.div(x, step).round_().clamp_(low, high).mul_(step * gain)
-        ctx.save_for_backward(x, y, step)
-        ctx.low, ctx.high, ctx.gain = low, high, gain
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, step = ctx.saved_tensors
-        s = step.item()
-        if g.stride() != y.stride():  # an expanded gradient, of a mean say: lay it out as the values, for all before it
-            g = torch.empty_like(y).copy_(g)
-        dx = torch.ops.aten.hardtanh_backward(g, x, ctx.low * s, ctx.high * s)
-        ds = None
-        if ctx.needs_input_grad[1]:
-            k = 1 / math.sqrt(x.numel() * max(ctx.high, -ctx.low))
-            ds = _difference_of_dots(g, y, dx, x, ctx.gain) * (k / s)
-        return dx if ctx.gain == 1 else dx.mul_(ctx.gain), ds, None, None, None, None
-
-
-class LearnedStepPerChannel(torch.autograd.Function):
-    """`LearnedStep` with one step per channel of axis 0, for weights; a few thousand numbers, so written plainly."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        step = per_axis(scale.detach().clamp(min=TINY), w, 0)
-        y = torch.div(w, step).round_().clamp_(low, high).mul_(step)
-        ctx.save_for_backward(w, y, step)
-        ctx.low, ctx.high = low, high
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        w, y, step = ctx.saved_tensors
-        dw = torch.where((w > ctx.low * step) & (w < ctx.high * step), g, 0)
-        ds = None
-        if ctx.needs_input_grad[1]:
-            k = 1 / math.sqrt(w[0].numel() * ctx.high)
-            ds = (g * y - dw * w).flatten(1).sum(1) / step.flatten() * k
-        return dw, ds, None, None
-
-
-class DynamicStep(torch.autograd.Function):
-    """Fake quantization on the range of `x`: nothing is clipped, so the gradient passes as if nothing was rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return fake_quantize(x, dynamic_qparams(x))
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class StraightThroughBias(torch.autograd.Function):
-    """`bias` [C] on the int32 grid of step `scale` [C]; the gradient passes as if nothing had been rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, scale: Tensor) -> Tensor:
-        return torch.mul(quantize_bias(bias, scale), scale)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return g, None
-
-
 def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """The int32 [C] steps of `bias` on an accumulator of step `scale` [C]."""
     return torch.div(bias, scale).round_().clamp_(-BIAS_LEVELS, BIAS_LEVELS).to(torch.int32)
-
-
-def _difference_of_dots(g: Tensor, y: Tensor, dx: Tensor, x: Tensor, gain: float) -> Tensor:
-    """`Σ g*y - gain * Σ dx*x`, as two BLAS dots over memory where all four are laid out as `y`, which is dense."""
-    if any(t.stride() != y.stride() for t in (g, dx, x)):
-        return torch.sum(g * y) - gain * torch.sum(dx * x)
-    flat = [torch.as_strided(t, (t.numel(),), (1,)) for t in (g, y, dx, x)]
-    return torch.dot(flat[0], flat[1]) - gain * torch.dot(flat[2], flat[3])

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from pqk.recipe.recipe import (
-    FACTORY,
-    Recipe,
-    TargetSpec,
-    TaskSpec,
-    TeacherSpec,
-    documentation,
-    explain,
-    json_schema,
-    parse,
-    parse_passes,
-    pass_named,
-    plain,
-    read_text,
-    unfit,
-)
+from pqk.recipe.parsing import documentation, explain, parse, plain, read_text
+from pqk.recipe.recipe import FACTORY, Recipe, TargetSpec, TaskSpec, TeacherSpec, parse_passes, pass_named, unfit
+from pqk.recipe.schema import json_schema
 
 __all__ = [
     "FACTORY",

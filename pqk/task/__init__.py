@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from pqk.task.task import (
-    METRICS,
-    TWO_VIEWS,
-    Metric,
-    Outputs,
-    Task,
-    argmax,
-    concatenate,
-    cross_entropy,
-    first_tensor,
-    named_metric,
-    predict,
-    tensors,
-    widened,
-)
+from pqk.data.structures import Outputs, concatenate, first_tensor, tensors, widened
+from pqk.task.metrics import METRICS, Metric, argmax, cross_entropy, named_metric, predict
+from pqk.task.task import TWO_VIEWS, Task
 
 __all__ = [
     "METRICS",

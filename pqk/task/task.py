@@ -5,83 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pqk.core.graph import BATCH, batch_axes
-from pqk.data.data import Batch, Data, Inputs, TeachersView, TwoViews, Views, as_data, map_tensors, split
+from pqk.data.data import Batch, Data, as_data, split
+from pqk.data.structures import Inputs, Outputs, first_tensor, joined, map_tensors, tensors
+from pqk.data.views import TeachersView, TwoViews, Views
 from pqk.errors import InputError, nearest
-
-Outputs = Any
-"""what a model returns: a tensor, or a tuple or dict of tensors"""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number that says how good outputs are; higher is better. `unit` "share" means 0 to 1."""
-
-    name: str
-    unit: str
-    function: Callable[[Outputs, Any], float]
-    """(outputs of all samples, targets of all samples) -> value; tensors are concatenated over batches"""
-
-
-def _accuracy(outputs: Outputs, targets: Tensor) -> float:
-    return float((first_tensor(outputs).argmax(-1) == targets).double().mean())
-
-
-METRICS = (Metric("accuracy", "share", _accuracy),)
-
-
-def first_tensor(outputs: Outputs) -> Tensor:
-    """The first tensor of a model's outputs. Raises `InputError` where there is none."""
-    found = tensors(outputs)
-    if not found:
-        raise InputError(f"teacher: its output is a {type(outputs).__name__} without tensors; pqk compares tensors")
-    return found[0]
-
-
-def tensors(outputs: Outputs) -> list[Tensor]:
-    """All tensors of an output, in order."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    return [t for o in outputs for t in tensors(o)] if isinstance(outputs, tuple | list) else []
-
-
-def widened(t: Tensor) -> Tensor:
-    """`t` in float32, or in float64 where it was: losses are never computed in half precision."""
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def cross_entropy(outputs: Outputs, targets: Tensor) -> Tensor:
-    """Per-sample cross-entropy [B] of logits [B, C] against labels int64 [B], in float32 at least.
-
-    Raises `InputError` where a label is outside 0…C-1.
-    """
-    logits = widened(first_tensor(outputs))
-    _check_labels(targets, logits.shape[1])
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
-def _check_labels(targets: Tensor, classes: int, what: str = "the") -> None:
-    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= classes):
-        raise InputError(
-            f"{what} data: labels run from {int(targets.min())} to {int(targets.max())} and the model has {classes} "
-            f"classes (0 to {classes - 1})"
-        )
-
-
-def argmax(outputs: Outputs) -> Tensor:
-    """The default decision: int64 [B], or [B, …] for outputs with more axes."""
-    return first_tensor(outputs).argmax(-1)
-
+from pqk.task.axes import BATCH, batch_axes
+from pqk.task.checks import check_labels, check_views, try_forward
+from pqk.task.metrics import Metric, argmax, cross_entropy, named_metric, predict
 
 TWO_VIEWS = (
     "teacher and student see different views of the same samples: each row is evaluated on its own view, and what it "
@@ -211,9 +147,9 @@ class Task:
 
         Raises `InputError` where they do not fit.
         """
-        outputs = _try(teacher, self.example, "example")
+        outputs = try_forward(teacher, self.example, "example")
         for name, inputs in self.timed.items():
-            _try(teacher, inputs, name)
+            try_forward(teacher, inputs, name)
         self._check_names(outputs)
         if not bool(first_tensor(outputs).isfinite().all()):
             raise InputError("teacher: its outputs on the example inputs are NaN or infinite")
@@ -221,10 +157,10 @@ class Task:
             if data is None:
                 continue
             batch = next(data.batches())
-            _check_views(what, batch)
+            check_views(what, batch)
             self._check_batch(what, teacher, batch.for_teacher())
             if self.loss is cross_entropy:
-                self._check_labels(what, data, first_tensor(outputs).shape[1])
+                self._labels_fit(what, data, first_tensor(outputs).shape[1])
 
     def _check_names(self, outputs: Outputs) -> None:
         names = self.output_names
@@ -237,13 +173,13 @@ class Task:
             )
 
     @staticmethod
-    def _check_labels(what: str, data: Data, classes: int) -> None:
+    def _labels_fit(what: str, data: Data, classes: int) -> None:
         """All labels, before any training; of a loader's training data the first batch: an epoch finds the others."""
         stored = getattr(data, "targets", None)
         batches: Iterator[Any] = (b.targets for b in data.batches()) if stored is None else iter([stored])
         for labels in itertools.islice(batches, 1 if what == "train" else None):
             if isinstance(labels, Tensor):
-                _check_labels(labels, classes, what)
+                check_labels(labels, classes, what)
 
     def _check_batch(self, what: str, teacher: nn.Module, batch: Batch) -> None:
         if len(batch.inputs) != len(self.example):
@@ -256,7 +192,7 @@ class Task:
                 raise InputError(
                     f"{what} data: input {name} is {tuple(t.shape)} {t.dtype}, the example {tuple(e.shape)} {e.dtype}"
                 )
-        outputs = _try(teacher, tuple(t[:2] for t in batch.inputs), what)
+        outputs = try_forward(teacher, tuple(t[:2] for t in batch.inputs), what)
         labelled = batch.targets is not None
         if not labelled and what != "evaluation":
             return
@@ -276,16 +212,6 @@ class Task:
             raise InputError(
                 f"task: the metric {self.metric.name} must be a finite number; on {what} data it is {value}"
             )
-
-
-def _check_views(what: str, batch: Batch) -> None:
-    """Raises `InputError` where teacher and student see inputs of other shapes."""
-    sides = [[(tuple(t.shape), t.dtype) for t in x] for x in (batch.for_teacher().inputs, batch.inputs)]
-    if sides[0] != sides[1]:
-        raise InputError(
-            f"{what} data: the teacher's view is {sides[0]} and the student's {sides[1]}; the student is a rewritten "
-            "copy of the teacher and takes inputs of its shapes: bring the cheaper view to them (repeat, enlarge, pad)"
-        )
 
 
 def _axes(
@@ -313,62 +239,4 @@ def _first_two(data: Data) -> Inputs:
         found.append(tuple(t[:2] for t in batch.inputs))
         if sum(len(f[0]) for f in found) >= 2:
             break
-    return tuple(_joined(list(parts))[:2].clone() for parts in zip(*found, strict=True))
-
-
-def _try(teacher: nn.Module, inputs: Inputs, what: str) -> Outputs:
-    """The teacher's outputs. Raises `InputError` where it cannot take the inputs: whatever its own code raised."""
-    try:
-        with torch.inference_mode():
-            return teacher(*inputs)
-    except Exception as error:
-        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs)
-        raise InputError(f"teacher: the {what} inputs ({shapes}) do not fit it: {error}") from error
-
-
-def named_metric(name: str) -> Metric:
-    """The built-in metric of that name. Raises `InputError` naming the nearest known one."""
-    for metric in METRICS:
-        if metric.name == name:
-            return metric
-    raise InputError(f'task: unknown metric "{name}"{nearest(name, (m.name for m in METRICS))}')
-
-
-def predict(model: Callable[..., Outputs], data: Data, limit: int | None = None) -> tuple[Outputs, Any]:
-    """Outputs and targets of all (or the first `limit`) samples, concatenated over batches, in the stored order."""
-    outputs, targets, seen = [], [], 0
-    with torch.inference_mode():
-        for batch in data.batches():
-            outputs.append(model(*batch.inputs))
-            targets.append(batch.targets)
-            seen += len(batch.inputs[0])
-            if limit is not None and seen >= limit:
-                break
-    return concatenate(outputs), concatenate(targets)
-
-
-def concatenate(parts: list[Any]) -> Any:
-    """A list of equal structures of tensors [B, …] as one structure of tensors [N, …]."""
-    head = parts[0]
-    if head is None:
-        return None
-    if isinstance(head, Tensor):
-        return _joined(parts)
-    if isinstance(head, dict):
-        return {k: concatenate([p[k] for p in parts]) for k in head}
-    if hasattr(head, "_fields"):
-        return type(head)(*(concatenate([p[i] for p in parts]) for i in range(len(head))))
-    return type(head)(concatenate([p[i] for p in parts]) for i in range(len(head)))
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Tensors [B, …] as one; where their other axes differ (texts of several lengths), padded to the longest by 0."""
-    longest = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
-    if all(list(p.shape[1:]) == longest for p in parts):
-        return torch.cat(parts)
-    joined = parts[0].new_zeros(sum(map(len, parts)), *longest)
-    start = 0
-    for p in parts:
-        joined[(slice(start, start + len(p)), *map(slice, p.shape[1:]))] = p
-        start += len(p)
-    return joined
+    return tuple(joined(list(parts))[:2].clone() for parts in zip(*found, strict=True))

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
 from pqk.core.run_context import Run
-from pqk.data.data import Batch, Data, map_tensors
+from pqk.data.data import Batch, Data
+from pqk.data.structures import map_tensors
 from pqk.errors import InputError, PqkError
 from pqk.files import read_tensors, write_tensors
 from pqk.quant.fake_quant import bounded_steps

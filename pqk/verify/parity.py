@@ -9,37 +9,23 @@ but never finer than one sample. The first layer that breaks the contract is nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from pqk.deploy.onnxruntime_session import session
+from pqk.data.structures import tensors
+from pqk.deploy.onnxruntime_session import OnnxModel, session
 from pqk.deploy.qdq import Array, Layer, QdqFile, Twin
 from pqk.errors import InputError
-from pqk.quant.qparams import per_axis
 from pqk.report.schema import LayerParity, Parity
-from pqk.target.machine import usable_cores
-from pqk.task.task import Outputs, Task, predict, tensors
-
-Model = Callable[..., Outputs]
-
-MAX_LSB = 1
-EXACT_SHARE = 0.999
-AGREEMENT = 0.995
-METRIC_TOLERANCE = 0.001
-"""0.1 points of a share; of a metric in another unit, a thousandth of its value"""
-RELATIVE = 1e-5
-TIE = 1e-9
-"""how near to a half a float64 quotient must be to be one: well above its rounding, well below float32's"""
-
-QUANTIZE = torch.ops.pqk.quantize.default
-DYNAMIC = torch.ops.pqk.quantize_dynamic_linear.default
-DEQUANTIZE = torch.ops.pqk.dequantize.default
+from pqk.task.task import Task
+from pqk.verify.contract import EXACT_SHARE, MAX_LSB, RELATIVE, compare_ends, verdict
+from pqk.verify.interpreters import Recorder, Ties
 
 
 def check_parity(
@@ -66,31 +52,6 @@ def check_parity(
         deployed = OnnxModel(onnx_path, fake_quant(*task.example), optimized=optimized)
     ends = compare_ends(fake_quant, deployed, task, samples=samples)
     return verdict(layers, ends, "optimized" if optimized else "unoptimized")
-
-
-def verdict(
-    layers: Sequence[LayerParity], ends: Mapping[str, Any], mode: Literal["optimized", "unoptimized", "reference"]
-) -> Parity:
-    """The contract: every layer, then the ends."""
-    broken = next((layer for layer in layers if not layer.passed), None)
-    divergence = describe(broken) if broken else ends["divergence"]
-    return Parity(
-        passed=divergence is None,
-        layers=tuple(layers),
-        agreement=ends["agreement"],
-        metric_delta=ends["metric_delta"],
-        first_divergence=divergence,
-        samples=ends["samples"],
-        mode=mode,
-    )
-
-
-def describe(layer: LayerParity) -> str:
-    """One line on how a layer breaks the contract."""
-    if layer.max_relative is not None:
-        return f"{layer.name} ({layer.op}): float output differs by {layer.max_relative:.2g} (allowed {RELATIVE:g})"
-    text = f"{layer.name} ({layer.op}): differs by up to {layer.max_lsb:g} LSB, {100 * layer.exact:.2f} % exact"
-    return text + (", int32 accumulators differ" if layer.accumulators is False else "")
 
 
 # Layers
@@ -201,101 +162,4 @@ def integer_convolution(x: Tensor, weight: Tensor, attributes: Mapping[str, Any]
     )
 
 
-class Recorder(fx.Interpreter):
-    """Runs the INT8 graph and keeps the integers of every tensor that it quantizes, with a scale and a zero point where
-    they are found at run time."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.made: dict[fx.Node, tuple[Tensor, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.target in (QUANTIZE, DYNAMIC):
-            self.made[n] = (result,) if n.target is QUANTIZE else tuple(result)
-        return result
-
-
-class Ties(fx.Interpreter):
-    """Runs the INT8 graph in float64 on recorded integers and finds what is an exact half before rounding."""
-
-    def __init__(self, graph: fx.GraphModule, made: Mapping[fx.Node, tuple[Tensor, ...]]) -> None:
-        super().__init__(graph)
-        self.made = made
-        self.found: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target in (QUANTIZE, DYNAMIC):
-            x, *fixed = self.fetch_args_kwargs_from_env(n)[0][:2]
-            made = self.made[n]
-            steps = x.double() / (fixed or made[1:2])[0].double()
-            self.found[n] = ((steps - steps.floor()) - 0.5).abs() < TIE
-            # Every layer is given the same integers, so that differences do not add up.
-            return made[0] if fixed else made
-        if n.target is DEQUANTIZE:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            q, scale, zero_point, axis = (*args, *kwargs.values(), None)[:4]
-            scale, zero_point = (per_axis(p.double(), q, axis) for p in (scale, zero_point))
-            return (q.double() - zero_point) * scale
-        result = super().run_node(n)
-        widen = isinstance(result, Tensor) and result.dtype == torch.float32
-        return result.double() if widen else result
-
-
 # End to end
-
-
-class OnnxModel:
-    """An ONNX file called like the module it was made from: tensors in, the module's structure of tensors out."""
-
-    def __init__(self, path: Path, like: Outputs, *, optimized: bool = True, threads: int | None = None) -> None:
-        """`like` is any output of the module; only its structure is used."""
-        self.session = session(path, optimized=optimized, threads=threads or usable_cores())
-        self.names = [i.name for i in self.session.get_inputs()]
-        self.like = like
-
-    def __call__(self, *inputs: Tensor) -> Outputs:
-        feeds = {name: t.detach().contiguous().numpy() for name, t in zip(self.names, inputs, strict=True)}
-        return restructured(self.like, iter(map(torch.from_numpy, self.session.run(None, feeds))))
-
-
-def restructured(like: Outputs, values: Iterator[Tensor]) -> Outputs:
-    """`values` in the structure of `like`, in the order of `pqk.task.tensors`."""
-    if isinstance(like, Tensor):
-        return next(values)
-    if isinstance(like, dict):
-        return {key: restructured(part, values) for key, part in like.items()}
-    return type(like)(restructured(part, values) for part in like)
-
-
-def compare_ends(fake_quant: nn.Module, deployed: Model, task: Task, *, samples: int | None) -> dict[str, Any]:
-    """Decisions and metric of the fake-quant graph against what is deployed: agreement, delta, divergence."""
-    ours, targets = predict(fake_quant, task.evaluation, samples)
-    theirs, _ = predict(deployed, task.evaluation, samples)
-    mine, other = task.decision(ours), task.decision(theirs)
-    if mine.is_floating_point():
-        raise InputError(
-            f"parity: the task's decision is {mine.dtype}, which cannot agree exactly; pass Task(decision=…) that "
-            "returns integers or booleans, such as the class, the token or whether a threshold is passed"
-        )
-    agreement = float((mine == other).double().mean())
-    delta = None
-    if targets is not None:
-        delta = task.metric.function(theirs, targets) - task.metric.function(ours, targets)
-    value = 1.0 if targets is None or task.metric.unit == "share" else task.metric.function(ours, targets)
-    count = len(tensors(ours)[0])
-    divergence = ends_divergence(agreement, delta, value, mine.numel(), count)
-    return {"agreement": agreement, "metric_delta": delta, "samples": count, "divergence": divergence}
-
-
-def ends_divergence(agreement: float, delta: float | None, value: float, decisions: int, samples: int) -> str | None:
-    """How decisions or metric break the contract; None where they keep it. One sample is always allowed."""
-    slack = 1e-12  # of summing shares in floating point
-    least = min(AGREEMENT, 1 - 1 / decisions)
-    most = max(METRIC_TOLERANCE * max(abs(value), 1e-3), 1 / samples)
-    told = "every layer agrees with the INT8 graph, so the INT8 graph differs from the fake-quantized one"
-    if agreement < least - slack:
-        return f"end to end: {100 * agreement:.2f} % of decisions agree (at least {100 * least:.2f} % must); {told}"
-    if delta is not None and not abs(delta) <= most + slack:
-        return f"end to end: the metric differs by {delta:+.5f} (allowed {most:.5f}); {told}"
-    return None

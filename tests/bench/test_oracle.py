@@ -11,7 +11,7 @@ from zoo import NETWORKS
 
 from pqk.bench import oracle as module
 from pqk.bench.oracle import Oracle
-from pqk.bench.protocol import Ratio
+from pqk.bench.statistics import Ratio
 from pqk.core.run_context import Run
 from pqk.passes import Capture, Convert, Quantize
 from pqk.passes.capture.capture import capture

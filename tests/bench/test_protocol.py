@@ -15,24 +15,19 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from pqk.bench import contenders
 from pqk.bench import protocol as benchmark
-from pqk.bench.protocol import (
-    PAUSE,
+from pqk.bench.contenders import (
     Contender,
-    Ratio,
     Skipped,
-    bootstrap_ratio,
     compiled_contender,
-    fastest,
-    interleave,
-    measure,
     onnxruntime_contender,
     openvino_contender,
-    ratio_to,
     torch_contender,
     torch_threads,
-    turn,
 )
+from pqk.bench.protocol import PAUSE, fastest, interleave, measure, ratio_to, turn
+from pqk.bench.statistics import Ratio, bootstrap_ratio
 from pqk.deploy.onnxruntime_session import session
 from pqk.errors import InputError
 from pqk.evaluation.variants import NEURAL_COMPRESSOR, Network
@@ -114,9 +109,15 @@ class Spinner:
             Spinner.last = (self, self.clock.now)
 
 
+def simulate(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol sleeps and the contenders are timed on `clock`."""
+    monkeypatch.setattr(benchmark, "time", clock)
+    monkeypatch.setattr(contenders, "time", clock)
+
+
 def test_a_pause_keeps_spinning_threads_out_of_the_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(benchmark, "time", clock)
+    simulate(clock, monkeypatch)
     a, b = Spinner(clock, 0.003), Spinner(clock, 0.001)
     for pause, ratio in ((PAUSE, 3.0), (0.0, 1.0)):
         Spinner.last = (None, 0.0)
@@ -126,7 +127,7 @@ def test_a_pause_keeps_spinning_threads_out_of_the_next_turn(monkeypatch: pytest
 
 def test_slow_calls_have_short_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(benchmark, "time", clock)
+    simulate(clock, monkeypatch)
     counts = dict.fromkeys("ab", 0)
 
     def call(name: str, seconds: float) -> None:

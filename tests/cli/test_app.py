@@ -214,7 +214,7 @@ def test_inspect_tells_what_passes_did(
 
 
 def test_benchmark_never_writes(artifact: Path, json_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pqk.deploy import artifact as module
+    from pqk.bench import artifact as module
 
     monkeypatch.setattr(module, "measure", lambda c, b, rounds: benchmark.measure(c, b, 5, burst=2, warm=2, pause=0.0))
     before = snapshot(artifact)
@@ -229,7 +229,7 @@ def test_benchmark_never_writes(artifact: Path, json_of: Callable[..., Any], mon
 def test_benchmark_warns_on_another_machine(
     artifact: Path, json_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pqk.deploy import artifact as module
+    from pqk.bench import artifact as module
     from pqk.target import target
 
     monkeypatch.setattr(target, "machine_target", lambda: "arm-dotprod")

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from pqk.cli import app as cli
 from pqk.comparison import runner as module
 from pqk.comparison.config import Comparison, Confirm, comparison_schema, epochs
-from pqk.comparison.results import Cell, best, rows_of, spread, t_quantile, t_within, verdict
+from pqk.comparison.results import Cell, best, rows_of, verdict
 from pqk.comparison.runner import compare
+from pqk.comparison.statistics import spread, t_quantile, t_within
 from pqk.core.pipeline import run_passes
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import Run

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from pqk import files
 from pqk.core import pipeline
+from pqk.core.journal import Journal
 from pqk.core.pipeline import check_order, load, run_passes, verify
 from pqk.core.program import Pass, Program, Stage
-from pqk.core.run_context import Journal, Run
+from pqk.core.run_context import Run
 from pqk.data.data import ArrayData
 from pqk.errors import InputError, PqkError
 from pqk.knowledge import CrossEntropy, Hint, KLDivergence

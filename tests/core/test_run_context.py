@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from pqk.core.run_context import Journal, Run, from_main, is_main_process
+from pqk.core.distributed import from_main, is_main_process
+from pqk.core.journal import Journal
+from pqk.core.run_context import Run
 from pqk.errors import InputError
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, TensorDataset
 
-from pqk.data.data import ArrayData, Batch, Data, LoaderData, as_data, map_tensors, split
+from pqk.data.data import ArrayData, Batch, Data, LoaderData, as_data, split
+from pqk.data.structures import map_tensors
 from pqk.errors import InputError
 from pqk.models.images import CropFlip, Normalize
 

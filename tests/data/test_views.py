@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pqk.compiler import compress
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import Run
-from pqk.data.data import ArrayData, Batch, LoaderData, Take, TeachersView, TwoViews, Views
+from pqk.data.data import ArrayData, Batch, LoaderData
+from pqk.data.views import Take, TeachersView, TwoViews, Views
 from pqk.errors import InputError
 from pqk.knowledge import CallableTeacher, EMATeacher, KLDivergence, LogitMSE
 from pqk.knowledge.objective import Distillation

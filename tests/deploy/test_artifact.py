@@ -210,14 +210,14 @@ def test_without_a_factory_the_teacher_must_be_given(copied: Path) -> None:
 def test_it_is_benchmarked_beside_the_teacher_and_writes_nothing(
     sealed: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pqk.deploy.artifact as module
+    from pqk.bench import artifact as module
 
     monkeypatch.setattr(module, "measure", lambda c, b, rounds: benchmark.measure(c, b, 5, burst=1, warm=1, pause=0.0))
     before = {p: p.stat().st_mtime_ns for p in sealed.rglob("*")}
-    rows = Artifact.load(sealed).benchmark(batches=(1, 2), threads=1)
+    rows = module.benchmark(Artifact.load(sealed), batches=(1, 2), threads=1)
     assert [(r.variant, r.batch) for r in rows] == [(v, b) for b in (1, 2) for v in ("teacher_fp32", "student")]
     assert {p: p.stat().st_mtime_ns for p in sealed.rglob("*")} == before
-    assert {r.variant for r in Artifact.load(copied).benchmark(threads=1)} == {"student"}
+    assert {r.variant for r in module.benchmark(Artifact.load(copied), threads=1)} == {"student"}
 
 
 def test_no_pickle_is_in_it(sealed: Path) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 from zoo import IMAGE, NETWORKS, Residual
 
+from pqk.core.aten import quantized_tensors
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import InputError
 from pqk.passes.capture.capture import capture
-from pqk.passes.convert.convert import convert, quantized_tensors
+from pqk.passes.convert.convert import convert
 from pqk.passes.quantize.placement import named_layers, placement
 from pqk.passes.quantize.quantize import calibrate, insert_fake_quant
 from pqk.target.target import Target

@@ -16,11 +16,11 @@ from lowered import Encoder, int8_graph
 from torch import Tensor, fx
 
 from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.deploy.torch_emitter import SAMPLES, emit_torch, foreign_records, load_student
 from pqk.errors import InputError
 from pqk.models.resnet import resnet
 from pqk.passes.fuse.fuse import fuse, launches
-from pqk.verify.parity import OnnxModel
 
 Made = tuple[fx.GraphModule, fx.GraphModule, Path, Tensor]
 Spoiled = Callable[[dict[str, bytes]], object]

@@ -13,13 +13,16 @@ import torch
 from lowered import int8_graph
 from torch import fx, nn
 
-from pqk.bench.protocol import timed
-from pqk.deploy.tuning import CHOICES, Tuning, by_rule, for_target, given, measured, merged
+from pqk.bench.contenders import timed
+from pqk.deploy.tuning import CHOICES, Tuning
 from pqk.errors import InputError
+from pqk.gpu.autotune import by_rule, for_target, given, measured, merged
 from pqk.gpu.roofline import ARCHES, arch_named
 from pqk.kernels import int8_linear, on_cuda
 from pqk.kernels.common.configs import Config, noting, remember, trying
-from pqk.kernels.common.launch import INTERPRETED, TRITON_MISSING, collecting, gpu_of, planning_for
+from pqk.kernels.common.gpu import gpu_of, planning_for
+from pqk.kernels.common.launch import collecting
+from pqk.kernels.common.triton import INTERPRETED, TRITON_MISSING
 from pqk.passes import Fuse
 from pqk.passes.fuse.fuse import fuse, launches
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from pqk import check as module
-from pqk.bench.protocol import Ratio
+from pqk.bench.statistics import Ratio
 from pqk.check import STEPS, Findings, Stopwatch, check
 from pqk.cli import app as cli
-from pqk.core.run_context import Silent
+from pqk.core.progress import Silent
 from pqk.recipe.recipe import Recipe
 from pqk.task.task import Task
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk import compiler, files
+from pqk.bench.artifact import benchmark
 from pqk.compiler import compress
 from pqk.data.data import ArrayData
 from pqk.deploy.artifact import Artifact
@@ -350,7 +351,7 @@ def test_a_gpu_s_artifact_runs_on_a_cpu_and_is_rebuilt(tmp_path: Path) -> None:
     assert torch.equal(unfused.argmax(1), want.argmax(1))
     assert artifact.manifest["outputs"] == [{"name": "logits", "shape": ["batch", 4], "dtype": "float32"}]
     with pytest.raises(InputError, match=r"has no model\.onnx.*--device cuda"):
-        artifact.benchmark()
+        benchmark(artifact)
 
 
 def test_a_cpu_s_student_may_be_fused_beside_its_file(tmp_path: Path) -> None:

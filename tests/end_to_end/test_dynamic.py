@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from pqk import Recipe, compress
+from pqk.core.aten import quantized_tensors
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import Run
 from pqk.data.data import ArrayData
@@ -25,9 +26,10 @@ from pqk.deploy.onnxruntime_session import session
 from pqk.errors import InputError
 from pqk.evaluation import evaluate as proof
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
-from pqk.passes.convert.convert import DYNAMIC, quantized_tensors
+from pqk.passes.convert.convert import DYNAMIC
 from pqk.quant.fake_quant import ActivationFakeQuant, DynamicFakeQuant, set_mode
-from pqk.quant.qparams import dequantize, dynamic_qparams, quantize, quantize_dynamic_op
+from pqk.quant.ops import quantize_dynamic_op
+from pqk.quant.qparams import dequantize, dynamic_qparams, quantize
 from pqk.target.target import Target
 from pqk.task.task import Task
 from pqk.verify.coverage import integer_coverage

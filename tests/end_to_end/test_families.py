@@ -21,18 +21,19 @@ import torch
 from families import COLUMNS, FAMILIES, RESULTS, Family, decision, table
 from torch import nn
 
+from pqk.core.aten import quantized_tensors
 from pqk.core.costs import count_parameters
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import Run
 from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.files import read_json, write_json
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
-from pqk.passes.convert.convert import quantized_tensors
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.groups import ChannelGroup, find_groups, probe
 from pqk.target.target import Target
 from pqk.verify.coverage import integer_coverage
-from pqk.verify.parity import OnnxModel, check_layers
+from pqk.verify.parity import check_layers
 
 pytest.importorskip("transformers")
 DEFAULT = ("bert", "vit")

@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto, helper, load, numpy_helper, save
 from torch import nn
 
-from pqk.bench.protocol import Ratio
+from pqk.bench.statistics import Ratio
 from pqk.deploy.onnxruntime_session import session
 from pqk.errors import InputError
 from pqk.evaluation import baselines

@@ -17,16 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pqk.bench.protocol import Contender, Skipped, Timer, timed
+from pqk.bench.contenders import Contender, Skipped, Timer, timed
 from pqk.cli import app as cli
 from pqk.cli import views as describe
 from pqk.cli.console import Answer, write
 from pqk.compiler import compress
 from pqk.data.data import ArrayData
 from pqk.deploy.artifact import Artifact
-from pqk.deploy.tuning import Tuning, by_rule
+from pqk.deploy.tuning import Tuning
 from pqk.errors import InputError, ParityError
 from pqk.gpu import benchmark as benchmark_cuda
+from pqk.gpu.autotune import by_rule
 from pqk.gpu.benchmark import (
     COPIES,
     Agreement,
@@ -44,7 +45,7 @@ from pqk.gpu.benchmark import (
     teachers,
 )
 from pqk.gpu.device import Call, Ceilings, Cuda, Replay, missing
-from pqk.kernels.common.launch import gpu_of
+from pqk.kernels.common.gpu import gpu_of
 from pqk.models.resnet import resnet
 from pqk.passes import Capture, Convert, Fuse, Quantize
 from pqk.recipe.recipe import Recipe, TeacherSpec

@@ -14,7 +14,9 @@ from pqk.errors import InputError, PqkError
 from pqk.gpu.codegen import SASS, Code, Job, compile_all, job, read_amd
 from pqk.gpu.roofline import ARCHES, Arch, arch_named, occupancy, predict
 from pqk.kernels import int8_linear
-from pqk.kernels.common.launch import TRITON_MISSING, Launch, planning_for
+from pqk.kernels.common.gpu import planning_for
+from pqk.kernels.common.launch import Launch
+from pqk.kernels.common.triton import TRITON_MISSING
 
 needs_triton = pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))
 MATMULS = ("int8_linear", "int8_conv2d", "int8_attention")

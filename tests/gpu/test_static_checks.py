@@ -20,12 +20,12 @@ from pqk.gpu import static_checks as gpu_proof
 from pqk.gpu.codegen import Code
 from pqk.gpu.static_checks import of_student, problems
 from pqk.gpu.traffic import programs
-from pqk.kernels.common import launch as _triton
+from pqk.kernels.common import triton
 from pqk.models.resnet import resnet
 from pqk.passes.fuse.fuse import fuse, launches
 
 pytestmark = pytest.mark.skipif(
-    not _triton.INTERPRETED, reason=_triton.TRITON_MISSING or "Triton is not interpreted here"
+    not triton.INTERPRETED, reason=triton.TRITON_MISSING or "Triton is not interpreted here"
 )
 
 

@@ -12,11 +12,13 @@ from pqk.errors import InputError
 from pqk.gpu.roofline import ARCHES
 from pqk.gpu.static_checks import MOST_TRAFFIC
 from pqk.gpu.traffic import SECTOR, Traffic, programs, sectors, trace, untraceable
-from pqk.kernels.common import launch as _triton
-from pqk.kernels.common.launch import Launch, jit, planning_for, tl
+from pqk.kernels.common import launch, triton
+from pqk.kernels.common.gpu import planning_for
+from pqk.kernels.common.launch import Launch
+from pqk.kernels.common.triton import jit, tl
 
 pytestmark = pytest.mark.skipif(
-    not _triton.INTERPRETED, reason=_triton.TRITON_MISSING or "Triton is not interpreted here"
+    not triton.INTERPRETED, reason=triton.TRITON_MISSING or "Triton is not interpreted here"
 )
 
 
@@ -88,7 +90,7 @@ def test_the_interpreter_computes_again_after_a_trace() -> None:
     x, y = torch.arange(32 * 32).reshape(32, 32).to(torch.float32), torch.empty(32, 32)
     run = Launch(product, (1,), {"x_ptr": x, "y_ptr": y}, {"BLOCK": 32})
     trace([run])
-    _triton.launch(run)
+    launch.launch(run)
     assert torch.equal(y, x @ x)
 
 

@@ -14,7 +14,8 @@ from pqk.kernels import columns, int8_concat, int8_conv2d, int8_linear, on_cuda
 from pqk.kernels.columns import CASES, Case
 from pqk.kernels.common import conv as _conv
 from pqk.kernels.common.conv import Conv
-from pqk.kernels.common.launch import INTERPRETED, launch
+from pqk.kernels.common.launch import launch
+from pqk.kernels.common.triton import INTERPRETED
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
 OPS = torch.ops.pqk

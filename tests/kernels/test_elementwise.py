@@ -19,7 +19,8 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 from pqk.errors import InputError
 from pqk.kernels import int8_add, int8_concat, int8_mul, int8_pool
 from pqk.kernels.common.epilogue import program
-from pqk.kernels.common.launch import INTERPRETED, launch
+from pqk.kernels.common.launch import launch
+from pqk.kernels.common.triton import INTERPRETED
 from pqk.kernels.common.values import MAX_ROWS
 from pqk.kernels.int8_add import Add
 from pqk.kernels.int8_concat import Concat

@@ -13,6 +13,7 @@ from kernels_common import assert_matches, draw, poisoned
 from torch import Tensor
 
 from pqk.errors import InputError
+from pqk.kernels.common.checks import allocate
 from pqk.kernels.common.epilogue import (
     MAX_STEPS,
     STEPS,
@@ -29,7 +30,8 @@ from pqk.kernels.common.epilogue import (
     reads_residual,
     scaled,
 )
-from pqk.kernels.common.launch import INTERPRETED, Launch, allocate, jit, launch, tl
+from pqk.kernels.common.launch import Launch, launch
+from pqk.kernels.common.triton import INTERPRETED, jit, tl
 from pqk.quant import qparams
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")

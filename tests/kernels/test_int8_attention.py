@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pqk.errors import InputError
 from pqk.kernels import int8_attention as module
 from pqk.kernels.common.epilogue import program
-from pqk.kernels.common.launch import INTERPRETED, Gpu, signature
+from pqk.kernels.common.gpu import Gpu
+from pqk.kernels.common.launch import signature
+from pqk.kernels.common.triton import INTERPRETED
 from pqk.kernels.int8_attention import (
     CASES,
     CONFIGS,

@@ -27,7 +27,8 @@ from pqk.kernels.common import conv as _conv
 from pqk.kernels.common.configs import Config, fits
 from pqk.kernels.common.conv import EPILOGUES, Case, Conv
 from pqk.kernels.common.epilogue import fold_bias
-from pqk.kernels.common.launch import Gpu, collecting
+from pqk.kernels.common.gpu import Gpu
+from pqk.kernels.common.launch import collecting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHOLE = {int8_conv2d: Config(1024, 64, 128, 4, 1), int8_depthwise_conv2d: Config(256, 128, 1, 4, 1)}

@@ -17,8 +17,8 @@ from torch.nn.functional import embedding, layer_norm
 
 from pqk.errors import InputError
 from pqk.kernels import int8_embedding
-from pqk.kernels.common.launch import INTERPRETED
 from pqk.kernels.common.norm import MAX_COLUMNS
+from pqk.kernels.common.triton import INTERPRETED
 from pqk.kernels.int8_embedding import Case, Embedding, reference, run, supports
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device")

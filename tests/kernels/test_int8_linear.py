@@ -20,10 +20,13 @@ from torch import Tensor
 from pqk.errors import InputError
 from pqk.gpu.roofline import ARCHES, Arch
 from pqk.kernels import int8_linear
-from pqk.kernels.common import launch as _triton
+from pqk.kernels.common import checks
+from pqk.kernels.common import launch as launches
 from pqk.kernels.common.configs import Config, fits
 from pqk.kernels.common.epilogue import program
-from pqk.kernels.common.launch import INTERPRETED, TRITON_MISSING, Gpu, Launch, launch, signature
+from pqk.kernels.common.gpu import Gpu
+from pqk.kernels.common.launch import Launch, launch, signature
+from pqk.kernels.common.triton import INTERPRETED, TRITON_MISSING
 from pqk.kernels.int8_linear import CASES, CONFIGS, Case, choose
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
@@ -234,13 +237,13 @@ def test_misaligned_memory() -> None:
 
 def test_a_scale_is_read_again_after_a_write() -> None:
     scale = torch.ones(3)
-    _triton.check_scale("scale", scale)
-    _triton.check_scale("scale", scale)
+    checks.check_scale("scale", scale)
+    checks.check_scale("scale", scale)
     scale[1] = -1
     with pytest.raises(InputError, match="-1.0 at"):
-        _triton.check_scale("scale", scale)
+        checks.check_scale("scale", scale)
     with torch.inference_mode():
-        _triton.check_scale("scale", torch.ones(3))
+        checks.check_scale("scale", torch.ones(3))
 
 
 @interpreted
@@ -294,19 +297,19 @@ def test_the_op() -> None:
 def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     device = torch.device("cpu")
     with caplog.at_level(logging.WARNING, "pqk.kernels"):
-        assert all(_triton.falls_back("some_op", device, "the GPU is too old") for _ in range(3))
-        assert _triton.falls_back("some_op", device) == (TRITON_MISSING is not None)
+        assert all(launches.falls_back("some_op", device, "the GPU is too old") for _ in range(3))
+        assert launches.falls_back("some_op", device) == (TRITON_MISSING is not None)
     said = [r.getMessage() for r in caplog.records if "too old" in r.getMessage()]
     assert said == ["some_op runs its reference on this device: the GPU is too old"]
 
 
 def test_a_kernel_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = int8_linear.plan(**raw(1, 1, 1))
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
-    monkeypatch.setattr(_triton, "TRITON_MISSING", None)
+    monkeypatch.setattr(launches, "INTERPRETED", False)
+    monkeypatch.setattr(launches, "TRITON_MISSING", None)
     with pytest.raises(InputError, match="tensors are on cpu; kernels run on CUDA"):
         launch(planned)
-    monkeypatch.setattr(_triton, "TRITON_MISSING", "Triton is not installed")
+    monkeypatch.setattr(launches, "TRITON_MISSING", "Triton is not installed")
     with pytest.raises(InputError, match="Triton is not installed"):
         launch(planned)
 

@@ -19,8 +19,8 @@ from torch.nn.functional import layer_norm, rms_norm
 from pqk.errors import InputError
 from pqk.kernels import layer_norm_quantize, rms_norm_quantize
 from pqk.kernels.common.epilogue import program
-from pqk.kernels.common.launch import INTERPRETED
 from pqk.kernels.common.norm import MAX_COLUMNS, Case, Norm
+from pqk.kernels.common.triton import INTERPRETED
 from pqk.kernels.common.values import MAX_ROWS
 from pqk.quant.qparams import Grid, QParams, quantize
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from pqk.errors import InputError
 from pqk.kernels import quantize
 from pqk.kernels.common.epilogue import FLOATS
-from pqk.kernels.common.launch import INTERPRETED, Launch, launch
+from pqk.kernels.common.launch import Launch, launch
+from pqk.kernels.common.triton import INTERPRETED
 from pqk.kernels.quantize import Case, quantize_dynamic, quantize_static
 from pqk.quant import qparams
 

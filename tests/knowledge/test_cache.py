@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pqk.data.data import ArrayData, Inputs, Take, Views
+from pqk.data.data import ArrayData
+from pqk.data.structures import Inputs
+from pqk.data.views import Take, Views
 from pqk.errors import InputError
 from pqk.knowledge import CallableTeacher, CrossEntropy, FrozenTeacher, LogitMSE
 from pqk.knowledge.teachers import base as teachers

@@ -46,7 +46,8 @@ from pqk.knowledge import (
     Term,
     View,
 )
-from pqk.recipe.recipe import Recipe, json_schema
+from pqk.recipe.recipe import Recipe
+from pqk.recipe.schema import json_schema
 from pqk.task.task import Task
 
 I, J = torch.arange(4.0, dtype=torch.float64)[:, None], torch.arange(6.0, dtype=torch.float64)  # noqa: E741

@@ -16,11 +16,11 @@ import text_models as tiny
 import torch
 
 from pqk import compress
-from pqk.compiler import _fitted
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import Run
 from pqk.deploy.artifact import Artifact
 from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.errors import InputError
 from pqk.evaluation import evaluate as proof
 from pqk.models.encoder import Encoder, HubFiles, encoder, find_directory, load, load_tokenizer, positions
@@ -28,10 +28,10 @@ from pqk.models.text import text_task
 from pqk.models.text_data import TextData, padded
 from pqk.passes.capture.capture import capture
 from pqk.passes.prune.survivors import surviving_channels
+from pqk.recipe.fit import fit_recipe
 from pqk.recipe.recipe import Recipe
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.verify.parity import OnnxModel
 
 transformers = pytest.importorskip("transformers")
 
@@ -254,7 +254,7 @@ def test_the_default_recipe_asks_for_what_a_task_has(base: Path, folder: Path) -
     made = partial(text_task, train=rows, evaluation=rows, batch_size=4)
 
     def terms(teacher: Encoder, task: Task) -> list[tuple[str, float]]:
-        return [(t.term, t.weight) for t in _fitted(Recipe.default(), teacher, task).passes[1].terms]  # type: ignore
+        return [(t.term, t.weight) for t in fit_recipe(Recipe.default(), teacher, task).passes[1].terms]  # type: ignore
 
     usual = [("cross_entropy", 0.1), ("kl", 0.9)]
     labelled = made(directory=folder)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pqk.data.data import ArrayData, TwoViews
+from pqk.data.data import ArrayData
+from pqk.data.views import TwoViews
 from pqk.errors import InputError
 from pqk.models.speech import (
     BANDS,

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pqk.data.structures import concatenate
 from pqk.data.synthesis import pseudo_labels
 from pqk.errors import InputError
 from pqk.models.encoder import encoder
 from pqk.models.text import ranks, similarities, spearman, text_task
 from pqk.models.text_data import Altered, TextData, padded, read_table
-from pqk.task.task import Task, concatenate
+from pqk.task.task import Task
 
 pytest.importorskip("transformers")
 

@@ -19,6 +19,7 @@ from pqk.core.launches import traffic
 from pqk.core.pipeline import run_passes
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import Run
+from pqk.data.structures import tensors
 from pqk.deploy.torch_emitter import emit_torch, load_student
 from pqk.kernels.common.epilogue import apply_steps
 from pqk.models import encoder as encoders
@@ -28,7 +29,6 @@ from pqk.passes.fuse import rules_weighted as _rules_weighted
 from pqk.passes.fuse.fuse import fuse, launches, stands_for
 from pqk.passes.fuse.rule import Match
 from pqk.target.target import Target
-from pqk.task.task import tensors
 from pqk.verify.fused_parity import check_launches
 
 WHOLE = {"plain", "residual", "separable", "gated", "silu", "grouped", "several", "tokens"}

@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 
 from pqk import Recipe, compress
 from pqk.core.costs import count_macs, count_parameters
+from pqk.core.journal import Journal
 from pqk.core.pipeline import rebuild
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Journal, Run
+from pqk.core.run_context import Run
 from pqk.data.data import ArrayData, Batch
 from pqk.errors import InputError
 from pqk.models.resnet import resnet

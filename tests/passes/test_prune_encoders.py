@@ -15,11 +15,11 @@ from families import FAMILIES, Family
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from pqk.core.aten import aten
 from pqk.core.graph import calls
 from pqk.core.program import Program, Stage, replay
 from pqk.core.run_context import Run
 from pqk.passes import Capture, Convert, Prune, Quantize
-from pqk.passes.capture.canonicalize import aten
 from pqk.passes.convert.convert import convert
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.cuts import Cut, Skip, cut_channels, drop_block
@@ -284,10 +284,10 @@ class Looked(nn.Module):
 
 
 def test_a_table_is_stored_and_looked_up_as_integers(tmp_path: Path) -> None:
+    from pqk.core.aten import quantized_tensors
     from pqk.data.data import ArrayData
     from pqk.deploy.onnx_emitter import emit_onnx
     from pqk.deploy.onnxruntime_session import session
-    from pqk.passes.convert.convert import quantized_tensors
     from pqk.task.task import Task
     from pqk.verify.parity import check_layers
 
@@ -332,8 +332,8 @@ def test_a_table_is_stored_and_looked_up_as_integers(tmp_path: Path) -> None:
 def test_an_encoder_of_any_length(tmp_path: Path) -> None:
     """Captured at one length, its INT8 file runs at another, with every linear layer in integers."""
     from pqk.deploy.onnx_emitter import emit_onnx
+    from pqk.deploy.onnxruntime_session import OnnxModel
     from pqk.verify.coverage import integer_coverage
-    from pqk.verify.parity import OnnxModel
 
     family, model, _ = built("bert")
     task = family.task(model, axes={n: {0: "batch", 1: "sequence"} for n in family.names})

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pqk.core.aten import aten
 from pqk.core.graph import calls, finish, shape
-from pqk.passes.capture.canonicalize import aten
 from pqk.passes.capture.capture import capture
 from pqk.passes.convert.token_rows import keep_rows
 

@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor
 
-import pqk.quant.qparams
+import pqk.quant.ops
+from pqk.quant.autograd import LearnedStep, LearnedStepPerChannel, StraightThroughBias
 from pqk.quant.qparams import (
     BIAS_LEVELS,
     Grid,
-    LearnedStep,
-    LearnedStepPerChannel,
     QParams,
-    StraightThroughBias,
     choose,
     dequantize,
     fake_quantize,
@@ -193,8 +191,8 @@ def test_importing_twice_registers_the_ops_once() -> None:
     """In a process of its own: the second registration replaces the first, and goes when its module is collected. In
     this one, whatever called the operators afterwards would crash, some time later."""
     code = f"""
-import importlib.util, sys, torch, pqk.quant.qparams
-spec = importlib.util.spec_from_file_location("again", {pqk.quant.qparams.__file__!r})
+import importlib.util, sys, torch, pqk.quant.ops
+spec = importlib.util.spec_from_file_location("again", {pqk.quant.ops.__file__!r})
 again = sys.modules["again"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(again)
 zero_point = torch.tensor(3, dtype=torch.uint8)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pqk.errors import InputError
 from pqk.knowledge import AttentionTransfer, CrossEntropy, Hint, KLDivergence, LogitMSE
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
-from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, json_schema
+from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec
+from pqk.recipe.schema import json_schema
 
 FILES = sorted((Path(__file__).parents[2] / "models").glob("*.toml"))
 MODELS = [p for p in FILES if "[[variant]]" not in p.read_text()]  # the others are comparisons

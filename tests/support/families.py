@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pqk.data.data import ArrayData
 from pqk.report.markdown import markdown_table
-from pqk.task.task import Metric, Task
+from pqk.task.metrics import Metric
+from pqk.task.task import Task
 
 CLASSES, VOCABULARY, TOKENS, IMAGE, PIXELS = 5, 96, 12, 3, 32
 TEXT = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pqk.kernels.common import launch as _triton
+from pqk.kernels.common import checks
 
 POISON = 0x5A
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -40,7 +40,7 @@ def poisoned() -> Iterator[list[Tensor]]:
         poison(tensor)
         seen.append(tensor)
 
-    with _triton.allocations(hook):
+    with checks.allocations(hook):
         yield seen
 
 

@@ -8,11 +8,11 @@ from dataclasses import asdict
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pqk.core.graph import Axes
 from pqk.passes.capture.capture import capture
 from pqk.passes.convert.convert import convert
 from pqk.passes.quantize.quantize import calibrate, insert_fake_quant, placement
 from pqk.target.target import Target
+from pqk.task.axes import Axes
 
 
 class Inputs:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.data.data import ArrayData
-from pqk.task.task import Metric, Task, first_tensor
+from pqk.data.structures import first_tensor
+from pqk.task.metrics import Metric
+from pqk.task.task import Task
 
 IMAGE = (3, 12, 12)
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pqk.data.data import ArrayData
+from pqk.data.structures import concatenate, tensors, widened
 from pqk.errors import InputError
-from pqk.task.task import Metric, Task, concatenate, cross_entropy, predict, tensors, widened
+from pqk.task.metrics import Metric, cross_entropy, predict
+from pqk.task.task import Task
 
 
 def data(samples: int = 12, labels: Tensor | None = None, **options: Any) -> ArrayData:

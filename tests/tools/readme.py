@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from pqk.comparison.results import HEADER, notes_of, table_of
+from pqk.comparison.markdown import HEADER, notes_of, table_of
 from pqk.files import write_whole
 from pqk.report.markdown import markdown_table
 from pqk.report.schema import Report

@@ -11,26 +11,20 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
+from pqk.core.aten import QUANTIZE
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import Run
 from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.deploy.qdq import QdqFile
 from pqk.errors import InputError
 from pqk.passes import Capture, Convert, Quantize
 from pqk.report.schema import LayerParity
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.verify.parity import (
-    QUANTIZE,
-    OnnxModel,
-    Recorder,
-    Ties,
-    check_layers,
-    check_parity,
-    compare_ends,
-    describe,
-    ends_divergence,
-)
+from pqk.verify.contract import compare_ends, describe, ends_divergence
+from pqk.verify.interpreters import Recorder, Ties
+from pqk.verify.parity import check_layers, check_parity
 
 CHANNELS, CLASSES, SIZE = 16, 10, 8
 NAMES = ("input", "conv", "add", "pool")

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.data.data import Batch, Data, Inputs, digest_of, map_tensors
+from pqk.data.data import Batch, Data, digest_of
+from pqk.data.structures import Inputs, map_tensors, widened
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.cache import LogitCache, cache_folder
 from pqk.knowledge.terms.base import View
 from pqk.target.machine import autocast
-from pqk.task.task import widened
 
 Answer = tuple[Any, dict[str, Tensor]]
 """(outputs, {point: feature}) of a batch"""

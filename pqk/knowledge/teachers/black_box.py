@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.data.data import Batch, Inputs, map_tensors
+from pqk.data.data import Batch
+from pqk.data.structures import Inputs, Outputs, map_tensors, tensors, widened
 from pqk.errors import InputError
 from pqk.knowledge.teachers.base import Answer, Teacher
-from pqk.task.task import Outputs, tensors, widened
 
 
 class CallableTeacher(Teacher):

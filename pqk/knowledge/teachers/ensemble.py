@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.data.data import Batch, Inputs, map_tensors
+from pqk.data.data import Batch
+from pqk.data.structures import Inputs, Outputs, first_tensor, map_tensors, tensors
 from pqk.errors import InputError, nearest
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import Answer, Teacher, asked
 from pqk.knowledge.terms.base import View
-from pqk.task.task import Outputs, first_tensor, tensors
 
 LEAST_VARIANCE = 1e-8
 """what a log-variance is taken of at least"""

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pqk.data.data import Batch, Inputs
+from pqk.data.data import Batch
+from pqk.data.structures import Inputs, first_tensor, widened
 from pqk.errors import InputError
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import Answer, Teacher, asked
 from pqk.knowledge.terms.base import View
 from pqk.knowledge.terms.response import KLDivergence
-from pqk.task.task import first_tensor, widened
 
 
 def divergence(student: Any, teacher: Any, view: View, temperature: float) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
-from pqk.data.data import Inputs
+from pqk.data.structures import Inputs
 from pqk.errors import InputError, nearest
 from pqk.task.task import Task
 

@@ -10,11 +10,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
+from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.knowledge.terms.base import Place, View
 from pqk.knowledge.terms.feature import FeatureTerm
 from pqk.knowledge.terms.response import kl_rows, per_sample
-from pqk.task.task import first_tensor, widened
 
 Head = tuple[Tensor, Tensor | None]
 """weight [C, D] and bias [C]"""

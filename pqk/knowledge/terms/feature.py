@@ -16,10 +16,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
+from pqk.data.structures import widened
 from pqk.errors import InputError
 from pqk.knowledge.terms.base import Place, Term, View
 from pqk.knowledge.terms.response import kl_rows
-from pqk.task.task import widened
 
 
 def channel_axis(feature: Tensor) -> int:

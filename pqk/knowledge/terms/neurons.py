@@ -15,12 +15,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
-from pqk.data.data import Inputs
+from pqk.data.structures import Inputs, first_tensor, widened
 from pqk.errors import InputError
 from pqk.knowledge.taps import tap
 from pqk.knowledge.terms.base import Place, View
 from pqk.knowledge.terms.feature import FeatureTerm, Slice, channel_axis
-from pqk.task.task import first_tensor, widened
 
 
 def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs]) -> Tensor:

@@ -18,9 +18,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
+from pqk.data.structures import tensors, widened
 from pqk.errors import InputError, nearest
 from pqk.knowledge.terms.base import Term, View
-from pqk.task.task import tensors, widened
 
 Pairs = list[tuple[Tensor, Tensor]]
 """(student, teacher) logits, one for every output that is compared"""

@@ -1,0 +1,45 @@
+"""Times an artifact's student beside its teacher, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pqk.bench.contenders import Contender, onnxruntime_contender
+from pqk.bench.protocol import measure
+from pqk.deploy.artifact import Artifact
+from pqk.errors import InputError
+from pqk.report.schema import LatencyRow
+
+
+def benchmark(
+    artifact: Artifact, batches: Sequence[int] = (1,), threads: int = 2, rounds: int = 30
+) -> list[LatencyRow]:
+    """The student beside its teacher, in turn, in ONNX Runtime on this machine; nothing is written.
+
+    The teacher's FP32 file is not part of an artifact: ratios need `teacher.onnx` beside `model.onnx`, as in a
+    finished compile's run state; without it ratios are null.
+
+    Args:
+        artifact: a finished compile that has a `model.onnx`.
+        batches: the batch sizes to time, each with a baseline of its own.
+        threads: intra-op threads of every session.
+        rounds: turns that every contender gets.
+
+    Returns:
+        One row a contender and batch, in milliseconds.
+
+    Raises:
+        InputError: the artifact has no `model.onnx`.
+    """
+    if not (artifact.folder / "model.onnx").exists():
+        raise InputError(f"{artifact.folder} has no model.onnx, which a CPU is timed with; use --device cuda on a GPU")
+    proof = artifact.folder / ".work" / "proof"
+    teacher = next((p for p in (proof / "teacher_optimized.onnx", proof / "teacher.onnx") if p.exists()), None)
+    rows: list[LatencyRow] = []
+    for batch in batches:
+        feeds = artifact.example(batch)
+        student = onnxruntime_contender("student", artifact.folder / "model.onnx", feeds, threads=threads)
+        base = onnxruntime_contender("teacher_fp32", teacher, feeds, threads=threads) if teacher else None
+        contenders: list[Contender] = [student] if base is None else [base, student]
+        rows += measure(contenders, base, rounds)
+    return rows

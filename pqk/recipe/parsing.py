@@ -1,0 +1,102 @@
+"""TOML in and out, strictly: an unknown key names the nearest known one."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from pqk.errors import InputError, nearest
+from pqk.knowledge import SOURCES, TERMS
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A file in UTF-8. Raises `InputError`, naming it as `what`, where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the {what} {path}: {error}") from error
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON values, without the fields that are at their defaults."""
+    dumped = _without_none(TypeAdapter(type(value)).dump_python(value, mode="json"))
+    defaults = {
+        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(type(value))
+    }
+    return {k: v for k, v in dumped.items() if getattr(value, k) != _pydantic_default(defaults.get(k))}
+
+
+def _pydantic_default(default: Any) -> Any:
+    """The value behind a pydantic `Field(...)`."""
+    if hasattr(default, "get_default"):
+        return default.get_default(call_default_factory=True)
+    return default
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse(kind: type[Any], values: Any, where: str) -> Any:
+    """`kind(**values)`, strictly: no "3" for 3. Raises `InputError` that says where and what."""
+    try:
+        # As JSON, where strictness is about values: lists and tables may fill tuples and dataclasses.
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain(error, kind)}") from error
+
+
+def explain(error: ValidationError, kind: type[Any]) -> str:
+    """A pydantic error in one line, naming the nearest known key for an unknown one."""
+    lines = []
+    for e in error.errors():
+        place = ".".join(str(part) for part in e["loc"])
+        if e["type"] == "unexpected_keyword_argument":
+            key, owner = str(e["loc"][-1]), kind if len(e["loc"]) == 1 else _tagged(e["loc"][-2])
+            lines.append(f'unknown key "{place}"' + (nearest(key, [f.name for f in fields(owner)]) if owner else ""))
+        elif e["type"] == "union_tag_invalid":
+            key, tag = e["ctx"]["discriminator"].strip("'"), e["ctx"]["tag"]
+            lines.append(f'{place}: unknown {key} "{tag}"{nearest(tag, _tags(key))}')
+        elif e["type"] == "union_tag_not_found":
+            key = e["ctx"]["discriminator"].strip("'")
+            lines.append(f'{place}: it needs a key "{key}"{nearest("", _tags(key))} (got {e["input"]!r})')
+        else:
+            shown = "" if e["type"] in ("missing", "value_error") else f" (got {e['input']!r})"
+            text = e["msg"].removeprefix("Value error, ").removeprefix("recipe: ")
+            lines.append((f"{place}: " if place else "") + text + shown)
+    return "; ".join(lines)
+
+
+def _tags(key: str) -> dict[str, type[Any]]:
+    """The terms by name, or the sources of teachers: what a table's `term` or `source` may be."""
+    kinds: tuple[type[Any], ...] = SOURCES if key == "source" else TERMS
+    return {str(next(f.default for f in fields(k) if f.name == key)): k for k in kinds}
+
+
+def _tagged(name: object) -> type[Any] | None:
+    """The term or source of that name."""
+    return {**_tags("term"), **_tags("source")}.get(str(name))
+
+
+def documentation(kind: type[Any]) -> dict[str, str]:
+    """The docstring of each field, also of those that it inherits (pydantic reads only the class's own)."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        for name, info in getattr(base, "__pydantic_fields__", {}).items():
+            if info.description:
+                found[name] = " ".join(info.description.split())
+    return found

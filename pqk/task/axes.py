@@ -1,0 +1,31 @@
+"""Which axes of the inputs are free: the batch, and lengths that have a name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH = "batch"
+
+
+Axes = Sequence[Sequence[str | None]]
+"""for each input the names of its axes; None: of a fixed size"""
+
+
+def batch_axes(example: Sequence[Tensor]) -> tuple[tuple[str | None, ...], ...]:
+    """The axes of inputs that are free in their first one only."""
+    return tuple((BATCH, *[None] * (t.ndim - 1)) if t.ndim else () for t in example)
+
+
+def free_axes(example: Sequence[Tensor], axes: Axes | None = None) -> tuple[dict[int, Any], ...]:
+    """`axes` (by default the batch alone) as the `dynamic_shapes` of `torch.export`.
+
+    The batch is one `Dim` for all inputs. Other axes are free within the limits that the model itself sets, such as a
+    table of positions, which the exporter finds.
+    """
+    batch = torch.export.Dim(BATCH)
+    named = [list(enumerate(a)) for a in (axes or batch_axes(example))]
+    return tuple({i: torch.export.Dim.DYNAMIC if i else batch for i, name in a if name} for a in named)

@@ -1,0 +1,90 @@
+"""The contract's tolerances, and the verdict on layers and on the ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from pqk.data.structures import Outputs, tensors
+from pqk.errors import InputError
+from pqk.report.schema import LayerParity, Parity
+from pqk.task.metrics import predict
+from pqk.task.task import Task
+
+Model = Callable[..., Outputs]
+
+
+MAX_LSB = 1
+
+
+EXACT_SHARE = 0.999
+
+
+AGREEMENT = 0.995
+
+
+METRIC_TOLERANCE = 0.001
+"""0.1 points of a share; of a metric in another unit, a thousandth of its value"""
+
+
+RELATIVE = 1e-5
+
+
+def verdict(
+    layers: Sequence[LayerParity], ends: Mapping[str, Any], mode: Literal["optimized", "unoptimized", "reference"]
+) -> Parity:
+    """The contract: every layer, then the ends."""
+    broken = next((layer for layer in layers if not layer.passed), None)
+    divergence = describe(broken) if broken else ends["divergence"]
+    return Parity(
+        passed=divergence is None,
+        layers=tuple(layers),
+        agreement=ends["agreement"],
+        metric_delta=ends["metric_delta"],
+        first_divergence=divergence,
+        samples=ends["samples"],
+        mode=mode,
+    )
+
+
+def describe(layer: LayerParity) -> str:
+    """One line on how a layer breaks the contract."""
+    if layer.max_relative is not None:
+        return f"{layer.name} ({layer.op}): float output differs by {layer.max_relative:.2g} (allowed {RELATIVE:g})"
+    text = f"{layer.name} ({layer.op}): differs by up to {layer.max_lsb:g} LSB, {100 * layer.exact:.2f} % exact"
+    return text + (", int32 accumulators differ" if layer.accumulators is False else "")
+
+
+def compare_ends(fake_quant: nn.Module, deployed: Model, task: Task, *, samples: int | None) -> dict[str, Any]:
+    """Decisions and metric of the fake-quant graph against what is deployed: agreement, delta, divergence."""
+    ours, targets = predict(fake_quant, task.evaluation, samples)
+    theirs, _ = predict(deployed, task.evaluation, samples)
+    mine, other = task.decision(ours), task.decision(theirs)
+    if mine.is_floating_point():
+        raise InputError(
+            f"parity: the task's decision is {mine.dtype}, which cannot agree exactly; pass Task(decision=…) that "
+            "returns integers or booleans, such as the class, the token or whether a threshold is passed"
+        )
+    agreement = float((mine == other).double().mean())
+    delta = None
+    if targets is not None:
+        delta = task.metric.function(theirs, targets) - task.metric.function(ours, targets)
+    value = 1.0 if targets is None or task.metric.unit == "share" else task.metric.function(ours, targets)
+    count = len(tensors(ours)[0])
+    divergence = ends_divergence(agreement, delta, value, mine.numel(), count)
+    return {"agreement": agreement, "metric_delta": delta, "samples": count, "divergence": divergence}
+
+
+def ends_divergence(agreement: float, delta: float | None, value: float, decisions: int, samples: int) -> str | None:
+    """How decisions or metric break the contract; None where they keep it. One sample is always allowed."""
+    slack = 1e-12  # of summing shares in floating point
+    least = min(AGREEMENT, 1 - 1 / decisions)
+    most = max(METRIC_TOLERANCE * max(abs(value), 1e-3), 1 / samples)
+    told = "every layer agrees with the INT8 graph, so the INT8 graph differs from the fake-quantized one"
+    if agreement < least - slack:
+        return f"end to end: {100 * agreement:.2f} % of decisions agree (at least {100 * least:.2f} % must); {told}"
+    if delta is not None and not abs(delta) <= most + slack:
+        return f"end to end: the metric differs by {delta:+.5f} (allowed {most:.5f}); {told}"
+    return None

@@ -1,0 +1,56 @@
+"""Interpreters of the INT8 graph that record its integers and find exact ties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pqk.core.aten import DEQUANTIZE, DYNAMIC, QUANTIZE
+from pqk.quant.qparams import per_axis
+
+TIE = 1e-9
+"""how near to a half a float64 quotient must be to be one: well above its rounding, well below float32's"""
+
+
+class Recorder(fx.Interpreter):
+    """Runs the INT8 graph and keeps the integers of every tensor that it quantizes, with a scale and a zero point where
+    they are found at run time."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.made: dict[fx.Node, tuple[Tensor, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target in (QUANTIZE, DYNAMIC):
+            self.made[n] = (result,) if n.target is QUANTIZE else tuple(result)
+        return result
+
+
+class Ties(fx.Interpreter):
+    """Runs the INT8 graph in float64 on recorded integers and finds what is an exact half before rounding."""
+
+    def __init__(self, graph: fx.GraphModule, made: Mapping[fx.Node, tuple[Tensor, ...]]) -> None:
+        super().__init__(graph)
+        self.made = made
+        self.found: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target in (QUANTIZE, DYNAMIC):
+            x, *fixed = self.fetch_args_kwargs_from_env(n)[0][:2]
+            made = self.made[n]
+            steps = x.double() / (fixed or made[1:2])[0].double()
+            self.found[n] = ((steps - steps.floor()) - 0.5).abs() < TIE
+            # Every layer is given the same integers, so that differences do not add up.
+            return made[0] if fixed else made
+        if n.target is DEQUANTIZE:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            q, scale, zero_point, axis = (*args, *kwargs.values(), None)[:4]
+            scale, zero_point = (per_axis(p.double(), q, axis) for p in (scale, zero_point))
+            return (q.double() - zero_point) * scale
+        result = super().run_node(n)
+        widen = isinstance(result, Tensor) and result.dtype == torch.float32
+        return result.double() if widen else result
