@@ -18,28 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels import int8_concat, int8_conv2d, int8_linear
 from pqk.kernels.common import conv
 from pqk.kernels.common.checks import allocate, check_tensor
 from pqk.kernels.common.conv import Conv
 from pqk.kernels.common.launch import Launch, falls_back, launch
-from pqk.kernels.common.strides import check_disjoint, rows_reason
+from pqk.kernels.common.strides import check_disjoint, why_not_rows
 from pqk.kernels.int8_concat import Concat
 
 OPS = ("int8_linear_into", "int8_conv2d_into", "int8_concat_into")
 
 
-def supports(out: Tensor) -> str | None:
+def why_not_supported(out: Tensor) -> Reason | None:
     """Why a launch cannot write the columns `out`, else None."""
-    return rows_reason("out", out)
+    return why_not_rows("out", out)
 
 
 def check(out: Tensor, shape: Sequence[int], dtype: torch.dtype, inputs: dict[str, Tensor | None]) -> None:
     """Raise `InputError` unless `out` is columns of `shape` and `dtype` that no input lies in."""
     device = next(t.device for t in inputs.values() if t is not None)
     check_tensor("out", out, dtype, device=device, shape=shape, contiguous=False)
-    if reason := supports(out):
+    if reason := why_not_supported(out):
         raise InputError(reason)
     check_disjoint("out", out, inputs)
 
@@ -68,8 +68,8 @@ def int8_linear_into(
 
 @int8_linear_into.register_kernel("cuda")
 def _(out: Tensor, x: Tensor, weight: Tensor, *others: Any) -> None:
-    x = x if rows_reason("x", x) is None else x.contiguous()
-    if falls_back("int8_linear_into", x.device, int8_linear.supports(x, weight)):
+    x = x if why_not_rows("x", x) is None else x.contiguous()
+    if falls_back("int8_linear_into", x.device, int8_linear.why_not_supported(x, weight)):
         out.copy_(int8_linear.reference(x, weight, *others))
     else:
         int8_linear.run(x, weight, *others, out=out)
@@ -92,7 +92,7 @@ def int8_conv2d_into(
 @int8_conv2d_into.register_kernel("cuda")
 def _(out: Tensor, *arguments: Any) -> None:
     conv = Conv(*arguments)
-    if falls_back("int8_conv2d_into", conv.x.device, int8_conv2d.supports(conv)):
+    if falls_back("int8_conv2d_into", conv.x.device, int8_conv2d.why_not_supported(conv)):
         out.copy_(int8_conv2d.reference(conv))
         return
     int8_conv2d.check(conv)
@@ -116,7 +116,7 @@ def _(
     concat = Concat([x], params, steps, [scale], [zero_point], out_dtype)
     concat.check()
     check(out, x.shape, out_dtype, {"x": x})
-    if falls_back("int8_concat_into", x.device, int8_concat.supports(concat)):
+    if falls_back("int8_concat_into", x.device, int8_concat.why_not_supported(concat)):
         out.copy_(int8_concat.reference(concat))
     else:
         launch(int8_concat.plan(concat, out)[0])

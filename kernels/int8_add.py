@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pqk.errors import Reason
 from pqk.kernels.common.checks import allocate, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import check_plain_steps, check_values, example_steps, load_values, values
 
@@ -88,10 +89,10 @@ def plan(add: Add) -> Launch:
 def run(add: Add) -> Tensor:
     """The sum by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     add.check()
-    return launched(plan(add))
+    return output_of(plan(add))
 
 
-def supports(add: Add) -> str | None:
+def why_not_supported(add: Add) -> Reason | None:
     """Why the kernel cannot run these arguments, else None: it runs whatever `check` lets through."""
     return None
 
@@ -115,7 +116,7 @@ def int8_add(
 @int8_add.register_kernel("cuda")
 def _(*arguments: Any) -> Tensor:
     add = Add(*arguments)
-    return reference(add) if falls_back("int8_add", add.a.device, supports(add)) else run(add)
+    return reference(add) if falls_back("int8_add", add.a.device, why_not_supported(add)) else run(add)
 
 
 @int8_add.register_fake

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, check_number, check_tensor, example
 from pqk.kernels.common.configs import Config, chosen, fitting
 from pqk.kernels.common.epilogue import INTEGERS, apply_steps, check_steps, encode, epilogue, reads_residual
 from pqk.kernels.common.gpu import Gpu, gpu_of
-from pqk.kernels.common.launch import TYPES, Launch, cdiv, falls_back, launched
+from pqk.kernels.common.launch import TYPES, Launch, cdiv, falls_back, output_of
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import example_steps
 
@@ -76,7 +76,7 @@ class Attention:
 
     def check(self) -> None:
         """Raise `InputError` for arguments that no implementation takes."""
-        if (reason := supports(self)) is not None:
+        if (reason := why_not_supported(self)) is not None:
             raise InputError(f"int8_attention: {reason}")
         device = self.q.device
         for name in ("q", "k", "v", "mask"):
@@ -261,10 +261,10 @@ def plan(a: Attention, config: Config | None = None) -> Launch:
 def run(a: Attention, config: Config | None = None) -> Tensor:
     """The attention by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     a.check()
-    return launched(plan(a, config))
+    return output_of(plan(a, config))
 
 
-def supports(a: Attention) -> str | None:
+def why_not_supported(a: Attention) -> Reason | None:
     """Why the kernel cannot run these arguments, else None. Values are not looked at."""
     q, k, v = a.q, a.k, a.v
     if {q.ndim, k.ndim, v.ndim} != {4}:

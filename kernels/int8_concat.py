@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
 from pqk.kernels.common.gpu import gpu_of
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, launch, launched
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, launch, output_of
 from pqk.kernels.common.strides import row_stride
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import (  # fmt: skip
@@ -127,15 +127,15 @@ def plan(concat: Concat, out: Tensor | None = None) -> tuple[Launch, ...]:
 def run(concat: Concat) -> Tensor:
     """The concatenation by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     concat.check()
-    if reason := supports(concat):
+    if reason := why_not_supported(concat):
         raise InputError(f"int8_concat: {reason}")
     *others, last = plan(concat)
     for part in others:
         launch(part)
-    return launched(last)
+    return output_of(last)
 
 
-def supports(concat: Concat) -> str | None:
+def why_not_supported(concat: Concat) -> Reason | None:
     """Why the kernel cannot run these arguments, else None."""
     rows = rows_of(concat.out_shape)
     return f"{rows} rows do not fit a 32-bit index; split the batch" if rows > MAX_ROWS else None
@@ -158,7 +158,11 @@ def int8_concat(
 def _(*arguments: Any) -> Tensor:
     concat = Concat(*arguments)
     concat.check()
-    return reference(concat) if falls_back("int8_concat", concat.inputs[0].device, supports(concat)) else run(concat)
+    return (
+        reference(concat)
+        if falls_back("int8_concat", concat.inputs[0].device, why_not_supported(concat))
+        else run(concat)
+    )
 
 
 @int8_concat.register_fake

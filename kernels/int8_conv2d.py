@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels import int8_linear
 from pqk.kernels.common.checks import check_tensor
 from pqk.kernels.common.configs import Config, chosen, fitting
-from pqk.kernels.common.conv import Case, Conv, too_large
+from pqk.kernels.common.conv import Case, Conv, why_not_launched
 from pqk.kernels.common.epilogue import encode, epilogue, exact_dtype
 from pqk.kernels.common.gpu import Gpu, gpu_of
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
 from pqk.kernels.common.strides import row_stride
 from pqk.kernels.common.triton import jit, tl
 
@@ -201,7 +201,7 @@ def plan(conv: Conv, config: Config | None = None, out: Tensor | None = None) ->
     )  # fmt: skip
 
 
-def supports(conv: Conv, transposed: bool = False) -> str | None:
+def why_not_supported(conv: Conv, transposed: bool = False) -> Reason | None:
     """Why the kernel cannot take this call, else None. The tensors may be on the `meta` device."""
     if transposed:
         return (
@@ -209,10 +209,10 @@ def supports(conv: Conv, transposed: bool = False) -> str | None:
             "product over all taps would multiply mostly zeros; write it as resize and convolution"
         )
     if pointwise(conv):
-        return int8_linear.supports(conv.x, conv.weight.flatten(1))
+        return int8_linear.why_not_supported(conv.x, conv.weight.flatten(1))
     if conv.groups > 65535:
         return f"{conv.groups} groups; a grid has at most 65535 along its second axis"
-    return too_large(conv)
+    return why_not_launched(conv)
 
 
 def check(conv: Conv) -> None:
@@ -227,9 +227,9 @@ def run(conv: Conv, config: Config | None = None, out: Tensor | None = None) -> 
     `out` [N, OH, OW, O] is written in place of a new tensor: channels of a wider one.
     """
     check(conv)
-    if reason := supports(conv):
+    if reason := why_not_supported(conv):
         raise InputError(f"int8_conv2d: {reason}")
-    return launched(plan(conv, config, out))
+    return output_of(plan(conv, config, out))
 
 
 @torch.library.custom_op("pqk::int8_conv2d", mutates_args=(), device_types="cpu")
@@ -262,7 +262,7 @@ def int8_conv2d(
 @int8_conv2d.register_kernel("cuda")
 def _(*arguments: Any, **named: Any) -> Tensor:
     conv = Conv(*arguments, **named)
-    return reference(conv) if falls_back("int8_conv2d", conv.x.device, supports(conv)) else run(conv)
+    return reference(conv) if falls_back("int8_conv2d", conv.x.device, why_not_supported(conv)) else run(conv)
 
 
 @int8_conv2d.register_fake

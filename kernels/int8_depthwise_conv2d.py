@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.configs import Config, chosen, fitting
-from pqk.kernels.common.conv import Case, Conv, too_large
+from pqk.kernels.common.conv import Case, Conv, why_not_launched
 from pqk.kernels.common.epilogue import encode, epilogue
 from pqk.kernels.common.gpu import Gpu, gpu_of
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
 from pqk.kernels.common.triton import jit, tl
 
 
@@ -152,7 +152,7 @@ def tap_stride(weight: Tensor) -> int:
     return columns if kh == 1 or rows == kw * columns else -1
 
 
-def supports(conv: Conv, transposed: bool = False) -> str | None:
+def why_not_supported(conv: Conv, transposed: bool = False) -> Reason | None:
     """Why the kernel cannot take this call, else None. The tensors may be on the `meta` device."""
     if transposed:
         return "a transposed convolution: its output pixels meet different taps; write it as resize and convolution"
@@ -162,20 +162,20 @@ def supports(conv: Conv, transposed: bool = False) -> str | None:
         return "a residual that is strided or padded as it is read; int8_conv2d does that"
     if tap_stride(conv.weight) < 0:
         return f"weight: strides {conv.weight.stride()}; taps must be evenly spaced, call .contiguous()"
-    return too_large(conv)
+    return why_not_launched(conv)
 
 
 def check(conv: Conv) -> None:
     """Raise `InputError` for arguments that neither the reference nor the kernel takes."""
     conv.check()
-    if reason := supports(conv):
+    if reason := why_not_supported(conv):
         raise InputError(f"int8_depthwise_conv2d: {reason}")
 
 
 def run(conv: Conv, config: Config | None = None) -> Tensor:
     """The layer by its kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     check(conv)
-    return launched(plan(conv, config))
+    return output_of(plan(conv, config))
 
 
 @torch.library.custom_op("pqk::int8_depthwise_conv2d", mutates_args=(), device_types="cpu")

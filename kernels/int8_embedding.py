@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, check_scale, check_tensor, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
 from pqk.kernels.common.gpu import gpu_of
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
-from pqk.kernels.common.norm import check_affine, normalize, normalized, too_large
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
+from pqk.kernels.common.norm import check_affine, normalize, normalized, why_not_launched
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import check_plain_steps, example_steps, whole_rows
 
@@ -223,15 +223,15 @@ def plan(embedding: Embedding) -> Launch:
 def run(embedding: Embedding) -> tuple[Tensor, Tensor]:
     """(out, kept) by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     embedding.check()
-    if reason := supports(embedding):
+    if reason := why_not_supported(embedding):
         raise InputError(f"int8_embedding: {reason}")
     planned = plan(embedding)
-    return launched(planned), planned.tensor("kept_ptr")
+    return output_of(planned), planned.tensor("kept_ptr")
 
 
-def supports(embedding: Embedding) -> str | None:
+def why_not_supported(embedding: Embedding) -> Reason | None:
     """Why the kernel cannot run these arguments, else None."""
-    return too_large(embedding.ids.numel(), embedding.words.shape[1])
+    return why_not_launched(embedding.ids.numel(), embedding.words.shape[1])
 
 
 @torch.library.custom_op("pqk::int8_embedding", mutates_args=(), device_types="cpu")
@@ -267,7 +267,7 @@ def int8_embedding(
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     embedding = Embedding(*arguments)
     embedding.check()
-    fallback = falls_back("int8_embedding", embedding.ids.device, supports(embedding))
+    fallback = falls_back("int8_embedding", embedding.ids.device, why_not_supported(embedding))
     return reference(embedding) if fallback else run(embedding)
 
 

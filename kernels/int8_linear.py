@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, check_scale, check_tensor, example
 from pqk.kernels.common.configs import Config, chosen, fitting
 from pqk.kernels.common.epilogue import (
@@ -37,8 +37,8 @@ from pqk.kernels.common.epilogue import (
     scaled,
 )
 from pqk.kernels.common.gpu import Gpu, gpu_of
-from pqk.kernels.common.launch import TYPES, Launch, cdiv, falls_back, launched
-from pqk.kernels.common.strides import MAX_STRIDE, check_disjoint, row_stride, rows_reason
+from pqk.kernels.common.launch import TYPES, Launch, cdiv, falls_back, output_of
+from pqk.kernels.common.strides import MAX_STRIDE, check_disjoint, row_stride, why_not_rows
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import MAX_ROWS, example_steps
 
@@ -267,7 +267,7 @@ def plan(
     return Launch(_linear_split_k, (tiles, parts), args, constexprs, config.num_warps, config.num_stages)
 
 
-def supports(x: Tensor, weight: Tensor) -> str | None:
+def why_not_supported(x: Tensor, weight: Tensor) -> Reason | None:
     """Why these operands cannot be multiplied, else None."""
     if x.dtype not in INTEGERS or weight.dtype != torch.int8:
         return f"it multiplies int8 or uint8 by int8, not {x.dtype} by {weight.dtype}"
@@ -277,7 +277,7 @@ def supports(x: Tensor, weight: Tensor) -> str | None:
         return f"K is {weight.shape[1]}; beyond {LARGEST_K} an int32 sum could overflow"
     if x.shape[:-1].numel() > MAX_ROWS or weight.shape[0] >= MAX_STRIDE:
         return f"x {list(x.shape)} by weight {list(weight.shape)}: more than {MAX_ROWS} rows or {MAX_STRIDE} outputs"
-    return rows_reason("x", x) or rows_reason("weight", weight)
+    return why_not_rows("x", x) or why_not_rows("weight", weight)
 
 
 def check(
@@ -303,20 +303,20 @@ def run(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, steps: str, params: Tensor, residual: Tensor | None,
     out_dtype: torch.dtype, *, out: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """The kernel. Raises `InputError`, with the reason of `supports`, where it cannot run.
+    """The kernel. Raises `InputError`, with the reason of `why_not_supported`, where it cannot run.
 
     `out` [..., N] is written in place of a new tensor: columns of a wider one, which is how a concatenation costs
     nothing. It may share memory with no input.
     """
     check(x, weight, bias, scale, steps, params, residual, out_dtype)
-    if reason := supports(x, weight):
+    if reason := why_not_supported(x, weight):
         raise InputError(f"int8_linear: {reason}")
     if out is not None:
         check_tensor("out", out, out_dtype, device=x.device, shape=(*x.shape[:-1], weight.shape[0]), contiguous=False)
-        if reason := rows_reason("out", out):
+        if reason := why_not_rows("out", out):
             raise InputError(f"int8_linear: {reason}")
         check_disjoint("out", out, {"x": x, "weight": weight, "bias": bias, "scale": scale, "residual": residual})
-    return launched(plan(x, weight, bias, scale, steps, params, residual, out_dtype, out=out, config=config))
+    return output_of(plan(x, weight, bias, scale, steps, params, residual, out_dtype, out=out, config=config))
 
 
 @torch.library.custom_op("pqk::int8_linear", mutates_args=(), device_types="cpu")
@@ -336,8 +336,8 @@ def int8_linear(
 
 @int8_linear.register_kernel("cuda")
 def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    x = x if rows_reason("x", x) is None else x.contiguous()
-    if falls_back("int8_linear", x.device, supports(x, weight)):
+    x = x if why_not_rows("x", x) is None else x.contiguous()
+    if falls_back("int8_linear", x.device, why_not_supported(x, weight)):
         check(x, weight, *others)
         return reference(x, weight, *others)
     return run(x, weight, *others)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pqk.errors import Reason
 from pqk.kernels.common.checks import allocate, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import check_plain_steps, check_values, example_steps, load_values, values
 
@@ -101,10 +102,10 @@ def plan(mul: Mul) -> Launch:
 def run(mul: Mul) -> Tensor:
     """The product by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     mul.check()
-    return launched(plan(mul))
+    return output_of(plan(mul))
 
 
-def supports(mul: Mul) -> str | None:
+def why_not_supported(mul: Mul) -> Reason | None:
     """Why the kernel cannot run these arguments, else None: it runs whatever `check` lets through."""
     return None
 
@@ -128,7 +129,7 @@ def int8_mul(
 @int8_mul.register_kernel("cuda")
 def _(*arguments: Any) -> Tensor:
     mul = Mul(*arguments)
-    return reference(mul) if falls_back("int8_mul", mul.a.device, supports(mul)) else run(mul)
+    return reference(mul) if falls_back("int8_mul", mul.a.device, why_not_supported(mul)) else run(mul)
 
 
 @int8_mul.register_fake

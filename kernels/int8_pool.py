@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
 from pqk.kernels.common.gpu import gpu_of
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched, next_power_of_2
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, next_power_of_2, output_of
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import MAX_ROWS, blocks, check_plain_steps, check_values, example_steps
 
@@ -262,12 +262,12 @@ def _plan_global(pool: Pool, out: Tensor) -> Launch:
 def run(pool: Pool) -> Tensor:
     """The pooling by its kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
     pool.check()
-    if reason := supports(pool):
+    if reason := why_not_supported(pool):
         raise InputError(f"int8_pool: {reason}")
-    return launched(plan(pool))
+    return output_of(plan(pool))
 
 
-def supports(pool: Pool) -> str | None:
+def why_not_supported(pool: Pool) -> Reason | None:
     """Why the kernel cannot run these arguments, else None."""
     images, height, width, _ = pool.out_shape
     terms = math.prod(pool.x.shape[1:3] if pool.kind == "global_average" else pool.kernel)
@@ -305,7 +305,7 @@ def int8_pool(
 def _(*arguments: Any) -> Tensor:
     pool = Pool(*arguments)
     pool.check()
-    return reference(pool) if falls_back("int8_pool", pool.x.device, supports(pool)) else run(pool)
+    return reference(pool) if falls_back("int8_pool", pool.x.device, why_not_supported(pool)) else run(pool)
 
 
 @int8_pool.register_fake

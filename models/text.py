@@ -32,7 +32,7 @@ from pqk.models.encoder import (
     load_tokenizer,
     positions,
 )
-from pqk.models.text_data import Altered, Source, TextData, Tokens, column, padded, read_table
+from pqk.models.text_data import Altered, TextData, TextSource, Tokens, column, padded, read_table
 from pqk.task.metrics import Metric, argmax, cross_entropy
 from pqk.task.task import Task
 
@@ -98,9 +98,9 @@ def text_task(
     data: str | Path | None = None,
     *,
     directory: str | Path,
-    train: Source | Sequence[Source] | None,
-    evaluation: Source | Sequence[Source],
-    validation: Source | Sequence[Source] | None = None,
+    train: TextSource | Sequence[TextSource] | None,
+    evaluation: TextSource | Sequence[TextSource],
+    validation: TextSource | Sequence[TextSource] | None = None,
     task: str = "classification",
     text: str = "text",
     label: str = "label",

@@ -18,7 +18,7 @@ from pqk.models.encoder import quietly
 
 Table = Mapping[str, Sequence[Any]]
 """columns by name: a dict of lists, or a `datasets` dataset"""
-Source = str | Path | Table
+TextSource = str | Path | Table
 POOL = 50
 """batches whose samples are sorted by length together: enough to waste little padding, few enough to stay random"""
 
@@ -26,7 +26,7 @@ POOL = 50
 # ---- tables
 
 
-def read_table(source: Source, data: Path | None = None) -> Table:
+def read_table(source: TextSource, data: Path | None = None) -> Table:
     """The columns of a .tsv or .jsonl file (UTF-8), or `source` itself where it has columns.
 
     A TSV file has one line of names and no quoting. Raises `InputError` with the line of whatever is wrong.

@@ -7,11 +7,11 @@ from pqk.passes.capture.capture import Capture
 from pqk.passes.convert.convert import Convert
 from pqk.passes.distill.distill import Distill
 from pqk.passes.fuse.fuse import Fuse
-from pqk.passes.joint.joint_search import PQK
+from pqk.passes.joint.joint_search import JointSearch
 from pqk.passes.prune.prune import Prune
 from pqk.passes.quantize.quantize import Quantize
 
-PASSES: tuple[type[Pass], ...] = (Prune, PQK, Distill, Capture, Quantize, Convert, Fuse)
+PASSES: tuple[type[Pass], ...] = (Prune, JointSearch, Distill, Capture, Quantize, Convert, Fuse)
 REWRITES: dict[str, RewriteFunction] = {f.__name__: f for p in PASSES for f in p.rewrites}
 
 __all__ = ["PASSES", "REWRITES", *(p.__name__ for p in PASSES)]

@@ -28,7 +28,7 @@ from pqk.core.costs import count_macs, count_parameters, float_bytes
 from pqk.core.pipeline import verify
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Advance, Observer, Silent
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import session
 from pqk.deploy.torch_emitter import emit_torch
@@ -36,13 +36,13 @@ from pqk.errors import InputError, PqkError, first_line
 from pqk.passes import Distill, Prune
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.groups import check_groups
-from pqk.recipe.recipe import Recipe, unfit
+from pqk.recipe.recipe import Recipe, why_not_for_target
 from pqk.report.schema import LayerParity
 from pqk.target.machine import peak_memory
 from pqk.target.target import Target
 from pqk.task.task import Task
 from pqk.training.trainer import Training
-from pqk.verify.contract import describe
+from pqk.verify.contract import divergence_of
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.fused_parity import check_launches
 from pqk.verify.parity import check_layers
@@ -115,9 +115,9 @@ class _Rehearsal:
         self.task, self.recipe = task, recipe
         self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
         self.watch = Stopwatch(observer)
-        run = Run(recipe.seed, observer=self.watch)
+        run = RunContext(recipe.seed, observer=self.watch)
         self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run, THREADS)
-        mismatch = self.target.unmeasured()
+        mismatch = self.target.why_not_measured()
         if mismatch is None:
             run = self.oracle.serve(run)
         student = copy.deepcopy(self.teacher).requires_grad_(True)
@@ -128,7 +128,7 @@ class _Rehearsal:
         self.found = Findings(self.target.name, recipe.seed, costs, latency_reason=mismatch)
         if mismatch is not None:
             self.found.warnings.append(mismatch)
-        if (reason := unfit(recipe.passes, self.target)) is not None:
+        if (reason := why_not_for_target(recipe.passes, self.target)) is not None:
             self.found.problems.append(reason)
         self.live_steps = _cacheable_steps(task)
 
@@ -225,7 +225,7 @@ class _Rehearsal:
 
     def _cached(self, p: Pass, steps: int) -> float:
         """Seconds that cached teacher logits save: of all steps after every view was seen once."""
-        if self.live_steps is None or not isinstance(p, Distill) or p.uncached() is not None:
+        if self.live_steps is None or not isinstance(p, Distill) or p.why_not_cached() is not None:
             return 0.0
         live = min(steps, self.live_steps)
         self.live_steps -= live
@@ -253,7 +253,7 @@ class _Rehearsal:
                     path = Path(folder) / "model.onnx"
                     emit_onnx(graph, task.example, path, task.input_names, task.output_names, task.axes)
                     layers += check_layers(graph, quantized_tensors(graph), path, task.example, optimized=here)
-                self.found.problems += [f"parity: {describe(layer)}" for layer in layers if not layer.passed]
+                self.found.problems += [f"parity: {divergence_of(layer)}" for layer in layers if not layer.passed]
                 self._measure(path, Path(folder) / "teacher.onnx", here)
             except PqkError as error:
                 self.found.problems.append(str(error))

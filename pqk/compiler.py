@@ -21,7 +21,7 @@ from pqk.core.journal import Journal
 from pqk.core.pipeline import check_order, run_passes, state
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Observer, Silent
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import digest_of
 from pqk.data.structures import tensors
 from pqk.deploy.artifact import DEPLOYED, Artifact, write_manifest
@@ -29,17 +29,17 @@ from pqk.deploy.onnx_emitter import emit_onnx, names_of_outputs
 from pqk.deploy.torch_emitter import emit_torch
 from pqk.deploy.tuning import NAME as TUNING
 from pqk.errors import InputError, ParityError, nearest
-from pqk.evaluation.evaluate import prove
+from pqk.evaluation.evaluate import evaluate
 from pqk.files import read_json, write_json, write_tensors, write_whole
-from pqk.gpu.autotune import by_rule, for_target, given
-from pqk.knowledge.teachers.base import fingerprint
+from pqk.gpu.autotune import choose_tuning, gpu_for, read_tuning
+from pqk.knowledge.teachers.base import weights_fingerprint
 from pqk.recipe.fit import fit_recipe
-from pqk.recipe.recipe import Recipe, TargetSpec, unfit
+from pqk.recipe.recipe import Recipe, TargetSpec, why_not_for_target
 from pqk.report.markdown import to_markdown
-from pqk.target.machine import fingerprint as machine_fingerprint
+from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.training.trainer import Training, launched
+from pqk.training.trainer import Training, accelerator
 
 OWN = ("student.safetensors", "student.json", "recipe.toml", "report.json", "report.md", TUNING, *DEPLOYED)
 Attribution = Literal["standard", "full"]
@@ -89,9 +89,9 @@ def compress(
     last = check_order(passes)
     if last != Stage.INT8:
         raise InputError(f'recipe: it leaves the student in stage {last}; the last pass must be "convert" or "fuse"')
-    if (reason := unfit(passes, chosen)) is not None:
+    if (reason := why_not_for_target(passes, chosen)) is not None:
         raise InputError(f"recipe: {reason}")
-    given(passes)
+    read_tuning(passes)
     for p in passes:
         if isinstance(p, Training) or getattr(p, "recovery_epochs", False):
             task.need_train(p.name)
@@ -102,7 +102,7 @@ def compress(
     half = next((n for n, p in teacher.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise InputError(f"teacher: {half} is in half precision; pass teacher.float(), pqk quantizes from float32")
-    if launched().num_processes > 1 and attribution == "full":
+    if accelerator().num_processes > 1 and attribution == "full":
         raise InputError("attribution full: its extra training runs in one process; compile with one, or use standard")
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     task.check(teacher)
@@ -114,7 +114,7 @@ def compress(
     if (folder / "manifest.json").exists():
         return Artifact.load(folder)
     journal = Journal(folder / ".work" / "journal.jsonl" if is_main_process() else None)
-    run = Run(recipe.seed, folder / ".work", journal, observer or Silent())
+    run = RunContext(recipe.seed, folder / ".work", journal, observer or Silent())
     try:
         program = _run(teacher, task, recipe.passes, chosen, run)
         if is_main_process():
@@ -128,10 +128,10 @@ def compress(
     return Artifact.load(folder)
 
 
-def _run(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Target, run: Run) -> Program:
+def _run(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Target, run: RunContext) -> Program:
     """The passes, with a latency oracle where this machine is the target."""
     student = copy.deepcopy(teacher).requires_grad_(True)
-    if target.unmeasured() is not None:
+    if target.why_not_measured() is not None:
         return run_passes(Program(teacher, student, Stage.MODULE, target, run), task, passes)
     oracle = Oracle(teacher, task, target, passes, run)
     run = oracle.serve(run)
@@ -168,7 +168,7 @@ def _identity(recipe: Recipe, teacher: nn.Module, task: Task) -> dict[str, Any]:
         "evaluation": task.evaluation.fingerprint(),
     }
     example = digest_of("example", task.example)  # made by the data's own preprocessing, which `data` does not show
-    return {"recipe": recipe.dumps(), "teacher": fingerprint(teacher), "data": data, "example": example}
+    return {"recipe": recipe.dumps(), "teacher": weights_fingerprint(teacher), "data": data, "example": example}
 
 
 def _open(folder: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -212,10 +212,10 @@ def _finish(
     if program.fused is not None:
         emit_torch(program.fused, task.example, proof / "student.pt2", task.axes)
         one = tuple(x[:1] if x.ndim else x for x in task.example)
-        tuning = given(recipe.passes) or by_rule(program.fused, one, for_target(program.target.name))
+        tuning = read_tuning(recipe.passes) or choose_tuning(program.fused, one, gpu_for(program.target.name))
         write_json(proof / TUNING, tuning.document())
     extra = _extra_files(program, task, proof)
-    report = prove(program, task, recipe.passes, proof, attribution, seed=recipe.seed)
+    report = evaluate(program, task, recipe.passes, proof, attribution, seed=recipe.seed)
     write_tensors(proof / "student.safetensors", program.student.state_dict())
     write_json(proof / "student.json", {"plan": state(program)["plan"]})
     write_whole(proof / "recipe.toml", lambda p: p.write_text(recipe.dumps()))

@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+Reason = str
+"""why something does not apply, in words that reach the report; `why_not_…() -> Reason | None` is None where it does"""
+
 
 class PqkError(Exception):
     """Base of every error that pqk raises on purpose."""

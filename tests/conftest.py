@@ -30,14 +30,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if (path := config.getoption("--summary")) is None:
         return
     from pqk.files import write_json
-    from pqk.target.machine import fingerprint
+    from pqk.target.machine import machine_fingerprint
 
     files: dict[str, Counter[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped", "xfailed"):
         for report in terminalreporter.stats.get(outcome, ()):
             files.setdefault(report.nodeid.partition("::")[0], Counter())[outcome] += 1
     command = ["pytest", *(str(a) for a in config.invocation_params.args)]
-    document = {"command": " ".join(command), "machine": fingerprint(), "tests": dict(sorted(files.items()))}
+    document = {"command": " ".join(command), "machine": machine_fingerprint(), "tests": dict(sorted(files.items()))}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, document)
 

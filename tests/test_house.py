@@ -148,6 +148,43 @@ def test_no_file_is_private() -> None:
     assert not offenders(taken)
 
 
+TEXT_OR_NOTHING = {
+    "installed", "compiler", "function", "matches", "stands_for", "_layer_of",  # a name, where there is one
+    "corruption_warning", "reason",  # a sentence for the report
+    "onnxruntime_dynamic", "optimum_ptq", "ptq",
+}  # fmt: skip
+"""functions that return `str | None` and are no answer to "why not?\""""
+
+
+def test_reasons_are_named_so() -> None:
+    """ "Does not apply" is a value with a reason: `why_not_…() -> Reason | None`."""
+
+    def misnamed(path: Path) -> Iterable[str]:
+        for node in ast.walk(SOURCES[path]):
+            if isinstance(node, ast.FunctionDef) and node.returns is not None:
+                returns, named = ast.unparse(node.returns), re.match("_?why_not_", node.name) is not None
+                if (returns == "Reason | None") != named or (
+                    returns == "str | None" and node.name not in TEXT_OR_NOTHING
+                ):
+                    yield f"line {node.lineno}: {node.name} -> {returns}"
+
+    assert not offenders(misnamed)
+
+
+def test_a_name_has_one_meaning() -> None:
+    """No two classes, and no class and type alias, share a name; `Case` is part of every kernel's fixed form."""
+    where: dict[str, list[str]] = {}
+    for path, tree in SOURCES.items():
+        for node in tree.body:
+            names = [node.name] if isinstance(node, ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                names = [t.id for t in node.targets if isinstance(t, ast.Name) and re.fullmatch("[A-Z][a-z]\\w*", t.id)]
+            for name in names:
+                where.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    del where["Case"]
+    assert not {name: paths for name, paths in where.items() if len(paths) > 1}
+
+
 def test_kernels_and_models_need_little() -> None:
     """Third-party packages: kernels stand on torch and Triton, models on torch, numpy and where their data is."""
     data = {"numpy", "safetensors", "sklearn", "transformers"}

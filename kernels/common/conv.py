@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, check_scale, check_tensor, example
 from pqk.kernels.common.epilogue import (
     FLOATS,
@@ -183,7 +183,7 @@ class Conv:
         return pixels[..., channels.clamp(min=0).long()] * (channels >= 0).to(residual.dtype)
 
 
-def too_large(conv: Conv) -> str | None:
+def why_not_launched(conv: Conv) -> Reason | None:
     """Why no kernel of ours takes a call of this size, else None.
 
     Batches may be of any size. Within the images of one block, and within its rows of the output, offsets are 32 bits.

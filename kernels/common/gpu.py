@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from pqk.errors import Reason
+
 OLDEST = (8, 0)
 """the oldest compute capability that the kernels are written for: asynchronous copies and `mma.s8` of 16x8x32"""
 
 
 @cache
-def too_old(index: int) -> str | None:
+def why_not_run(index: int) -> Reason | None:
     """Why CUDA device `index` cannot run the kernels, else None."""
     capability = torch.cuda.get_device_capability(index)
     if torch.version.hip is not None or capability >= OLDEST:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.kernels.common.gpu import too_old
+from pqk.kernels.common.gpu import why_not_run
 from pqk.kernels.common.triton import INTERPRETED, TRITON_MISSING
 
 _log = logging.getLogger("pqk.kernels")
@@ -80,7 +80,7 @@ def launch(run: Launch) -> None:
         run.kernel[run.grid](**run.args, **run.constexprs, **run.options)
 
 
-def launched(run: Launch) -> Tensor:
+def output_of(run: Launch) -> Tensor:
     """Run it and give its output."""
     launch(run)
     return run.tensor()
@@ -155,7 +155,7 @@ def falls_back(op: str, device: torch.device, reason: str | None = None) -> bool
     if reason is None:
         reason = TRITON_MISSING
     if reason is None and device.type == "cuda":
-        reason = too_old(device.index if device.index is not None else torch.cuda.current_device())
+        reason = why_not_run(device.index if device.index is not None else torch.cuda.current_device())
     if reason is not None:
         _log_once(op, reason)
     return reason is not None

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, check_tensor, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
 from pqk.kernels.common.gpu import gpu_of
-from pqk.kernels.common.launch import Launch, cdiv, launched
+from pqk.kernels.common.launch import Launch, cdiv, output_of
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import (  # fmt: skip
     MAX_ROWS,
@@ -98,16 +98,16 @@ def check_affine(weight: Tensor | None, bias: Tensor | None, eps: float, x: Tens
         raise InputError(f"eps: {eps}; must be finite and not negative")
 
 
-def too_large(rows: int, columns: int) -> str | None:
+def why_not_launched(rows: int, columns: int) -> Reason | None:
     """Why the kernel takes no matrix of this size, else None."""
     if columns > MAX_COLUMNS:
         return f"a row of {columns} does not stay in registers; at most {MAX_COLUMNS} do"
     return f"{rows} rows do not fit a 32-bit index; split the batch" if rows > MAX_ROWS else None
 
 
-def supports(norm: Norm) -> str | None:
+def why_not_supported(norm: Norm) -> Reason | None:
     """Why the kernel cannot run these arguments, else None."""
-    return too_large(rows_of(norm.x.shape), norm.x.shape[-1])
+    return why_not_launched(rows_of(norm.x.shape), norm.x.shape[-1])
 
 
 def normalized(v: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool) -> Tensor:
@@ -197,10 +197,10 @@ def plan(norm: Norm, centre: bool) -> Launch:
 def run(op: str, norm: Norm, centre: bool) -> tuple[Tensor, Tensor]:
     """(out, kept) of `op` by the kernel. Raises `InputError` for arguments that it cannot run."""
     norm.check()
-    if reason := supports(norm):
+    if reason := why_not_supported(norm):
         raise InputError(f"{op}: {reason}")
     planned = plan(norm, centre)
-    return launched(planned), planned.tensor("kept_ptr")
+    return output_of(planned), planned.tensor("kept_ptr")
 
 
 def empty(norm: Norm) -> tuple[Tensor, Tensor]:

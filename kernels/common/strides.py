@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 
 MAX_STRIDE = 1 << 24
 """elements from row to row: the rows of a block, at most 128, are addressed with 32 bits from its 64-bit base"""
@@ -26,7 +26,7 @@ def row_stride(x: Tensor) -> int:
     return stride
 
 
-def rows_reason(name: str, x: Tensor) -> str | None:
+def why_not_rows(name: str, x: Tensor) -> Reason | None:
     """Why a kernel cannot read or write the rows of `x` in place, else None."""
     if x.numel() and ((x.stride(-1) != 1 and x.shape[-1] > 1) or not 0 <= row_stride(x) < MAX_STRIDE):
         return f"{name}: shape {list(x.shape)} has strides {x.stride()}; rows must be dense and evenly spaced"

@@ -14,13 +14,13 @@ from pqk.core.aten import BY_ROW, DEQUANTIZE, QUANTIZERS, aten
 from pqk.core.graph import call, operand, replace, shape
 from pqk.core.reshapes import as_rows, spelled_sizes
 
-Rows = dict[fx.Node, fx.Node]
+RowsOf = dict[fx.Node, fx.Node]
 """a value of more than two axes -> the same with two"""
 
 
 def keep_rows(graph_module: fx.GraphModule) -> None:
     """Move every reshape of rows behind the operators that work on rows; what is dead afterwards stays."""
-    rows: Rows = {}
+    rows: RowsOf = {}
     for node in list(graph_module.graph.nodes):
         if node.target is aten.reshape.default:
             _meet(graph_module, node, rows)
@@ -40,7 +40,7 @@ def _whole(node: fx.Node) -> list[fx.Node]:
     return [] if several or any(len(n.meta.get("shape", ())) > 1 for n in others) else whole
 
 
-def _meet(graph_module: fx.GraphModule, node: fx.Node, rows: Rows) -> None:
+def _meet(graph_module: fx.GraphModule, node: fx.Node, rows: RowsOf) -> None:
     """A reshape from rows puts them at hand; one to rows takes those at hand; another one reads them."""
     source = operand(node)
     before, after = shape(source), shape(node)
@@ -55,7 +55,7 @@ def _meet(graph_module: fx.GraphModule, node: fx.Node, rows: Rows) -> None:
         node.args = (rows[source], *node.args[1:])
 
 
-def _convert(graph_module: fx.GraphModule, node: fx.Node, rows: Rows) -> None:
+def _convert(graph_module: fx.GraphModule, node: fx.Node, rows: RowsOf) -> None:
     """Compute `node` on rows; the reshape that takes its place is dead where nothing reads it."""
     whole, wanted = _whole(node), shape(node)
     with graph_module.graph.inserting_before(node):
@@ -69,7 +69,7 @@ def _convert(graph_module: fx.GraphModule, node: fx.Node, rows: Rows) -> None:
     rows[back] = result
 
 
-def _make(source: fx.Node, rows: Rows) -> None:
+def _make(source: fx.Node, rows: RowsOf) -> None:
     """Have the rows of `source` at hand, made at the insertion point; of dequantized values from their integers."""
     if source in rows:
         return
@@ -80,7 +80,7 @@ def _make(source: fx.Node, rows: Rows) -> None:
         rows[source] = as_rows(source, f"{source.meta['layer']}.rows")
 
 
-def _on_rows(node: fx.Node, rows: Rows) -> fx.Node:
+def _on_rows(node: fx.Node, rows: RowsOf) -> fx.Node:
     result = node.graph.node_copy(node, lambda n: rows.get(n, n))
     result.meta["shape"] = (None, shape(node)[-1])
     return result

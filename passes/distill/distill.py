@@ -20,13 +20,13 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from pqk.core.program import CONFIG, Pass, Program, Stage
-from pqk.errors import InputError, nearest
+from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge import AnySource, AnyTerm, CrossEntropy, FromModule, KLDivergence, Term
-from pqk.knowledge.objective import blindness
+from pqk.knowledge.objective import why_not_learned
 from pqk.knowledge.sources import Given
 from pqk.knowledge.teachers.base import LogitCache, cache_for
 from pqk.passes.distill.assistant import earlier_student
-from pqk.passes.distill.keep_best import Criterion, Selecting
+from pqk.passes.distill.keep_best import CheckpointSelection, Criterion
 from pqk.passes.prune.survivors import surviving_channels
 from pqk.quant.fake_quant import quantizers
 from pqk.task.task import Task
@@ -69,7 +69,7 @@ class Distill(Training, Pass):
     def __post_init__(self) -> None:
         if not any(t.weight > 0 for t in self.terms):
             raise InputError("no term has a weight above 0; there is nothing to train on")
-        if (reason := blindness(self._counted())) is not None:
+        if (reason := why_not_learned(self._counted())) is not None:
             raise InputError(reason)
         if self.keep != "last" and self.average:
             raise InputError(
@@ -80,20 +80,20 @@ class Distill(Training, Pass):
     def _counted(self) -> Sequence[Term]:
         return [t for t in self.terms if t.weight > 0]
 
-    def _asked(self) -> str | None:
+    def _why_not_kept(self) -> Reason | None:
         """The output that alone is asked of the teacher, where all who ask name the same."""
         taught = [t for t in self._counted() if t.needs_teacher or t.gate]
         names = {getattr(t, "output", None) if t.gate is None else None for t in taught}
         name = names.pop() if len(names) == 1 else None
         return name if isinstance(name, str) else None
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         """Why the teacher's answers are not kept, whatever the data is, else None."""
         if any(t.points() for t in self._counted()):
             return "the terms compare features"
         if not any(t.needs_teacher or t.gate for t in self._counted()):
             return "the terms need no teacher"
-        return self.teacher.uncached()
+        return self.teacher.why_not_cached()
 
     def apply(self, program: Program, task: Task) -> Program:
         data = task.need_train("distill")
@@ -112,9 +112,9 @@ class Distill(Training, Pass):
             lambda number: earlier_student(program, task.example, number),
         )
         teacher = self.teacher.make(given)
-        cache: LogitCache | str | None = self.uncached()
+        cache: LogitCache | str | None = self.why_not_cached()
         if cache is None:
-            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self._asked())
+            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self._why_not_kept())
         teacher.cache = cache if isinstance(cache, LogitCache) else None
         with still(student, self.frozen):
             steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
@@ -123,7 +123,7 @@ class Distill(Training, Pass):
                 for scale in steps:
                     scale.requires_grad_(progress < self.freeze_from)
 
-            objective = Selecting(
+            objective = CheckpointSelection(
                 self.terms,
                 task,
                 student,

@@ -22,11 +22,11 @@ from pqk.task.task import Task
 Criterion = Literal["last", "metric", "teacher"]
 
 
-Judge = Callable[[nn.Module], list[float]]
+Scorer = Callable[[nn.Module], list[float]]
 """a student -> how good it is, higher is better, first things first"""
 
 
-def judge(task: Task, teacher: nn.Module, criterion: Criterion) -> Judge:
+def scorer(task: Task, teacher: nn.Module, criterion: Criterion) -> Scorer:
     """Scores FAKE_QUANT students (unchanged) as integers on validation data: [metric or 0, negative divergence].
 
     The metric counts for "metric" where the data has labels; the divergence is that from `teacher`'s outputs.
@@ -42,18 +42,18 @@ def judge(task: Task, teacher: nn.Module, criterion: Criterion) -> Judge:
     return score
 
 
-class Selecting(Distillation):
+class CheckpointSelection(Distillation):
     """Distillation that remembers the best student of the start and of every epoch's end, where it is told to."""
 
     best_score: Tensor
-    """float64 [3]: the two of `judge`, and the number of epochs it was trained for"""
-    score: Judge | None = None
+    """float64 [3]: the two of `scorer`, and the number of epochs it was trained for"""
+    score: Scorer | None = None
 
     def select(self, student: nn.Module, teacher: nn.Module, criterion: Criterion) -> None:
         """Compare from now on, beginning with `student` as it is; with "last" nothing is compared."""
         if criterion == "last":
             return
-        self.score = judge(self.task, teacher, criterion)
+        self.score = scorer(self.task, teacher, criterion)
         self.best = nn.Module()
         for i, value in enumerate(student.state_dict().values()):
             self.best.register_buffer(str(i), value.detach().clone(memory_format=torch.contiguous_format))

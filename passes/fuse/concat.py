@@ -17,6 +17,7 @@ from torch import fx
 
 from pqk.core.aten import aten
 from pqk.core.graph import attach, attribute, call, calls, free_path, replace, shape, tensor_node
+from pqk.errors import Reason
 from pqk.kernels.common.epilogue import MAX_STEPS, rows_of
 
 OPS = torch.ops.pqk
@@ -32,14 +33,14 @@ def join(fused: fx.GraphModule) -> list[tuple[str, str]]:
     declined = []
     for node in calls(fused.graph, OPS.int8_concat.default):
         parts: list[fx.Node] = node.kwargs["inputs"]  # type: ignore[assignment]
-        reasons = [_refused(fused, node, part) for part in parts]
+        reasons = [_why_not_written(fused, node, part) for part in parts]
         declined += [(p.meta["layer"], r) for p, r in zip(parts, reasons, strict=True) if r is not None]
         if None in reasons:
             _apply(fused, node, [reason is None for reason in reasons])
     return declined
 
 
-def _refused(fused: fx.GraphModule, node: fx.Node, part: fx.Node) -> str | None:
+def _why_not_written(fused: fx.GraphModule, node: fx.Node, part: fx.Node) -> Reason | None:
     """Why the launch of `part` cannot write its slice of the concatenation `node`."""
     steps, more = (str(n.kwargs.get("steps", "")).split(",") for n in (part, node))
     if part.target not in WRITERS:

@@ -21,8 +21,8 @@ from pqk.passes.convert.convert import DEQUANTIZE, QUANTIZE
 from pqk.passes.fuse.lookup_table import tabulated
 
 MAX_STEPS = 8
-Row = tuple[float, float, float, float, float]
-NOTHING: Row = (0.0, 0.0, 0.0, 0.0, 0.0)
+EpilogueRow = tuple[float, float, float, float, float]
+NOTHING: EpilogueRow = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Ending:
 
     end: fx.Node
     steps: tuple[str, ...] = ()
-    params: tuple[Row, ...] = ()
+    params: tuple[EpilogueRow, ...] = ()
     residual: fx.Node | None = None
     table: tuple[float, ...] = ()
     """the numbers of the step that is a table"""
@@ -56,7 +56,7 @@ class Ending:
     def dtype(self) -> torch.dtype:
         return self.end.meta["dtype"]
 
-    def then(self, end: fx.Node, step: str, row: Row = NOTHING, residual: fx.Node | None = None) -> Ending:
+    def then(self, end: fx.Node, step: str, row: EpilogueRow = NOTHING, residual: fx.Node | None = None) -> Ending:
         return replace(
             self,
             end=end,
@@ -100,12 +100,12 @@ def endings(root: fx.GraphModule, anchor: fx.Node) -> list[Ending]:
     return found[::-1]
 
 
-def _grid(root: fx.GraphModule, node: fx.Node) -> Row:
+def _grid(root: fx.GraphModule, node: fx.Node) -> EpilogueRow:
     scale, zero_point = (attribute(root, str(operand(node, i).target)) for i in (1, 2))
     return (float(scale), float(zero_point), float(node.args[3]), float(node.args[4]), 0.0)  # type: ignore[arg-type]
 
 
-def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: Row, image: bool) -> Ending | None:
+def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: EpilogueRow, image: bool) -> Ending | None:
     """Behind a quantize: its dequantize, if that leads to another step, else whatever its integers are looked up in."""
     plain = _through(root, at, node, row, image)
     if plain is not None and len(plain.end.users) == 1:
@@ -119,7 +119,7 @@ def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: Row, image: bo
     return replace(at.then(end, "table", row), table=table)
 
 
-def _through(root: fx.GraphModule, at: Ending, node: fx.Node, row: Row, image: bool) -> Ending | None:
+def _through(root: fx.GraphModule, at: Ending, node: fx.Node, row: EpilogueRow, image: bool) -> Ending | None:
     """Behind a quantize and the only dequantize that reads it (perhaps reshaped between)."""
     view = at.view
     while not image and len(node.users) == 1 and _is_view(next(iter(node.users))):

@@ -92,7 +92,7 @@ def fuse(int8_graph: fx.GraphModule) -> tuple[fx.GraphModule, list[tuple[str, st
     for rule in RULES:
         for node in _alive(fused.graph):
             for match in rule.matches(fused, node):
-                reason = rule.check(fused, match)
+                reason = rule.why_not_fused(fused, match)
                 if reason is None:
                     _apply(fused, rule, match)
                     break

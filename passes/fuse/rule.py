@@ -1,4 +1,4 @@
-"""Which nodes of the INT8 graph become one launch: `matches`, `check`, `rewrite`, a rule for each kind of layer.
+"""Which nodes of the INT8 graph become one launch: `matches`, `why_not_fused`, `rewrite`, a rule a kind of layer.
 
     matches(root, node)   the ways in which a launch may begin at `node`, the one that takes in most first
     check(root, match)    why a match cannot be one launch, else None
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from pqk.core.aten import aten
 from pqk.core.graph import attach, call, free_path, shape, tensor_node
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.epilogue import check_params, program
 from pqk.passes.fuse.epilogue import Ending, Quantized
 from pqk.passes.fuse.nhwc import TO_NHWC, nchw, nhwc
@@ -38,14 +38,14 @@ class Match:
 
 
 class Rule(ABC):
-    """One kind of layer. A match that `check` rejects is tried again with a shorter ending."""
+    """One kind of layer. A match that `why_not_fused` rejects is tried again with a shorter ending."""
 
     @abstractmethod
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
         """The longest first; none where `node` does not begin such a layer."""
 
     @abstractmethod
-    def check(self, root: fx.GraphModule, match: Match) -> str | None: ...
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None: ...
 
     @abstractmethod
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node: ...
@@ -122,7 +122,7 @@ def as_shape(node: fx.Node, size: Sequence[int | None]) -> fx.Node:
     return call(node.graph, aten.reshape.default, (node, sizes), node, shape=tuple(size))
 
 
-def unlike(match: Match) -> str | None:
+def why_not_one_grid(match: Match) -> Reason | None:
     """Why the numbers of the ending cannot be those of an epilogue."""
     try:
         check_params(*numbers(match.ending))

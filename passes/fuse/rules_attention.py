@@ -18,11 +18,12 @@ from torch import fx
 from pqk.core.aten import aten
 from pqk.core.graph import arguments, call, operand, shape
 from pqk.core.graph import replace as replace_node
+from pqk.errors import Reason
 from pqk.kernels import int8_attention, int8_linear
-from pqk.kernels.common.norm import too_large
+from pqk.kernels.common.norm import why_not_launched
 from pqk.passes.convert.convert import QUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
-from pqk.passes.fuse.rule import Match, Rule, as_end, launch, like, plain_epilogue, stand, unlike
+from pqk.passes.fuse.rule import Match, Rule, as_end, launch, like, plain_epilogue, stand, why_not_one_grid
 from pqk.passes.fuse.rules_weighted import Weights, weights
 
 
@@ -48,14 +49,14 @@ class SiblingsRule(Rule):
         first = min((e for _, _, e in parts), key=lambda e: places[e.end])
         return [Match(node, (value,), first, {"parts": parts})]
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         made = [w for _, w, _ in match.facts["parts"]]
         if (reason := next((w for w in made if isinstance(w, str)), None)) is not None:
             return reason
         rows = [e.params[0] for _, _, e in match.facts["parts"]]
         if any(row[2:4] != rows[0][2:4] for row in rows):
             return "layers that read the same integers stay apart: the ranges of their outputs differ"
-        return int8_linear.supports(like(match.inputs[0].integers), torch.cat([w.weight for w in made]))
+        return int8_linear.why_not_supported(like(match.inputs[0].integers), torch.cat([w.weight for w in made]))
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         parts: list[tuple[fx.Node, Weights, Ending]] = match.facts["parts"]
@@ -122,7 +123,7 @@ class AttentionRule(Rule):
         plain = [e for e in endings(root, node) if e.residual is None]
         return [Match(node, (q, k, v), e, {"mask": mask, "factor": factor}) for e in plain]
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         mask, sizes = match.facts["mask"], [shape(i.integers) for i in match.inputs]
         if mask is not None and (len(shape(mask)) != 4 or shape(mask)[1:3] != (1, 1)):
             return f"attention: a mask of {list(shape(mask))}; the kernel reads one of [batch, 1, 1, keys]"
@@ -134,7 +135,7 @@ class AttentionRule(Rule):
         given = int8_attention.Attention(
             turned[0], turned[1], turned[2], None, params, "", 1.0, 1.0, 0, 0, 0, torch.float32
         )
-        return int8_attention.supports(given) or unlike(match)
+        return int8_attention.why_not_supported(given) or why_not_one_grid(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         q, k, v = match.inputs
@@ -178,8 +179,8 @@ class NormRule(Rule):
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
         return norm_endings(root, node) if node.target in NORMS else ()
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
-        return no_norm(match)
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
+        return why_not_norm(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         a, anchor, graph = arguments(match.anchor), match.anchor, root.graph
@@ -202,12 +203,12 @@ def norm_endings(root: fx.GraphModule, node: fx.Node) -> list[Match]:
     return [Match(node, (), Ending(node).then(quantizers[0], "quantize", row))]  # type: ignore[arg-type]
 
 
-def no_norm(match: Match) -> str | None:
+def why_not_norm(match: Match) -> Reason | None:
     """Why no kernel computes the norm of this match, whatever it reads."""
     a = arguments(match.anchor)
     if len(a["normalized_shape"]) != 1:
         return f"{NORMS[match.anchor.target]}: over {len(a['normalized_shape'])} axes; it norms over the last"
-    return too_large(1, a["normalized_shape"][0]) or unlike(match)
+    return why_not_launched(1, a["normalized_shape"][0]) or why_not_one_grid(match)
 
 
 def norm_is_read(match: Match) -> bool:

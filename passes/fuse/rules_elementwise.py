@@ -9,11 +9,12 @@ from torch import fx
 
 from pqk.core.aten import aten
 from pqk.core.graph import arguments, attribute, operand, shape
+from pqk.errors import Reason
 from pqk.kernels.common.epilogue import program
 from pqk.passes.convert.convert import QUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
 from pqk.passes.fuse.nhwc import nhwc, turned
-from pqk.passes.fuse.rule import Match, Rule, as_end, launch, pair, plain_epilogue, unlike
+from pqk.passes.fuse.rule import Match, Rule, as_end, launch, pair, plain_epilogue, why_not_one_grid
 
 
 class AddRule(Rule):
@@ -27,13 +28,13 @@ class AddRule(Rule):
         plain = [e for e in endings(root, node) if e.residual is None]
         return [Match(node, tuple(s for s in sides if s is not None), e) for e in plain]
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         left, right = (s.integers for s in match.inputs)
         if shape(left) != shape(right):
             return f"it adds {list(shape(left))} and {list(shape(right))}, which are not of one shape"
         if any(n.op == "get_attr" for n in (left, right)):
             return "it adds a constant"
-        return unlike(match)
+        return why_not_one_grid(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         a, b = match.inputs
@@ -57,13 +58,13 @@ class MulRule(Rule):
         a, b = values if shape(values[0].integers) == shape(node) else values[::-1]
         return [Match(node, (a, b), e) for e in endings(root, node) if e.residual is None]
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         a, b = (s.integers for s in match.inputs)
         image, gate = shape(a), shape(b)
         gates = len(image) == len(gate) == 4 and gate == (*image[:2], 1, 1)
         if image != shape(match.anchor) or (image != gate and not gates):
             return f"it multiplies {list(image)} by {list(gate)}, which is neither of one shape nor a gate"
-        return "it multiplies by a constant" if "get_attr" in (a.op, b.op) else unlike(match)
+        return "it multiplies by a constant" if "get_attr" in (a.op, b.op) else why_not_one_grid(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         a, b = match.inputs
@@ -87,10 +88,10 @@ class PoolRule(Rule):
             return ()
         return [Match(node, (value,), e) for e in endings(root, node) if e.residual is None]
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         if arguments(match.anchor).get("divisor_override") is not None:
             return "avg_pool2d: it divides by a number of its own"
-        return unlike(match)
+        return why_not_one_grid(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         a, value = arguments(match.anchor), match.inputs[0]
@@ -114,7 +115,7 @@ class MaxPoolRule(Rule):
         integer = node.target is aten.max_pool2d.default and not node.meta["dtype"].is_floating_point
         return [Match(node, (Quantized(operand(node), 1.0, 0),), Ending(node))] if integer else ()
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         return None
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
@@ -141,12 +142,12 @@ class ConcatRule(Rule):
             return ()
         return [Match(node, values, e) for e in endings(root, node) if e.residual is None]
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         rank = len(shape(match.anchor))
         channels = 1 if rank == 4 else rank - 1
         if arguments(match.anchor)["dim"] % rank != channels:
             return "cat: it joins along another axis than the channels"
-        return unlike(match)
+        return why_not_one_grid(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         inputs = [nhwc(v.integers) for v in match.inputs]
@@ -162,7 +163,7 @@ class QuantizeRule(Rule):
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
         return [Match(node, (), Ending(node))] if node.target is QUANTIZE else ()
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         return None
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:

@@ -17,14 +17,15 @@ from torch import Tensor, fx
 
 from pqk.core.aten import aten
 from pqk.core.graph import arguments, attribute, call, operand, shape
+from pqk.errors import Reason
 from pqk.kernels.int8_embedding import IDS
 from pqk.passes.convert.convert import DEQUANTIZE
 from pqk.passes.fuse.rule import Match, Rule, launch
-from pqk.passes.fuse.rules_attention import affine, both_results, no_norm, norm_endings, norm_is_read
+from pqk.passes.fuse.rules_attention import affine, both_results, norm_endings, norm_is_read, why_not_norm
 
 
 @dataclass(frozen=True)
-class Rows:
+class EmbeddedRows:
     """One addend: rows of `table` [R, C] at `ids`; without ids those at 0, 1 … of a sequence, or its only row."""
 
     table: Tensor
@@ -54,7 +55,7 @@ class EmbeddingRule(Rule):
         facts = {"slots": _slots(root, found)}
         return [Match(m.anchor, (), m.ending, facts) for m in norm_endings(root, node)]
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         slots, total = match.facts["slots"], operand(match.anchor)
         if isinstance(slots, str):
             return slots
@@ -62,10 +63,10 @@ class EmbeddingRule(Rule):
             return f"the embedding is not one launch: its {list(shape(match.anchor))} are no row for each token"
         if any(len(n.users) > 1 for n in _sums(total)):
             return "the embedding ends before its layer norm: others read the sum of its rows"
-        return no_norm(match)
+        return why_not_norm(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
-        slots: dict[str, Rows] = match.facts["slots"]
+        slots: dict[str, EmbeddedRows] = match.facts["slots"]
         nothing: dict[str, Any] = {f"{n}{s}": None for n in ("position", "type") for s in ("s", "_scale", "_ids")}
         with root.graph.inserting_before(match.anchor):
             named = nothing | slots["word"].given("word", "ids")
@@ -94,7 +95,7 @@ def _looked_up(node: fx.Node) -> fx.Node | None:
     return found if found.target is aten.embedding.default and operand(found).op == "get_attr" else None
 
 
-def _slots(root: fx.GraphModule, addends: list[fx.Node]) -> dict[str, Rows] | str:
+def _slots(root: fx.GraphModule, addends: list[fx.Node]) -> dict[str, EmbeddedRows] | str:
     """Which addend is the kernel's words, types and positions, or why they cannot be.
 
     The words are the longest table that is read at ids; another one at ids may be either of the others.
@@ -111,7 +112,7 @@ def _slots(root: fx.GraphModule, addends: list[fx.Node]) -> dict[str, Rows] | st
     ids = operand(found, 1)
     rest = list(addends)
     rest.remove(words)
-    slots: dict[str, Rows] = {}
+    slots: dict[str, EmbeddedRows] = {}
     for node in (words, *rest):
         rows = _rows(root, node, ids)
         if isinstance(rows, str):
@@ -124,7 +125,7 @@ def _slots(root: fx.GraphModule, addends: list[fx.Node]) -> dict[str, Rows] | st
     return slots
 
 
-def _rows(root: fx.GraphModule, node: fx.Node, ids: fx.Node) -> Rows | str:
+def _rows(root: fx.GraphModule, node: fx.Node, ids: fx.Node) -> EmbeddedRows | str:
     """What an addend reads, beside words at `ids`, or why the kernel cannot read it."""
     layer = node.meta["layer"]
     if node.op == "get_attr":
@@ -142,17 +143,17 @@ def _rows(root: fx.GraphModule, node: fx.Node, ids: fx.Node) -> Rows | str:
         return f"the table of {layer} is {table.dtype}"
     first = _first_place(root, at, shape(ids)[-1])
     if first is not None:
-        return Rows(table[first:], scale)
+        return EmbeddedRows(table[first:], scale)
     if shape(at) != shape(ids) or at.meta["dtype"] not in IDS:
         return f"{layer} is read at ids {list(shape(at))} of {at.meta['dtype']}, not at one int64 or int32 a token"
-    return Rows(table, scale, at)
+    return EmbeddedRows(table, scale, at)
 
 
-def _constant(value: Tensor, ids: tuple[int | None, ...], layer: str) -> Rows | str:
+def _constant(value: Tensor, ids: tuple[int | None, ...], layer: str) -> EmbeddedRows | str:
     """A tensor that is added to every token, or to every sequence."""
     rows = value.reshape(-1, value.shape[-1])
     if value.dtype == torch.float32 and (len(rows) == 1 or len(rows) == value.shape[-2] == ids[-1]):
-        return Rows(rows.contiguous(), None)
+        return EmbeddedRows(rows.contiguous(), None)
     return f"{layer} of {list(value.shape)} is neither one row nor one for each place"
 
 

@@ -16,13 +16,14 @@ from torch import Tensor, fx
 
 from pqk.core.aten import aten
 from pqk.core.graph import arguments, attribute, call, operand, shape
+from pqk.errors import Reason
 from pqk.kernels import int8_conv2d, int8_depthwise_conv2d, int8_linear
 from pqk.kernels.common.conv import Conv
 from pqk.kernels.common.epilogue import fold_bias
 from pqk.passes.convert.convert import DEQUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
 from pqk.passes.fuse.nhwc import nhwc
-from pqk.passes.fuse.rule import Match, Rule, as_end, epilogue, launch, like, pair, unlike
+from pqk.passes.fuse.rule import Match, Rule, as_end, epilogue, launch, like, pair, why_not_one_grid
 from pqk.passes.fuse.shortcut import Shortcut, shortcut
 
 
@@ -75,12 +76,12 @@ class WeightedRule(Rule):
         made = weights(root, node, value)
         return [Match(node, (value,), ending, {"weights": made}) for ending in endings(root, node)]
 
-    def check(self, root: fx.GraphModule, match: Match) -> str | None:
+    def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         made = match.facts["weights"]
-        return made if isinstance(made, str) else unlike(match) or self.refuses(match)
+        return made if isinstance(made, str) else why_not_one_grid(match) or self.why_not_weighted(match)
 
     @abstractmethod
-    def refuses(self, match: Match) -> str | None:
+    def why_not_weighted(self, match: Match) -> Reason | None:
         """Why the kernel cannot run this layer, whatever follows it."""
 
 
@@ -89,8 +90,8 @@ class LinearRule(WeightedRule):
 
     target = aten.linear.default
 
-    def refuses(self, match: Match) -> str | None:
-        return int8_linear.supports(like(match.inputs[0].integers), match.facts["weights"].weight)
+    def why_not_weighted(self, match: Match) -> Reason | None:
+        return int8_linear.why_not_supported(like(match.inputs[0].integers), match.facts["weights"].weight)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         w, size = match.facts["weights"], shape(match.anchor)
@@ -114,12 +115,12 @@ class ConvolutionRule(WeightedRule):
 
     target = aten.conv2d.default
 
-    def refuses(self, match: Match) -> str | None:
+    def why_not_weighted(self, match: Match) -> Reason | None:
         w, value = match.facts["weights"], match.inputs[0]
         kernel, geometry = self.form(match)
         x, weight = like(value.integers), w.weight.permute(0, 2, 3, 1)
         given = (x, weight, w.bias, w.scale, w.scale, None, "", value.zero_point)
-        return kernel.supports(Conv(*given, **geometry, out_dtype=torch.float32))
+        return kernel.why_not_supported(Conv(*given, **geometry, out_dtype=torch.float32))
 
     @staticmethod
     def form(match: Match) -> tuple[Any, dict[str, Any]]:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pqk.passes.joint.joint_search import PQK
+from pqk.passes.joint.joint_search import JointSearch
 
-__all__ = ["PQK"]
+__all__ = ["JointSearch"]

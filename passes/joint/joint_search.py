@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 
 from pqk.core.program import CONFIG, Pass, Program, Rewrite, RewriteFunction, Stage
 from pqk.data.data import Batch
-from pqk.errors import InputError, PqkError
+from pqk.errors import InputError, PqkError, Reason
 from pqk.knowledge import KLDivergence, View
 from pqk.passes.capture.capture import Capture, capture
 from pqk.passes.joint.slimmable import Widths, carry, two_widths
@@ -46,7 +46,7 @@ from pqk.training.trainer import Objective, Training, TrainingLog, fit
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
-class PQK(Training, WidthSettings, Pass):
+class JointSearch(Training, WidthSettings, Pass):
     """Prune, quantize and distill in one training: the network with its pruned channels put back is the teacher."""
 
     name: ClassVar[str] = "pqk"
@@ -80,7 +80,7 @@ class PQK(Training, WidthSettings, Pass):
     """patterns (such as `layer3.*`) of layers to leave in float"""
 
     @model_validator(mode="after")
-    def _consistent(self) -> PQK:
+    def _consistent(self) -> JointSearch:
         try:
             self.pruning(1)
         except ValidationError as error:
@@ -142,7 +142,7 @@ class PQK(Training, WidthSettings, Pass):
 class _Narrowing:
     """The mask of phase 1: which channels have gone after each round, as the plan of cuts that will be made."""
 
-    def __init__(self, config: PQK, program: Program, task: Task) -> None:
+    def __init__(self, config: JointSearch, program: Program, task: Task) -> None:
         """Raises `InputError` where the budget cannot be met: before any training."""
         self.config, self.task = config, task
         self.module = copy.deepcopy(program.student).eval()
@@ -155,7 +155,7 @@ class _Narrowing:
         quantized = quantize.apply(captured, task).student
         assert isinstance(quantized, fx.GraphModule)
         groups = [g for g in find_groups(self.module, task.example, config.ignore) if g.reason is None]
-        blind = {g.producers[0]: reason for g in groups if (reason := self._blind(g)) is not None}
+        blind = {g.producers[0]: reason for g in groups if (reason := self._why_not_narrowed(g)) is not None}
         paths = dict.fromkeys(path for g in groups if g.producers[0] not in blind for path in g.producers)
         self.widths, declined = two_widths(
             quantized,
@@ -171,7 +171,7 @@ class _Narrowing:
         if config.rounds > 1:
             self._pruned(self.program, self.module, 1.0, "feasible")
 
-    def _blind(self, group: ChannelGroup) -> str | None:
+    def _why_not_narrowed(self, group: ChannelGroup) -> Reason | None:
         """Why masking the channels of a group is not cutting them."""
         if any(m.dim == "values" for m in group.members):
             return "not cut: a bare parameter has these channels, which a mask of layers' outputs does not reach"
@@ -237,7 +237,7 @@ class _Narrow(Objective):
 class _Both(Objective):
     """Phase 2: L_s + L_t, two forwards over the same weights. The divergence detaches the teacher."""
 
-    def __init__(self, config: PQK, task: Task, widths: Widths, scales: Sequence[Tensor]) -> None:
+    def __init__(self, config: JointSearch, task: Task, widths: Widths, scales: Sequence[Tensor]) -> None:
         super().__init__()
         self.config, self.task, self.widths, self.scales = config, task, widths, scales
         self.kl = KLDivergence(temperature=config.temperature)

@@ -3,8 +3,8 @@
 It is the graph that will be deployed, captured at full width with fake-quantizers on its edges, in which
 
     - a batch norm that capture folded into a layer is a module of its own again, behind that layer,
-    - batch norms and activation quantizers are there twice, once for each width (`Twin`; Yu et al. 2019, "Slimmable
-      neural networks", arXiv:1812.08928, section 3.2: one set of statistics does not serve two widths),
+    - batch norms and activation quantizers are there twice, once for each width (`TwoWidths`; Yu et al. 2019,
+      "Slimmable neural networks", arXiv:1812.08928, section 3.2: one set of statistics does not serve two widths),
     - a `Mask` follows every layer whose channels may go: in the slim width it puts 0 into those that have gone.
 
 Weights and their quantizers are shared. 0 is on every activation's grid, so a masked channel adds nothing to what reads
@@ -24,12 +24,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pqk.core.aten import OUTPUT_AXIS
 from pqk.core.graph import attach, attribute, facts, finish, free_path, operand
-from pqk.passes.prune.cuts import channel_axis, channels_of
+from pqk.passes.prune.cuts import channels_of, cut_axis
 from pqk.quant.fake_quant import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant, quantizers
 from pqk.quant.qparams import TINY
 
-Width = Literal["full", "slim"]
-Kept = Callable[[str], Sequence[int] | None]
+WidthName = Literal["full", "slim"]
+KeptChannels = Callable[[str], Sequence[int] | None]
 """module path -> the output channels that are left there; None: all"""
 
 
@@ -51,7 +51,7 @@ class Mask(nn.Module):
         return torch.where(self.kept.view(sizes), x, 0.0)  # not a product, which keeps what is infinite
 
 
-class Twin(nn.Module):
+class TwoWidths(nn.Module):
     """A module for each width: `slim` is the one given, `full` a copy of it."""
 
     def __init__(self, slim: nn.Module) -> None:
@@ -72,13 +72,13 @@ class Widths:
     masks: Mapping[str, Mask]
     """module -> the mask behind it"""
 
-    def show(self, width: Width) -> None:
+    def show(self, width: WidthName) -> None:
         """Compute in this width from now on."""
         for module in self.graph.modules():
-            if isinstance(module, Mask | Twin):
+            if isinstance(module, Mask | TwoWidths):
                 module.width = width
 
-    def narrow(self, kept: Kept) -> None:
+    def narrow(self, kept: KeptChannels) -> None:
         """Mask what has gone."""
         for path, mask in self.masks.items():
             left = kept(path)
@@ -89,7 +89,7 @@ class Widths:
     def widen(self) -> None:
         """Let the full width begin with the statistics and ranges of the slim one."""
         for module in self.graph.modules():
-            if isinstance(module, Twin):
+            if isinstance(module, TwoWidths):
                 module.full.load_state_dict(module.slim.state_dict())
 
     def quantizers(self) -> dict[str, ActivationFakeQuant | WeightFakeQuant]:
@@ -133,7 +133,7 @@ def two_widths(
     masks = _mask(graph, nodes, modules, points, paths)
     for name, quantizer in quantizers(graph).items():
         if isinstance(quantizer, ActivationFakeQuant):
-            attach(graph, name, Twin(quantizer))
+            attach(graph, name, TwoWidths(quantizer))
     widths = Widths(finish(graph), norms, masks)
     return widths, _hold_still(widths, modules)
 
@@ -180,7 +180,7 @@ def _unfold(
         bias = operand(bias) if bias.op == "call_module" else bias  # the accumulator's grid is that of the folded bias
         attribute(graph, str(bias.target)).data.copy_(layer.bias.data)
     node.args = (*node.args[:2], bias, *node.args[3:])
-    _behind(graph, node, path, Twin(copy.deepcopy(norm)))
+    _behind(graph, node, path, TwoWidths(copy.deepcopy(norm)))
 
 
 def _mask(
@@ -196,8 +196,8 @@ def _mask(
         node, channels = nodes.get(points.get(path, "")), channels_of(modules[path], "out")
         if node is None or channels is None:
             continue
-        masks[path] = Mask(channels, channel_axis(modules[path]))
-        after = next((u for u in node.users if isinstance(_called(graph, u), Twin)), node)
+        masks[path] = Mask(channels, cut_axis(modules[path]))
+        after = next((u for u in node.users if isinstance(_called(graph, u), TwoWidths)), node)
         _behind(graph, after, free_path(graph, f"masks.{path.replace('.', '_')}"), masks[path])
     return masks
 
@@ -218,7 +218,7 @@ def _hold_still(widths: Widths, modules: Mapping[str, nn.Module]) -> list[tuple[
     return declined
 
 
-def carry(widths: Widths, student: fx.GraphModule, slim: nn.Module, kept: Kept) -> list[str]:
+def carry(widths: Widths, student: fx.GraphModule, slim: nn.Module, kept: KeptChannels) -> list[str]:
     """Give the deployed graph's quantizers what those of the same name have learned; returns the names without one.
 
     `slim` is the sliced module that `student` was captured from. Folding its batch norm multiplies the weights of

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.data.structures import first_tensor, tensors
+from pqk.data.structures import Inputs, first_tensor, tensors
+from pqk.errors import Reason
 from pqk.passes.prune.cuts import Skip
 from pqk.passes.prune.groups import matches
 from pqk.task.metrics import distance
 
-Inputs = tuple[Tensor, ...]
 NORMALIZED = 1e-3
 """largest difference of values normalized once and twice: what the epsilon of a norm makes"""
 
@@ -82,7 +82,7 @@ def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -
     with torch.no_grad(), _watch(candidates) as seen:
         want = tensors(model(*inputs))
     _forget_what_nobody_reads(model, inputs, want, {candidates[p]: calls for p, calls in seen.items()})
-    reasons: dict[str, str | None] = {p: _block_reason(candidates[p], seen[p]) for p in candidates if p in seen}
+    reasons: dict[str, str | None] = {p: _why_not_removed(candidates[p], seen[p]) for p in candidates if p in seen}
     passing = [p for p, why in reasons.items() if why is None]
     innermost = _innermost(model, passing)
     kinds = {type(candidates[p]) for p in innermost}
@@ -151,7 +151,7 @@ def _hidden(calls: _Calls) -> tuple[Any, Any]:
     return (inputs[0] if inputs else None), (output[0] if alone else output)
 
 
-def _block_reason(module: nn.Module, calls: _Calls) -> str | None:
+def _why_not_removed(module: nn.Module, calls: _Calls) -> Reason | None:
     if calls.times != 1:
         return f"it is called {calls.times} times in one forward pass"
     x, y = _hidden(calls)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.costs import count_macs, count_parameters, integer_bytes
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.errors import InputError
 
 UNITS = {"macs": "MACs", "parameters": "parameters", "size": "bytes", "latency": "ms"}
@@ -25,7 +25,7 @@ class Budget:
     kind: str
     goal: float
     reference: float
-    run: Run
+    run: RunContext
     example: tuple[Tensor, ...]
 
     def value(self, model: nn.Module) -> float:

@@ -83,7 +83,7 @@ NORMS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 }
 
 
-def channel_axis(module: nn.Module) -> int:
+def cut_axis(module: nn.Module) -> int:
     """The axis of a layer's output that holds its channels."""
     return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding) else 1
 

@@ -28,9 +28,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from pqk.data.structures import tensors
-from pqk.errors import InputError
-from pqk.passes.prune.cuts import Cut, Dim, channel_axis, channels_of, cut_channels, is_depthwise
-from pqk.passes.prune.heads import Attention, find_attention, find_whole_tables
+from pqk.errors import InputError, Reason
+from pqk.passes.prune.cuts import Cut, Dim, channels_of, cut_axis, cut_channels, is_depthwise
+from pqk.passes.prune.heads import AttentionLayer, find_attention, find_whole_tables
 
 TOLERANCE = 1e-4
 """largest error of the law, relative to the largest output; a wrong mapping is off by whole channels"""
@@ -140,19 +140,19 @@ def find_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[
     return sorted(groups, key=lambda group: order[group.name])
 
 
-def _heads(path: str, attention: Attention, model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
+def _heads(path: str, attention: AttentionLayer, model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
     """The channels of one attention, in portions of a head."""
     channels, size = attention.heads * attention.size, attention.size
     same = tuple((c,) for c in range(channels))
     members = [Member(maker, "out", channels, same) for maker in attention.makers]
     members += [Member(reader, "in", channels, same) for reader in attention.readers]
-    reason = _refusal(members, [], model, ignore)
+    reason = _why_not_free(members, [], model, ignore)
     members.append(Member(path, "heads", attention.heads, tuple((c // size,) for c in range(channels)), size))
     units = tuple(tuple(range(h * size, (h + 1) * size)) for h in range(attention.heads))
     return ChannelGroup(members[0].path, channels, tuple(members), units, reason)
 
 
-def _around(members: list[Member], attention: dict[str, Attention]) -> list[Member]:
+def _around(members: list[Member], attention: dict[str, AttentionLayer]) -> list[Member]:
     """The attentions whose inputs have these channels: their heads stay and are told so."""
     read = {m.path for m in members if m.dim == "in"}
     nothing = tuple(() for _ in members[0].places)
@@ -198,14 +198,14 @@ def _members(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[list[
 def _describe(traced: tuple[list[Member], list[str]], model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
     members, bare = traced
     name, channels = members[0].path, len(members[0].places)
-    reason = _refusal(members, bare, model, ignore)
+    reason = _why_not_free(members, bare, model, ignore)
     units: tuple[tuple[int, ...], ...] = tuple((c,) for c in range(channels))
     if reason is None:
         units, reason = _units(members, model, channels)
     return ChannelGroup(name, channels, tuple(members), units, reason)
 
 
-def _refusal(members: list[Member], bare: list[str], model: nn.Module, ignore: Sequence[str]) -> str | None:
+def _why_not_free(members: list[Member], bare: list[str], model: nn.Module, ignore: Sequence[str]) -> Reason | None:
     if bare:
         return f"the bare parameter {bare[0]} has these channels and pqk cuts those of layers only"
     users: dict[int, set[str]] = {}
@@ -278,7 +278,7 @@ def masked(model: nn.Module, cuts: Iterable[Cut]) -> Iterator[nn.Module]:
             if isinstance(module, nn.LayerNorm) and module.weight is not None:
                 norms[id(module.weight)] = [c for c in range(cut["of"]) if c not in set(cut["indices"])]
             else:
-                handles.append(module.register_forward_hook(_zeroing(channel_axis(module), cut["indices"])))
+                handles.append(module.register_forward_hook(_zeroing(cut_axis(module), cut["indices"])))
     try:
         with _NormsOfTheKept(norms):
             yield model
@@ -317,7 +317,7 @@ def _zeroing(axis: int, indices: Sequence[int]) -> Any:
     return hook
 
 
-def law_reason(model: nn.Module, example: tuple[Tensor, ...], cuts: Sequence[Cut]) -> str | None:
+def why_not_exact(model: nn.Module, example: tuple[Tensor, ...], cuts: Sequence[Cut]) -> Reason | None:
     """Why these cuts may not be made: the law fails by this much, or they do not go through. `model` is unchanged."""
     trial = copy.deepcopy(model).eval()
     try:
@@ -354,16 +354,16 @@ def check_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence
     Raises `InputError` where torch-pruning cannot trace the model.
     """
     return [
-        GroupCheck(g.name, g.channels, tuple(m.path for m in g.members), probe(model, example, g))
+        GroupCheck(g.name, g.channels, tuple(m.path for m in g.members), why_not_cut(model, example, g))
         for g in find_groups(model, example, ignore)
     ]
 
 
-def probe(model: nn.Module, example: tuple[Tensor, ...], group: ChannelGroup) -> str | None:
+def why_not_cut(model: nn.Module, example: tuple[Tensor, ...], group: ChannelGroup) -> Reason | None:
     """Why `group` cannot be cut; None where the law holds for a spread quarter of its channels."""
     if group.reason is not None:
         return group.reason
     if len(group.units) < 2:
         return "its channels can only go all together"
     doomed = group.units[1::4]
-    return law_reason(model, example, group.cuts(c for unit in doomed for c in unit))
+    return why_not_exact(model, example, group.cuts(c for unit in doomed for c in unit))

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @dataclass
-class Attention:
+class AttentionLayer:
     """What one pass showed of an attention module: `heads` of `size` channels each."""
 
     heads: int
@@ -33,7 +33,7 @@ class Attention:
     """linear layers that read the heads joined again"""
 
 
-def find_attention(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Attention]:
+def find_attention(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, AttentionLayer]:
     """The attention modules of `model` (unchanged) that one forward pass on `example` shows, by path."""
     watch = _Watch({id(m.weight): path for path, m in model.named_modules() if isinstance(m, nn.Linear)})
     handles = []
@@ -59,7 +59,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.linears = linears
         self.stack: list[str] = []
-        self.found: dict[str, Attention] = {}
+        self.found: dict[str, AttentionLayer] = {}
         self.made: dict[int, str] = {}
         self.joined: dict[int, str] = {}
         self.alive: list[Any] = []
@@ -89,7 +89,7 @@ class _Watch(TorchFunctionMode):
                     origin.setdefault(id(result), origin[id(x)])
         elif result.ndim == x.ndim + 1 and id(x) in self.made and result.shape[-2:].numel() == x.shape[-1]:
             heads, size = result.shape[-2:]
-            seen = self.found.setdefault(where, Attention(heads, size))
+            seen = self.found.setdefault(where, AttentionLayer(heads, size))
             if heads > 1 and (heads, size) == (seen.heads, seen.size):
                 _note(seen.makers, self.made[id(x)])
         elif result.ndim == x.ndim - 1 and where in self.found and result.shape[-1] == x.shape[-2:].numel():

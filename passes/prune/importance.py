@@ -22,7 +22,7 @@ Importance = Literal["magnitude", "taylor", "activation", "bn_scale"]
 
 
 @dataclass(frozen=True)
-class Rung:
+class Narrowing:
     """One step down the ladder: `group` loses `units` and is `width` channels wide; `lost` is their importance."""
 
     group: ChannelGroup
@@ -35,7 +35,7 @@ class Rung:
         return self.group.cuts(c for u in self.units for c in self.group.units[u])
 
 
-def cuts_of(rungs: Sequence[Rung]) -> list[Cut]:
+def cuts_of(rungs: Sequence[Narrowing]) -> list[Cut]:
     """The cuts of several rungs of one model's ladder, as one rewrite."""
     return merge_cuts(cut for rung in rungs for cut in rung.cuts)
 
@@ -161,17 +161,17 @@ def _per_channel(layer: nn.Module, dim: Dim, values: Tensor) -> Tensor:
     return values.unflatten(0, (groups, -1)).sum(1).flatten()
 
 
-def ladder(
+def narrowing_schedule(
     scored: Sequence[tuple[ChannelGroup, Tensor]],
     multiple: int,
     floors: Sequence[int],
     scope: Literal["global", "per_layer"],
-) -> list[Rung]:
+) -> list[Narrowing]:
     """All narrowings in the order in which to make them: least important first, or all layers evenly.
 
     Widths on it are multiples of `multiple` (and of a group's unit), at least the group's floor.
     """
-    keyed: list[tuple[float, Rung]] = []
+    keyed: list[tuple[float, Narrowing]] = []
     for (group, importance), floor in zip(scored, floors, strict=True):
         order = importance.argsort(stable=True).tolist()
         step, width = math.lcm(multiple, group.unit), group.channels
@@ -181,7 +181,7 @@ def ladder(
             units = tuple(order[gone:count])
             lost = float(importance[list(units)].sum()) * group.unit
             key = lost / (len(units) * group.unit) if scope == "global" else 1 - narrower / group.channels
-            keyed.append((key, Rung(group, units, narrower, lost)))
+            keyed.append((key, Narrowing(group, units, narrower, lost)))
             gone = count
     # stable, and keys rise within a group: a group's rungs stay in order
     return [rung for _, rung in sorted(keyed, key=lambda entry: entry[0])]

@@ -21,8 +21,8 @@ from pqk.errors import InputError
 from pqk.passes.prune.blocks import Block, Edit, Inputs, edit_costs, find_blocks, without_block
 from pqk.passes.prune.budget import UNITS, Budget, Missed, digest
 from pqk.passes.prune.cuts import Skip, cut_channels, drop_block
-from pqk.passes.prune.groups import ChannelGroup, find_groups, law_reason, masked, probe
-from pqk.passes.prune.importance import MEASURES, Rung, cuts_of, ladder, unit_importance
+from pqk.passes.prune.groups import ChannelGroup, find_groups, masked, why_not_cut, why_not_exact
+from pqk.passes.prune.importance import MEASURES, Narrowing, cuts_of, narrowing_schedule, unit_importance
 from pqk.passes.prune.settings import PruneSettings
 from pqk.task.metrics import distance
 from pqk.task.task import Task
@@ -37,13 +37,13 @@ class Width:
         self.config, self.task, self.budget, self.refused, self.ranking = config, task, budget, refused, ranking
         self.savings: dict[str, float] = {}
 
-    def rungs(self, program: Program, key: str, check: bool) -> list[Rung]:
+    def rungs(self, program: Program, key: str, check: bool) -> list[Narrowing]:
         """The ladder of the student. Groups that may not be cut are refused, with `check` those that fail the law."""
         config, student = self.config, program.student
         multiple = config.multiple or program.target.channel_multiple
         groups = []
         for group in find_groups(student, self.task.example, config.ignore):
-            reason = group.reason or (probe(student, self.task.example, group) if check else None)
+            reason = group.reason or (why_not_cut(student, self.task.example, group) if check else None)
             if reason is not None:
                 self.refused.setdefault(group.name, reason)
             if group.name not in self.refused:
@@ -53,13 +53,13 @@ class Width:
             floor = config.minimum(program.teacher, group)
             if isinstance(scores, str):
                 self.refused[group.name] = scores
-            elif not ladder([(group, torch.tensor(scores))], multiple, [floor], config.scope):
+            elif not narrowing_schedule([(group, torch.tensor(scores))], multiple, [floor], config.scope):
                 width = f"its {group.channels} channels and the floor of {floor}"
                 self.refused[group.name] = f"no multiple of {multiple} fits between {width}"
             else:
                 scored.append((group, torch.tensor(scores)))
                 floors.append(floor)
-        return ladder(scored, multiple, floors, config.scope)
+        return narrowing_schedule(scored, multiple, floors, config.scope)
 
     def _importance(self, program: Program, groups: list[ChannelGroup], key: str) -> list[list[float] | str]:
         kind, student = self.config.importance, program.student
@@ -97,7 +97,7 @@ class Width:
             raise self.budget.missed(min(c[unit] for c in considered), "the least that is allowed")
         self.ranking.append({"step": step, "chosen": count, "considered": considered})
         cuts = cuts_of(rungs[:count])
-        reason = law_reason(program.student, self.task.example, cuts)
+        reason = why_not_exact(program.student, self.task.example, cuts)
         if reason is not None:
             raise InputError(f"prune: the groups may be cut one by one but not together: {reason}; ignore some of them")
         return program.rewrite(cut_channels, self.task.example, cuts=cuts)
@@ -214,7 +214,7 @@ class Depth(Width):
         self,
         program: Program,
         edit: Edit,
-        rungs: dict[str, Rung],
+        rungs: dict[str, Narrowing],
         signatures: dict[str, str],
         returns: dict[str, int],
     ) -> float:
@@ -239,14 +239,14 @@ class Depth(Width):
         self,
         program: Program,
         rows: list[dict[str, Any]],
-        rungs: dict[str, Rung],
+        rungs: dict[str, Narrowing],
         returns: dict[str, int],
         value: float,
         goal: float,
     ) -> tuple[Program, float]:
         """Let the best rows go, until the goal is near. Narrowings go last and together: their indices are of now."""
         gone: list[str] = []
-        narrowed: list[Rung] = []
+        narrowed: list[Narrowing] = []
         saved = 0.0
         for row in rows[: self.config.removals_per_ranking]:
             name = row["name"]
@@ -264,7 +264,7 @@ class Depth(Width):
                 break
         narrowed = [r for r in narrowed if not _inside(r.group.name, gone)]
         cuts = [c for c in cuts_of(narrowed) if not _inside(c["module"], gone)]
-        reason = law_reason(program.student, self.task.example, cuts) if cuts else None
+        reason = why_not_exact(program.student, self.task.example, cuts) if cuts else None
         if reason is not None:
             self.refused.update({r.group.name: reason for r in narrowed})
             return program, 0.0
@@ -299,13 +299,13 @@ def _without(block: Block) -> Callable[[nn.Module], Any]:
     return lambda model: without_block(model, block.path, block.returns)
 
 
-def _masked(rung: Rung) -> Callable[[nn.Module], Any]:
+def _masked(rung: Narrowing) -> Callable[[nn.Module], Any]:
     return lambda model: masked(model, rung.cuts)
 
 
-def _lowest(rungs: list[Rung]) -> dict[str, Rung]:
+def _lowest(rungs: list[Narrowing]) -> dict[str, Narrowing]:
     """The next rung of each group."""
-    found: dict[str, Rung] = {}
+    found: dict[str, Narrowing] = {}
     for rung in rungs:
         found.setdefault(rung.group.name, rung)
     return found

@@ -33,7 +33,7 @@ SAME = 1e-5
 
 
 @dataclass(frozen=True)
-class Pair:
+class SmoothedPair:
     """What makes channels, and the linear layers that alone read them."""
 
     source: fx.Node
@@ -66,7 +66,7 @@ def smooth(
     return done, declined
 
 
-def find_pairs(student: fx.GraphModule) -> tuple[list[Pair], list[tuple[str, str]]]:
+def find_pairs(student: fx.GraphModule) -> tuple[list[SmoothedPair], list[tuple[str, str]]]:
     """What can be smoothed, and (layer, reason) for norms that linear layers read and that cannot."""
     users: dict[str, int] = {}
     for node in student.graph.nodes:
@@ -87,7 +87,7 @@ def find_pairs(student: fx.GraphModule) -> tuple[list[Pair], list[tuple[str, str
         elif not all(_own(n, users) for n in (node, *linear)):
             reason = "not smoothed: its parameters, or those of what reads it, are computed or shared"
         if reason is None:
-            pairs.append(Pair(node, linear))
+            pairs.append(SmoothedPair(node, linear))
         elif node.target is aten.layer_norm.default:
             declined.append((node.meta["layer"], reason))
     return pairs, declined

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 
-from pqk.deploy.onnxruntime_session import Model, session
+from pqk.deploy.onnxruntime_session import OnnxSource, session
 from pqk.errors import first_line
-from pqk.report.schema import Variant
+from pqk.report.schema import VariantName
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -38,7 +38,7 @@ def timed(call: Callable[[], object]) -> float:
 class Contender:
     """Something to time: one `call` is one inference of `batch` samples."""
 
-    variant: Variant
+    variant: VariantName
     runtime: str
     batch: int
     threads: int
@@ -56,7 +56,7 @@ class Contender:
 class Skipped:
     """A contender that cannot run here, and why."""
 
-    variant: Variant
+    variant: VariantName
     runtime: str
     reason: str
 
@@ -73,7 +73,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def onnxruntime_contender(
-    variant: Variant, model: Model, feeds: Feeds, *, threads: int = 2, spinning: bool = True, inputs: str = ""
+    variant: VariantName, model: OnnxSource, feeds: Feeds, *, threads: int = 2, spinning: bool = True, inputs: str = ""
 ) -> Contender:
     """ONNX Runtime with its default optimizations. Raises `InputError` for a model it refuses."""
     run = session_call(session(model, threads=threads, spinning=spinning), feeds)
@@ -81,7 +81,7 @@ def onnxruntime_contender(
 
 
 def torch_contender(
-    variant: Variant, module: torch.nn.Module, inputs: Sequence[torch.Tensor], *, threads: int = 2
+    variant: VariantName, module: torch.nn.Module, inputs: Sequence[torch.Tensor], *, threads: int = 2
 ) -> Contender:
     """torch eager, in inference mode; `module` as it is, so put it in eval mode first."""
 
@@ -93,7 +93,7 @@ def torch_contender(
 
 
 def compiled_contender(
-    variant: Variant,
+    variant: VariantName,
     module: torch.nn.Module,
     inputs: Sequence[torch.Tensor],
     *,
@@ -122,7 +122,9 @@ def compiled_contender(
     return Contender(variant, runtime, len(inputs[0]), threads, call, torch_threads=threads)
 
 
-def openvino_contender(variant: Variant, model: Model, feeds: Feeds, *, threads: int = 2) -> Contender | Skipped:
+def openvino_contender(
+    variant: VariantName, model: OnnxSource, feeds: Feeds, *, threads: int = 2
+) -> Contender | Skipped:
     """OpenVINO on the CPU in latency mode (`pip install pqk[bench]`), reading the same ONNX file."""
     try:
         import openvino

@@ -19,7 +19,7 @@ from torch import nn
 
 from pqk.bench.protocol import fastest, ratio_to
 from pqk.core.program import Pass, Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import session
 from pqk.passes import Capture, Convert, Quantize
@@ -34,7 +34,7 @@ class Oracle:
     """Times students beside the teacher at batch 1. `threads` of the runtime are part of what is measured."""
 
     def __init__(
-        self, teacher: nn.Module, task: Task, target: Target, passes: Sequence[Pass], run: Run, threads: int = 2
+        self, teacher: nn.Module, task: Task, target: Target, passes: Sequence[Pass], run: RunContext, threads: int = 2
     ):
         self.teacher, self.task, self.target, self.run, self.threads = teacher, task, target, run, threads
         found = {type(p): p for p in passes}
@@ -48,7 +48,7 @@ class Oracle:
         self._session: ort.InferenceSession | None = None
         self._last: tuple[nn.Module, tuple[str, ...], ort.InferenceSession] | None = None
 
-    def serve(self, run: Run) -> Run:
+    def serve(self, run: RunContext) -> RunContext:
         """`run` with this oracle in it."""
         return dataclasses.replace(
             run,
@@ -83,7 +83,7 @@ class Oracle:
 
     def emit(self, student: nn.Module, stage: Stage = Stage.MODULE, floats: tuple[str, ...] = ()) -> Path:
         """The ONNX file of the INT8 form of a student in `stage`, with `floats` left in float beside the recipe's."""
-        program = Program(self.teacher, copy.deepcopy(student).eval(), stage, self.target, Run())
+        program = Program(self.teacher, copy.deepcopy(student).eval(), stage, self.target, RunContext())
         with torch.random.fork_rng(devices=[]):
             for p in self.passes:
                 if program.stage not in p.consumes:

@@ -41,13 +41,13 @@ class AttributionChoice(StrEnum):
     full = "full"
 
 
-class Device(StrEnum):
+class DeviceChoice(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Data = Annotated[Path | None, typer.Option(help="Folder with the data and the teacher's weights.", metavar="DIR")]
+DataFolder = Annotated[Path | None, typer.Option(help="Folder with the data and the teacher's weights.", metavar="DIR")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")]
 Settings = Annotated[
     list[str] | None,
@@ -85,7 +85,7 @@ def pqk(
 def compress(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the artifact goes: a new or empty folder.")],
-    data: Data = None,
+    data: DataFolder = None,
     target: TargetName = None,
     settings: Settings = None,
     seed: Seed = None,
@@ -123,7 +123,7 @@ def compress(
 def compare(
     comparison: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A recipe with variant tables.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where cells and result go: a new or empty folder.")],
-    data: Data = None,
+    data: DataFolder = None,
     seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Instead of the file's seeds for screening.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the cells in --out; run what is missing.")] = False,
     as_json: AsJson = False,
@@ -142,7 +142,7 @@ def compare(
 @app.command()
 def check(
     recipe: RecipeFile,
-    data: Data = None,
+    data: DataFolder = None,
     target: TargetName = None,
     settings: Settings = None,
     seed: Seed = None,
@@ -166,7 +166,7 @@ def benchmark(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
     batch: Annotated[str, typer.Option(metavar="N,N", help="Batch sizes.")] = "1",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 2,
-    device: Annotated[Device, typer.Option(help="Where to run it.")] = Device.cpu,
+    device: Annotated[DeviceChoice, typer.Option(help="Where to run it.")] = DeviceChoice.cpu,
     as_json: AsJson = False,
 ) -> Work:
     """Time an artifact beside its teacher; nothing is written.

@@ -1,4 +1,4 @@
-"""What each command does: calls the library and makes an `Answer`, a document for `--json` and tables for people."""
+"""What each command does: calls the library and makes its answer: a document for `--json` and tables for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import RenderableType
 
 from pqk.bench.artifact import benchmark as benchmark_artifact
 from pqk.cli import views as describe
-from pqk.cli.console import Answer, clock, listed, observer, table
+from pqk.cli.console import CommandAnswer, clock, listed, observer, table
 from pqk.cli.doctor import examine
 from pqk.comparison.config import Comparison, comparison_schema
 from pqk.compiler import compress as compile_student
@@ -26,10 +26,10 @@ from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec
 from pqk.recipe.schema import json_schema
 from pqk.report.schema import LatencyRow, Report, schema_text
 from pqk.report.text import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent
-from pqk.target.machine import fingerprint
+from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 
-Rows = list[list[Any]]
+TableRows = list[list[Any]]
 
 
 def _warnings(texts: Sequence[str]) -> list[RenderableType]:
@@ -77,7 +77,7 @@ def compress(
     attribution: Literal["standard", "full"],
     allow_parity_failure: bool,
     as_json: bool,
-) -> Answer:
+) -> CommandAnswer:
     recipe, teacher_spec, task_spec = _open(path, settings, target, seed)
     teacher, task = _loaded(teacher_spec, task_spec, data, path)
     artifact = compile_student(
@@ -91,12 +91,12 @@ def compress(
         observer=observer(as_json),
     )
     report = artifact.report
-    warnings = [m for m in [artifact.target.mismatch()] if m is not None] + _diagnosed(report)
+    warnings = [m for m in [artifact.target.why_not_here()] if m is not None] + _diagnosed(report)
     files = sorted([*artifact.manifest["files"], MANIFEST])
     document = {"out": str(out), "files": files, "warnings": warnings, "report": json.loads(report.dumps())}
     spent = f"{clock(sum(report.seconds.values()))} in passes; parity {_parity(report)}"
     shown = [attribution_table(report), spent, *_warnings(warnings), f"written to {out}: {', '.join(files)}"]
-    return Answer(document, shown)
+    return CommandAnswer(document, shown)
 
 
 def _diagnosed(report: Report) -> list[str]:
@@ -113,7 +113,7 @@ def _parity(report: Report) -> str:
 
 def compare(
     path: Path, out: Path, *, data: Path | None, seeds: list[int] | None, resume: bool, as_json: bool
-) -> Answer:
+) -> CommandAnswer:
     from pqk.comparison import markdown
     from pqk.comparison.runner import compare as run_cells
 
@@ -133,12 +133,12 @@ def compare(
         if part in document
     ]
     shown += [*markdown.notes_of(document), f"written to {out}: comparison.json, comparison.md"]
-    return Answer(document, shown, 1 if document["failed"] else 0)
+    return CommandAnswer(document, shown, 1 if document["failed"] else 0)
 
 
 def check(
     path: Path, *, data: Path | None, target: str | None, settings: Sequence[str], seed: int | None, as_json: bool
-) -> Answer:
+) -> CommandAnswer:
     from pqk.check import check as rehearse
 
     recipe, teacher_spec, task_spec = _open(path, settings, target, seed)
@@ -146,23 +146,23 @@ def check(
     shows: Observer = observer(as_json)
     found = rehearse(teacher, task, recipe, shows)
     document = {"recipe": str(path), **asdict(found)}
-    return Answer(document, describe.findings(document), 2 if found.problems else 0)
+    return CommandAnswer(document, describe.findings(document), 2 if found.problems else 0)
 
 
 # Measuring and looking
 
 
-def benchmark(folder: Path, batches: Sequence[int], threads: int, device: str) -> Answer:
+def benchmark(folder: Path, batches: Sequence[int], threads: int, device: str) -> CommandAnswer:
     if device == "cuda":
         return _benchmark_cuda(folder, batches)
     artifact = Artifact.load(folder)
-    warnings = [m for m in [artifact.target.mismatch()] if m is not None]
+    warnings = [m for m in [artifact.target.why_not_here()] if m is not None]
     rows = benchmark_artifact(artifact, tuple(batches), threads)
     if all(row.variant == "student" for row in rows):
         warnings.append(
             "nothing to compare with: the teacher's ONNX file, which a finished compile keeps in .work, is gone"
         )
-    machine = fingerprint()
+    machine = machine_fingerprint()
     document = {
         "artifact": str(folder),
         "target": artifact.target.name,
@@ -172,31 +172,37 @@ def benchmark(folder: Path, batches: Sequence[int], threads: int, device: str) -
     }
     title = f"{folder}, compiled for {artifact.target.name}"
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['target']}; measured in turn"
-    return Answer(document, [_latency(title, rows), where, *_warnings(warnings)])
+    return CommandAnswer(document, [_latency(title, rows), where, *_warnings(warnings)])
 
 
-def _benchmark_cuda(folder: Path, batches: Sequence[int]) -> Answer:
+def _benchmark_cuda(folder: Path, batches: Sequence[int]) -> CommandAnswer:
     from pqk.gpu.benchmark import benchmark as benchmark_on
-    from pqk.gpu.device import Cuda, missing
+    from pqk.gpu.device import Cuda, why_not_present
 
-    if (reason := missing()) is not None:
+    if (reason := why_not_present()) is not None:
         raise InputError(f"--device cuda: {reason}")
     artifact = Artifact.load(folder)
-    warnings = [] if (mismatch := artifact.target.mismatch()) is None else [mismatch]
-    head = {"artifact": str(folder), "target": artifact.target.name, "machine": fingerprint(), "warnings": warnings}
+    warnings = [] if (mismatch := artifact.target.why_not_here()) is None else [mismatch]
+    head = {
+        "artifact": str(folder),
+        "target": artifact.target.name,
+        "machine": machine_fingerprint(),
+        "warnings": warnings,
+    }
     document = head | benchmark_on(artifact, Cuda(), batches).document()
     stores = "kernel configurations were measured first; to store them, compile with the file of --json as fuse.tuning"
-    return Answer(document, [*describe.gpu(document), stores, *_warnings(warnings)])
+    return CommandAnswer(document, [*describe.gpu(document), stores, *_warnings(warnings)])
 
 
 def _latency(title: str, rows: Sequence[LatencyRow]) -> RenderableType:
     return table(title, LATENCY_HEADER, [latency_cells(r) for r in rows], right=(2, 3, 4, 5, 6))
 
 
-def kernels(folder: Path | None, arches: Sequence[str], batch: int, *, as_json: bool) -> Answer:
-    from pqk.gpu.static_checks import prove
+def kernels(folder: Path | None, arches: Sequence[str], batch: int, *, as_json: bool) -> CommandAnswer:
 
-    document = prove(folder, arches, batch=batch, observer=observer(as_json))
+    from pqk.gpu.static_checks import check_launches_statically
+
+    document = check_launches_statically(folder, arches, batch=batch, observer=observer(as_json))
     what = "the kernels' cases" if folder is None else f"{folder} at batch {batch}"
     shown: list[RenderableType] = []
     for arch in document["predictions_assume"]:
@@ -210,7 +216,7 @@ def kernels(folder: Path | None, arches: Sequence[str], batch: int, *, as_json: 
         ]
     missed = document["problems"]
     verdict = [f"missed: {text}" for text in missed] or ["every bar is met: no spills, no more than 1.1x the bytes"]
-    return Answer(document, [*shown, READ, *verdict], 1 if missed else 0)
+    return CommandAnswer(document, [*shown, READ, *verdict], 1 if missed else 0)
 
 
 LAUNCHES = (
@@ -222,7 +228,7 @@ READ = (
 )
 
 
-def _launches(layer: dict[str, Any], arch: str) -> Rows:
+def _launches(layer: dict[str, Any], arch: str) -> TableRows:
     """A row for each launch of a layer; its bytes and time stand in the first."""
     there = layer["on"][arch]
     traffic, predicted, alike = there["traffic"], there["predicted"], len(layer["layers"]) - 1
@@ -231,7 +237,7 @@ def _launches(layer: dict[str, Any], arch: str) -> Rows:
     if traffic:
         moved, issued = (f"{traffic[k] / 1e3:.1f} kB" for k in ("moved", "issued"))
         counted = [moved, f"{traffic['ratio']:.2f}x", issued, f"{predicted['microseconds']:.3f}"]
-    rows: Rows = []
+    rows: TableRows = []
     for code in there["launches"]:
         made: list[Any] = [None] * 5
         if code["reason"] is None:
@@ -244,7 +250,7 @@ def _launches(layer: dict[str, Any], arch: str) -> Rows:
     return rows or [[name, op, "not our kernel", *[None] * 8]]
 
 
-def inspect(where: Path) -> Answer:
+def inspect(where: Path) -> CommandAnswer:
     if not where.exists():
         raise InputError(f"{where}: there is no such file or folder")
     if not where.is_dir():
@@ -261,7 +267,7 @@ def _passes_of(recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def _inspect_recipe(path: Path) -> Answer:
+def _inspect_recipe(path: Path) -> CommandAnswer:
     recipe = Recipe.load(path)
     specs = {k: None if (s := getattr(recipe, k)) is None else plain(s) for k in ("teacher", "task", "target")}
     rows = _passes_of(recipe)
@@ -271,10 +277,10 @@ def _inspect_recipe(path: Path) -> Answer:
         [i + 1, r["pass"], f"{r['stage']} → {r['produces']}", listed(r["settings"], 400)] for i, r in enumerate(rows)
     ]
     shown = table(str(path), ("", "pass", "stage", "settings (the rest are defaults)"), cells)
-    return Answer(document, ["\n".join(head), shown])
+    return CommandAnswer(document, ["\n".join(head), shown])
 
 
-def _inspect_unfinished(folder: Path) -> Answer:
+def _inspect_unfinished(folder: Path) -> CommandAnswer:
     recipe = Recipe.loads(read_json(folder / ".work" / "run.json")["recipe"])
     names = [f"{i:02d}-{p.name}" for i, p in enumerate(recipe.passes)]
     done = [n for n in names if (folder / ".work" / n / "program.json").exists()]
@@ -286,10 +292,10 @@ def _inspect_unfinished(folder: Path) -> Answer:
         f"left: {', '.join(left) or 'the proof'}",
         f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
     ]
-    return Answer(document, ["\n".join(shown)])
+    return CommandAnswer(document, ["\n".join(shown)])
 
 
-def _inspect_artifact(artifact: Artifact) -> Answer:
+def _inspect_artifact(artifact: Artifact) -> CommandAnswer:
     report, manifest = artifact.report, artifact.manifest
     recipe = _passes_of(artifact.recipe)
     rows = []
@@ -316,22 +322,22 @@ def _inspect_artifact(artifact: Artifact) -> Answer:
         "every file is as it was written",
     ]
     shown = [*describe.passes_done(report), *_warnings(_diagnosed(report))]
-    return Answer(document, ["\n".join(head), attribution_table(report), *shown])
+    return CommandAnswer(document, ["\n".join(head), attribution_table(report), *shown])
 
 
 # Reference
 
 
-def passes() -> Answer:
+def passes() -> CommandAnswer:
     document = describe.reference()
-    return Answer(document, describe.reference_tables(document))
+    return CommandAnswer(document, describe.reference_tables(document))
 
 
-def schema(report: bool, comparison: bool) -> Answer:
+def schema(report: bool, comparison: bool) -> CommandAnswer:
     document = comparison_schema() if comparison else json.loads(schema_text()) if report else json_schema()
-    return Answer(document, [json.dumps(document, indent=2, ensure_ascii=False)])
+    return CommandAnswer(document, [json.dumps(document, indent=2, ensure_ascii=False)])
 
 
-def doctor() -> Answer:
+def doctor() -> CommandAnswer:
     document = examine()
-    return Answer(document, describe.machine(document))
+    return CommandAnswer(document, describe.machine(document))

@@ -22,7 +22,7 @@ PLAIN_WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandAnswer:
     """What a command found: `document` for `--json`, `shown` for people."""
 
     document: Any
@@ -35,7 +35,7 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def write(answer: Answer, as_json: bool) -> None:
+def write(answer: CommandAnswer, as_json: bool) -> None:
     """Put an answer on stdout."""
     if not speaks():
         return

@@ -9,7 +9,7 @@ import shutil
 from typing import Any
 
 from pqk.errors import InputError
-from pqk.target.machine import fingerprint, installed
+from pqk.target.machine import installed, machine_fingerprint
 from pqk.target.target import TARGETS, Target
 
 #: what is lost without an extra
@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
         problems.append(str(error))
     return {
         "pqk": installed("pqk"),
-        "machine": {**fingerprint(), "memory_bytes": memory_bytes()},
+        "machine": {**machine_fingerprint(), "memory_bytes": memory_bytes()},
         "target": here,
         "targets": [_target(t) for t in TARGETS],
         "required": [{"package": name, "wanted": wanted, "version": installed(name)} for name, wanted in required],
@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
 
 def _target(target: Target) -> dict[str, Any]:
     try:
-        reason = target.mismatch()
+        reason = target.why_not_here()
     except InputError as error:
         reason = str(error)
     return {

@@ -74,7 +74,7 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class Variant:
+class RecipeVariant:
     """One recipe of a comparison."""
 
     name: str
@@ -95,7 +95,7 @@ class Comparison:
     """Variants of one recipe. Raises `InputError` for those that cannot be compared, naming both."""
 
     recipe: Recipe
-    variants: tuple[Variant, ...]
+    variants: tuple[RecipeVariant, ...]
     baseline: str
     screen: Screen = field(default_factory=Screen)
     confirm: Confirm | None = None
@@ -128,7 +128,7 @@ class Comparison:
         for variant in self.trained:
             self._check(variant)
 
-    def _check(self, variant: Variant) -> None:
+    def _check(self, variant: RecipeVariant) -> None:
         where, ours = f'variant "{variant.name}"', epochs(variant.recipe)
         last = check_order(variant.recipe.passes)
         if last != Stage.INT8:
@@ -143,11 +143,11 @@ class Comparison:
             )
 
     @property
-    def trained(self) -> list[Variant]:
+    def trained(self) -> list[RecipeVariant]:
         """The variants that are not declined."""
         return [v for v in self.variants if v.declined is None]
 
-    def named(self, name: str) -> Variant:
+    def named(self, name: str) -> RecipeVariant:
         return next(v for v in self.variants if v.name == name)
 
     def seeded(self, seeds: tuple[int, ...]) -> Comparison:
@@ -207,7 +207,7 @@ def epochs(recipe: Recipe) -> float:
     )
 
 
-def _variant(base: Recipe, entry: Mapping[str, Any], where: str) -> Variant:
+def _variant(base: Recipe, entry: Mapping[str, Any], where: str) -> RecipeVariant:
     entry = dict(entry)
     passes = entry.pop("pass", None)
     made: _Entry = parse(_Entry, entry, where)
@@ -221,7 +221,7 @@ def _variant(base: Recipe, entry: Mapping[str, Any], where: str) -> Variant:
     except InputError as error:
         raise InputError(str(error) if where in str(error) else f"{where}: {error}") from error
     changes = made.set if passes is None else {"pass": passes, **made.set}
-    return Variant(made.name, recipe, changes, made.declined)
+    return RecipeVariant(made.name, recipe, changes, made.declined)
 
 
 def comparison_schema() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pqk.errors import InputError
 
 
 @dataclass(frozen=True)
-class Cell:
+class Result:
     """One variant on one seed."""
 
     variant: str
@@ -34,7 +34,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRow:
     """What some seeds say of one variant."""
 
     variant: str
@@ -49,7 +49,7 @@ class Row:
     size_bytes: int
 
 
-def verdict(difference: Spread | None) -> str:
+def significance(difference: Spread | None) -> str:
     """Whether the interval of a difference excludes zero."""
     if difference is None:
         return "not paired"
@@ -61,7 +61,7 @@ def verdict(difference: Spread | None) -> str:
 # ---- statistics
 
 
-def rows_of(comparison: Comparison, cells: Iterable[Cell], seeds: Sequence[int]) -> list[Row]:
+def rows_of(comparison: Comparison, cells: Iterable[Result], seeds: Sequence[int]) -> list[ComparedRow]:
     """A row for each variant that has cells on `seeds`, in the comparison's order."""
     found = {(c.variant, c.seed): c for c in cells if c.seed in seeds}
     rows = []
@@ -76,7 +76,7 @@ def rows_of(comparison: Comparison, cells: Iterable[Cell], seeds: Sequence[int])
         ]
         validations = [c.validation for c in own if c.validation is not None]
         rows.append(
-            Row(
+            ComparedRow(
                 variant=name,
                 seeds=[c.seed for c in own],
                 validation=statistics.fmean(validations) if validations else None,
@@ -91,7 +91,7 @@ def rows_of(comparison: Comparison, cells: Iterable[Cell], seeds: Sequence[int])
     return rows
 
 
-def best(rows: Sequence[Row], baseline: str, confirm: Confirm) -> list[str]:
+def best(rows: Sequence[ComparedRow], baseline: str, confirm: Confirm) -> list[str]:
     """The variants with the highest mean metric on validation data, in that order; the baseline is not among them.
 
     Raises `InputError` where validation data has no labels.

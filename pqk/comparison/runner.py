@@ -27,28 +27,27 @@ from torch import nn
 
 from pqk.bench.oracle import Oracle
 from pqk.bench.protocol import ratio_to
-from pqk.comparison.config import Comparison, Variant, epochs
+from pqk.comparison.config import Comparison, RecipeVariant, epochs
 from pqk.comparison.markdown import to_markdown
-from pqk.comparison.results import Cell, Row, best, rows_of, verdict
+from pqk.comparison.results import ComparedRow, Result, best, rows_of, significance
 from pqk.core.journal import Journal
 from pqk.core.pipeline import load, run_passes
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Observer, Silent
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import digest_of
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import OnnxModel, session
 from pqk.errors import InputError, PqkError
 from pqk.files import read_json, write_json, write_whole
-from pqk.knowledge.teachers.base import fingerprint
+from pqk.knowledge.teachers.base import weights_fingerprint
 from pqk.passes import REWRITES
 from pqk.recipe.parsing import plain
-from pqk.recipe.recipe import unfit
-from pqk.target.machine import fingerprint as machine_fingerprint
-from pqk.target.machine import usable_cores
+from pqk.recipe.recipe import why_not_for_target
+from pqk.target.machine import machine_fingerprint, usable_cores
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.training.trainer import launched
+from pqk.training.trainer import accelerator
 
 
 def compare(
@@ -75,11 +74,11 @@ def compare(
     """
     target = Target.named(comparison.recipe.target.name) if comparison.recipe.target else Target.detect()
     for variant in comparison.trained:
-        if (reason := unfit(variant.recipe.passes, target)) is not None:
+        if (reason := why_not_for_target(variant.recipe.passes, target)) is not None:
             raise InputError(f'variant "{variant.name}": {reason}')
         if epochs(variant.recipe):
             task.need_train(f'variant "{variant.name}"')
-    if launched().num_processes > 1:
+    if accelerator().num_processes > 1:
         raise InputError("compare: its cells run one after the other in one process; start it without torchrun")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -112,12 +111,12 @@ class _Bench:
         for name in ("cells", "students", ".work"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         data = [None if d is None else d.fingerprint() for d in (task.train, task.validation, task.evaluation)]
-        made_of = [fingerprint(teacher), target.name, data, digest_of("example", task.example)]
+        made_of = [weights_fingerprint(teacher), target.name, data, digest_of("example", task.example)]
         self.source = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         # Only asked where a budget is a latency; the recipes share its measurement of the teacher.
-        run = Run(folder=folder / ".work", journal=Journal(folder / ".work" / "journal.jsonl"))
+        run = RunContext(folder=folder / ".work", journal=Journal(folder / ".work" / "journal.jsonl"))
         self.oracle = Oracle(teacher, task, target, comparison.recipe.passes, run)
-        self.saved: dict[tuple[str, int], Cell] = {}
+        self.saved: dict[tuple[str, int], Result] = {}
         self.failed: dict[tuple[str, int], str] = {}
 
     def run(self, command: str) -> dict[str, Any]:
@@ -138,7 +137,7 @@ class _Bench:
         write_whole(self.folder / "comparison.md", lambda p: p.write_text(to_markdown(document)))
         return document
 
-    def _about(self, command: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    def _about(self, command: str, cells: Sequence[Result]) -> dict[str, Any]:
         comparison = self.comparison
         return {
             "pqk": importlib.metadata.version("pqk"),
@@ -165,14 +164,14 @@ class _Bench:
             "machine": machine_fingerprint(),
         }
 
-    def _round(self, seeds: Sequence[int], rows: Sequence[Row]) -> dict[str, Any]:
+    def _round(self, seeds: Sequence[int], rows: Sequence[ComparedRow]) -> dict[str, Any]:
         names = {self.comparison.baseline: "baseline"}
-        said = [{**asdict(r), "verdict": names.get(r.variant, verdict(r.difference))} for r in rows]
+        said = [{**asdict(r), "verdict": names.get(r.variant, significance(r.difference))} for r in rows]
         return {"seeds": list(seeds), "rows": said}
 
     # cells
 
-    def _cells(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
+    def _cells(self, variants: Sequence[RecipeVariant], seeds: Sequence[int]) -> list[Result]:
         """All cells, those that are saved included, seed by seed. A failure is noted and the others go on."""
         cells = []
         with self.observer.task("cells", len(variants) * len(seeds)) as advance:
@@ -185,7 +184,7 @@ class _Bench:
                     advance(1, f"{variant.name}, seed {seed}")
         return cells
 
-    def _saved(self) -> dict[tuple[str, int], Cell]:
+    def _saved(self) -> dict[tuple[str, int], Result]:
         """The finished cells. Raises `InputError` for those that are of something else."""
         confirm, found = self.comparison.confirm, {}
         for variant in self.comparison.trained:
@@ -198,16 +197,16 @@ class _Bench:
                 if other:
                     what = "another recipe" if other == ["recipe"] else "other data, another teacher or another target"
                     raise InputError(f"{path} is of {what}; name the variant anew, or choose another --out")
-                found[variant.name, seed] = Cell(**saved["cell"])
+                found[variant.name, seed] = Result(**saved["cell"])
         return found
 
-    def _path(self, variant: Variant, seed: int) -> Path:
+    def _path(self, variant: RecipeVariant, seed: int) -> Path:
         return self.folder / "cells" / f"{variant.stem}-{seed}.json"
 
-    def _identity(self, variant: Variant, seed: int) -> dict[str, Any]:
+    def _identity(self, variant: RecipeVariant, seed: int) -> dict[str, Any]:
         return {"source": self.source, "recipe": replace(variant.recipe, seed=seed).dumps()}
 
-    def _cell(self, variant: Variant, seed: int) -> Cell:
+    def _cell(self, variant: RecipeVariant, seed: int) -> Result:
         """A new cell, saved. Raises `PqkError` where the variant fails."""
         passes, work = variant.recipe.passes, self.folder / ".work" / str(seed)
         folders = [work / self._digest(passes[: i + 1]) for i in range(len(passes))]
@@ -222,14 +221,14 @@ class _Bench:
     def _compile(self, passes: Sequence[Pass], folders: Sequence[Path], seed: int) -> Program:
         """The INT8 student, from the last pass on whose result is saved. `folders[i]`: where passes 0 … i leave it."""
         student = copy.deepcopy(self.teacher).requires_grad_(True)
-        program = Program(self.teacher, student, Stage.MODULE, self.target, Run())
+        program = Program(self.teacher, student, Stage.MODULE, self.target, RunContext())
         done = [folder / f"{i:02d}-{p.name}" for i, (p, folder) in enumerate(zip(passes, folders, strict=True))]
         saved = [i for i, folder in enumerate(done) if (folder / "program.json").exists()]
         if saved:
             program = passes[saved[-1]].derive(load(program, self.task, done[saved[-1]], REWRITES))
         for i in range(saved[-1] + 1 if saved else 0, len(passes)):
-            run = Run(seed, folders[i], self._journal(folders[i]), self.observer)
-            if self.target.unmeasured() is None:
+            run = RunContext(seed, folders[i], self._journal(folders[i]), self.observer)
+            if self.target.why_not_measured() is None:
                 run = self.oracle.serve(run)
             program = run_passes(replace(program, run=run), self.task, [passes[i]], start=i)
         return program
@@ -255,7 +254,7 @@ class _Bench:
         )
         return [folder for folder in folders if counts[folder.name] < 2]
 
-    def _judge(self, program: Program, variant: Variant, seed: int) -> tuple[float, int]:
+    def _judge(self, program: Program, variant: RecipeVariant, seed: int) -> tuple[float, int]:
         """(the metric on evaluation data, bytes) of the student as it is deployed."""
         if self.target.runtime != "onnxruntime":
             size = sum(t.numel() * t.element_size() for t in program.student.state_dict().values())
@@ -263,20 +262,20 @@ class _Bench:
         path = self._student(variant, seed)
         self._emit(program.student, path)
         like = program.student(*self.task.example)
-        model = OnnxModel(path, like, optimized=self.target.unmeasured() is None)
+        model = OnnxModel(path, like, optimized=self.target.why_not_measured() is None)
         return self.task.score(model, self.task.evaluation), path.stat().st_size
 
     def _emit(self, module: nn.Module, path: Path) -> None:
         emit_onnx(module, self.task.example, path, self.task.input_names, self.task.output_names, self.task.axes)
 
-    def _student(self, variant: Variant, seed: int) -> Path:
+    def _student(self, variant: RecipeVariant, seed: int) -> Path:
         return self.folder / "students" / f"{variant.stem}-{seed}.onnx"
 
-    def _speed(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    def _speed(self, cells: Sequence[Result]) -> list[dict[str, Any]]:
         """Each architecture's first student beside the teacher, once; empty where this machine is not the target."""
-        if self.target.unmeasured() is not None:
+        if self.target.why_not_measured() is not None:
             return []
-        alike: dict[tuple[int, int], list[Cell]] = {}
+        alike: dict[tuple[int, int], list[Result]] = {}
         for cell in cells:
             alike.setdefault((cell.parameters, cell.macs), []).append(cell)
         threads, feeds = min(2, usable_cores()), self.task.feeds(1)
@@ -292,9 +291,9 @@ class _Bench:
         return found
 
 
-def _cell_of(variant: Variant, seed: int, program: Program, evaluation: float, size: int) -> Cell:
+def _cell_of(variant: RecipeVariant, seed: int, program: Program, evaluation: float, size: int) -> Result:
     records = program.records
-    return Cell(
+    return Result(
         variant=variant.name,
         seed=seed,
         validation=records[-1].metric,

@@ -29,7 +29,7 @@ class LaunchedOp(NamedTuple):
     arguments: dict[str, Any]
 
 
-class Traffic(NamedTuple):
+class LaunchTraffic(NamedTuple):
     launches: int
     bytes: int
 
@@ -39,11 +39,11 @@ def launches(module: fx.GraphModule, example: Example) -> list[LaunchedOp]:
     return [launched for launched, _ in _run(module, example)]
 
 
-def traffic(module: fx.GraphModule, example: Example) -> Traffic:
+def traffic(module: fx.GraphModule, example: Example) -> LaunchTraffic:
     """Launches, and bytes moved, of one pass over `example`."""
     counted = _run(module, example)
     times = sum(len(made.arguments[SEVERAL[made.op]]) if made.op in SEVERAL else 1 for made, _ in counted)
-    return Traffic(times, sum(moved for _, moved in counted))
+    return LaunchTraffic(times, sum(moved for _, moved in counted))
 
 
 def _run(module: fx.GraphModule, example: Example) -> list[tuple[LaunchedOp, int]]:

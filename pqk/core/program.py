@@ -22,7 +22,7 @@ from pydantic import ConfigDict
 from torch import Tensor, fx, nn
 
 if TYPE_CHECKING:
-    from pqk.core.run_context import Run
+    from pqk.core.run_context import RunContext
     from pqk.target.target import Target
     from pqk.task.task import Task
 
@@ -97,7 +97,7 @@ class Program:
     student: nn.Module
     stage: Stage
     target: Target
-    run: Run
+    run: RunContext
     plan: tuple[Rewrite, ...] = ()
     declined: tuple[Declined, ...] = ()
     records: tuple[Record, ...] = ()

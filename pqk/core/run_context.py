@@ -30,7 +30,7 @@ _NO_GAIN = (
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """The surroundings of a compilation. `enter` gives those of one pass."""
 
     seed: int = 0
@@ -48,7 +48,7 @@ class Run:
     scope: str = ""
     """the pass that is running, such as `02-distill`"""
 
-    def enter(self, scope: str) -> Run:
+    def enter(self, scope: str) -> RunContext:
         return replace(self, scope=scope)
 
     @property

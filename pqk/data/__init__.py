@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pqk.data.data import ArrayData, Augment, Batch, Data, LoaderData, as_data, digest_of, split
 from pqk.data.structures import Inputs, map_tensors
-from pqk.data.views import Take, TeachersView, TwoViews, View, Views
+from pqk.data.views import Take, TeachersView, TwoViews, ViewFunction, Views
 
 __all__ = [
     "ArrayData",
@@ -16,7 +16,7 @@ __all__ = [
     "Take",
     "TeachersView",
     "TwoViews",
-    "View",
+    "ViewFunction",
     "Views",
     "as_data",
     "digest_of",

@@ -12,7 +12,7 @@ from pqk.data.data import Batch, Data, digest_of
 from pqk.data.structures import Inputs
 from pqk.errors import InputError
 
-View = Callable[[Inputs], Inputs]
+ViewFunction = Callable[[Inputs], Inputs]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Views:
     smaller.
     """
 
-    teacher: View
-    student: View
+    teacher: ViewFunction
+    student: ViewFunction
 
 
 @dataclass(frozen=True)

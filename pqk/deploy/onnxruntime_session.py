@@ -13,12 +13,12 @@ from pqk.data.structures import Outputs
 from pqk.errors import InputError
 from pqk.target.machine import usable_cores
 
-Model = Path | str | bytes
+OnnxSource = Path | str | bytes
 """an ONNX file, or its bytes"""
 
 
 def session(
-    model: Model, *, threads: int = 1, spinning: bool = True, optimized: bool = True, save_to: Path | None = None
+    model: OnnxSource, *, threads: int = 1, spinning: bool = True, optimized: bool = True, save_to: Path | None = None
 ) -> ort.InferenceSession:
     """A CPU session with `threads` intra-op threads.
 

@@ -120,7 +120,7 @@ class QdqFile:
 
     # Accumulators
 
-    def twin(self, layer: Layer, recorded: Mapping[str, Array]) -> Twin | None:
+    def twin(self, layer: Layer, recorded: Mapping[str, Array]) -> AccumulatorTwin | None:
         """The layer's product on bare integers; None unless its only product reads integers on both sides.
 
         Integers may be moved (reshaped, transposed, padded by zeros …) on their way to the product.
@@ -144,15 +144,15 @@ class QdqFile:
         ]
         if operands[0] is None or operands[1] is None or (node.op_type == "Conv" and operands[1].zero_point):
             return None
-        return Twin(node.op_type, operands[0], operands[1], attributes)
+        return AccumulatorTwin(node.op_type, operands[0], operands[1], attributes)
 
-    def _bare_twin(self, node: onnx.NodeProto, recorded: Mapping[str, Array]) -> Twin | None:
+    def _bare_twin(self, node: onnx.NodeProto, recorded: Mapping[str, Array]) -> AccumulatorTwin | None:
         """Of a product that is on bare integers already, whose zero point was found at run time."""
         values, stored, zero = (*node.input, "")[:3]
         if values not in recorded or zero not in recorded or stored not in self.constants:
             return None
         left = Operand(recorded[values], int(recorded[zero]))
-        return Twin("MatMul", left, Operand(numpy_helper.to_array(self.constants[stored]), 0), {})
+        return AccumulatorTwin("MatMul", left, Operand(numpy_helper.to_array(self.constants[stored]), 0), {})
 
     def _dequantizer(self, name: str) -> onnx.NodeProto | None:
         """The DequantizeLinear whose values arrive under `name`, at most moved."""
@@ -209,7 +209,7 @@ def as_integers(centred: Array, zero_point: Array | None) -> Operand | None:
 
 
 @dataclass(frozen=True)
-class Twin:
+class AccumulatorTwin:
     """A convolution or matrix product that gives its int32 accumulator, which QLinearConv and QGemm hide."""
 
     op: str

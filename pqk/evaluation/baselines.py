@@ -23,18 +23,17 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from pqk.bench.contenders import Feeds
 from pqk.bench.protocol import ratio_to
+from pqk.data.structures import Inputs
 from pqk.deploy.onnxruntime_session import session
 from pqk.errors import InputError, first_line
 from pqk.target.machine import installed
 from pqk.target.target import Target, machine_target
 from pqk.task.axes import Axes, free_axes
 from pqk.task.task import Task
-
-Inputs = tuple[Tensor, ...]
 
 CALIBRATION = 512
 """samples of the validation data: the ranges that min-max finds hardly move after a few hundred"""

@@ -19,7 +19,7 @@ import torch
 from pqk.core.pipeline import load, run_passes
 from pqk.core.program import Pass, Program, Stage
 from pqk.data.structures import concatenate
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.evaluation.diagnostics import SAMPLES, Answers, answers, sampled
 from pqk.knowledge import CrossEntropy, FromModule, LabelSmoothing
 from pqk.knowledge.sources import restart
@@ -88,7 +88,7 @@ def _untrained_teacher(program: Program, task: Task, passes: Sequence[Pass]) -> 
     if isinstance(again, str):
         return again
     random = copy.deepcopy(program.teacher)
-    if (reason := _restarted(random, program)) is not None:
+    if (reason := _why_not_restarted(random, program)) is not None:
         return reason
     return dataclasses.replace(again, start=dataclasses.replace(again.start, teacher=random.eval()))
 
@@ -103,7 +103,7 @@ def _from_scratch(program: Program, task: Task, passes: Sequence[Pass]) -> Again
     start = dataclasses.replace(start, stage=Stage.MODULE, records=(), declined=())
     if cut >= 0:
         start = load(program, task, _folder(program) / f"{cut:02d}-{passes[cut].name}", REWRITES)
-    if (reason := _restarted(start.student, program)) is not None:
+    if (reason := _why_not_restarted(start.student, program)) is not None:
         return reason
     rest = [_on(p, CrossEntropy()) for p in passes[cut + 1 :]]
     first = next(i for i in floats if i > cut) - cut - 1
@@ -140,7 +140,7 @@ def _on(p: Pass, term: Labels) -> Pass:
     return dataclasses.replace(p, terms=(term,), teach_from=0.0) if isinstance(p, Distill) else p
 
 
-def _restarted(model: torch.nn.Module, program: Program) -> str | None:
+def _why_not_restarted(model: torch.nn.Module, program: Program) -> Reason | None:
     """Draw all weights anew, alike in every run of a seed; or why that cannot be."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(program.run.seed_for("control") & 0xFFFFFFFF)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from pqk.data.structures import Inputs
+from pqk.errors import Reason
 from pqk.task.task import Task
 
 
@@ -25,7 +26,7 @@ class Corruption(ABC):
     """what it does to a sample, in words"""
 
     @abstractmethod
-    def unfit(self, task: Task) -> str | None:
+    def why_not_corrupted(self, task: Task) -> Reason | None:
         """Why it does not apply to the task's inputs, else None."""
 
     @abstractmethod
@@ -36,17 +37,17 @@ class Corruption(ABC):
 class ImageCorruption(Corruption):
     """Of tasks whose one input is a batch of images [B, C, H, W]."""
 
-    def unfit(self, task: Task) -> str | None:
+    def why_not_corrupted(self, task: Task) -> Reason | None:
         first = task.example[0]
         if len(task.example) == 1 and first.dim() == 4 and first.is_floating_point() and min(first.shape[2:]) > 1:
             return None
         return f"the inputs are no images [B, C, H, W]: {_shapes(task)}"
 
     def __call__(self, task: Task, inputs: Inputs, generator: Generator) -> Inputs:
-        return (self.spoil(inputs[0], generator),)
+        return (self.corrupt(inputs[0], generator),)
 
     @abstractmethod
-    def spoil(self, images: Tensor, generator: Generator) -> Tensor:
+    def corrupt(self, images: Tensor, generator: Generator) -> Tensor:
         """[B, C, H, W] -> the same."""
 
 
@@ -54,7 +55,7 @@ class Noise(ImageCorruption):
     name = "noise"
     what = "normal noise of 0.4 of the image's standard deviation"
 
-    def spoil(self, images: Tensor, generator: Generator) -> Tensor:
+    def corrupt(self, images: Tensor, generator: Generator) -> Tensor:
         drawn = torch.randn(images.shape, generator=generator, dtype=images.dtype)
         return images + 0.4 * images.std((1, 2, 3), keepdim=True) * drawn
 
@@ -63,7 +64,7 @@ class Blur(ImageCorruption):
     name = "blur"
     what = "a normal blur with a standard deviation of 1/32 of the shorter side"
 
-    def spoil(self, images: Tensor, generator: Generator) -> Tensor:
+    def corrupt(self, images: Tensor, generator: Generator) -> Tensor:
         sigma, channels = min(images.shape[2:]) / 32, images.shape[1]
         reach = max(1, round(3 * sigma))
         line = torch.exp(-(torch.arange(-reach, reach + 1, dtype=images.dtype) ** 2) / (2 * sigma**2))
@@ -76,7 +77,7 @@ class Contrast(ImageCorruption):
     name = "contrast"
     what = "0.4 of the contrast around the image's mean"
 
-    def spoil(self, images: Tensor, generator: Generator) -> Tensor:
+    def corrupt(self, images: Tensor, generator: Generator) -> Tensor:
         return torch.lerp(images.mean((2, 3), keepdim=True), images, 0.4)
 
 
@@ -84,7 +85,7 @@ class Shift(ImageCorruption):
     name = "shift"
     what = "moved down and to the right by 1/8 of the sides, the edges repeated"
 
-    def spoil(self, images: Tensor, generator: Generator) -> Tensor:
+    def corrupt(self, images: Tensor, generator: Generator) -> Tensor:
         height, width = images.shape[2:]
         down, right = max(1, height // 8), max(1, width // 8)
         return F.pad(images, (right, 0, down, 0), mode="replicate")[..., :height, :width]
@@ -96,7 +97,7 @@ class WordCorruption(Corruption):
     The first and the last token of a text, which mark its ends, are left alone.
     """
 
-    def unfit(self, task: Task) -> str | None:
+    def why_not_corrupted(self, task: Task) -> Reason | None:
         first = task.example[0]
         if first.dim() == 2 and first.shape[1] > 2 and first.dtype == torch.int64 and _mask(task) is not None:
             return None
@@ -108,12 +109,12 @@ class WordCorruption(Corruption):
         mask = inputs[place] != 0
         inner = torch.zeros_like(mask)
         inner[:, 1:-1] = mask[:, 1:-1] & mask[:, 2:]
-        ids, mask = self.spoil(inputs[0], mask, inner, generator)
+        ids, mask = self.corrupt(inputs[0], mask, inner, generator)
         spoiled = {0: ids, place: mask.to(inputs[place].dtype)}
         return tuple(spoiled.get(i, t) for i, t in enumerate(inputs))
 
     @abstractmethod
-    def spoil(self, ids: Tensor, mask: Tensor, inner: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def corrupt(self, ids: Tensor, mask: Tensor, inner: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """(ids int64, mask bool) -> the same; `inner` marks the words that may be touched. All [B, T]."""
 
 
@@ -121,7 +122,7 @@ class WordDrop(WordCorruption):
     name = "word drop"
     what = "each word is masked out with a probability of 0.15"
 
-    def spoil(self, ids: Tensor, mask: Tensor, inner: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def corrupt(self, ids: Tensor, mask: Tensor, inner: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         return ids, mask & ~(inner & (torch.rand(ids.shape, generator=generator) < 0.15))
 
 
@@ -129,7 +130,7 @@ class WordSwap(WordCorruption):
     name = "word swap"
     what = "each pair of neighbouring words changes places with a probability of 0.3"
 
-    def spoil(self, ids: Tensor, mask: Tensor, inner: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def corrupt(self, ids: Tensor, mask: Tensor, inner: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         left = torch.arange(1, ids.shape[1] - 1, 2)
         chosen = inner[:, left] & inner[:, left + 1] & (torch.rand(len(ids), len(left), generator=generator) < 0.3)
         order = torch.arange(ids.shape[1]).repeat(len(ids), 1)

@@ -6,7 +6,7 @@ compile time has paid. The student is what is deployed; nothing here trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, get_args
@@ -38,11 +38,10 @@ from pqk.report.diagnostics import (
     Interval,
     Robustness,
 )
-from pqk.report.schema import AttributionRow, Variant
+from pqk.report.schema import AttributionRow, VariantName
 from pqk.task.metrics import argmax, cross_entropy
 from pqk.task.task import Task
-
-Model = Callable[..., Outputs]
+from pqk.verify.contract import ModelFunction
 
 SAMPLES = 2000
 """most evaluation samples that are corrupted, and validation samples that a temperature is found on"""
@@ -64,7 +63,7 @@ class Judged:
     """A row of the attribution table, and what there is behind it for a diagnosis."""
 
     row: AttributionRow
-    model: Model | None = None
+    model: ModelFunction | None = None
     """what is deployed"""
     answers: Answers | str = "it was not evaluated"
     """on the evaluation data, or why there are none"""
@@ -89,7 +88,7 @@ def answers(task: Task, outputs: Outputs, targets: Any) -> Answers | str:
     return Answers(outputs[chosen].float(), None if targets is None else targets[chosen])
 
 
-def diagnose(task: Task, judged: Mapping[Variant, Judged], seconds: float) -> Diagnostics:
+def diagnose(task: Task, judged: Mapping[VariantName, Judged], seconds: float) -> Diagnostics:
     """The part `diagnostics` of a report; `seconds` is what the passes took."""
     teacher, student = judged["teacher_fp32"], judged["student"]
     paid = _paid(teacher.row, student.row, seconds)
@@ -108,7 +107,7 @@ DISTILLATION = ("teacher", "fidelity", "calibration", "negative_transfer", "robu
 
 
 def _distilled(
-    task: Task, judged: Mapping[Variant, Judged], teacher: Judged, student: Judged, t: Answers, s: Answers
+    task: Task, judged: Mapping[VariantName, Judged], teacher: Judged, student: Judged, t: Answers, s: Answers
 ) -> dict[str, Any]:
     """Every part that looks at logits, or why it is not there."""
     assert teacher.model is not None and student.model is not None
@@ -132,7 +131,7 @@ def _distilled(
     }
 
 
-def _controls(judged: Mapping[Variant, Judged], student: Tensor, labels: Tensor) -> Iterator[ControlRow]:
+def _controls(judged: Mapping[VariantName, Judged], student: Tensor, labels: Tensor) -> Iterator[ControlRow]:
     for variant in get_args(ControlVariant):
         if variant in judged and isinstance(found := judged[variant].answers, Answers):
             yield control_row(student, found.logits, labels, variant)
@@ -144,7 +143,7 @@ def _gap(gain: Interval, teacher: AttributionRow, student: AttributionRow) -> Ca
     return CapacityGap(gain=gain, teacher_parameters=teacher.parameters, student_parameters=student.parameters)
 
 
-def _calibrated(task: Task, model: Model, validation: Data, logits: Tensor, labels: Tensor) -> Calibration:
+def _calibrated(task: Task, model: ModelFunction, validation: Data, logits: Tensor, labels: Tensor) -> Calibration:
     """Calibration on evaluation data, with the temperature that is best on validation data."""
     said, given = zip(*((model(*b.inputs), b.targets) for b in sampled(validation, SAMPLES)), strict=True)
     found = answers(task, concatenate(list(said)), concatenate(list(given)))
@@ -156,14 +155,14 @@ def _calibrated(task: Task, model: Model, validation: Data, logits: Tensor, labe
     return calibration(logits, labels, temperature, reason)
 
 
-def robustness(task: Task, teacher: Model, student: Model) -> Robustness | str:
+def robustness(task: Task, teacher: ModelFunction, student: ModelFunction) -> Robustness | str:
     """Both networks on corrupted evaluation samples, or why no corruption applies."""
-    left_out = {c.name: reason for c in CORRUPTIONS if (reason := c.unfit(task)) is not None}
+    left_out = {c.name: reason for c in CORRUPTIONS if (reason := c.why_not_corrupted(task)) is not None}
     applied = [c for c in CORRUPTIONS if c.name not in left_out]
     if not applied:
         return "; ".join(sorted(set(left_out.values())))
     generator, clean = torch.Generator().manual_seed(0), "clean"
-    right: dict[tuple[str, Model], list[Tensor]] = {}
+    right: dict[tuple[str, ModelFunction], list[Tensor]] = {}
 
     def spoiled(inputs: Inputs) -> dict[str, Inputs]:
         return {clean: inputs} | {c.name: c(task, inputs, generator) for c in applied}
@@ -177,7 +176,7 @@ def robustness(task: Task, teacher: Model, student: Model) -> Robustness | str:
     flags = {key: torch.cat(found) for key, found in right.items()}
     accuracies = [float(flags[clean, m].double().mean()) for m in (teacher, student)]
 
-    def pair(name: str, model: Model) -> tuple[Tensor, Tensor]:
+    def pair(name: str, model: ModelFunction) -> tuple[Tensor, Tensor]:
         return flags[clean, model], flags[name, model]
 
     return Robustness(

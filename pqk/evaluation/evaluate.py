@@ -42,17 +42,17 @@ from pqk.report.schema import (
     DeclinedRow,
     Fusion,
     LatencyRow,
-    Metric,
+    MetricValues,
     Parity,
     PassRecord,
     Report,
-    Variant,
+    VariantName,
 )
-from pqk.target.machine import fingerprint, peak_memory
+from pqk.target.machine import machine_fingerprint, peak_memory
 from pqk.task.metrics import predict
 from pqk.task.task import Task
 from pqk.training.trainer import Training
-from pqk.verify.contract import Model
+from pqk.verify.contract import ModelFunction
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.fused_parity import check_fused_parity
 from pqk.verify.parity import check_parity
@@ -63,9 +63,11 @@ DIAGNOSED = ("teacher_fp32", "student", *get_args(ControlVariant))
 """networks whose answers are kept"""
 
 
-def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, *, seed: int) -> Report:
+def evaluate(
+    program: Program, task: Task, passes: Sequence[Pass], folder: Path, attribution: str, *, seed: int
+) -> Report:
     """The report of a finished INT8 program; what it deploys is in `folder`, other files are written beside it."""
-    here = program.target.unmeasured()
+    here = program.target.why_not_measured()
     fake_quant = _saved(program, task, passes, Stage.FAKE_QUANT).student
     networks = _networks(program, fake_quant, task, passes, folder, attribution)
     fusion, parity = _contracts(program, fake_quant, task, folder, here)
@@ -76,7 +78,9 @@ def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, at
     student, teacher = by_variant["student"].row, by_variant["teacher_fp32"].row
     seconds = {f"{r.index:02d}-{r.pass_name}": r.seconds for r in program.records}
     return Report(
-        metric=Metric(name=task.metric.name, unit=task.metric.unit, teacher=teacher.metric, student=student.metric),
+        metric=MetricValues(
+            name=task.metric.name, unit=task.metric.unit, teacher=teacher.metric, student=student.metric
+        ),
         latency=tuple(latency),
         latency_reason=here,
         integer_coverage=student.integer_coverage,
@@ -88,7 +92,7 @@ def prove(program: Program, task: Task, passes: Sequence[Pass], folder: Path, at
         macs=student.macs or 0,
         seconds=seconds,
         declined=_declined(program.declined),
-        machine=fingerprint(),
+        machine=machine_fingerprint(),
         target=program.target.name,
         seed=seed,
         attribution=tuple(j.row for j in judged),
@@ -157,12 +161,12 @@ def _saved(
 def _networks(
     program: Program, fake_quant: nn.Module, task: Task, passes: Sequence[Pass], folder: Path, attribution: str
 ) -> list[Network]:
-    def emit(variant: Variant, module: nn.Module, name: str) -> Network:
+    def emit(variant: VariantName, module: nn.Module, name: str) -> Network:
         path = folder / f"{name}.onnx"
         emit_onnx(module, task.example, path, task.input_names, task.output_names, task.axes)
         return Network(variant, path, module)
 
-    def stage(variant: Variant, kind: type[Pass]) -> Network:
+    def stage(variant: VariantName, kind: type[Pass]) -> Network:
         for before_quantization in (Stage.GRAPH, Stage.MODULE):
             try:
                 saved = _saved(program, task, passes, before_quantization, kind)
@@ -237,7 +241,7 @@ def _latency(
     return rows + _other_sizes(files, task), notes
 
 
-def _other_sizes(files: Mapping[Variant, Path], task: Task) -> list[LatencyRow]:
+def _other_sizes(files: Mapping[VariantName, Path], task: Task) -> list[LatencyRow]:
     """Teacher and student in ONNX Runtime on the task's other inputs."""
     rows: list[LatencyRow] = []
     for name, batch in itertools.product(task.timed, (1, THROUGHPUT_BATCH)):
@@ -254,7 +258,7 @@ def _other_sizes(files: Mapping[Variant, Path], task: Task) -> list[LatencyRow]:
 def _elsewhere(
     program: Program,
     networks: Sequence[Network],
-    files: dict[Variant, Path],
+    files: dict[VariantName, Path],
     inputs: tuple[torch.Tensor, ...],
     feeds: dict[str, Any],
 ) -> list[Contender | Skipped]:
@@ -328,7 +332,7 @@ def _weight(network: Network, module: nn.Module, task: Task, here: str | None) -
     }
 
 
-def _deployed(path: Path | None, program: Program, task: Task, here: str | None, model: nn.Module) -> Model:
+def _deployed(path: Path | None, program: Program, task: Task, here: str | None, model: nn.Module) -> ModelFunction:
     """What a row's file computes; its module where it has none."""
     if path is None:
         return model

@@ -20,7 +20,7 @@ from pqk.evaluation.baselines import (
     optimum_ptq,
     ptq,
 )
-from pqk.report.schema import Variant
+from pqk.report.schema import VariantName
 from pqk.task.task import Task
 
 NEURAL_COMPRESSOR = "neural-compressor"
@@ -33,7 +33,7 @@ PADDED = 32
 class Network:
     """One row of the attribution table in the making: its file, and the module behind it for counting."""
 
-    variant: Variant
+    variant: VariantName
     path: Path | None
     module: nn.Module | None
     reason: str = ""
@@ -65,7 +65,7 @@ def quantized_teachers(program: Program, task: Task, folder: Path) -> list[Netwo
 
 def _by_optimum(program: Program, task: Task, folder: Path) -> list[Network]:
     found = []
-    static: Variant = "teacher_optimum_static"
+    static: VariantName = "teacher_optimum_static"
     for variant in (static, "teacher_optimum_dynamic"):
         path = folder / f"{variant}.onnx"
         samples = task.calibration(CALIBRATION, teacher=True) if variant == static else None

@@ -27,20 +27,20 @@ TRIALS = 9
 """timed calls a configuration; their median counts"""
 
 
-def for_target(name: str) -> Gpu:
+def gpu_for(name: str) -> Gpu:
     """The GPU that a target's students are planned for: this machine's, else the one that stands for the target."""
     if torch.cuda.is_available():
         return gpu_of("cuda")
     return arch_named(name.replace("cuda-sm", "sm_")).planned if name.startswith("cuda-") else ARCHES[0].planned
 
 
-def given(passes: Sequence[Pass]) -> Tuning | None:
+def read_tuning(passes: Sequence[Pass]) -> Tuning | None:
     """What a recipe's `fuse` says. Raises `InputError` for a file that is no tuning."""
     path = next((p.tuning for p in passes if isinstance(p, Fuse)), "")
     return Tuning.load(path) if path else None
 
 
-def by_rule(student: fx.GraphModule, inputs: tuple[Tensor, ...], gpu: Gpu) -> Tuning:
+def choose_tuning(student: fx.GraphModule, inputs: tuple[Tensor, ...], gpu: Gpu) -> Tuning:
     """What the kernels of a student choose on `gpu` for `inputs` (on the CPU), nothing being measured."""
     return Tuning(gpu, False, _table([choice for choice, _ in _choices(student, inputs, gpu)]))
 
@@ -54,7 +54,7 @@ class Clock(Protocol):
     def timer(self, ballast: int) -> Timer: ...
 
 
-def measured(student: fx.GraphModule, inputs: tuple[Tensor, ...], device: Clock) -> Tuning:
+def measure_tuning(student: fx.GraphModule, inputs: tuple[Tensor, ...], device: Clock) -> Tuning:
     """The fastest of each kernel's candidates for the shapes that `inputs` (on the CPU) give, timed on `device`.
 
     `student` is on the CPU. Each call finds twice the L2 cache written over. One that cannot run loses.
@@ -72,7 +72,7 @@ def measured(student: fx.GraphModule, inputs: tuple[Tensor, ...], device: Clock)
     return Tuning(gpu, True, _table(best))
 
 
-def merged(found: Sequence[Tuning]) -> Tuning:
+def merge_tunings(found: Sequence[Tuning]) -> Tuning:
     """All of them, of one GPU, as one; there is at least one."""
     choices: dict[str, dict[str, Config]] = {}
     for op, table in (pair for each in found for pair in each.choices.items()):

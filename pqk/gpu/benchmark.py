@@ -32,14 +32,14 @@ from torch import Tensor, nn
 from pqk.bench.contenders import Contender, Skipped
 from pqk.bench.protocol import BURST, ROUNDS, WARM, interleave, measure
 from pqk.core.launches import traffic
-from pqk.data.structures import tensors
+from pqk.data.structures import Inputs, tensors
 from pqk.deploy.artifact import Artifact
 from pqk.deploy.tuning import Tuning
 from pqk.errors import InputError, ParityError, first_line
-from pqk.gpu.autotune import measured, merged
+from pqk.gpu.autotune import measure_tuning, merge_tunings
 from pqk.gpu.device import Ceilings, Device
 from pqk.recipe.factories import load_teacher
-from pqk.report.schema import LatencyRow, Variant
+from pqk.report.schema import LatencyRow, VariantName
 
 STUDENT = "student.pt2"
 GATE_SAMPLES = 64
@@ -62,8 +62,6 @@ PROTOCOL = (
     "passes before one is used again, and weights are as warm as that leaves them. Ratios are against the teacher's "
     "fastest precision in torch.compile."
 )
-
-Inputs = tuple[Tensor, ...]
 
 
 # Correctness
@@ -152,7 +150,9 @@ def input_bytes(inputs: Inputs) -> int:
     return sum(x.numel() * x.element_size() for x in inputs)
 
 
-def contender(device: Device, variant: Variant, runtime: str, module: nn.Module, inputs: Inputs) -> Contender | Skipped:
+def contender(
+    device: Device, variant: VariantName, runtime: str, module: nn.Module, inputs: Inputs
+) -> Contender | Skipped:
     """`module`, on the device and in eval mode, as captured graphs: one for each copy of `inputs`."""
     plan = rotation(input_bytes(inputs), device.l2_bytes)
     try:
@@ -209,7 +209,7 @@ def teachers(device: Device, teacher: nn.Module, inputs: Inputs) -> list[Contend
 
 
 @dataclass(frozen=True)
-class Share:
+class CeilingShare:
     """One student row against the ceilings. An operation is a multiplication or an addition: two for each MAC."""
 
     batch: int
@@ -220,10 +220,12 @@ class Share:
     integer: float
 
 
-def share(batch: int, moved: int, macs: int, milliseconds: float, ceilings: Ceilings) -> Share:
+def share(batch: int, moved: int, macs: int, milliseconds: float, ceilings: Ceilings) -> CeilingShare:
     """`moved` bytes and `macs` a call."""
     seconds = milliseconds / 1e3
-    return Share(batch, moved, 2 * macs, moved / seconds / ceilings.bandwidth, 2 * macs / seconds / ceilings.integer)
+    return CeilingShare(
+        batch, moved, 2 * macs, moved / seconds / ceilings.bandwidth, 2 * macs / seconds / ceilings.integer
+    )
 
 
 # The benchmark
@@ -237,7 +239,7 @@ class Found:
     gate: Agreement
     ceilings: Ceilings
     latency: list[LatencyRow]
-    shares: list[Share]
+    shares: list[CeilingShare]
     skipped: list[Skipped]
     protocol: str
     tuning: Tuning | None
@@ -261,13 +263,13 @@ def benchmark(
     """
     cpu, student = artifact.student(), artifact.student(device.name)
     tuning = _tuned(artifact, cpu, device, batches) if tune else None
-    agreement = gate(cpu, student, example(artifact, GATE_SAMPLES), device.name)
+    agreement = gate(cpu, student, example_on(artifact, GATE_SAMPLES), device.name)
     ceilings, macs = device.ceilings(), artifact.report.macs
     teacher, absent = _teacher(artifact)
     graph = artifact.rebuild(teacher).eval().to(device.name) if teacher is not None else None
     latency, shares, skipped = [], [], [absent] if absent is not None else []
     for batch in batches:
-        inputs = example(artifact, batch)
+        inputs = example_on(artifact, batch)
         placed = tuple(x.to(device.name) for x in inputs)
         tried = [] if teacher is None else teachers(device, teacher, inputs)
         if graph is not None:
@@ -284,7 +286,7 @@ def benchmark(
 
 def _tuned(artifact: Artifact, cpu: Any, device: Device, batches: Sequence[int]) -> Tuning:
     """What is fastest on the device, by measurement; from now on the process runs so."""
-    found = merged([measured(cpu, example(artifact, batch), device) for batch in batches])
+    found = merge_tunings([measure_tuning(cpu, example_on(artifact, batch), device) for batch in batches])
     found.install()
     return found
 
@@ -303,7 +305,7 @@ def in_turn(contenders: Sequence[Contender], rounds: int, *, burst: int = BURST,
     return rows
 
 
-def example(artifact: Artifact, batch: int) -> Inputs:
+def example_on(artifact: Artifact, batch: int) -> Inputs:
     """The artifact's random inputs of that batch size, on the CPU."""
     return tuple(torch.from_numpy(x) for x in artifact.example(batch).values())
 

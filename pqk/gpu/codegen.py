@@ -42,7 +42,7 @@ SPILL = ("STL", "LDL")
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileJob:
     """One kernel to compile for one architecture, as JSON would have it."""
 
     kernel: str
@@ -85,7 +85,7 @@ class Code:
         return [name for name in self.matrix if INTEGER.match(name)]
 
 
-def job(run: Launch, arch: str) -> Job:
+def job(run: Launch, arch: str) -> CompileJob:
     """What compiling a launch for an architecture takes. Its tensors may be on any device, `meta` too."""
     function = run.kernel.fn
     types, constants, known = signature(run)
@@ -95,7 +95,7 @@ def job(run: Launch, arch: str) -> Job:
             value = run.args.get(name)
             if isinstance(value, Tensor) and name not in constants and value.untyped_storage().nbytes() < 2**31:
                 attributes.setdefault(i, []).append(["tt.pointer_range", 32])
-    return Job(
+    return CompileJob(
         kernel=f"{function.__module__}:{function.__name__}",
         arch=arch,
         types=types,
@@ -107,7 +107,7 @@ def job(run: Launch, arch: str) -> Job:
 
 
 def compile_all(
-    jobs: Sequence[Job], workers: int = 1, advance: Callable[[int], None] | None = None
+    jobs: Sequence[CompileJob], workers: int = 1, advance: Callable[[int], None] | None = None
 ) -> list[Code | str]:
     """The code of each job, or the reason why it did not compile. Equal jobs are compiled once.
 
@@ -124,7 +124,7 @@ def compile_all(
     return [found[each.key] for each in jobs]
 
 
-def _compiled(jobs: Sequence[Job], advance: Callable[[int], None] | None) -> Iterator[tuple[str, Code | str]]:
+def _compiled(jobs: Sequence[CompileJob], advance: Callable[[int], None] | None) -> Iterator[tuple[str, Code | str]]:
     """Results by key. A compiler that dies takes its process along; the next process goes on behind the culprit."""
     left = list(jobs)
     while left:
@@ -183,7 +183,7 @@ def answer(work: Callable[[Any], Iterable[Any]]) -> None:
 # In the worker
 
 
-def compile_one(each: Job) -> Code:
+def compile_one(each: CompileJob) -> Code:
     """Compile and read the code. Triton must not be interpreted here. Raises what Triton raises."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -247,7 +247,7 @@ def _compile_each(jobs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any] | s
     """The worker: the fields of each job's code, or a reason in words."""
     for each in jobs:
         try:
-            yield asdict(compile_one(Job(**each)))
+            yield asdict(compile_one(CompileJob(**each)))
         except Exception as error:  # Triton, LLVM and ptxas raise what they like; all of it is the answer
             yield f"{type(error).__name__}: {str(error).strip()[:1000]}"
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from pqk.bench.contenders import Timer
-from pqk.errors import InputError
-from pqk.kernels.common.gpu import too_old
+from pqk.errors import InputError, Reason
+from pqk.kernels.common.gpu import why_not_run
 from pqk.kernels.common.triton import TRITON_MISSING
 
 Call = Callable[[], object]
@@ -42,11 +42,11 @@ class Device(Protocol):
     def ceilings(self) -> Ceilings: ...
 
 
-def missing() -> str | None:
+def why_not_present() -> Reason | None:
     """Why the kernels cannot be measured on this machine, or None."""
     if not torch.cuda.is_available():
         return f"no CUDA device: torch {torch.__version__} sees none on this machine"
-    return TRITON_MISSING or too_old(torch.cuda.current_device())
+    return TRITON_MISSING or why_not_run(torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Cuda:
     COPY, SIDE, TRIALS = 1 << 30, 8192, 20
 
     def __init__(self) -> None:
-        if (reason := missing()) is not None:
+        if (reason := why_not_present()) is not None:
             raise InputError(reason)
         self.properties = torch.cuda.get_device_properties(self.name)
         self.l2_bytes = int(self.properties.L2_cache_size)

@@ -129,7 +129,7 @@ class Prediction:
     """what it waits for: `memory` or `matrix units`"""
 
 
-def predict(arch: Arch, moved: int, int8_macs: int, float_macs: int, programs: int) -> Prediction:
+def least_time(arch: Arch, moved: int, int8_macs: int, float_macs: int, programs: int) -> Prediction:
     """The roofline of a launch that moves `moved` bytes and multiplies in `programs` programs.
 
     No more cores can multiply than there are programs.

@@ -24,9 +24,9 @@ from torch import Tensor
 from pqk.core.progress import Observer, Silent
 from pqk.deploy.artifact import Artifact
 from pqk.errors import InputError, PqkError
-from pqk.gpu.codegen import Code, Job, answer, compile_all, job, worker
-from pqk.gpu.roofline import ARCHES, arch_named, predict
-from pqk.gpu.traffic import Traffic, trace, untraceable
+from pqk.gpu.codegen import Code, CompileJob, answer, compile_all, job, worker
+from pqk.gpu.roofline import ARCHES, arch_named, least_time
+from pqk.gpu.traffic import Traffic, trace, why_not_traced
 from pqk.kernels import KERNELS, on_cuda
 from pqk.kernels.common.gpu import planning_for
 from pqk.kernels.common.launch import Launch, collecting
@@ -125,7 +125,7 @@ def _traced(row: Planned) -> dict[str, Any]:
     for name, runs in row.plans.items():
         looks = json.dumps([_looks(r) for r in runs])
         if looks not in seen:
-            reason = untraceable(runs) if runs else f"{row.op} is not a kernel of pqk"
+            reason = why_not_traced(runs) if runs else f"{row.op} is not a kernel of pqk"
             seen[looks] = reason if reason is not None else asdict(trace(runs))
         traffic[name] = seen[looks]
     jobs = {name: [asdict(job(r, name)) for r in runs] for name, runs in row.plans.items()}
@@ -136,7 +136,7 @@ def _traced(row: Planned) -> dict[str, Any]:
 # The proof
 
 
-def prove(
+def check_launches_statically(
     folder: Path | None,
     arches: Sequence[str],
     *,
@@ -158,7 +158,7 @@ def prove(
     rows = _rows(
         {"folder": None if folder is None else str(folder), "arches": [a.name for a in known], "batch": batch}, observer
     )
-    jobs = [Job(**each) for row in rows for of_arch in row["jobs"].values() for each in of_arch]
+    jobs = [CompileJob(**each) for row in rows for of_arch in row["jobs"].values() for each in of_arch]
     total = len({each.key for each in jobs})
     with observer.task("compiling", total) as advance:
         codes = compile_all(jobs, workers or os.cpu_count() or 1, lambda n: advance(n, ""))
@@ -198,7 +198,7 @@ def _layer(row: dict[str, Any], found: Mapping[str, Code | str]) -> dict[str, An
         traffic = Traffic(**traced) if isinstance(traced, dict) else None
         codes = []
         for each, grid in zip(jobs, row["grids"][name], strict=True):
-            made = found[Job(**each).key]
+            made = found[CompileJob(**each).key]
             code = made if isinstance(made, Code) else None
             codes.append(
                 {
@@ -211,7 +211,7 @@ def _layer(row: dict[str, Any], found: Mapping[str, Code | str]) -> dict[str, An
                     **(asdict(code) if code else {}),
                 }
             )
-        predicted = traffic and predict(arch, traffic.moved, traffic.int8_macs, traffic.float_macs, traffic.programs)
+        predicted = traffic and least_time(arch, traffic.moved, traffic.int8_macs, traffic.float_macs, traffic.programs)
         on[name] = {
             "launches": codes,
             "traffic": {**asdict(traffic), "moved": traffic.moved, "ratio": traffic.ratio} if traffic else None,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.kernels.common.launch import Launch, launch
 from pqk.kernels.common.triton import INTERPRETED, TRITON_MISSING
 
@@ -61,7 +61,7 @@ class Traffic:
         return self.moved / self.once if self.once else 1.0
 
 
-def untraceable(launches: Sequence[Launch]) -> str | None:
+def why_not_traced(launches: Sequence[Launch]) -> Reason | None:
     """Why these launches cannot be traced here, or None."""
     if TRITON_MISSING is not None:
         return TRITON_MISSING
@@ -83,9 +83,9 @@ def trace(launches: Sequence[Launch]) -> Traffic:
     What the launches write is meaningless afterwards, as matrix products are left out.
 
     Memory that is updated by atomics was filled before, by a launch that is not ours; its bytes are counted. Raises
-    `InputError` where `untraceable` gives a reason.
+    `InputError` where `why_not_traced` gives a reason.
     """
-    if (reason := untraceable(launches)) is not None:
+    if (reason := why_not_traced(launches)) is not None:
         raise InputError(f"no traffic can be counted: {reason}")
     tensors = {(t.data_ptr(), t.shape, t.stride(), t.dtype): t for each in launches for t in tensors_of(each)}
     inside = _merged([_span(t) for t in tensors.values()])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pqk.data.data import Batch
 from pqk.data.structures import first_tensor, widened
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import Teacher
 from pqk.knowledge.terms.base import Place, Term, View
@@ -20,7 +20,7 @@ from pqk.knowledge.weighting import Gate, balancer, gate_named, ramp, temperatur
 from pqk.task.task import Task
 from pqk.training.trainer import Objective
 
-Kept = Callable[[str], Sequence[int] | None]
+SurvivingChannels = Callable[[str], Sequence[int] | None]
 """student's module path -> the teacher's output channels that survive there, where the compiler cut some"""
 
 CALIBRATION = 512
@@ -43,7 +43,7 @@ class Distillation(Objective):
         teacher: Teacher,
         *,
         start: float = 0.0,
-        kept: Kept = lambda point: None,
+        kept: SurvivingChannels = lambda point: None,
         on_progress: Callable[[float], None] = lambda progress: None,
         balance: str = "static",
         masks: Mapping[str, Callable[[Batch], Tensor]] | None = None,
@@ -53,7 +53,7 @@ class Distillation(Objective):
         terms = [t for t in terms if t.weight > 0]  # a term of weight zero must not even draw random numbers
         if not terms:
             raise InputError("distill: no term has a weight above 0; there is nothing to train on")
-        if (reason := blindness(terms)) is not None:
+        if (reason := why_not_learned(terms)) is not None:
             raise InputError(f"distill: {reason}")
         if any(t.needs_teacher or t.gate for t in terms):
             teacher.check(task.example)
@@ -66,7 +66,7 @@ class Distillation(Objective):
         self._build_projectors(student, kept)
         self.balance = balancer(balance, len(self.terms))
 
-    def _build_projectors(self, student: nn.Module, kept: Kept) -> None:
+    def _build_projectors(self, student: nn.Module, kept: SurvivingChannels) -> None:
         if not self.student_points:
             return
         batch = Batch(self.task.example, None, None)
@@ -113,11 +113,11 @@ class Distillation(Objective):
                 losses[i] = losses[i] * self.gates[i](view).detach()
             ramps[i] = ramp(term, self.progress, self.start if term.needs_teacher else 0.0)
         total = self.balance(losses, ramps, student)
-        own = self.teacher.lesson(view) if torch.is_grad_enabled() else None
+        own = self.teacher.auxiliary_loss(view) if torch.is_grad_enabled() else None
         return total if own is None else total + own
 
 
-def blindness(terms: Sequence[Term]) -> str | None:
+def why_not_learned(terms: Sequence[Term]) -> Reason | None:
     """Why these terms alone cannot see what the student is for, else None."""
     if not terms or not all(t.blind for t in terms):
         return None

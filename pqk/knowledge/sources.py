@@ -18,7 +18,7 @@ from torch import nn
 from pqk.core.program import CONFIG
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.files import read_json
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import FrozenTeacher, Teacher
@@ -49,7 +49,7 @@ class Source(ABC):
     like_student: ClassVar[bool] = False
     """whether its layers have the student's channels, whatever was cut"""
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         """Why its answers cannot be kept for the next epoch, whatever the data is, else None."""
         return None
 
@@ -79,7 +79,7 @@ class FromEMA(Source):
     """let the momentum grow from 0, at most 1 - 1/(k + 1) in step k"""
     like_student: ClassVar[bool] = True
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return EMATeacher.uncacheable
 
     def make(self, given: Given) -> Teacher:
@@ -177,7 +177,7 @@ class FromPeer(Source):
         if self.noise == 0 and not self.restart:
             raise InputError("noise = 0 without restart: the peer would be the student's twin and teach it nothing")
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return PeerTeacher.uncacheable
 
     def make(self, given: Given) -> Teacher:
@@ -194,7 +194,7 @@ class FromPeer(Source):
         return PeerTeacher(peer, given.points, **options)  # type: ignore[arg-type]
 
 
-Member = Annotated[
+AnyMember = Annotated[
     FromModule | FromEMA | FromSnapshot | FromOnnx | FromArtifact | FromAssistant | FromPeer,
     Field(discriminator="source"),
 ]
@@ -208,7 +208,7 @@ class FromExits(Source):
     source: Literal["exits"] = "exits"
     points: tuple[str, ...] = Field(min_length=1)
     """module paths of the student whose outputs get an exit"""
-    teacher: Member = FromModule()
+    teacher: AnyMember = FromModule()
     """who else teaches, and answers the terms"""
     ce_weight: float = Field(default=0.3, ge=0)
     """weight of the task's loss at each exit"""
@@ -217,8 +217,8 @@ class FromExits(Source):
     temperature: float = Field(default=3.0, gt=0)
     """of that"""
 
-    def uncached(self) -> str | None:
-        return self.teacher.uncached()
+    def why_not_cached(self) -> Reason | None:
+        return self.teacher.why_not_cached()
 
     def make(self, given: Given) -> Teacher:
         with torch.no_grad():
@@ -240,7 +240,7 @@ class FromShadow(Source):
     temperature: float = Field(default=4.0, gt=0)
     """of both"""
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return ShadowTeacher.uncacheable
 
     def make(self, given: Given) -> Teacher:
@@ -255,7 +255,7 @@ class FromEnsemble(Source):
     """The weighted mean of several teachers."""
 
     source: Literal["ensemble"] = "ensemble"
-    members: tuple[Member, ...] = Field(min_length=1)
+    members: tuple[AnyMember, ...] = Field(min_length=1)
     """the teachers: tables with `source`"""
     weights: tuple[float, ...] | None = None
     """one for each member; none: alike"""
@@ -274,10 +274,10 @@ class FromEnsemble(Source):
                 f"weights: {list(weights)} for {len(self.members)} members; give one each, at least 0 and not all 0"
             )
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         if self.uncertainty:
             return "how far the members disagree is not kept with their answers"
-        return next((reason for m in self.members if (reason := m.uncached()) is not None), None)
+        return next((reason for m in self.members if (reason := m.why_not_cached()) is not None), None)
 
     def make(self, given: Given) -> Teacher:
         kind = UncertaintyTeacher if self.uncertainty else EnsembleTeacher

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from pqk.recipe.parsing import documentation, explain, parse, plain, read_text
-from pqk.recipe.recipe import FACTORY, Recipe, TargetSpec, TaskSpec, TeacherSpec, parse_passes, pass_named, unfit
+from pqk.recipe.recipe import (
+    FACTORY,
+    Recipe,
+    TargetSpec,
+    TaskSpec,
+    TeacherSpec,
+    parse_passes,
+    pass_named,
+    why_not_for_target,
+)
 from pqk.recipe.schema import json_schema
 
 __all__ = [
@@ -20,5 +29,5 @@ __all__ = [
     "pass_named",
     "plain",
     "read_text",
-    "unfit",
+    "why_not_for_target",
 ]

@@ -19,7 +19,7 @@ from pqk.report.diagnostics import ControlVariant, Diagnostics
 
 SCHEMA_PATH = Path(__file__).with_name("report.schema.json")
 
-Variant = Literal[
+VariantName = Literal[
     "teacher_fp32",
     "teacher_ptq",
     "teacher_dynamic",
@@ -47,7 +47,7 @@ TITLES = {
 }
 
 
-class Metric(Part):
+class MetricValues(Part):
     """The task's metric on the evaluation data."""
 
     name: str
@@ -59,7 +59,7 @@ class Metric(Part):
 class LatencyRow(Part):
     """One contender's time, measured in turn with the baseline: the teacher in ONNX Runtime FP32."""
 
-    variant: Variant
+    variant: VariantName
     runtime: str
     """onnxruntime, torch, torch.compile, openvino, neural-compressor"""
     batch: Annotated[int, Field(gt=0)]
@@ -157,7 +157,7 @@ class Fusion(Part):
 class AttributionRow(Part):
     """What the network was worth after each step. A null number has its reason in `reasons`, by field name."""
 
-    variant: Variant
+    variant: VariantName
     runtime: str = "onnxruntime"
     label: str | None = None
     """what to call the row; the variant's usual title where null"""
@@ -208,7 +208,7 @@ class Conditions(Part):
 class Report(Part):
     """`report.json`."""
 
-    metric: Metric | None
+    metric: MetricValues | None
     latency: tuple[LatencyRow, ...]
     latency_reason: str | None = None
     """why `latency` is empty"""

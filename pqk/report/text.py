@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from pqk.report.schema import TITLES, AttributionRow, LatencyRow, Metric, Report
+from pqk.report.schema import TITLES, AttributionRow, LatencyRow, MetricValues, Report
 
 
 def percent(share: float | None) -> str:
@@ -18,7 +18,7 @@ def scaled(count: float | None, unit: float, suffix: str, digits: int = 1) -> st
     return "–" if count is None else f"{count / unit:.{digits}f} {suffix}"
 
 
-def metric_text(metric: Metric | None, value: float | None) -> str:
+def metric_text(metric: MetricValues | None, value: float | None) -> str:
     """A metric in its unit; shares as percentages."""
     if metric is None or value is None:
         return "–"

@@ -27,7 +27,7 @@ BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 log = logging.getLogger(__name__)
 
 
-def fingerprint() -> dict[str, Any]:
+def machine_fingerprint() -> dict[str, Any]:
     """CPU, instruction sets, cores usable by this process, system, Python, library versions and the target's name.
 
     `target` is None where no integer target fits the CPU, `gpu` where there is none.

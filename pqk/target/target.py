@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from pqk.errors import InputError, nearest
+from pqk.errors import InputError, Reason, nearest
 from pqk.quant.qparams import U8, Grid
 
 ISA_ORDER = {"x86-avx2": ("x86-avx2", "x86-vnni"), "x86-vnni": ("x86-vnni",)}
@@ -45,16 +45,16 @@ class Target:
         """The target that this machine's CPU is. Raises `InputError` for a CPU without integer dot products."""
         return Target.named(machine_target())
 
-    def unmeasured(self) -> str | None:
+    def why_not_measured(self) -> Reason | None:
         """Why a compile cannot time this target's students, nor read what its runtime executes; None where it can.
 
         A compile measures in ONNX Runtime. Triton students are timed on their GPU, by `pqk benchmark --device cuda`.
         """
         if self.runtime == "triton":
             return f"target {self.name}: student.pt2 is timed on its GPU: pqk benchmark DIR --device cuda"
-        return self.mismatch()
+        return self.why_not_here()
 
-    def mismatch(self) -> str | None:
+    def why_not_here(self) -> Reason | None:
         """Why the numbers of this target are not this machine's; None where they are."""
         here = machine_target()
         if self.name.startswith("cuda"):

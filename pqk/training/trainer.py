@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import Batch, Data
 from pqk.data.structures import map_tensors
 from pqk.errors import InputError, PqkError
@@ -93,7 +93,7 @@ class Objective(nn.Module):
         """Called after each epoch."""
 
 
-def launched() -> Accelerator:
+def accelerator() -> Accelerator:
     """The processes of this launch: one, or those of `accelerate launch` or `torchrun`.
 
     Accelerate takes processes on a machine without an accelerator for strangers to each other unless it is told.
@@ -131,7 +131,7 @@ def optimizer_for(training: Training, *modules: nn.Module) -> torch.optim.Optimi
     )
 
 
-def fit(run: Run, student: nn.Module, data: Data, objective: Objective, training: Training) -> TrainingLog:
+def fit(run: RunContext, student: nn.Module, data: Data, objective: Objective, training: Training) -> TrainingLog:
     """Train `student` in place.
 
     Raises `InputError` where a checkpoint exists and the data cannot be entered in the middle of an epoch, and
@@ -143,10 +143,12 @@ def fit(run: Run, student: nn.Module, data: Data, objective: Objective, training
 class _Fit:
     """The state of one training run, and how it is saved and restored."""
 
-    def __init__(self, run: Run, student: nn.Module, data: Data, objective: Objective, training: Training) -> None:
+    def __init__(
+        self, run: RunContext, student: nn.Module, data: Data, objective: Objective, training: Training
+    ) -> None:
         self.run, self.student, self.data, self.objective, self.training = run, student, data, objective, training
         self.total = max(1, round(training.epochs * len(data)))
-        self.accelerator = launched()
+        self.accelerator = accelerator()
         if any(t.dim() == 4 for t in next(data.batches()).inputs):
             for t in (*student.parameters(), *student.buffers()):  # Module.to refuses captured constants of five axes
                 if t.dim() == 4:

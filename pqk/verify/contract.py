@@ -8,12 +8,12 @@ from typing import Any, Literal
 from torch import nn
 
 from pqk.data.structures import Outputs, tensors
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.report.schema import LayerParity, Parity
 from pqk.task.metrics import predict
 from pqk.task.task import Task
 
-Model = Callable[..., Outputs]
+ModelFunction = Callable[..., Outputs]
 
 
 MAX_LSB = 1
@@ -37,7 +37,7 @@ def verdict(
 ) -> Parity:
     """The contract: every layer, then the ends."""
     broken = next((layer for layer in layers if not layer.passed), None)
-    divergence = describe(broken) if broken else ends["divergence"]
+    divergence = divergence_of(broken) if broken else ends["divergence"]
     return Parity(
         passed=divergence is None,
         layers=tuple(layers),
@@ -49,7 +49,7 @@ def verdict(
     )
 
 
-def describe(layer: LayerParity) -> str:
+def divergence_of(layer: LayerParity) -> str:
     """One line on how a layer breaks the contract."""
     if layer.max_relative is not None:
         return f"{layer.name} ({layer.op}): float output differs by {layer.max_relative:.2g} (allowed {RELATIVE:g})"
@@ -57,7 +57,7 @@ def describe(layer: LayerParity) -> str:
     return text + (", int32 accumulators differ" if layer.accumulators is False else "")
 
 
-def compare_ends(fake_quant: nn.Module, deployed: Model, task: Task, *, samples: int | None) -> dict[str, Any]:
+def compare_ends(fake_quant: nn.Module, deployed: ModelFunction, task: Task, *, samples: int | None) -> dict[str, Any]:
     """Decisions and metric of the fake-quant graph against what is deployed: agreement, delta, divergence."""
     ours, targets = predict(fake_quant, task.evaluation, samples)
     theirs, _ = predict(deployed, task.evaluation, samples)
@@ -73,11 +73,13 @@ def compare_ends(fake_quant: nn.Module, deployed: Model, task: Task, *, samples:
         delta = task.metric.function(theirs, targets) - task.metric.function(ours, targets)
     value = 1.0 if targets is None or task.metric.unit == "share" else task.metric.function(ours, targets)
     count = len(tensors(ours)[0])
-    divergence = ends_divergence(agreement, delta, value, mine.numel(), count)
+    divergence = why_not_at_the_ends(agreement, delta, value, mine.numel(), count)
     return {"agreement": agreement, "metric_delta": delta, "samples": count, "divergence": divergence}
 
 
-def ends_divergence(agreement: float, delta: float | None, value: float, decisions: int, samples: int) -> str | None:
+def why_not_at_the_ends(
+    agreement: float, delta: float | None, value: float, decisions: int, samples: int
+) -> Reason | None:
     """How decisions or metric break the contract; None where they keep it. One sample is always allowed."""
     slack = 1e-12  # of summing shares in floating point
     least = min(AGREEMENT, 1 - 1 / decisions)

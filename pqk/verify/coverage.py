@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from pqk.deploy.onnxruntime_session import Model, session
+from pqk.deploy.onnxruntime_session import OnnxSource, session
 from pqk.errors import InputError
 
 Shape = tuple[int, ...]
@@ -115,7 +115,7 @@ FLOAT: dict[str, Callable[[Operands], int]] = {
 UNCOUNTED = frozenset({"Einsum", "LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "MatMulNBits", "GroupQueryAttention"})
 
 
-def integer_coverage(model: Model, example_feeds: Mapping[str, NDArray[Any]]) -> Coverage:
+def integer_coverage(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]]) -> Coverage:
     """Coverage of an ONNX model; `example_feeds` is one batch of its inputs by name.
 
     Raises `InputError` for a model that ONNX Runtime refuses, feeds that do not fit, or an operator whose MACs cannot
@@ -140,7 +140,7 @@ def integer_coverage(model: Model, example_feeds: Mapping[str, NDArray[Any]]) ->
     return Coverage(in_integers / total if total else 1.0, total, in_integers, tuple(layers))
 
 
-def executed_graph(model: Model) -> onnx.ModelProto:
+def executed_graph(model: OnnxSource) -> onnx.ModelProto:
     """The graph as ONNX Runtime executes it on this machine, with its default optimizations."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "executed.onnx"

@@ -22,7 +22,7 @@ from pqk.kernels.common.epilogue import MAX_STEPS, rows_of
 from pqk.passes.fuse.fuse import stands_for
 from pqk.report.schema import LayerParity, Parity
 from pqk.task.task import Task
-from pqk.verify.contract import EXACT_SHARE, MAX_LSB, RELATIVE, Model, compare_ends, verdict
+from pqk.verify.contract import EXACT_SHARE, MAX_LSB, RELATIVE, ModelFunction, compare_ends, verdict
 from pqk.verify.interpreters import Recorder, Ties
 
 PRODUCTS = ("int8_linear", "int8_conv2d", "int8_depthwise_conv2d", "int8_linear_into", "int8_conv2d_into")
@@ -34,7 +34,7 @@ def check_fused_parity(
     fake_quant: nn.Module,
     int8_graph: fx.GraphModule,
     fused: fx.GraphModule,
-    deployed: Model,
+    deployed: ModelFunction,
     task: Task,
     *,
     samples: int | None = None,

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from pqk.data.structures import tensors
 from pqk.deploy.onnxruntime_session import OnnxModel, session
-from pqk.deploy.qdq import Array, Layer, QdqFile, Twin
+from pqk.deploy.qdq import AccumulatorTwin, Array, Layer, QdqFile
 from pqk.errors import InputError
 from pqk.report.schema import LayerParity, Parity
 from pqk.task.task import Task
@@ -138,7 +138,7 @@ def run_layer(file: QdqFile, layer: Layer, recorded: Mapping[str, Array], optimi
     return session(model, optimized=optimized).run(None, feeds)[0]
 
 
-def equal_accumulators(twin: Twin, optimized: bool) -> bool:
+def equal_accumulators(twin: AccumulatorTwin, optimized: bool) -> bool:
     """Whether ONNX Runtime's int32 accumulators are the true ones (float64 holds every such sum exactly)."""
     left, right = twin.operands()
     got = session(twin.model(), optimized=optimized).run(None, {"left": left.values})[0]

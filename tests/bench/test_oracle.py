@@ -12,7 +12,7 @@ from zoo import NETWORKS
 from pqk.bench import oracle as module
 from pqk.bench.oracle import Oracle
 from pqk.bench.statistics import Ratio
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.passes import Capture, Convert, Quantize
 from pqk.passes.capture.capture import capture
 from pqk.target.target import Target
@@ -38,8 +38,8 @@ def test_a_layer_in_float_is_timed_beside_the_same_student_without(monkeypatch: 
     monkeypatch.setattr(module, "session", session)
     monkeypatch.setattr(module, "ratio_to", ratio_to)
     passes = (Capture(), Quantize(least_sqnr=90.0, faster_float=True), Convert())
-    oracle = Oracle(teacher, task, Target.named("x86-avx2"), passes, Run())
-    run = oracle.serve(Run())
+    oracle = Oracle(teacher, task, Target.named("x86-avx2"), passes, RunContext())
+    run = oracle.serve(RunContext())
     try:
         graph = capture(teacher, task.example)
         assert run.float_gain(graph, (), "0", "test") == (1.3, 1.2, 1.4)

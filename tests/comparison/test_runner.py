@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from pqk.cli import app as cli
 from pqk.comparison import runner as module
 from pqk.comparison.config import Comparison, Confirm, comparison_schema, epochs
-from pqk.comparison.results import Cell, best, rows_of, verdict
+from pqk.comparison.results import Result, best, rows_of, significance
 from pqk.comparison.runner import compare
 from pqk.comparison.statistics import spread, t_quantile, t_within
 from pqk.core.pipeline import run_passes
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.errors import InputError
 from pqk.files import read_json
 from pqk.knowledge import TERMS
@@ -208,8 +208,8 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
     assert spread([2.0]) == replace(found, mean=2.0, low=None, high=None)
 
 
-def cell(variant: str, seed: int, evaluation: float, validation: float | None = 0.5) -> Cell:
-    return Cell(variant, seed, validation, evaluation, 1.0, 4, 1.0, 10, 100, 1000, [])
+def cell(variant: str, seed: int, evaluation: float, validation: float | None = 0.5) -> Result:
+    return Result(variant, seed, validation, evaluation, 1.0, 4, 1.0, 10, 100, 1000, [])
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -218,11 +218,14 @@ def test_differences_are_paired_by_seed() -> None:
     cells = [cell("plain KD", 0, 0.3), cell("plain KD", 1, 0.9), cell("no KD", 0, 0.4), cell("no KD", 1, 1.0)]
     plain, without = rows_of(comparison, cells, (0, 1))
     assert plain.difference is None and without.difference is not None
-    assert without.difference.mean == pytest.approx(0.1) and verdict(without.difference) == "helps"
+    assert without.difference.mean == pytest.approx(0.1) and significance(without.difference) == "helps"
     assert without.evaluation.high is not None and without.evaluation.high > 1.5
-    assert verdict(spread([-0.2, -0.2])) == "hurts" and verdict(spread([-0.2, 0.3])) == "no significant difference"
+    assert (
+        significance(spread([-0.2, -0.2])) == "hurts"
+        and significance(spread([-0.2, 0.3])) == "no significant difference"
+    )
     (alone,) = rows_of(comparison, [c for c in cells if c.variant == "no KD"], (0, 1))
-    assert alone.difference is None and verdict(None) == "not paired"
+    assert alone.difference is None and significance(None) == "not paired"
 
 
 def test_the_choice_does_not_look_at_evaluation_data() -> None:
@@ -247,7 +250,7 @@ def test_a_cell_is_its_recipe_compiled(toy: Path, monkeypatch: pytest.MonkeyPatc
     assert not list((toy / "out" / ".work").rglob("0[1-9]-*")), "only what variants share is kept"
     (cell,) = (c for c in document["cells"] if c["variant"] == "no KD")
     program = run_passes(
-        Program(teacher, copy.deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), Run(0)),
+        Program(teacher, copy.deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), RunContext(0)),
         task,
         comparison.named("no KD").recipe.passes,
     )

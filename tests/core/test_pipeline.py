@@ -25,7 +25,7 @@ from pqk.core import pipeline
 from pqk.core.journal import Journal
 from pqk.core.pipeline import check_order, load, run_passes, verify
 from pqk.core.program import Pass, Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData
 from pqk.errors import InputError, PqkError
 from pqk.knowledge import CrossEntropy, Hint, KLDivergence
@@ -75,7 +75,7 @@ def task() -> Task:
 def program(folder: Path | None = None) -> Program:
     teacher = Net().eval().requires_grad_(False)
     journal = Journal(None if folder is None else folder / "journal.jsonl")
-    run = Run(3, folder, journal)
+    run = RunContext(3, folder, journal)
     return Program(teacher, copy.deepcopy(teacher).requires_grad_(True), Stage.MODULE, Target.named("x86-avx2"), run)
 
 

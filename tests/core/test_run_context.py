@@ -14,7 +14,7 @@ from torch import nn
 
 from pqk.core.distributed import from_main, is_main_process
 from pqk.core.journal import Journal
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.errors import InputError
 
 
@@ -25,9 +25,9 @@ def test_a_decision_is_measured_once_and_replayed(tmp_path: Path) -> None:
         calls.append(1)
         return {"ms": 0.1 + 0.2, "order": (3, 1)}
 
-    run = Run(journal=Journal(path)).enter("00-prune")
+    run = RunContext(journal=Journal(path)).enter("00-prune")
     first = run.decide("rank", measure)
-    again = Run(journal=Journal(path)).enter("00-prune").decide("rank", measure)
+    again = RunContext(journal=Journal(path)).enter("00-prune").decide("rank", measure)
     assert first == again == run.decide("rank", measure) == {"ms": 0.1 + 0.2, "order": [3, 1]}  # as JSON from the first
     assert len(calls) == 1
     run.enter("01-prune").decide("rank", measure)
@@ -70,19 +70,19 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path: Path, monkeypatch: pytes
 
 def test_seeds_are_functions_of_seed_pass_and_key() -> None:
     """And never change: a run that was begun by another version goes on with the same numbers."""
-    run = Run(seed=3).enter("01-distill")
-    seeds = [run.seed_for("epoch", e) for e in range(3)] + [Run(seed=4).enter("01-distill").seed_for("epoch", 0)]
+    run = RunContext(seed=3).enter("01-distill")
+    seeds = [run.seed_for("epoch", e) for e in range(3)] + [RunContext(seed=4).enter("01-distill").seed_for("epoch", 0)]
     seeds += [run.enter("02-distill").seed_for("epoch", 0), run.seed_for("pass")]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
-    assert seeds[0] == Run(seed=3).enter("01-distill").seed_for("epoch", 0) == 9155522378125969867
+    assert seeds[0] == RunContext(seed=3).enter("01-distill").seed_for("epoch", 0) == 9155522378125969867
 
 
 def test_without_the_target_a_latency_is_refused_with_what_to_do() -> None:
     with pytest.raises(InputError, match=r"^prune: a latency budget needs the target's runtime.*macs, parameters"):
-        Run().latency(nn.Identity(), "prune")
+        RunContext().latency(nn.Identity(), "prune")
     with pytest.raises(InputError, match="compile on the target"):
-        Run().baseline_latency("prune")
-    assert Run(deployed_latency=lambda m: 2.0).latency(nn.Identity(), "prune") == 2.0
+        RunContext().baseline_latency("prune")
+    assert RunContext(deployed_latency=lambda m: 2.0).latency(nn.Identity(), "prune") == 2.0
 
 
 def test_one_process_decides_for_itself() -> None:
@@ -90,6 +90,6 @@ def test_one_process_decides_for_itself() -> None:
 
 
 def test_scratch_is_made_on_demand(tmp_path: Path) -> None:
-    assert Run().scratch is None
-    scratch = Run(folder=tmp_path / "w").enter("00-prune").scratch
+    assert RunContext().scratch is None
+    scratch = RunContext(folder=tmp_path / "w").enter("00-prune").scratch
     assert scratch == tmp_path / "w" / "00-prune.partial" and scratch.is_dir()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pqk.compiler import compress
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch, LoaderData
 from pqk.data.views import Take, TeachersView, TwoViews, Views
 from pqk.errors import InputError
@@ -119,7 +119,7 @@ def test_in_training_both_are_fed_theirs() -> None:
     given = Given(teacher, student, (), "fp32", both.example)
     objective = Distillation((KLDivergence(),), both, student, FromModule().make(given))
     assert both.train is not None
-    fit(Run(), student, both.train, objective, Training(epochs=1))
+    fit(RunContext(), student, both.train, objective, Training(epochs=1))
     for t, s in zip(taught[-6:], trained[-6:], strict=True):
         torch.testing.assert_close(blurred(t), s)
 
@@ -162,7 +162,9 @@ def test_cached_training_equals_live_training(tmp_path: Path) -> None:
     def state(folder: Path | None) -> dict[str, Tensor]:
         teacher = Net().eval().requires_grad_(False)
         student = copy.deepcopy(teacher).requires_grad_(True)
-        start = Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), Run(1, folder).enter("00-distill"))
+        start = Program(
+            teacher, student, Stage.MODULE, Target.named("x86-avx2"), RunContext(1, folder).enter("00-distill")
+        )
         done = Distill(epochs=3, terms=(LogitMSE(),)).apply(start, task())
         assert done.details["teacher"] == ("cached" if folder else "live: nothing is saved in this run")
         return done.student.state_dict()

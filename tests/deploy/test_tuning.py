@@ -16,7 +16,7 @@ from torch import fx, nn
 from pqk.bench.contenders import timed
 from pqk.deploy.tuning import CHOICES, Tuning
 from pqk.errors import InputError
-from pqk.gpu.autotune import by_rule, for_target, given, measured, merged
+from pqk.gpu.autotune import choose_tuning, gpu_for, measure_tuning, merge_tunings, read_tuning
 from pqk.gpu.roofline import ARCHES, arch_named
 from pqk.kernels import int8_linear, on_cuda
 from pqk.kernels.common.configs import Config, noting, remember, trying
@@ -82,8 +82,8 @@ def test_an_answer_of_benchmark_is_a_tuning(tmp_path: Path) -> None:
     tuning = Tuning(HERE, True, {"int8_linear": {KEY: int8_linear.SKINNY[0]}})
     path = tmp_path / "found.json"
     path.write_text(json.dumps({"latency": [], "tuning": tuning.document()}))
-    assert Tuning.load(path) == given([Fuse(tuning=str(path))]) == tuning
-    assert given([Fuse()]) is None
+    assert Tuning.load(path) == read_tuning([Fuse(tuning=str(path))]) == tuning
+    assert read_tuning([Fuse()]) is None
 
 
 SPOILED: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
@@ -114,13 +114,13 @@ def test_what_is_no_tuning_is_refused(tmp_path: Path, says: str, spoil: Callable
 def test_every_choice_of_a_student_is_stored(student: tuple[fx.GraphModule, torch.Tensor]) -> None:
     fused, x = student
     for arch in ARCHES:
-        tuning = by_rule(fused, (x,), arch.planned)
+        tuning = choose_tuning(fused, (x,), arch.planned)
         kernels = {op: len(table) for op, table in tuning.choices.items()}
         assert kernels == {"int8_conv2d": 1, "int8_depthwise_conv2d": 1, "int8_linear": 1}
         assert not tuning.measured and tuning.gpu == arch.planned
         assert all(op in CHOICES for op in kernels)
-    assert for_target("cuda-sm90") == arch_named("sm_90").planned or torch.cuda.is_available()
-    assert for_target("x86-avx2") == ARCHES[0].planned or torch.cuda.is_available()
+    assert gpu_for("cuda-sm90") == arch_named("sm_90").planned or torch.cuda.is_available()
+    assert gpu_for("x86-avx2") == ARCHES[0].planned or torch.cuda.is_available()
 
 
 class Rigged:
@@ -155,11 +155,11 @@ def test_the_fastest_is_measured() -> None:
     (choice,) = noted
     first, *_, last = choice.candidates
     assert choice.config == first and len(choice.candidates) == 3
-    tuning = measured(fused, (x,), Rigged(fastest=last, broken=first))  # type: ignore[arg-type]
+    tuning = measure_tuning(fused, (x,), Rigged(fastest=last, broken=first))  # type: ignore[arg-type]
     assert tuning.measured and tuning.choices == {"int8_linear": {choice.key: last}}
     really = Rigged(last, first)
     really.timer = lambda ballast: timed  # type: ignore[method-assign,assignment]
-    assert measured(fused, (x,), really).choices["int8_linear"][choice.key] in choice.candidates  # type: ignore[arg-type]
-    both = merged([tuning, Tuning(HERE, True, {"int8_linear": {KEY: first}})])
+    assert measure_tuning(fused, (x,), really).choices["int8_linear"][choice.key] in choice.candidates  # type: ignore[arg-type]
+    both = merge_tunings([tuning, Tuning(HERE, True, {"int8_linear": {KEY: first}})])
     assert set(both.choices["int8_linear"]) == {choice.key, KEY} and both.measured
     assert on_cuda("aten::add") is None and on_cuda("pqk::nothing") is None

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from pqk import Recipe, compress
 from pqk.core.aten import quantized_tensors
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import session
@@ -59,7 +59,7 @@ def program(target: str = "x86-avx2", **settings: Any) -> tuple[Program, Program
     torch.manual_seed(0)
     model, part = Mixer().eval(), ArrayData(drawn((64, 6, 32)), None, 16)
     task = Task(None, part, validation=part, example=drawn((2, 6, 32)), dynamic_axes={"input": {1: "tokens"}})
-    start = Program(model, model, Stage.MODULE, Target.named(target), Run())
+    start = Program(model, model, Stage.MODULE, Target.named(target), RunContext())
     fake = Quantize(activations="dynamic", **settings).apply(Capture().apply(start, task), task)
     return fake, Convert().apply(replace(fake, student=copy.deepcopy(fake.student)), task), task
 

@@ -24,13 +24,13 @@ from torch import nn
 from pqk.core.aten import quantized_tensors
 from pqk.core.costs import count_parameters
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.files import read_json, write_json
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.passes.prune.blocks import find_blocks
-from pqk.passes.prune.groups import ChannelGroup, find_groups, probe
+from pqk.passes.prune.groups import ChannelGroup, find_groups, why_not_cut
 from pqk.target.target import Target
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.parity import check_layers
@@ -56,7 +56,7 @@ def test_a_family_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     teacher = family.teacher()
     task = family.task(teacher)
-    program = Program(teacher, copy.deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Program(teacher, copy.deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     done: list[str] = []
     broken: dict[str, list[str]] = {}
     for index, step in enumerate(PASSES):
@@ -99,7 +99,7 @@ def prunable(family: Family, teacher: nn.Module) -> dict[str, Any]:
     example = family.sample(2)
     found: dict[str, list[str | None]] = {kind: [] for kind in ("heads", "units", "width", "layers")}
     for group in find_groups(teacher, example):
-        reason = probe(teacher, example, group)
+        reason = why_not_cut(teacher, example, group)
         if reason is None or "channels of the model's output" not in reason:
             found[kind_of(group, teacher)].append(reason)
     blocks, declined = find_blocks(teacher, family.sample(8))

@@ -182,7 +182,7 @@ def test_channels_that_are_padded_on_the_way_are_no_group() -> None:
 
 
 def test_speed_on_another_machine_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    other = next(t.name for t in TARGETS if t.runtime == "onnxruntime" and t.mismatch())
+    other = next(t.name for t in TARGETS if t.runtime == "onnxruntime" and t.why_not_here())
     network = NETWORKS["tokens"]
     teacher = network.teacher()
     fast = Recipe(passes=(Capture(), Quantize(faster_float=True), Convert()), target=TargetSpec(name=other))

@@ -49,7 +49,7 @@ def test_images_keep_their_shapes_and_stay_as_they_are(shape: tuple[int, ...], s
     images = torch.randn(shape, generator=seeded(seed))
     before, task = images.clone(), a_task(torch.zeros(2, *shape[1:]))
     for corruption in IMAGES:
-        assert corruption.unfit(task) is None
+        assert corruption.why_not_corrupted(task) is None
         (spoiled,) = corruption(task, (images,), seeded(seed))
         assert spoiled.shape == images.shape and spoiled.dtype == images.dtype and bool(spoiled.isfinite().all())
         assert torch.equal(images, before)
@@ -62,22 +62,22 @@ def test_strengths_are_relative_to_the_image(seed: int, scale: float, offset: fl
     """Whatever the normalisation of the inputs is, the same thing befalls them."""
     images = torch.randn(2, 3, 16, 16, generator=seeded(seed), dtype=torch.float64)
     for corruption in IMAGES:
-        plain = corruption.spoil(images, seeded())
-        other = corruption.spoil(images * scale + offset, seeded())
+        plain = corruption.corrupt(images, seeded())
+        other = corruption.corrupt(images * scale + offset, seeded())
         torch.testing.assert_close(other, plain * scale + offset)
 
 
 def test_each_does_what_it_says() -> None:
     images = torch.randn(2, 3, 16, 16, generator=seeded(), dtype=torch.float64)
-    noise = Noise().spoil(images, seeded()) - images
+    noise = Noise().corrupt(images, seeded()) - images
     assert float(noise.std() / images.std()) == pytest.approx(0.4, rel=0.1)
-    assert float(Contrast().spoil(images, seeded()).std() / images.std()) == pytest.approx(0.4, rel=0.05)
-    shifted = Shift().spoil(images, seeded())
+    assert float(Contrast().corrupt(images, seeded()).std() / images.std()) == pytest.approx(0.4, rel=0.05)
+    shifted = Shift().corrupt(images, seeded())
     assert torch.equal(shifted[..., 2:, 2:], images[..., :-2, :-2])
     assert torch.equal(shifted[..., 0, 2:], images[..., 0, :-2])
     point = torch.zeros(1, 1, 65, 65, dtype=torch.float64)
     point[..., 32, 32] = 1
-    blurred = Blur().spoil(point, seeded())[0, 0]
+    blurred = Blur().corrupt(point, seeded())[0, 0]
     place = torch.arange(65, dtype=torch.float64) - 32
     assert float(blurred.sum()) == pytest.approx(1)
     assert float((blurred.sum(0) * place**2).sum()) == pytest.approx((65 / 32) ** 2, rel=0.05)  # its variance
@@ -101,12 +101,12 @@ def test_words_are_dropped_and_swapped_inside_the_text(texts: Task) -> None:
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda c: c.name)
 def test_inputs_that_are_not_its_own_are_declined(corruption: Corruption, texts: Task) -> None:
-    assert (corruption.unfit(texts) is None) == (corruption in WORDS)
-    vectors = corruption.unfit(a_task(torch.zeros(2, 5)))
+    assert (corruption.why_not_corrupted(texts) is None) == (corruption in WORDS)
+    vectors = corruption.why_not_corrupted(a_task(torch.zeros(2, 5)))
     assert vectors is not None and "input (2, 5) torch.float32" in vectors
-    unmasked = corruption.unfit(a_task(torch.zeros(2, 5, dtype=torch.long)))
+    unmasked = corruption.why_not_corrupted(a_task(torch.zeros(2, 5, dtype=torch.long)))
     assert unmasked is not None
-    two = corruption.unfit(a_task(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)))
+    two = corruption.why_not_corrupted(a_task(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)))
     assert two is not None
 
 

@@ -24,7 +24,7 @@ from pqk.passes import Capture, Convert, Distill, Prune, Quantize
 from pqk.recipe.recipe import Recipe
 from pqk.report.diagnostics import Diagnostics, Robustness
 from pqk.report.markdown import to_markdown
-from pqk.report.schema import AttributionRow, Variant
+from pqk.report.schema import AttributionRow, VariantName
 from pqk.task.task import Task
 
 CLASSES = 4
@@ -46,7 +46,7 @@ def task() -> Task:
     return Task(None, images(), validation=images(32))
 
 
-def judged(variant: Variant, model: Callable[..., Any], task: Task, **numbers: Any) -> Judged:
+def judged(variant: VariantName, model: Callable[..., Any], task: Task, **numbers: Any) -> Judged:
     batches = list(task.evaluation.batches())
     outputs, targets = torch.cat([model(*b.inputs) for b in batches]), torch.cat([b.targets for b in batches])
     return Judged(AttributionRow(variant=variant, **numbers), model, answers(task, outputs, targets))

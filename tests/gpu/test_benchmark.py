@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from pqk.bench.contenders import Contender, Skipped, Timer, timed
 from pqk.cli import app as cli
 from pqk.cli import views as describe
-from pqk.cli.console import Answer, write
+from pqk.cli.console import CommandAnswer, write
 from pqk.compiler import compress
 from pqk.data.data import ArrayData
 from pqk.deploy.artifact import Artifact
 from pqk.deploy.tuning import Tuning
 from pqk.errors import InputError, ParityError
 from pqk.gpu import benchmark as benchmark_cuda
-from pqk.gpu.autotune import by_rule
+from pqk.gpu.autotune import choose_tuning
 from pqk.gpu.benchmark import (
     COPIES,
     Agreement,
@@ -44,7 +44,7 @@ from pqk.gpu.benchmark import (
     share,
     teachers,
 )
-from pqk.gpu.device import Call, Ceilings, Cuda, Replay, missing
+from pqk.gpu.device import Call, Ceilings, Cuda, Replay, why_not_present
 from pqk.kernels.common.gpu import gpu_of
 from pqk.models.resnet import resnet
 from pqk.passes import Capture, Convert, Fuse, Quantize
@@ -311,7 +311,7 @@ def test_a_whole_run(fused: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = {"artifact": "x", "target": "cuda-sm80", **found.document()}
     text = json.dumps(document, allow_nan=False)
     assert [LatencyRow.model_validate(r) for r in json.loads(text)["latency"]] == found.latency
-    write(Answer(document, describe.gpu(document)), as_json=False)
+    write(CommandAnswer(document, describe.gpu(document)), as_json=False)
     shown = capsys.readouterr().out
     assert "triton" in shown and "equal outputs, 64 of 64" in shown and "10 GB/s and 0.1 TOPS" in shown
     assert "CUDA graph" in found.protocol and "for 5 rounds" in found.protocol
@@ -349,7 +349,7 @@ def test_without_a_factory_there_is_no_teacher(fused: Path, monkeypatch: pytest.
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_command_refuses_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "no CUDA device" in str(missing())
+    assert "no CUDA device" in str(why_not_present())
     with pytest.raises(InputError, match="no CUDA device"):
         Cuda()
     assert cli.run(["benchmark", str(tmp_path), "--device", "cuda"]) == 2
@@ -360,7 +360,7 @@ def test_the_command_refuses_a_machine_without_a_gpu(capsys: pytest.CaptureFixtu
 def test_the_command_shows_what_was_found(
     fused: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pqk.gpu.device.missing", lambda: None)
+    monkeypatch.setattr("pqk.gpu.device.why_not_present", lambda: None)
     monkeypatch.setattr("pqk.gpu.device.Cuda", Pretended)
     short: Callable[..., Any] = benchmark_cuda.benchmark
     monkeypatch.setattr(benchmark_cuda, "benchmark", lambda a, d, batches: short(a, d, batches, rounds=5))
@@ -368,7 +368,7 @@ def test_the_command_shows_what_was_found(
 
     def tuned(student: Any, inputs: tuple[Tensor, ...], device: Any) -> Tuning:
         asked.append(tuple(inputs[0].shape))
-        return replace(by_rule(student, inputs, gpu_of(device.name)), measured=True)
+        return replace(choose_tuning(student, inputs, gpu_of(device.name)), measured=True)
 
     monkeypatch.setattr(benchmark_cuda, "measured", tuned)
     assert cli.run(["benchmark", str(fused), "--device", "cuda", "--json"]) == 0

@@ -11,8 +11,8 @@ import pytest
 
 from pqk import kernels
 from pqk.errors import InputError, PqkError
-from pqk.gpu.codegen import SASS, Code, Job, compile_all, job, read_amd
-from pqk.gpu.roofline import ARCHES, Arch, arch_named, occupancy, predict
+from pqk.gpu.codegen import SASS, Code, CompileJob, compile_all, job, read_amd
+from pqk.gpu.roofline import ARCHES, Arch, arch_named, least_time, occupancy
 from pqk.kernels import int8_linear
 from pqk.kernels.common.gpu import planning_for
 from pqk.kernels.common.launch import Launch
@@ -95,7 +95,7 @@ def test_failures_are_reasons_and_stop_nothing(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")])))
     types = {"x_ptr": "*fp32", "BLOCK": "constexpr"}
-    full = Job("spilling:crowded", "sm_80", types, {"BLOCK": 1 << 14}, [], num_warps=1, num_stages=1)
+    full = CompileJob("spilling:crowded", "sm_80", types, {"BLOCK": 1 << 14}, [], num_warps=1, num_stages=1)
     roomy = replace(full, num_warps=16)
     absent, deadly = replace(full, kernel="spilling:absent"), replace(full, kernel="deadly:kernel")
     done: list[int] = []
@@ -188,13 +188,13 @@ def test_occupancy_is_bounded_by_the_scarcest() -> None:
 
 def test_predictions_are_the_slower_of_two() -> None:
     a100 = arch_named("sm_80")
-    memory = predict(a100, moved=2_039_000, int8_macs=0, float_macs=0, programs=1)
+    memory = least_time(a100, moved=2_039_000, int8_macs=0, float_macs=0, programs=1)
     assert memory.bound == "memory" and memory.microseconds == pytest.approx(1.0)
-    matrix = predict(a100, moved=0, int8_macs=312_000_000, float_macs=0, programs=216)
+    matrix = least_time(a100, moved=0, int8_macs=312_000_000, float_macs=0, programs=216)
     assert matrix.bound == "matrix units" and matrix.microseconds == pytest.approx(1.0)
-    half = predict(a100, moved=0, int8_macs=312_000_000, float_macs=0, programs=54)
+    half = least_time(a100, moved=0, int8_macs=312_000_000, float_macs=0, programs=54)
     assert half.microseconds == pytest.approx(2.0)  # half of the cores have a program
-    assert predict(a100, 0, 0, 156_000_000, 108).microseconds == pytest.approx(1.0)
+    assert least_time(a100, 0, 0, 156_000_000, 108).microseconds == pytest.approx(1.0)
 
 
 def test_architectures_are_named_once() -> None:

@@ -137,17 +137,17 @@ def test_tables_show_every_launch(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_what_cannot_be_proven_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.run(["kernels"]) == cli.run(["kernels", str(tmp_path), "--cases"]) == 2
     with pytest.raises(InputError, match='"sm_91"'):
-        gpu_proof.prove(None, ["sm_91"])
+        gpu_proof.check_launches_statically(None, ["sm_91"])
     with pytest.raises(InputError, match="manifest"):
-        gpu_proof.prove(tmp_path, ["sm_80"])
+        gpu_proof.check_launches_statically(tmp_path, ["sm_80"])
     monkeypatch.setattr(gpu_proof, "TRITON_MISSING", "Triton is not installed")
     with pytest.raises(InputError, match="not installed"):
-        gpu_proof.prove(None, ["sm_80"])
+        gpu_proof.check_launches_statically(None, ["sm_80"])
 
 
 @pytest.mark.full
 def test_the_cases_meet_every_bar() -> None:
-    document = gpu_proof.prove(None, ["sm_80"])
+    document = gpu_proof.check_launches_statically(None, ["sm_80"])
     assert document["problems"] == []
     assert {layer["op"] for layer in document["layers"]} == {m.__name__.rpartition(".")[2] for m in gpu_proof.KERNELS}
 

@@ -11,7 +11,7 @@ from pqk import kernels
 from pqk.errors import InputError
 from pqk.gpu.roofline import ARCHES
 from pqk.gpu.static_checks import MOST_TRAFFIC
-from pqk.gpu.traffic import SECTOR, Traffic, programs, sectors, trace, untraceable
+from pqk.gpu.traffic import SECTOR, Traffic, programs, sectors, trace, why_not_traced
 from pqk.kernels.common import launch, triton
 from pqk.kernels.common.gpu import planning_for
 from pqk.kernels.common.launch import Launch
@@ -103,12 +103,12 @@ def test_sectors_of_a_view_leave_its_gaps_out() -> None:
 def test_what_cannot_be_traced_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1 << 20, dtype=torch.int8)
     big = copying(x, torch.empty_like(x), 1 << 20)
-    assert "16384 programs" in (untraceable([big]) or "")
+    assert "16384 programs" in (why_not_traced([big]) or "")
     with pytest.raises(InputError, match="smaller batch"):
         trace([big])
-    assert untraceable([copying(x, x, 64)]) is None
+    assert why_not_traced([copying(x, x, 64)]) is None
     monkeypatch.setattr("pqk.gpu.traffic.INTERPRETED", False)
-    assert "TRITON_INTERPRET" in (untraceable([]) or "")
+    assert "TRITON_INTERPRET" in (why_not_traced([]) or "")
 
 
 def assert_bar(run: Launch) -> Traffic:

@@ -298,10 +298,10 @@ def test_what_the_kernels_do_not_take_has_a_reason() -> None:
         ((1, MAX_ROWS + 1, 1, 1), [MAX_ROWS, 1], "pixel coordinates do not fit"),
     ):
         sized = pool(x=x.new_empty(shape), params=params, kind="max", kernel=[1, 1], stride=stride)
-        assert reason in str(int8_pool.supports(sized))
-    assert "overflow int32" in str(int8_pool.supports(pool(x=x, params=params, kind="global_average")))
+        assert reason in str(int8_pool.why_not_supported(sized))
+    assert "overflow int32" in str(int8_pool.why_not_supported(pool(x=x, params=params, kind="global_average")))
     rows = [x.reshape(-1, 1)] * 2
-    assert "32-bit index" in str(int8_concat.supports(concat(inputs=rows, params=params)))
+    assert "32-bit index" in str(int8_concat.why_not_supported(concat(inputs=rows, params=params)))
     with pytest.raises(InputError, match="32-bit index"):
         int8_concat.run(concat(inputs=rows, params=params))
     assert all(m.supports(c.arguments()) is None for m in MODULES for c in m.CASES)

@@ -188,7 +188,7 @@ def test_a_shortcut_that_does_not_fit() -> None:
             assert words in str(refused.value)
     plain = Case((1, 3, 3, 8), 8, groups=8, epilogue="residual").conv()
     assert "int8_conv2d does that" in (
-        int8_depthwise_conv2d.supports(replace(plain, residual_channels=conv.residual_channels)) or ""
+        int8_depthwise_conv2d.why_not_supported(replace(plain, residual_channels=conv.residual_channels)) or ""
     )
 
 
@@ -348,10 +348,12 @@ def test_what_the_kernels_do_not_take(module: ModuleType) -> None:
 
 
 def test_other_limits() -> None:
-    assert "65535" in (int8_conv2d.supports(Case((1, 3, 3, 1 << 17), 1 << 17, groups=1 << 16).conv("meta")) or "")
+    assert "65535" in (
+        int8_conv2d.why_not_supported(Case((1, 3, 3, 1 << 17), 1 << 17, groups=1 << 16).conv("meta")) or ""
+    )
     uneven = torch.zeros(8, 3, 6, 1, dtype=torch.int8)[:, :, ::2]
     conv = replace(Case((1, 6, 6, 8), 8, groups=8).conv(), weight=uneven[:, :, :2])
-    assert "evenly spaced" in (int8_depthwise_conv2d.supports(conv) or "")
+    assert "evenly spaced" in (int8_depthwise_conv2d.why_not_supported(conv) or "")
 
 
 def test_configurations() -> None:

@@ -19,7 +19,7 @@ from pqk.errors import InputError
 from pqk.kernels import int8_embedding
 from pqk.kernels.common.norm import MAX_COLUMNS
 from pqk.kernels.common.triton import INTERPRETED
-from pqk.kernels.int8_embedding import Case, Embedding, reference, run, supports
+from pqk.kernels.int8_embedding import Case, Embedding, reference, run, why_not_supported
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device")
 CASES = [
@@ -167,10 +167,10 @@ def test_bad_input_is_refused_by_kernel_and_reference(arguments: Embedding, mess
 
 def test_what_the_kernel_does_not_take_has_a_reason() -> None:
     long = Case((1,), MAX_COLUMNS + 1, words=2).arguments("cpu")
-    assert "does not stay in registers" in str(supports(long))
+    assert "does not stay in registers" in str(why_not_supported(long))
     with pytest.raises(InputError, match="registers"):
         run(long)
-    assert all(supports(c.arguments()) is None for c in int8_embedding.CASES)
+    assert all(why_not_supported(c.arguments()) is None for c in int8_embedding.CASES)
 
 
 def test_the_operator_is_the_reference_and_its_fake_tells_the_shape() -> None:

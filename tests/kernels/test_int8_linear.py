@@ -194,22 +194,22 @@ def test_tensors_of_two_devices() -> None:
 
 def test_what_it_cannot_read_in_place() -> None:
     x, weight = torch.zeros(4, 8, dtype=torch.int8), torch.zeros(3, 8, dtype=torch.int8)
-    assert int8_linear.supports(x, weight) is None
-    assert "do not share K" in (int8_linear.supports(x[:, :7], weight) or "")
-    assert "it multiplies" in (int8_linear.supports(x.float(), weight) or "")
+    assert int8_linear.why_not_supported(x, weight) is None
+    assert "do not share K" in (int8_linear.why_not_supported(x[:, :7], weight) or "")
+    assert "it multiplies" in (int8_linear.why_not_supported(x.float(), weight) or "")
     for odd in (x.T.contiguous().T, restrided(x)):
-        assert "rows must be dense" in (int8_linear.supports(odd, weight) or "")
-        assert "rows must be dense" in (int8_linear.supports(x, odd[:3]) or "")
+        assert "rows must be dense" in (int8_linear.why_not_supported(odd, weight) or "")
+        assert "rows must be dense" in (int8_linear.why_not_supported(x, odd[:3]) or "")
         with pytest.raises(InputError, match="rows must be dense"):
             int8_linear.run(**{**raw(4, 3, 8), "x": odd})
     spaced = torch.zeros(2, 3, 8, dtype=torch.int8)[:, :2]
-    assert "evenly spaced" in (int8_linear.supports(spaced, weight) or "")
+    assert "evenly spaced" in (int8_linear.why_not_supported(spaced, weight) or "")
     long = torch.zeros(1, int8_linear.LARGEST_K + 1, dtype=torch.int8)
-    assert "could overflow" in (int8_linear.supports(long, long) or "")
+    assert "could overflow" in (int8_linear.why_not_supported(long, long) or "")
     wide = torch.empty((1 << 24) + 1, dtype=torch.int8).as_strided((2, 1), (1 << 24, 1))
-    assert "evenly spaced" in (int8_linear.supports(wide, weight[:, :1]) or "")
+    assert "evenly spaced" in (int8_linear.why_not_supported(wide, weight[:, :1]) or "")
     tall = torch.zeros(1, 1, dtype=torch.int8).expand(1 << 31, 1)
-    assert "rows" in (int8_linear.supports(tall, weight[:, :1]) or "")
+    assert "rows" in (int8_linear.why_not_supported(tall, weight[:, :1]) or "")
 
 
 def test_memory_it_must_not_write() -> None:

@@ -101,7 +101,7 @@ def test_any_strides(x: Tensor, grid: tuple[torch.dtype, int, int, int]) -> None
 @given(strided())
 def test_any_rows(x: Tensor) -> None:
     """Rows that are evenly spaced are quantized in place; of others the kernel says so."""
-    if reason := quantize.supports_dynamic(x):
+    if reason := quantize.why_not_supported_dynamic(x):
         assert "evenly spaced" in reason
         x = x.contiguous()
     with poisoned():
@@ -170,10 +170,10 @@ def test_dynamic_refusals() -> None:
 
 def test_what_it_cannot_read_in_place() -> None:
     x = torch.zeros(2, 3, 4, 5, 6)[:, ::2, ::2, ::2, ::2].permute(4, 2, 0, 3, 1)
-    assert "at most 4" in (quantize.supports(x) or "")
+    assert "at most 4" in (quantize.why_not_supported(x) or "")
     with pytest.raises(InputError, match="at most 4"):
         quantize.run(x, 0.1, 0, -127, 127, torch.int8)
-    assert quantize.supports(x.contiguous()) is None
+    assert quantize.why_not_supported(x.contiguous()) is None
 
 
 @interpreted

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.errors import InputError
 from pqk.knowledge import (
@@ -270,7 +270,7 @@ def test_the_teachers_most_used_units_are_taught() -> None:
     objective = distillation(student, teacher, TaskNeurons(point="0"), task=task)
     chosen = objective.projectors["0"]
     assert isinstance(chosen, Slice) and chosen.kept == [1, 3] and not [*objective.parameters()]
-    log = fit(Run(), student, data, objective, Training(epochs=60, learning_rate=0.1, weight_decay=0))
+    log = fit(RunContext(), student, data, objective, Training(epochs=60, learning_rate=0.1, weight_decay=0))
     assert log.losses[-1] < 0.01 < log.losses[0]
     with torch.no_grad():
         s, t = student[0](data.inputs[0]), teacher[0](data.inputs[0])[:, [1, 3]]
@@ -337,7 +337,7 @@ def test_dual_space_takes_other_classes_and_trains() -> None:
     with torch.no_grad():
         labels = teacher(TOKENS, MASK).argmax(1) % 3  # that can be read from the teacher's hidden state
     data = ArrayData((TOKENS, MASK), labels, 4)
-    log = fit(Run(), student, data, distillation(student, teacher, DUAL), Training(epochs=30, learning_rate=0.1))
+    log = fit(RunContext(), student, data, distillation(student, teacher, DUAL), Training(epochs=30, learning_rate=0.1))
     assert log.losses[-1] < 0.5 * log.losses[0]
 
 
@@ -379,12 +379,12 @@ def test_nothing_of_a_term_is_in_the_student_or_its_graph(term: Term) -> None:
     student, teacher = Reader(), Reader(width=8, seed=1)
     keys, example = set(student.state_dict()), TASK.example
     objective = distillation(student, teacher, CrossEntropy(), term)
-    fit(Run(), student, DATA, objective, Training(epochs=1))
+    fit(RunContext(), student, DATA, objective, Training(epochs=1))
     assert set(student.state_dict()) == keys
     graph = capture(student, example)
     assert {n for n, _ in graph.named_parameters()} <= keys
     again = distillation(graph, teacher, CrossEntropy(), term)  # and it goes on in the captured graph
-    log = fit(Run(), graph, DATA, again, Training(epochs=3, learning_rate=0.01))
+    log = fit(RunContext(), graph, DATA, again, Training(epochs=3, learning_rate=0.01))
     assert log.losses[-1] < log.losses[0]
     assert {n for n, _ in graph.named_parameters()} <= keys
 
@@ -398,7 +398,9 @@ def test_terms_go_through_pruning_capture_and_quantization(tmp_path: Path) -> No
     )  # fmt: skip
     teacher = small(width=8, seed=1).eval().requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    program = Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), Run(1, tmp_path).enter("00-distill"))
+    program = Program(
+        teacher, student, Stage.MODULE, Target.named("x86-avx2"), RunContext(1, tmp_path).enter("00-distill")
+    )
     program = Prune(macs_ratio=1.5, multiple=1, scope="per_layer").apply(program, IMAGE_TASK)
     distill = Distill(epochs=1, learning_rate=0.001, terms=terms)
     keys = set(program.student.state_dict())
@@ -473,7 +475,7 @@ def test_every_suggestion_can_be_trained_on() -> None:
             for p in pairs
         ]
         objective = distillation(model, teacher, KLDivergence(), *hints, task=IMAGE_TASK)
-        log = fit(Run(), model, IMAGES, objective, Training(epochs=3, learning_rate=0.01))
+        log = fit(RunContext(), model, IMAGES, objective, Training(epochs=3, learning_rate=0.01))
         assert log.losses[-1] < log.losses[0]
 
 

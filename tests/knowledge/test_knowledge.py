@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.errors import InputError
 from pqk.files import read_tensors
 from pqk.knowledge import AttentionTransfer, CrossEntropy, Hint, KLDivergence, LogitMSE, Term, View
 from pqk.knowledge.objective import Distillation
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teachers.base import FrozenTeacher, fingerprint
+from pqk.knowledge.teachers.base import FrozenTeacher, weights_fingerprint
 from pqk.passes.capture.capture import capture
 from pqk.target import machine
 from pqk.task.task import Task
@@ -191,7 +191,7 @@ def test_a_projector_trains_and_is_no_part_of_the_student(kind: Any) -> None:
     distillation = objective(student, teacher, Hint(point="body", projector_kind=kind))
     before = {k: v.clone() for k, v in distillation.state_dict().items()}
     keys, first = student.state_dict().keys(), student.body[0].weight.detach().clone()  # type: ignore[union-attr]
-    log = fit(Run(), student, images(), distillation, Training(epochs=30, learning_rate=0.05))
+    log = fit(RunContext(), student, images(), distillation, Training(epochs=30, learning_rate=0.05))
     assert before and all(not torch.equal(v, before[k]) for k, v in distillation.state_dict().items())
     assert student.state_dict().keys() == keys and not torch.equal(student.body[0].weight, first)  # type: ignore[union-attr]
     assert log.losses[-1] < 0.5 * log.losses[0]
@@ -259,7 +259,7 @@ def test_the_teacher_is_never_touched() -> None:
     teacher, student = Net(6, seed=1), Net(4)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     distillation = objective(student, teacher, KLDivergence(), Hint(point="body", projector_kind="conv1x1"))
-    fit(Run(), student, images(), distillation, Training(epochs=3))
+    fit(RunContext(), student, images(), distillation, Training(epochs=3))
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
     assert not any("teacher" in k for k in distillation.state_dict())
@@ -268,7 +268,7 @@ def test_the_teacher_is_never_touched() -> None:
 def test_weight_zero_is_plain_training_bit_for_bit(tmp_path: Path) -> None:
     def train(*terms: Term) -> dict[str, Tensor]:
         student = Net(4)
-        fit(Run().enter("x"), student, images(), objective(student, Net(6, seed=1), *terms), Training(epochs=2))
+        fit(RunContext().enter("x"), student, images(), objective(student, Net(6, seed=1), *terms), Training(epochs=2))
         return student.state_dict()
 
     plain = train(CrossEntropy())
@@ -294,10 +294,10 @@ def test_the_teacher_joins_when_it_is_time() -> None:
 
 def test_a_fingerprint_is_of_names_shapes_and_values() -> None:
     model = Net()
-    assert fingerprint(model) == fingerprint(Net()) != fingerprint(Net(seed=1))
+    assert weights_fingerprint(model) == weights_fingerprint(Net()) != weights_fingerprint(Net(seed=1))
     with torch.no_grad():
         model.head.bias[0] += 1
-    assert fingerprint(model) != fingerprint(Net())
+    assert weights_fingerprint(model) != weights_fingerprint(Net())
 
 
 def test_bfloat16_answers_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_bfloat16_answers_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_checkpoints_hold_projectors_and_no_teacher(tmp_path: Path) -> None:
-    run, student = Run(folder=tmp_path).enter("x"), Net(4)
+    run, student = RunContext(folder=tmp_path).enter("x"), Net(4)
     distillation = objective(student, Net(6, seed=1), Hint(point="body", projector_kind="linear"))
     fit(run, student, images(), distillation, Training(epochs=1))
     assert run.scratch is not None

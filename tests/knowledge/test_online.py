@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pqk.core.pipeline import save
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import InputError
@@ -86,7 +86,7 @@ def made(name: str, student: nn.Module) -> Teacher:
 def program(folder: Path | None = None) -> Program:
     teacher = Net(7).eval().requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    return Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), Run(1, folder).enter("00-distill"))
+    return Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), RunContext(1, folder).enter("00-distill"))
 
 
 def frozen(teacher: nn.Module) -> list[nn.Module]:
@@ -102,7 +102,7 @@ def test_it_learns_and_the_student_keeps_its_own(name: str) -> None:
     keys, before = set(student.state_dict()), copy.deepcopy(teacher.state_dict())
     still = [copy.deepcopy(m.state_dict()) for m in frozen(teacher)]
     objective = Distillation(TERMS, TASK, student, teacher)
-    fit(Run(), student, data(), objective, Training(epochs=2, learning_rate=0.05))
+    fit(RunContext(), student, data(), objective, Training(epochs=2, learning_rate=0.05))
     after = teacher.state_dict()
     assert [k for k in before if not torch.equal(before[k], after[k])]
     for model, state in zip(frozen(teacher), still, strict=True):
@@ -110,7 +110,7 @@ def test_it_learns_and_the_student_keeps_its_own(name: str) -> None:
     assert set(student.state_dict()) == keys
     answer, _ = teacher(BATCH)
     assert not answer.requires_grad and not any(m.training for m in teacher.modules() if isinstance(m, Teacher))
-    assert teacher.uncached() is None if name == "exits" else "every step" in str(teacher.uncached())
+    assert teacher.why_not_cached() is None if name == "exits" else "every step" in str(teacher.why_not_cached())
 
 
 @pytest.mark.parametrize("name", ["peer", "peers", "shadow"])
@@ -119,7 +119,7 @@ def test_both_hear_each_other_detached(name: str) -> None:
     student = Net()
     teacher = made(name, student)
     objective = Distillation([KLDivergence()], TASK, student, teacher)
-    lesson, teacher.lesson = teacher.lesson, lambda view: None  # type: ignore[method-assign, assignment]
+    lesson, teacher.auxiliary_loss = teacher.auxiliary_loss, lambda view: None  # type: ignore[method-assign, assignment]
     objective(objective.wrap(student), BATCH).sum().backward()
     assert all(p.grad is None for p in teacher.parameters()) and student.head.weight.grad is not None
     student.zero_grad()
@@ -130,7 +130,7 @@ def test_both_hear_each_other_detached(name: str) -> None:
         own.sum().backward()
         return torch.zeros(4)
 
-    teacher.lesson = alone  # type: ignore[method-assign, assignment]
+    teacher.auxiliary_loss = alone  # type: ignore[method-assign, assignment]
     objective(objective.wrap(student), BATCH)
     assert all(p.grad is None for p in student.parameters())
     assert all(p.grad is not None for p in teacher.parameters() if p.requires_grad)
@@ -160,14 +160,14 @@ def test_lessons_have_known_answers() -> None:
     def lesson(teacher: Teacher) -> Tensor:
         objective = Distillation([LogitMSE()], TASK, student, teacher)
         found: list[Tensor] = []
-        original = teacher.lesson
+        original = teacher.auxiliary_loss
 
         def heard(view: Any) -> None:
             own = original(view)
             assert own is not None
             found.append(own)
 
-        teacher.lesson = heard  # type: ignore[method-assign, assignment]
+        teacher.auxiliary_loss = heard  # type: ignore[method-assign, assignment]
         objective(objective.wrap(student), BATCH)
         return found[0].detach()
 
@@ -205,7 +205,7 @@ def test_a_resumed_training_is_the_whole_one(name: str, tmp_path: Path, monkeypa
 
         objective = Distillation(TERMS, TASK, student, made(name, student), on_progress=on_progress)
         training = Training(epochs=2, learning_rate=0.05, checkpoint_seconds=1e-9)
-        fit(Run(3, folder).enter("00-distill"), student, data(), objective, training)
+        fit(RunContext(3, folder).enter("00-distill"), student, data(), objective, training)
         return {**student.state_dict(), **{f"objective.{k}": v for k, v in objective.state_dict().items()}}
 
     whole = train(None)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import InputError
@@ -125,7 +125,7 @@ def test_no_teacher_gets_a_gradient_or_trains(name: str, tmp_path: Path) -> None
     objective = Distillation(terms, TASK, student, teacher)
     before, model = logits(teacher)[0], teacher.module
     assert not any(m.training for m in teacher.train().modules())
-    log = fit(Run(), student, data(), objective, Training(epochs=2))
+    log = fit(RunContext(), student, data(), objective, Training(epochs=2))
     assert all(math.isfinite(v) for v in log.losses) and log.steps == 6
     (after,) = logits(teacher)
     assert not after.requires_grad and after.dtype == torch.float32 and not any(m.training for m in teacher.modules())
@@ -144,7 +144,7 @@ def test_kept_answers_are_the_live_ones(name: str, tmp_path: Path) -> None:
     teacher = MAKERS[name](net(), tmp_path)
     cache = cache_for(tmp_path, teacher, data(), "fp32")
     if name in ("ema", "uncertainty"):
-        assert isinstance(cache, str) and cache == teacher.uncached()
+        assert isinstance(cache, str) and cache == teacher.why_not_cached()
         return
     assert isinstance(cache, LogitCache), cache
     wanted = [[teacher(batch)[0] for batch in data().batches(1, epoch)] for epoch in range(4)]
@@ -182,7 +182,7 @@ def test_a_cache_is_of_these_members_these_weights_and_this_file(tmp_path: Path)
         unnamed, EnsembleTeacher([one, unnamed]), EnsembleTeacher([one, EMATeacher(net())]),
         EnsembleTeacher([one], by=lambda z, batch: z[..., 0]),
     ]  # fmt: skip
-    reasons = [t.uncached() for t in moving]
+    reasons = [t.why_not_cached() for t in moving]
     assert ["identity" in str(r) for r in reasons] == [True, True, False, False]
     assert "moving average" in str(reasons[2]) and "function" in str(reasons[3])
 
@@ -301,7 +301,7 @@ def test_a_student_of_uncertainty_learns_mean_and_log_variance() -> None:
     torch.testing.assert_close(log_variance, both.var(0, unbiased=False).clamp_min(1e-8).log())
     student = Two()
     objective = Distillation([LogitMSE(output=0), LogitMSE(output=1)], TASK, student, teacher)
-    log = fit(Run(), student, data(), objective, Training(epochs=20, learning_rate=0.05))
+    log = fit(RunContext(), student, data(), objective, Training(epochs=20, learning_rate=0.05))
     assert log.losses[-1] < 0.5 * log.losses[0]
 
 
@@ -426,7 +426,7 @@ def test_a_resumed_training_has_the_same_average(tmp_path: Path, monkeypatch: py
                 raise Killed
 
         objective = Distillation(TERMS, TASK, student, teacher, on_progress=on_progress, balance="learned")
-        fit(Run(3, folder).enter("00-distill"), student, data(), objective, training)
+        fit(RunContext(3, folder).enter("00-distill"), student, data(), objective, training)
         return {**student.state_dict(), **{f"objective.{k}": v for k, v in objective.state_dict().items()}}
 
     for ensemble, kill in ((False, 4), (True, 1)):
@@ -445,7 +445,7 @@ def test_a_resumed_training_has_the_same_average(tmp_path: Path, monkeypatch: py
 def program(folder: Path | None = None) -> Program:
     teacher = net(1).requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    return Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), Run(1, folder).enter("00-distill"))
+    return Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), RunContext(1, folder).enter("00-distill"))
 
 
 ENSEMBLE = FromEnsemble(members=(FromModule(), FromSnapshot()), by="label_confidence")

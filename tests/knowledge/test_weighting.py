@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.errors import InputError
 from pqk.files import read_tensors
@@ -133,7 +133,7 @@ def agreement(student: nn.Module) -> float:
 
 @pytest.mark.parametrize("name", [kind.name for kind in BALANCERS])
 def test_a_balanced_training_learns_and_its_checkpoint_holds_the_factors(name: str, tmp_path: Path) -> None:
-    student, run = net(), Run(folder=tmp_path).enter("x")
+    student, run = net(), RunContext(folder=tmp_path).enter("x")
     distillation = objective(student, CrossEntropy(), KLDivergence(weight=30), balance=name)
     before = agreement(student)
     fit(run, student, DATA, distillation, Training(epochs=12, learning_rate=0.05))
@@ -155,7 +155,7 @@ def test_a_static_balance_is_a_training_without_one_bit_for_bit() -> None:
     def train(**options: Any) -> dict[str, Tensor]:
         student = net()
         terms = CrossEntropy(weight=0.3), KLDivergence(weight=0.7), Hint(point="0", projector_kind="linear")
-        fit(Run().enter("x"), student, DATA, objective(student, *terms, **options), Training(epochs=2))
+        fit(RunContext().enter("x"), student, DATA, objective(student, *terms, **options), Training(epochs=2))
         return student.state_dict()
 
     plain, static = train(), train(balance="static")

@@ -17,7 +17,7 @@ import torch
 
 from pqk import compress
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.deploy.artifact import Artifact
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import OnnxModel
@@ -235,7 +235,7 @@ def test_an_embedding_learns_by_cosines_relations_and_attention(base: Path) -> N
         directory=base, train={"text": tiny.texts(64)}, evaluation={"text": tiny.texts(16, 1)}, task="embedding",
         batch_size=8,
     )  # fmt: skip
-    start = Program(teacher, copy.deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), Run())
+    start = Program(teacher, copy.deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     prune, distill = Recipe.loads(TAUGHT + '[[pass]]\nname = "capture"\n').passes[:2]
     pruned = prune.apply(start, task)
     heads = surviving_channels(pruned, task.example, "model.encoder.layer.0.attention.self.dropout")

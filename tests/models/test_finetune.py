@@ -14,24 +14,24 @@ from safetensors.torch import load_file
 from pqk.errors import InputError
 from pqk.models import finetune as module
 from pqk.models.encoder import encoder
-from pqk.models.finetune import Job, accuracy, finetune
+from pqk.models.finetune import FinetuneJob, accuracy, finetune
 from pqk.models.text import text_task
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(tmp_path: Path) -> FinetuneJob:
     """64 texts, labelled by their first word's place: two steps an epoch."""
     rows = tiny.texts(64)
     labels = [tiny.WORDS.index(r.split()[0]) % 3 for r in rows]
     train = tmp_path / "train.tsv"
     lines = [f"{y}\t{'xyz'[y]}\t{r}\n" for y, r in zip(labels, rows, strict=True)]
     train.write_text("label\tname\ttext\n" + "".join(lines))
-    return Job(train, train, names="name", rates=(1e-9, 3e-2), epochs=1, batch_size=32, dev_share=0.25)
+    return FinetuneJob(train, train, names="name", rates=(1e-9, 3e-2), epochs=1, batch_size=32, dev_share=0.25)
 
 
-def test_it_chooses_a_rate_and_writes_a_directory(job: Job, tmp_path: Path) -> None:
+def test_it_chooses_a_rate_and_writes_a_directory(job: FinetuneJob, tmp_path: Path) -> None:
     base, out = tiny.directory(tmp_path / "base", "Model"), tmp_path / "out"
     job = replace(job, epochs=12)
     notes = finetune(job, out, directory=base)
@@ -45,7 +45,7 @@ def test_it_chooses_a_rate_and_writes_a_directory(job: Job, tmp_path: Path) -> N
         finetune(job, out, directory=base)
 
 
-def test_a_killed_run_goes_on(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on(job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was trained is not trained again, and the end is the same."""
     base = tiny.directory(tmp_path / "base", "Model")
     whole = finetune(job, tmp_path / "whole", directory=base)
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on(job: Job, tmp_path: Path, monkeypatch: pytest.Monk
     assert files[0] == files[1]
 
 
-def test_a_new_head_is_trained_alone_first(job: Job, tmp_path: Path) -> None:
+def test_a_new_head_is_trained_alone_first(job: FinetuneJob, tmp_path: Path) -> None:
     """It learns where the encoder stands still, which it leaves as it was."""
     base = tiny.directory(tmp_path / "base", "Model")
     job = replace(job, rates=(1e-9,), epochs=1, probe_rate=3e-2)
@@ -89,7 +89,7 @@ def test_a_new_head_is_trained_alone_first(job: Job, tmp_path: Path) -> None:
         finetune(replace(job, probe_epochs=1), tmp_path / "no", directory=other)
 
 
-def test_labels_have_no_gaps(job: Job, tmp_path: Path) -> None:
+def test_labels_have_no_gaps(job: FinetuneJob, tmp_path: Path) -> None:
     train = tiny.write_tsv(tmp_path / "gap.tsv", [0, 2], ["good", "bad"])
     with pytest.raises(InputError, match="without gaps"):
         finetune(replace(job, train=train, names=None), tmp_path / "out", directory=tiny.directory(tmp_path / "base"))

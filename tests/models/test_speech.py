@@ -19,7 +19,7 @@ from pqk.models.speech import (
     COARSE,
     FRAMES,
     RATE,
-    Shift,
+    TimeShift,
     load_split,
     log_mel,
     mel_filters,
@@ -102,13 +102,13 @@ def test_a_tone_is_where_its_pitch_and_time_are() -> None:
 
 def test_a_shift_moves_both_views_alike() -> None:
     x = torch.randn(5, 1, 6, 32)
-    moved = Shift(5)((x, x), torch.arange(5), view=3)
-    assert torch.equal(*moved) and torch.equal(moved[0][2:], Shift(5)((x[2:],), torch.arange(2, 5), 3)[0])
+    moved = TimeShift(5)((x, x), torch.arange(5), view=3)
+    assert torch.equal(*moved) and torch.equal(moved[0][2:], TimeShift(5)((x[2:],), torch.arange(2, 5), 3)[0])
     padded = torch.nn.functional.pad(x, (8, 8), value=float("nan"))
     for i in range(5):
         places = [padded[i, :, :, s : s + 32] for s in range(0, 17, COARSE)]
         assert any(bool(((moved[0][i] == p) | p.isnan()).all()) for p in places)
-    assert len({Shift(5)((x[:1],), torch.tensor([0]), v)[0].numpy().tobytes() for v in range(12)}) > 2
+    assert len({TimeShift(5)((x[:1],), torch.tensor([0]), v)[0].numpy().tobytes() for v in range(12)}) > 2
 
 
 def test_a_file_that_is_no_such_data_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pqk.core.program import Program, Rewrite, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData
 from pqk.errors import InputError
 from pqk.knowledge import CrossEntropy, Hint, KLDivergence, LogitMSE
@@ -22,7 +22,7 @@ from pqk.knowledge.taps import tap
 from pqk.models.images import CropFlip
 from pqk.models.resnet import resnet
 from pqk.passes import Capture, Distill, Prune, Quantize
-from pqk.passes.distill.keep_best import judge
+from pqk.passes.distill.keep_best import scorer
 from pqk.passes.prune.cuts import kept_channels
 from pqk.passes.prune.survivors import surviving_channels
 from pqk.quant.fake_quant import quantizers
@@ -43,7 +43,7 @@ def task(count: int = 16) -> Task:
 def program(teacher: nn.Module, folder: Path | None = None) -> Program:
     teacher = teacher.eval().requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    return Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), Run(1, folder).enter("00-distill"))
+    return Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), RunContext(1, folder).enter("00-distill"))
 
 
 def small() -> nn.Module:
@@ -222,7 +222,7 @@ def test_a_short_training_does_not_lose_a_calibrated_student(monkeypatch: pytest
 def test_gradients_are_clipped_from_capture_on_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float | None] = []
 
-    def fit(run: Run, student: nn.Module, data: Any, objective: Any, training: Training) -> TrainingLog:
+    def fit(run: RunContext, student: nn.Module, data: Any, objective: Any, training: Training) -> TrainingLog:
         seen.append(training.clip)
         return TrainingLog()
 
@@ -238,7 +238,7 @@ def test_gradients_are_clipped_from_capture_on_only(monkeypatch: pytest.MonkeyPa
 def test_the_best_converted_student_is_kept(keep: Any) -> None:
     """What comes out is worth, as integers, the best of the start and every epoch, and is that very student."""
     start, own = calibrated((1, 1))
-    score = judge(own, start.teacher, keep)
+    score = scorer(own, start.teacher, keep)
     ruinous = Distill(epochs=2, learning_rate=9.0, clip=1e9, warmup=0, schedule="constant", terms=(CrossEntropy(),))
     lost = ruinous.apply(replace(start, student=copy.deepcopy(start.student)), own)
     assert score(lost.student) < score(start.student) and "kept_epoch" not in lost.details
@@ -258,14 +258,14 @@ def test_a_killed_training_keeps_the_same_epoch(tmp_path: Path, monkeypatch: pyt
     config = Distill(epochs=3, learning_rate=0.05, keep="teacher", checkpoint_seconds=1e-9)
 
     def state(folder: Path | None) -> tuple[Any, dict[str, Tensor]]:
-        run = Run(1, folder).enter("04-distill")
+        run = RunContext(1, folder).enter("04-distill")
         done = config.apply(replace(start, run=run, student=copy.deepcopy(start.student)), own)
         return done.details["kept_epoch"], done.student.state_dict()
 
     class Killed(Exception):
         """Stands for a kill."""
 
-    calls, scored = 0, judge
+    calls, scored = 0, scorer
 
     def dying(*args: Any) -> Any:
         score = scored(*args)

@@ -18,7 +18,7 @@ from zoo import NETWORKS
 from pqk.core.launches import traffic
 from pqk.core.pipeline import run_passes
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.structures import tensors
 from pqk.deploy.torch_emitter import emit_torch, load_student
 from pqk.kernels.common.epilogue import apply_steps
@@ -381,7 +381,7 @@ def test_a_resumed_run_fuses_again(tmp_path: Path) -> None:
 
     def run() -> Program:
         student = copy.deepcopy(teacher).requires_grad_(True)
-        program = Program(teacher, student, Stage.MODULE, Target.named("cuda-sm80"), Run(0, tmp_path))
+        program = Program(teacher, student, Stage.MODULE, Target.named("cuda-sm80"), RunContext(0, tmp_path))
         return run_passes(program, task, passes)
 
     first, again = run(), run()

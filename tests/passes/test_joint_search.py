@@ -19,11 +19,11 @@ from pqk.core.costs import count_macs, count_parameters
 from pqk.core.journal import Journal
 from pqk.core.pipeline import rebuild
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.errors import InputError
 from pqk.models.resnet import resnet
-from pqk.passes import PQK, REWRITES
+from pqk.passes import REWRITES, JointSearch
 from pqk.passes.joint import joint_search as module_of_the_pass
 from pqk.passes.joint.joint_search import _Both, _Narrow, _Narrowing
 from pqk.passes.joint.slimmable import Mask
@@ -76,7 +76,7 @@ def network(name: str) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             with torch.no_grad():
                 module.weight[::3] *= -1
-    fit(Run(), model, data(192), Labels(), Training(epochs=4, learning_rate=0.02, clip=1.0))
+    fit(RunContext(), model, data(192), Labels(), Training(epochs=4, learning_rate=0.02, clip=1.0))
     return model.eval().requires_grad_(False)
 
 
@@ -84,18 +84,18 @@ def program(name: str, folder: Path | None = None) -> Program:
     teacher = copy.deepcopy(network(name))
     student = copy.deepcopy(teacher).requires_grad_(True)
     journal = Journal(None if folder is None else folder / "journal.jsonl")
-    run = Run(1, folder, journal).enter("00-pqk")
+    run = RunContext(1, folder, journal).enter("00-pqk")
     return Program(teacher, student, Stage.MODULE, Target.named("x86-avx2"), run)
 
 
-CONFIG = PQK(epochs=2, rounds=2, macs_ratio=2.0, multiple=4, samples=64)
+CONFIG = JointSearch(epochs=2, rounds=2, macs_ratio=2.0, multiple=4, samples=64)
 
 
 @functools.cache
 def narrowed(name: str) -> _Narrowing:
     """Phase 1 is over; the full width has begun with what the slim one learned. Not to be changed: copy it."""
     narrowing = _Narrowing(CONFIG, program(name), TASK)
-    fit(Run(), narrowing.widths.graph, data(192), _Narrow(narrowing), CONFIG._training(0.5))
+    fit(RunContext(), narrowing.widths.graph, data(192), _Narrow(narrowing), CONFIG._training(0.5))
     narrowing.widths.widen()
     return narrowing
 
@@ -264,7 +264,7 @@ def test_a_killed_run_ends_in_the_same_student(
     phase: type, at: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda f: None)
-    config = PQK(epochs=2, rounds=2, macs_ratio=2.0, multiple=4, samples=64, checkpoint_seconds=1e-9)
+    config = JointSearch(epochs=2, rounds=2, macs_ratio=2.0, multiple=4, samples=64, checkpoint_seconds=1e-9)
     whole = config.apply(program("resnet"), TASK)
     begin = phase.begin  # type: ignore[attr-defined]
 
@@ -283,7 +283,7 @@ def test_a_killed_run_ends_in_the_same_student(
 
 
 def test_it_learns_and_the_plan_rebuilds_it() -> None:
-    done = PQK(epochs=6, learning_rate=0.02, rounds=2, macs_ratio=2.0, multiple=4, samples=64).apply(
+    done = JointSearch(epochs=6, learning_rate=0.02, rounds=2, macs_ratio=2.0, multiple=4, samples=64).apply(
         program("resnet"), TASK
     )
     assert [r.function for r in done.plan] == ["cut_channels", "cut_channels", "capture", "insert_fake_quant"]
@@ -343,15 +343,15 @@ def test_the_artifact_has_the_sliced_size(tmp_path: Path) -> None:
 )
 def test_configurations_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        PQK(**fields)
+        JointSearch(**fields)
 
 
 def test_what_cannot_be_done_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_of_the_pass, "fit", None)
     with pytest.raises(InputError, match="cannot be met"):
-        PQK(macs_ratio=500.0, multiple=4, samples=64).apply(program("resnet"), TASK)
+        JointSearch(macs_ratio=500.0, multiple=4, samples=64).apply(program("resnet"), TASK)
     with pytest.raises(InputError, match="bfloat16 is coarser"):
-        PQK(macs_ratio=2.0, precision="bf16").apply(program("resnet"), TASK)
+        JointSearch(macs_ratio=2.0, precision="bf16").apply(program("resnet"), TASK)
     held = TASK.validation
     with pytest.raises(InputError, match="no training data"):
-        PQK(macs_ratio=2.0).apply(program("resnet"), Task(None, held, validation=held))
+        JointSearch(macs_ratio=2.0).apply(program("resnet"), Task(None, held, validation=held))

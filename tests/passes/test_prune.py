@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from pqk.core.costs import count_macs, count_parameters, float_bytes, integer_bytes
 from pqk.core.journal import Journal
 from pqk.core.program import Program, Rewrite, Stage, replay
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData
 from pqk.errors import InputError
 from pqk.models.resnet import ChannelPadShortcut, resnet
 from pqk.passes.prune.blocks import Edit, edit_costs, find_blocks, without_block
 from pqk.passes.prune.cuts import Cut, cut_channels, drop_block, kept_channels
-from pqk.passes.prune.groups import check_groups, find_groups, law_reason, masked, merge_cuts
-from pqk.passes.prune.importance import input_energies, ladder, unit_importance
+from pqk.passes.prune.groups import check_groups, find_groups, masked, merge_cuts, why_not_exact
+from pqk.passes.prune.importance import input_energies, narrowing_schedule, unit_importance
 from pqk.passes.prune.prune import Prune
 from pqk.target.target import Target
 from pqk.task.task import Task
@@ -135,7 +135,7 @@ def task_of(model: nn.Module, shape: tuple[int, ...]) -> Task:
 
 
 def program_of(model: nn.Module, **run: Any) -> Program:
-    return Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run(**run))
+    return Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), RunContext(**run))
 
 
 def rebuilt(program: Program, task: Task) -> nn.Module:
@@ -174,10 +174,10 @@ def test_the_law_catches_a_mapping_straight_through_the_channel_pad() -> None:
     model, x = trained(resnet((1, 1), 8)), data((3, 8, 8), 2)
     groups = {g.name: g for g in find_groups(model, (x,))}
     right = groups["conv1"].cuts([1, 2])
-    assert law_reason(model, (x,), right) is None
+    assert why_not_exact(model, (x,), right) is None
     wrong = [c for c in right if c["module"] != "layer2.0.shortcut"]
     wrong.append(Cut(module="layer2.0.shortcut", dim="in", indices=[3, 4], of=8))
-    assert "differ by" in (law_reason(model, (x,), wrong) or "")
+    assert "differ by" in (why_not_exact(model, (x,), wrong) or "")
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_ladder_is_least_important_first_and_even_per_layer() -> None:
     model = trained(plain())
     groups = find_groups(model, (data((3, 16, 16), 2),))[:2]
     scores = [unit_importance(model, g, "magnitude") for g in groups]
-    rungs = ladder(list(zip(groups, scores, strict=True)), 4, [4, 4], "global")  # type: ignore[arg-type]
+    rungs = narrowing_schedule(list(zip(groups, scores, strict=True)), 4, [4, 4], "global")  # type: ignore[arg-type]
     means = [r.lost / len(r.units) for r in rungs]
     assert means == sorted(means) and {(r.group.name, r.width) for r in rungs} == {
         ("0", 12),
@@ -416,7 +416,7 @@ def test_ladder_is_least_important_first_and_even_per_layer() -> None:
         ("0", 4),
         ("3", 4),
     }
-    even = ladder(list(zip(groups, scores, strict=True)), 4, [4, 4], "per_layer")  # type: ignore[arg-type]
+    even = narrowing_schedule(list(zip(groups, scores, strict=True)), 4, [4, 4], "per_layer")  # type: ignore[arg-type]
     shares = [r.width / r.group.channels for r in even]
     assert shares == sorted(shares, reverse=True)
 

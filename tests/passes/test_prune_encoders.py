@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from pqk.core.aten import aten
 from pqk.core.graph import calls
 from pqk.core.program import Program, Stage, replay
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.passes import Capture, Convert, Prune, Quantize
 from pqk.passes.convert.convert import convert
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.cuts import Cut, Skip, cut_channels, drop_block
-from pqk.passes.prune.groups import ChannelGroup, find_groups, law_reason, masked, probe
+from pqk.passes.prune.groups import ChannelGroup, find_groups, masked, why_not_cut, why_not_exact
 from pqk.passes.prune.heads import FewerHeads, Regrouped, find_attention
 from pqk.passes.prune.search import alternation
 from pqk.passes.quantize.embeddings import LEAST, TableFakeQuant
@@ -116,7 +116,7 @@ def test_heads_go_from_layers_that_share_a_table_of_positions() -> None:
     """MPNet's bias [1, heads, T, T] is computed once, for every layer."""
     _, model, example = built("mpnet")
     groups = heads_of(model, example)
-    assert [probe(model, example, g) for g in groups] == [None] * 3
+    assert [why_not_cut(model, example, g) for g in groups] == [None] * 3
     student = copy.deepcopy(model)
     for _ in range(2):
         group = heads_of(student, example)[1]
@@ -155,8 +155,8 @@ def test_the_reference_of_a_norm_takes_its_statistics_over_the_kept() -> None:
         want = h @ model.head.weight[:, kept].T + model.head.bias
         with masked(model, cuts):
             torch.testing.assert_close(model(x), want)
-        assert law_reason(model, (x,), cuts) is None
-        assert law_reason(model, (x,), cuts[:1] + cuts[2:]) is not None, "a norm that keeps all channels is no cut"
+        assert why_not_exact(model, (x,), cuts) is None
+        assert why_not_exact(model, (x,), cuts[:1] + cuts[2:]) is not None, "a norm that keeps all channels is no cut"
         torch.testing.assert_close(cut_channels(model, (x,), cuts=cuts)(x), want)
 
 
@@ -166,7 +166,7 @@ def test_the_residual_stream_narrows(name: str) -> None:
     _, model, example = built(name)
     groups = find_groups(model, example)
     stream = max(groups, key=lambda g: len(g.members))
-    assert stream.reason is None and stream.channels == 32 and probe(model, example, stream) is None
+    assert stream.reason is None and stream.channels == 32 and why_not_cut(model, example, stream) is None
     student = cut_channels(copy.deepcopy(model), example, cuts=stream.cuts(range(1, 32, 4)))
     norms = [m for m in student.modules() if isinstance(m, nn.LayerNorm)]
     assert norms and all(n.normalized_shape == (24,) for n in norms)
@@ -245,7 +245,7 @@ def test_layers_that_cannot_go_say_why() -> None:
 def test_prune_heads_units_width_and_layers_and_replay() -> None:
     family, model, _ = built("bert")
     task = family.task(model)
-    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     program = Prune(parameters_ratio=2.0, multiple=8, depth=True, importance="taylor", samples=16).apply(program, task)
     assert program.details["budget"]["reached"] >= 2
     rewrites = {f.__name__: f for f in Prune.rewrites}
@@ -261,10 +261,10 @@ def test_every_other_layer_goes_and_then_every_other_of_the_rest() -> None:
     assert turns == ["1", "3", "5", "7", "9", "11", "2", "6", "10", "4", "8", "0"]
     family, model, _ = built("bert")
     task = family.task(model)
-    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     config = Prune(depth=True, width=False, blocks="every_other", macs_ratio=1.4)
     assert config.apply(program, task).details["blocks_removed"] == ["model.bert.encoder.layer.1"]
-    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     both = replace(config, macs_ratio=2.5).apply(program, task)
     assert both.details["blocks_removed"] == ["model.bert.encoder.layer.1", "model.bert.encoder.layer.2"]
     with pytest.raises(ValueError, match="set depth = true and width = false"):
@@ -296,7 +296,7 @@ def test_a_table_is_stored_and_looked_up_as_integers(tmp_path: Path) -> None:
     ids = torch.randint(0, 64, (16, 7))
     data = ArrayData((ids,), torch.zeros(16, 7, dtype=torch.long), 8)
     task = Task(None, data, data, loss=lambda o, t: o.sum((1, 2)), input_names=("ids",))
-    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     program = Quantize(samples=16).apply(Capture().apply(program, task), task)
     assert ("small", f"embedding: its table is computed, or has fewer than {LEAST} values") in [
         (d.layer, d.reason) for d in program.declined
@@ -337,7 +337,7 @@ def test_an_encoder_of_any_length(tmp_path: Path) -> None:
 
     family, model, _ = built("bert")
     task = family.task(model, axes={n: {0: "batch", 1: "sequence"} for n in family.names})
-    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     for step in (Capture(), Quantize(samples=16), Convert()):
         program = step.apply(program, task)
     path = tmp_path / "model.onnx"

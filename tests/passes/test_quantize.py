@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pqk.core.program import Program, Stage, replay
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.errors import InputError
 from pqk.passes.capture.capture import capture
 from pqk.passes.quantize.placement import named_layers
@@ -64,11 +64,11 @@ class Net(nn.Module):
 
 
 def quantized(
-    module: nn.Module, *inputs: Tensor, target: str = "x86-avx2", run: Run | None = None, **fields: Any
+    module: nn.Module, *inputs: Tensor, target: str = "x86-avx2", run: RunContext | None = None, **fields: Any
 ) -> Program:
     task = Inputs(*inputs)
     graph = capture(module.eval(), task.example)
-    program = Program(nn.Module(), graph, Stage.GRAPH, Target.named(target), run or Run())
+    program = Program(nn.Module(), graph, Stage.GRAPH, Target.named(target), run or RunContext())
     return Quantize(samples=16, **fields).apply(program, task)  # type: ignore[arg-type]
 
 
@@ -250,7 +250,7 @@ def test_the_sensitivity_of_the_only_layer_is_that_of_the_network() -> None:
 
 def test_what_is_sensitive_is_journaled_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = outlier()
-    run = Run().enter("03-quantize")
+    run = RunContext().enter("03-quantize")
     first = quantized(copy.deepcopy(module), x, least_sqnr=20.0, run=run)
     monkeypatch.setattr("pqk.passes.quantize.quantize.sensitivity", lambda *a: pytest.fail("measured again"))
     again = quantized(copy.deepcopy(module), x, least_sqnr=20.0, run=run)
@@ -266,7 +266,7 @@ def test_a_layer_that_is_faster_in_float_stays_there_and_the_decision_is_replaye
         asked.append((floats, layer))
         return {"deep": (1.2, 1.1, 1.3), "gate": (1.1, 0.98, 1.2)}.get(layer, (0.9, 0.85, 0.95))
 
-    run = Run(deployed_float_gain=gain).enter("03-quantize")
+    run = RunContext(deployed_float_gain=gain).enter("03-quantize")
     program = quantized(copy.deepcopy(module), x, faster_float=True, float_layers=("head",), run=run)
     reasons = {d.layer: d.reason for d in program.declined}
     assert reasons["deep"] == "faster in float: the student runs 1.20x as fast (1.10 to 1.30)"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.passes.capture.capture import capture
 from pqk.passes.quantize.quantize import Quantize
 from pqk.passes.quantize.smoothing import find_pairs, smooth
@@ -84,7 +84,7 @@ def test_the_float_network_stays_and_the_quantized_one_hears_more() -> None:
         torch.testing.assert_close(student(x), graph(x), rtol=0, atol=1e-6)
         heard = []
         for alpha in (None, 0.5):
-            program = Program(model, copy.deepcopy(graph), Stage.GRAPH, Target.named("x86-vnni"), Run())
+            program = Program(model, copy.deepcopy(graph), Stage.GRAPH, Target.named("x86-vnni"), RunContext())
             config = Quantize(calibration="minmax", samples=32, smooth=alpha)
             heard.append(decibels(want, config.apply(program, Inputs(x)).student(x)))  # type: ignore[arg-type]
     assert heard[1] > heard[0] + 6, heard
@@ -96,7 +96,7 @@ def test_what_the_residual_stream_reads_is_not_smoothed() -> None:
     pairs, declined = find_pairs(graph)
     assert [(p.source.meta["layer"], [r.meta["layer"] for r in p.readers]) for p in pairs] == [("v", ["out"])]
     assert declined == [("first", "not smoothed: add reads its output as well")]
-    program = Program(model, graph, Stage.GRAPH, Target.named("x86-vnni"), Run())
+    program = Program(model, graph, Stage.GRAPH, Target.named("x86-vnni"), RunContext())
     program = Quantize(samples=32, smooth=0.5).apply(program, Inputs(x))  # type: ignore[arg-type]
     assert program.details["smoothed"] == ["out"]
     assert any(d.layer == "first" and "not smoothed" in d.reason for d in program.declined)

@@ -16,14 +16,14 @@ from pqk.report.schema import (
     DeclinedRow,
     LatencyRow,
     LayerParity,
-    Metric,
+    MetricValues,
     Parity,
     PassRecord,
     Report,
     schema_text,
 )
 from pqk.report.text import to_text
-from pqk.target.machine import fingerprint
+from pqk.target.machine import machine_fingerprint
 
 
 def a_report(**changes: Any) -> Report:
@@ -56,7 +56,7 @@ def a_report(**changes: Any) -> Report:
     )
     layer = LayerParity(name="conv1", op="Conv", max_lsb=1, exact=0.9999, accumulators=True, passed=True)
     fields: dict[str, Any] = {
-        "metric": Metric(name="accuracy", unit="share", teacher=0.93, student=0.91),
+        "metric": MetricValues(name="accuracy", unit="share", teacher=0.93, student=0.91),
         "latency": (teacher, student),
         "integer_coverage": 1.0,
         "parity": Parity(
@@ -73,7 +73,7 @@ def a_report(**changes: Any) -> Report:
         "macs": 20_000_000,
         "seconds": {"00-prune": 1.5},
         "declined": (DeclinedRow(pass_name="quantize", layer="softmax", reason="float | faster"),),
-        "machine": fingerprint(),
+        "machine": machine_fingerprint(),
         "target": "x86-avx2",
         "seed": 0,
         "attribution": (AttributionRow(variant="teacher_fp32", metric=0.93, latency_ms=2.0, ratio=1.0), pruned, final),
@@ -214,7 +214,7 @@ def test_the_table_fits_a_terminal() -> None:
 def test_the_fingerprint_names_no_host_and_no_path() -> None:
     import platform
 
-    told = fingerprint()
+    told = machine_fingerprint()
     text = json.dumps(told)
     assert platform.node() not in text and "/" not in told["os"] and told["cores"] >= 1
     assert "torch" in told["versions"]

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.files import write_json
 from pqk.knowledge import TERMS, CrossEntropy, KLDivergence, Term
@@ -37,7 +37,7 @@ from pqk.models.cifar import cifar10, data_folder
 from pqk.models.resnet import resnet20, resnet56
 from pqk.passes import Capture, Quantize
 from pqk.recipe.factories import find_weights, load_weights
-from pqk.target.machine import fingerprint
+from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, optimizer_for
@@ -92,7 +92,7 @@ def measure(data: Path) -> dict[str, Any]:
             "terms": "response terms with cached logits, beside kl with cached logits; relation terms at layer3 beside "
             "kl, with the live teacher, beside kl with the live teacher",
         },
-        "machine": fingerprint(),
+        "machine": machine_fingerprint(),
     }
 
 
@@ -133,7 +133,7 @@ def broken(result: dict[str, Any]) -> list[str]:
 
 def forms(student: nn.Module, task: Task, teacher: nn.Module) -> tuple[nn.Module, nn.Module]:
     """`student` as a captured float graph, and the same graph with fake-quantizers."""
-    program = Program(teacher, copy.deepcopy(student), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Program(teacher, copy.deepcopy(student), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     captured = Capture().apply(program, task)
     floating = copy.deepcopy(captured.student)
     return floating, Quantize(samples=128).apply(captured, task).student

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch, Data, LoaderData
 from pqk.errors import InputError, PqkError
 from pqk.files import read_tensors
@@ -88,7 +88,7 @@ def end(student: nn.Module, objective: Objective) -> dict[str, Tensor]:
     return {**student.state_dict(), **{f"objective.{k}": v for k, v in objective.state_dict().items()}}
 
 
-def train(run: Run, data: Data, training: Training, **how: Any) -> tuple[dict[str, Tensor], TrainingLog]:
+def train(run: RunContext, data: Data, training: Training, **how: Any) -> tuple[dict[str, Tensor], TrainingLog]:
     student, objective = net(), Classify(**how)
     log = fit(run, student, data, objective, training)
     return end(student, objective), log
@@ -105,8 +105,8 @@ def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda f: None)
 
 
-def folder(path: Path) -> Run:
-    return Run(7, path).enter("01-distill")
+def folder(path: Path) -> RunContext:
+    return RunContext(7, path).enter("01-distill")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -119,7 +119,7 @@ def test_killed_anywhere_is_the_same_student(tmp_path: Path, make: Callable[[], 
     training = Training(
         epochs=EPOCHS, optimizer=optimizer, learning_rate=0.01, average=1.5, clip=1.0, checkpoint_seconds=1e-9
     )
-    whole, log = train(Run(7).enter("01-distill"), make(), training)
+    whole, log = train(RunContext(7).enter("01-distill"), make(), training)
     for kill in (0, 1, BATCHES - 1, BATCHES, BATCHES + 2, EPOCHS * BATCHES - 1):
         run = folder(tmp_path / str(kill))
         with pytest.raises(Killed):
@@ -132,7 +132,7 @@ def test_killed_anywhere_is_the_same_student(tmp_path: Path, make: Callable[[], 
 def test_killed_between_checkpoints_and_killed_again(tmp_path: Path) -> None:
     """With checkpoints at the ends of epochs only, and more than one kill."""
     training = Training(epochs=2.5, learning_rate=0.05, checkpoint_seconds=1e9)
-    whole, log = train(Run(7).enter("01-distill"), array(), training)
+    whole, log = train(RunContext(7).enter("01-distill"), array(), training)
     run = folder(tmp_path)
     for kill in (0, 3, 7, 4):  # steps of that process
         with pytest.raises(Killed):
@@ -156,7 +156,7 @@ def test_a_checkpoint_is_written_as_often_as_it_should(tmp_path: Path) -> None:
 def test_the_student_ends_as_it_would_be_loaded(tmp_path: Path) -> None:
     """In eval mode and with contiguous weights: what follows must not depend on whether it was trained here."""
     student = net()
-    fit(Run(), student, array(), Classify(), Training(epochs=0.4))
+    fit(RunContext(), student, array(), Classify(), Training(epochs=0.4))
     assert not any(m.training for m in student.modules())
     assert all(p.is_contiguous() for p in student.parameters())
 
@@ -180,7 +180,7 @@ def test_a_private_generator_is_refused_in_the_middle_of_an_epoch(tmp_path: Path
 def test_a_loss_that_is_not_finite_goes_back_at_a_lower_rate(tmp_path: Path, saved: bool, spoiled: int) -> None:
     """In the first epoch and later, with a folder and without: the same as starting there at a quarter of the rate."""
     training = Training(epochs=2, learning_rate=0.05, schedule="constant", warmup=0, average=1)
-    run = folder(tmp_path) if saved else Run(7).enter("01-distill")
+    run = folder(tmp_path) if saved else RunContext(7).enter("01-distill")
     student, objective = net(), Classify(spoil=lambda call: call == spoiled)
     log = fit(run, student, array(), objective, training)
     assert log.retries == 1 and log.steps == 10
@@ -188,8 +188,12 @@ def test_a_loss_that_is_not_finite_goes_back_at_a_lower_rate(tmp_path: Path, sav
     assert [round(p * 10) for p in objective.seen] == [*range(spoiled + 1), *range(back, 10)]
     if back == 0:
         quarter, _ = train(run.enter("other"), array(), Training(**{**vars_of(training), "learning_rate": 0.0125}))
-        reference, _ = train(run.enter("01-distill") if not saved else Run(7).enter("01-distill"), array(), training)
-        slow, _ = train(Run(7).enter("01-distill"), array(), Training(**{**vars_of(training), "learning_rate": 0.0125}))
+        reference, _ = train(
+            run.enter("01-distill") if not saved else RunContext(7).enter("01-distill"), array(), training
+        )
+        slow, _ = train(
+            RunContext(7).enter("01-distill"), array(), Training(**{**vars_of(training), "learning_rate": 0.0125})
+        )
         assert_same(end(student, objective), slow)
         assert any(not torch.equal(reference[k], slow[k]) for k in slow) and quarter.keys() == slow.keys()
 
@@ -200,7 +204,7 @@ def vars_of(training: Training) -> dict[str, Any]:
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_it_goes_back_three_times_and_then_says_so(tmp_path: Path, saved: bool) -> None:
-    run = folder(tmp_path) if saved else Run().enter("01-distill")
+    run = folder(tmp_path) if saved else RunContext().enter("01-distill")
     for times in (RETRIES, RETRIES + 1):
         wrong = {2 + 3 * i for i in range(times)}
         student, objective = net(), Classify(spoil=wrong.__contains__)
@@ -219,7 +223,7 @@ def test_the_state_in_memory_survives_being_restored() -> None:
 
     def after(wrong: set[int]) -> dict[str, Tensor]:
         student, objective = net(), Classify(spoil=wrong.__contains__)
-        fit(Run(7).enter("x"), student, array(), objective, training)
+        fit(RunContext(7).enter("x"), student, array(), objective, training)
         return end(student, objective)
 
     # Three failures, at other steps of the second epoch: the last start is at 1/64 of the rate from the same state.
@@ -230,7 +234,7 @@ def test_the_state_in_memory_survives_being_restored() -> None:
 def test_killed_after_a_loss_that_was_not_finite(tmp_path: Path, spoiled: int) -> None:
     """The lower rate is saved with the state that it goes on from: what was infinite once need not be again."""
     training = Training(epochs=2, learning_rate=0.05, checkpoint_seconds=1e9)
-    whole, log = train(Run(7).enter("01-distill"), array(), training, spoil=lambda call: call == spoiled)
+    whole, log = train(RunContext(7).enter("01-distill"), array(), training, spoil=lambda call: call == spoiled)
     run = folder(tmp_path)
     with pytest.raises(Killed):
         train(run, array(), training, spoil=lambda call: call == spoiled, kill=spoiled + 3)
@@ -252,7 +256,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_not_the_last_good_state(at: in
             return z.square().sum(1) + ((z.sum(1) * 0).sqrt() if self.calls == at else 0)
 
     student, training = net(), Training(epochs=2, learning_rate=1e-3, checkpoint_seconds=1e-9)
-    log = fit(Run(), student, array(), Root(), training)
+    log = fit(RunContext(), student, array(), Root(), training)
     assert log.retries == 1 and all(bool(p.isfinite().all()) for p in student.parameters())
 
 
@@ -288,7 +292,7 @@ def test_gradients_are_clipped() -> None:
     )
     student, objective = net(), Classify()
     before = torch.cat([p.detach().flatten().clone() for m in (student, objective) for p in m.parameters()])
-    fit(Run(), student, array(), objective, training)
+    fit(RunContext(), student, array(), objective, training)
     after = torch.cat([p.detach().flatten() for m in (student, objective) for p in m.parameters()])
     assert float((after - before).norm()) == pytest.approx(1e-3, rel=1e-2)
 
@@ -302,9 +306,9 @@ def test_the_average_is_that_of_the_weights() -> None:
             seen.append(student[7].weight.detach().clone())
 
     training = Training(epochs=1, learning_rate=0.05, average=100, schedule="constant", warmup=0)
-    fit(Run(), student, array(), Watch(), training)
+    fit(RunContext(), student, array(), Watch(), training)
     last = net()
-    fit(Run(), last, array(), Classify(), Training(**{**vars_of(training), "average": 0.0}))
+    fit(RunContext(), last, array(), Classify(), Training(**{**vars_of(training), "average": 0.0}))
     torch.testing.assert_close(student[7].weight, torch.stack([*seen[1:], last[7].weight.detach()]).mean(0))
 
 
@@ -313,8 +317,8 @@ def test_bfloat16_keeps_float32_weights(there: bool, monkeypatch: pytest.MonkeyP
     """And is float32 altogether on a CPU that would be slower for it."""
     monkeypatch.setattr(machine, "_no_bf16", lambda: not there)
     student, plain = net(), net()
-    fit(Run(), plain, array(), Classify(), Training(epochs=0.4))
-    fit(Run(), student, array(), Classify(), Training(epochs=0.4, precision="bf16"))
+    fit(RunContext(), plain, array(), Classify(), Training(epochs=0.4))
+    fit(RunContext(), student, array(), Classify(), Training(epochs=0.4, precision="bf16"))
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert torch.equal(student[7].weight, plain[7].weight) != there
 
@@ -336,7 +340,9 @@ def test_a_training_learns(tmp_path: Path) -> None:
     student = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     objective = Classify()
     objective.own = nn.Identity()  # type: ignore[assignment]
-    log = fit(Run(), student, ArrayData(x, x[:, :4].argmax(1), 16), objective, Training(epochs=20, learning_rate=0.2))
+    log = fit(
+        RunContext(), student, ArrayData(x, x[:, :4].argmax(1), 16), objective, Training(epochs=20, learning_rate=0.2)
+    )
     assert log.losses[-1] < 0.2 < 1 < log.losses[0]
 
 
@@ -413,6 +419,6 @@ def test_progress_counts_steps_once() -> None:
             return nullcontext(advance)
 
     began = time.monotonic()
-    run = Run(observer=Bar()).enter("x")
+    run = RunContext(observer=Bar()).enter("x")
     fit(run, net(), array(), Classify(spoil=lambda call: call == 3), Training(epochs=1))
     assert total == BATCHES and time.monotonic() - began < 60

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from pqk.core.aten import QUANTIZE
 from pqk.core.program import Program, Stage
-from pqk.core.run_context import Run
+from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.deploy.qdq import QdqFile
@@ -22,7 +22,7 @@ from pqk.passes import Capture, Convert, Quantize
 from pqk.report.schema import LayerParity
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.verify.contract import compare_ends, describe, ends_divergence
+from pqk.verify.contract import compare_ends, divergence_of, why_not_at_the_ends
 from pqk.verify.interpreters import Recorder, Ties
 from pqk.verify.parity import check_layers, check_parity
 
@@ -134,7 +134,7 @@ def test_the_contract_holds_and_says_what_each_layer_is(tmp_path: Path, optimize
         ("pool", "GlobalAveragePool", None),
         ("logits", "Flatten Gemm", None),
     ]
-    assert all(r.passed for r in rows), [describe(r) for r in rows if not r.passed]
+    assert all(r.passed for r in rows), [divergence_of(r) for r in rows if not r.passed]
     assert rows[1].exact >= 0.999 and rows[-1].max_lsb is None
 
 
@@ -145,7 +145,7 @@ def test_a_corrupted_scale_is_found_and_its_layer_named_first(tmp_path: Path, co
     rows = layers_of(Numbers(), save_onnx(tmp_path / "m.onnx", replace(Numbers(), scales=tuple(scales))))
     broken = next(r for r in rows if not r.passed)
     assert broken.name == name
-    assert f"{name} (" in describe(broken) and "LSB" in describe(broken)
+    assert f"{name} (" in divergence_of(broken) and "LSB" in divergence_of(broken)
 
 
 def test_a_wrong_weight_is_found(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_float_decision_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_tolerances_end_to_end(agreement: float, delta: float | None, samples: int, kept: bool) -> None:
-    assert (ends_divergence(agreement, delta, 1.0, samples, samples) is None) is kept
+    assert (why_not_at_the_ends(agreement, delta, 1.0, samples, samples) is None) is kept
 
 
 def test_an_onnx_model_answers_in_the_structure_of_its_module(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Stage, nn.M
     """The stages of a student compiled without training, its file and its task."""
     torch.manual_seed(0)
     teacher, task = Mixed().eval(), a_task()
-    program = Program(teacher, deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), Run())
+    program = Program(teacher, deepcopy(teacher), Stage.MODULE, Target.named("x86-avx2"), RunContext())
     stages: dict[Stage, nn.Module] = {}
     for step in (Capture(), Quantize(), Convert()):
         program = replace(step.apply(program, task), stage=step.result_stage(program.stage))

@@ -19,19 +19,20 @@ from torch import Tensor, nn
 
 from pqk.data.data import Batch, Data, digest_of
 from pqk.data.structures import Inputs, map_tensors, widened
+from pqk.errors import Reason
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.cache import LogitCache, cache_folder
 from pqk.knowledge.terms.base import View
 from pqk.target.machine import autocast
 
-Answer = tuple[Any, dict[str, Tensor]]
+TeacherAnswer = tuple[Any, dict[str, Tensor]]
 """(outputs, {point: feature}) of a batch"""
 
 PROBE = 8
 """samples whose answers are compared with those that a cache holds"""
 
 
-def fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """A digest of a model's tensors and their names."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
@@ -62,14 +63,14 @@ class Teacher(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         """The answer to a batch, computed."""
 
     def identity(self) -> str:
         """A digest of everything that the answers depend on. Only asked for where they can be kept."""
         raise NotImplementedError
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         """Why the answers cannot be kept for the next epoch, else None."""
         return None
 
@@ -79,7 +80,7 @@ class Teacher(nn.Module, ABC):
     def begin(self, progress: float) -> None:
         """Called before each training step with the share of the training that is done, 0 to 1."""
 
-    def lesson(self, view: View) -> Tensor | None:
+    def auxiliary_loss(self, view: View) -> Tensor | None:
         """What it learns itself beside the student: a loss [B] that is added to the student's; None: nothing."""
         return None
 
@@ -87,7 +88,7 @@ class Teacher(nn.Module, ABC):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> Answer:
+    def forward(self, batch: Batch) -> TeacherAnswer:
         """(outputs, {point: feature}) of a batch, without a gradient. Raises `InputError` where it cannot answer."""
         # Whatever precision the student trains in: an answer is the same when it is kept.
         with torch.autocast(batch.inputs[0].device.type, enabled=False):
@@ -104,7 +105,7 @@ class Teacher(nn.Module, ABC):
             return (found if name is None else {name: found}), {}
 
 
-def asked(tapped: nn.Module, batch: Batch, precision: str = "fp32") -> Answer:
+def asked(tapped: nn.Module, batch: Batch, precision: str = "fp32") -> TeacherAnswer:
     """What a tapped model says, in float32 at least; "bf16": computed in bfloat16 autocast (`pqk.target.machine`)."""
     with autocast(batch.inputs[0].device.type, precision):
         outputs, features = tapped(*batch.inputs)
@@ -143,9 +144,9 @@ class FrozenTeacher(Teacher):
 
     def identity(self) -> str:
         model = self.module or self._model[0]  # its text, too: other layers can have the same tensors
-        return repr((fingerprint(model), str(model), self.precision, self.students_view))
+        return repr((weights_fingerprint(model), str(model), self.precision, self.students_view))
 
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         device = batch.inputs[0].device
         if any(t.device != device for t in self._model[0].parameters()):
             self._model = [copy.deepcopy(self._model[0]).to(device)]  # the program's teacher stays where it is
@@ -163,7 +164,7 @@ def cache_for(
     """
     teacher = teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher, precision=precision)
     place = cache_folder(folder)
-    if (reason := teacher.uncached()) is not None:
+    if (reason := teacher.why_not_cached()) is not None:
         return reason
     if place is None:
         return "nothing is saved in this run"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, Outputs, map_tensors, tensors, widened
-from pqk.errors import InputError
-from pqk.knowledge.teachers.base import Answer, Teacher
+from pqk.errors import InputError, Reason
+from pqk.knowledge.teachers.base import Teacher, TeacherAnswer
 
 
 class CallableTeacher(Teacher):
@@ -34,7 +34,7 @@ class CallableTeacher(Teacher):
             raise InputError("distill: a torch module is no black box; let a FrozenTeacher answer for it")
         self.function, self.named = function, identity
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return (
             "a function does not say what it computes; give the teacher an `identity`" if self.named is None else None
         )
@@ -51,7 +51,7 @@ class CallableTeacher(Teacher):
                 f"have one row for every sample"
             )
 
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         outputs = self.function(*batch.for_teacher().inputs)
         if not tensors(outputs):
             raise InputError(f"distill: the teacher's answer is a {type(outputs).__name__} without tensors")
@@ -90,7 +90,7 @@ class OnnxTeacher(CallableTeacher):
 
         super().__init__(answer)
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return None
 
     def identity(self) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, Outputs, first_tensor, map_tensors, tensors
-from pqk.errors import InputError, nearest
+from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teachers.base import Answer, Teacher, asked
+from pqk.knowledge.teachers.base import Teacher, TeacherAnswer, asked
 from pqk.knowledge.terms.base import View
 
 LEAST_VARIANCE = 1e-8
@@ -101,10 +101,10 @@ class EnsembleTeacher(Teacher):
             assert isinstance(member, Teacher)
             yield member
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         if self.by is not None and self.by not in WEIGHTINGS:
             return "the members' weights are a function, which does not say what it computes"
-        return next((reason for m in self._each() if (reason := m.uncached()) is not None), None)
+        return next((reason for m in self._each() if (reason := m.why_not_cached()) is not None), None)
 
     def identity(self) -> str:
         by = None if self.by is None else self.by.__name__
@@ -114,8 +114,8 @@ class EnsembleTeacher(Teacher):
         for member in self._each():
             member.begin(progress)
 
-    def lesson(self, view: View) -> Tensor | None:
-        own = [loss for member in self._each() if (loss := member.lesson(view)) is not None]
+    def auxiliary_loss(self, view: View) -> Tensor | None:
+        own = [loss for member in self._each() if (loss := member.auxiliary_loss(view)) is not None]
         return torch.stack(own).sum(0) if own else None
 
     def check(self, example: Inputs) -> None:
@@ -124,7 +124,7 @@ class EnsembleTeacher(Teacher):
         with torch.no_grad():
             self._answers(Batch(example, None, None))
 
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         return self._mean(*self._answers(batch), batch), {}
 
     def _answers(self, batch: Batch) -> tuple[list[Tensor], Outputs]:
@@ -174,10 +174,10 @@ class UncertaintyTeacher(EnsembleTeacher):
         super().__init__(members, *args, **options)
         self.target = target
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return "how far the members disagree is not kept with their answers"
 
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         answers, like = self._answers(batch)
         mean, shares = self._mean(answers, like, batch), self._shares(answers, batch)
         z = answers[0]
@@ -255,7 +255,7 @@ class EMATeacher(Teacher):
     def module(self) -> nn.Module | None:
         return self.average
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return self.uncacheable
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EMATeacher:
@@ -276,5 +276,5 @@ class EMATeacher(Teacher):
             else:
                 mean.copy_(new)
 
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         return asked(self._tapped[0], batch, self.precision)

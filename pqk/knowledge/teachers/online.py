@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, first_tensor, widened
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teachers.base import Answer, Teacher, asked
+from pqk.knowledge.teachers.base import Teacher, TeacherAnswer, asked
 from pqk.knowledge.terms.base import View
 from pqk.knowledge.terms.response import KLDivergence
 
@@ -57,7 +57,7 @@ class PeerTeacher(Teacher):
     def module(self) -> nn.Module | None:
         return self.peer
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return self.uncacheable
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PeerTeacher:
@@ -65,10 +65,10 @@ class PeerTeacher(Teacher):
         self._tapped = [tap(self.peer, self.points)]  # a tapped graph holds buffers of its own
         return self
 
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         return asked(self._tapped[0], batch, self.precision)
 
-    def lesson(self, view: View) -> Tensor | None:
+    def auxiliary_loss(self, view: View) -> Tensor | None:
         self.peer.train()
         outputs = self.peer(*view.inputs)
         self.peer.eval()
@@ -106,7 +106,7 @@ def exit_for(feature: Tensor, outputs: Any, where: str) -> Exit:
     return Exit(feature.shape[1 if image else -1], logits.shape[1], image)
 
 
-class Beside(Teacher):
+class OnlineTeacher(Teacher):
     """A teacher that answers as another one does, with something beside it that learns."""
 
     def __init__(self, inner: Teacher) -> None:
@@ -127,11 +127,11 @@ class Beside(Teacher):
     def begin(self, progress: float) -> None:
         self.inner.begin(progress)
 
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         return self.inner(batch)
 
 
-class ExitsTeacher(Beside):
+class ExitsTeacher(OnlineTeacher):
     """The student's deepest output teaches exits at its own shallower points (be your own teacher: Zhang et al., ICCV
     2019, arXiv:1905.08094), beside another teacher, whose answers and cache are kept.
 
@@ -156,11 +156,11 @@ class ExitsTeacher(Beside):
     def identity(self) -> str:
         return self.inner.identity()
 
-    def uncached(self) -> str | None:
-        return self.inner.uncached()
+    def why_not_cached(self) -> Reason | None:
+        return self.inner.why_not_cached()
 
-    def lesson(self, view: View) -> Tensor | None:
-        total = self.inner.lesson(view)
+    def auxiliary_loss(self, view: View) -> Tensor | None:
+        total = self.inner.auxiliary_loss(view)
         for point, head in zip(self.watches, self.exits, strict=True):
             said = head(view.student_features[point])
             loss = self.kd_weight * divergence(said, first_tensor(view.student), view, self.temperature)
@@ -169,7 +169,7 @@ class ExitsTeacher(Beside):
         return total
 
 
-class ShadowTeacher(Beside):
+class ShadowTeacher(OnlineTeacher):
     """A second head on the frozen teacher's features, which teaches in its place (SHAKE: Li & Jin, NeurIPS 2022).
 
     The head learns T² KL(teacher ‖ shadow) and, as the student talks back, student_weight · T² KL(student ‖ shadow).
@@ -187,15 +187,15 @@ class ShadowTeacher(Beside):
         self._heard: list[tuple[Tensor, Tensor]] = []
         """what the teacher said of the batch that was answered last: (feature, logits)"""
 
-    def uncached(self) -> str | None:
+    def why_not_cached(self) -> Reason | None:
         return self.uncacheable
 
-    def live(self, batch: Batch) -> Answer:
+    def live(self, batch: Batch) -> TeacherAnswer:
         outputs, features = self.inner(batch)
         self._heard = [(features[self.point], first_tensor(outputs))]
         return self.head(features[self.point]), features
 
-    def lesson(self, view: View) -> Tensor | None:
+    def auxiliary_loss(self, view: View) -> Tensor | None:
         if not self._heard:  # no term has asked the teacher yet
             return None
         ((feature, logits),) = self._heard
