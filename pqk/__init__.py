@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pqk.data.synthesis import pseudo_labels as pseudo_labels
     from pqk.data.synthesis import synthesize as synthesize
     from pqk.deploy.artifact import Artifact as Artifact
+    from pqk.evaluation.settings import Evaluation as Evaluation
     from pqk.recipe.recipe import Recipe as Recipe
     from pqk.target.target import Target as Target
     from pqk.task.metrics import Metric as Metric
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Artifact": "pqk.deploy.artifact",
+    "Evaluation": "pqk.evaluation.settings",
     "Metric": "pqk.task.task",
     "Recipe": "pqk.recipe.recipe",
     "Target": "pqk.target.target",

@@ -29,11 +29,11 @@ from pqk.core.pipeline import verify
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Advance, Observer, Silent
 from pqk.core.run_context import RunContext
-from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.core.run_folder import scope_of
+from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.onnxruntime_session import session
 from pqk.deploy.torch_emitter import emit_torch
 from pqk.errors import InputError, PqkError, first_line
-from pqk.passes import Distill, Prune
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.groups import check_groups
 from pqk.recipe.recipe import Recipe, why_not_for_target
@@ -41,7 +41,6 @@ from pqk.report.schema import LayerParity
 from pqk.target.machine import peak_memory
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.training.trainer import Training
 from pqk.verify.contract import divergence_of
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.fused_parity import check_launches
@@ -91,7 +90,7 @@ class Findings:
     memory_bytes: int = 0
     """the highest resident memory of this rehearsal, which takes every step that the compile takes"""
     seconds: float = 0.0
-    """estimate for all passes; the proof at the end takes a few minutes more"""
+    """estimate for all passes; the evaluation at the end takes a few minutes more"""
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -119,7 +118,7 @@ class _Rehearsal:
         self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run, THREADS)
         mismatch = self.target.why_not_measured()
         if mismatch is None:
-            run = self.oracle.serve(run)
+            run = dataclasses.replace(run, oracle=self.oracle)
         student = copy.deepcopy(self.teacher).requires_grad_(True)
         self.program = Program(self.teacher, student, Stage.MODULE, self.target, run)
         example = task.example
@@ -155,9 +154,8 @@ class _Rehearsal:
 
     def _prunable(self) -> None:
         """Every channel group under the law, and the blocks that can be left out."""
-        prunes = [p for p in self.recipe.passes if isinstance(p, Prune)]
-        ignore = prunes[0].ignore if prunes else ()
-        protect = prunes[0].protect if prunes else ()
+        ignore = tuple(pattern for p in self.recipe.passes for pattern in p.ignore)
+        protect = tuple(pattern for p in self.recipe.passes for pattern in p.protect)
         try:
             with self.watch.task("checking channel groups", 1) as advance:
                 groups = check_groups(self.teacher, self.task.example, ignore)
@@ -169,13 +167,13 @@ class _Rehearsal:
             samples = next(self.task.calibration(8))
             blocks, declined = find_blocks(self.teacher, samples, protect)
             self.found.blocks = {"removable": [b.path for b in blocks], "declined": declined}
-        except Exception as error:  # blocks of the user's make, called in ways that they do not expect
+        except Exception as error:  # user-defined blocks, called in ways that they do not expect
             self.found.warnings.append(f"blocks: {first_line(error, 300)}")
 
     def _rehearse(self, index: int, p: Pass) -> Rehearsed:
         row = Rehearsed(index, p.name, str(self.program.stage))
         program = dataclasses.replace(
-            self.program, run=self.program.run.enter(f"{index:02d}-{p.name}"), declined=(), details={}
+            self.program, run=self.program.run.enter(scope_of(index, p.name)), declined=(), details={}
         )
         if program.stage == Stage.MODULE:  # a pass that fails half-way must not leave its cuts to the next one
             program = dataclasses.replace(program, student=copy.deepcopy(program.student))
@@ -194,38 +192,29 @@ class _Rehearsal:
             return row
         took = time.perf_counter() - began
         row.declined = [{"layer": d.layer, "reason": d.reason} for d in after.declined]
-        row.details = {} if isinstance(p, Training) else dict(after.details)  # a few steps say nothing of the losses
+        row.details = {} if p.notes_losses else dict(after.details)
         self.program = after
         self._cost(row, p, took)
         return row
 
     def _short(self, p: Pass) -> Pass:
         """`p` with a few training steps instead of its epochs."""
-        if self.task.train is None:
-            return p
-        few = STEPS / len(self.task.train)
-        if isinstance(p, Training):
-            return dataclasses.replace(p, epochs=min(p.epochs, few))
-        if isinstance(p, Prune):
-            return dataclasses.replace(p, steps=1, recovery_epochs=min(p.recovery_epochs, few))
-        return p
+        return p if self.task.train is None else p.rehearsal(STEPS / len(self.task.train))
 
     def _cost(self, row: Rehearsed, p: Pass, took: float) -> None:
         """The estimate of a pass: what it took, and its remaining steps at the time of those that were taken."""
         timed = [s for steps in self.watch.steps.values() for s in steps]
-        rest, rounds, epochs = took - sum(timed), 1, p.epochs if isinstance(p, Training) else 0.0
-        if isinstance(p, Prune):
-            epochs, rounds = p.steps * p.recovery_epochs, p.steps
-        if timed and epochs and self.task.train is not None:
-            row.steps = max(1, round(epochs * len(self.task.train)))
+        rest = took - sum(timed)
+        if timed and p.training_epochs and self.task.train is not None:
+            row.steps = max(1, round(p.training_epochs * len(self.task.train)))
             step = statistics.median(timed[2:] or timed)
             row.step_ms = round(1e3 * step, 3)
-            rest = rounds * rest + row.steps * step - self._cached(p, row.steps)
+            rest = p.rounds * rest + row.steps * step - self._cached(p, row.steps)
         row.seconds = round(max(rest, 0.0) + self._scoring(), 3)
 
     def _cached(self, p: Pass, steps: int) -> float:
         """Seconds that cached teacher logits save: of all steps after every view was seen once."""
-        if self.live_steps is None or not isinstance(p, Distill) or p.why_not_cached() is not None:
+        if self.live_steps is None or p.why_not_cached() is not None:
             return 0.0
         live = min(steps, self.live_steps)
         self.live_steps -= live
@@ -251,7 +240,7 @@ class _Rehearsal:
                     layers += check_launches(graph, fused, task.example)
                 if self.target.runtime == "onnxruntime":
                     path = Path(folder) / "model.onnx"
-                    emit_onnx(graph, task.example, path, task.input_names, task.output_names, task.axes)
+                    emit_onnx_for(graph, task, path)
                     layers += check_layers(graph, quantized_tensors(graph), path, task.example, optimized=here)
                 self.found.problems += [f"parity: {divergence_of(layer)}" for layer in layers if not layer.passed]
                 self._measure(path, Path(folder) / "teacher.onnx", here)
@@ -272,7 +261,7 @@ class _Rehearsal:
         if not here:
             return
         feeds = task.feeds(1)
-        emit_onnx(self.teacher, task.example, teacher, task.input_names, task.output_names, task.axes)
+        emit_onnx_for(self.teacher, task, teacher)
         with self.watch.task("timing the student beside its teacher", 1) as advance:
             ratio = ratio_to(session(teacher, threads=THREADS), session(path, threads=THREADS), feeds)
             advance(1, f"{ratio.ratio:.2f}x")

@@ -7,10 +7,11 @@ import dataclasses
 import errno
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,31 +19,27 @@ from torch import nn
 from pqk.bench.oracle import Oracle
 from pqk.core.distributed import from_main, is_main_process
 from pqk.core.journal import Journal
-from pqk.core.pipeline import check_order, run_passes, state
-from pqk.core.program import Pass, Program, Stage
+from pqk.core.pipeline import check_order, run_passes
+from pqk.core.program import Program, Stage
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
+from pqk.core.run_folder import RunFolder
 from pqk.data.data import digest_of
-from pqk.data.structures import tensors
-from pqk.deploy.artifact import DEPLOYED, Artifact, write_manifest
-from pqk.deploy.onnx_emitter import emit_onnx, names_of_outputs
-from pqk.deploy.torch_emitter import emit_torch
-from pqk.deploy.tuning import NAME as TUNING
-from pqk.errors import InputError, ParityError, nearest
+from pqk.deploy.artifact import MANIFEST, Artifact, describe_interface, seal, write_report, write_student
+from pqk.deploy.tuning import Tuning
+from pqk.errors import InputError, ParityError
 from pqk.evaluation.evaluate import evaluate
-from pqk.files import read_json, write_json, write_tensors, write_whole
+from pqk.evaluation.settings import Evaluation
+from pqk.files import read_json
 from pqk.gpu.autotune import choose_tuning, gpu_for, read_tuning
 from pqk.knowledge.teachers.base import weights_fingerprint
 from pqk.recipe.fit import fit_recipe
 from pqk.recipe.recipe import Recipe, TargetSpec, why_not_for_target
-from pqk.report.markdown import to_markdown
+from pqk.report.schema import Report
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.training.trainer import Training, accelerator
-
-OWN = ("student.safetensors", "student.json", "recipe.toml", "report.json", "report.md", TUNING, *DEPLOYED)
-Attribution = Literal["standard", "full"]
+from pqk.training.trainer import accelerator
 
 
 def compress(
@@ -54,91 +51,114 @@ def compress(
     *,
     seed: int | None = None,
     resume: bool = False,
-    attribution: Attribution = "standard",
+    evaluation: Evaluation | None = None,
     allow_parity_failure: bool = False,
     observer: Observer | None = None,
 ) -> Artifact:
-    """Compile `teacher` into an INT8 student for `target`, and prove what it is worth.
+    """Compiles `teacher` into an INT8 student for `target`, and measures what it is worth.
 
     Args:
-        teacher: a trained module; it is copied, put into eval mode and never changed.
+        teacher: a trained module in float32; it is copied, put into eval mode and never changed.
         task: data, metric and loss.
         recipe: a `Recipe`, or the path of its TOML file; `Recipe.default()` where None.
         target: a `Target` or its name; the recipe's, or this machine, where None.
         out: the artifact's directory, empty or new (or, with `resume`, that of the run to continue).
         seed: overrides the recipe's.
-        attribution: "full" also trains the student's controls (no distillation, smoothed labels, an untrained
-            teacher, from scratch) for the table and the diagnostics.
+        resume: continue the run in `out` at its last finished pass.
+        evaluation: what is measured of the student, beside what, and how long; `Evaluation()` where None.
         allow_parity_failure: finish the artifact although its numbers differ from the trained ones.
         observer: shows progress.
+
+    Returns:
+        The artifact in `out`.
 
     Raises:
         InputError: teacher, task, recipe, target and out do not fit, and nothing was trained; or the disk is full.
         ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
     """
+    job = _job(teacher, task, recipe, target, Path(out), seed, evaluation or Evaluation())
+    from_main(lambda: job.folder.open(job.identity(), resume))
+    if (job.out / MANIFEST).exists():
+        return Artifact.load(job.out)
+    with _disk_space(job.out):
+        program = _run(job, observer or Silent())
+        if is_main_process():
+            names = _write(job, program)
+            report = _judge(job, program)
+            _ship(job, program, names, report, allow_parity_failure)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return Artifact.load(job.out)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compile, checked: everything in it fits together."""
+
+    teacher: nn.Module
+    """a frozen copy, in eval mode"""
+    task: Task
+    recipe: Recipe
+    target: Target
+    out: Path
+    evaluation: Evaluation
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder.of(self.out)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run is a run of: a resume must be of the same."""
+        data = {
+            "train": None if self.task.train is None else self.task.train.fingerprint(),
+            "validation": self.task.validation.fingerprint(),
+            "evaluation": self.task.evaluation.fingerprint(),
+        }
+        return {
+            "recipe": self.recipe.dumps(),
+            "teacher": weights_fingerprint(self.teacher),
+            "data": data,
+            # made by the data's own preprocessing, which `data` does not show
+            "example": digest_of("example", self.task.example),
+        }
+
+
+def _job(
+    teacher: nn.Module,
+    task: Task,
+    recipe: Recipe | str | Path | None,
+    target: Target | str | None,
+    out: Path,
+    seed: int | None,
+    evaluation: Evaluation,
+) -> Job:
+    """Check everything that can be checked before a pass runs. Raises `InputError`."""
     if not isinstance(task, Task):
         raise InputError(
             f"task: a {type(task).__name__} is no pqk.Task; make one of your data: Task(train, evaluation)"
         )
-    if attribution not in get_args(Attribution):
-        raise InputError(f'attribution: "{attribution}"{nearest(attribution, get_args(Attribution))}')
-    by_default = recipe is None
-    recipe = _recipe(recipe, target, seed, task)
-    assert recipe.target is not None
-    passes, chosen = recipe.passes, Target.named(recipe.target.name)
-    last = check_order(passes)
+    if not isinstance(evaluation, Evaluation):
+        raise InputError(f"evaluation: a {type(evaluation).__name__} is no pqk.Evaluation; such as Evaluation.quick()")
+    chosen = _recipe(recipe, target, seed, task)
+    assert chosen.target is not None
+    machine = Target.named(chosen.target.name)
+    last = check_order(chosen.passes)
     if last != Stage.INT8:
         raise InputError(f'recipe: it leaves the student in stage {last}; the last pass must be "convert" or "fuse"')
-    if (reason := why_not_for_target(passes, chosen)) is not None:
+    if (reason := why_not_for_target(chosen.passes, machine)) is not None:
         raise InputError(f"recipe: {reason}")
-    read_tuning(passes)
-    for p in passes:
-        if isinstance(p, Training) or getattr(p, "recovery_epochs", False):
+    read_tuning(chosen.passes)
+    for p in chosen.passes:
+        if p.training_epochs:
             task.need_train(p.name)
-    if not isinstance(teacher, nn.Module):
-        raise InputError(f"teacher: a {type(teacher).__name__} is no torch module")
-    if isinstance(teacher, torch.jit.ScriptModule):
-        raise InputError("teacher: a scripted module cannot be rewritten; pass the module that it was scripted from")
-    half = next((n for n, p in teacher.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
-    if half is not None:
-        raise InputError(f"teacher: {half} is in half precision; pass teacher.float(), pqk quantizes from float32")
-    if accelerator().num_processes > 1 and attribution == "full":
-        raise InputError("attribution full: its extra training runs in one process; compile with one, or use standard")
+    _check_teacher(teacher)
+    if accelerator().num_processes > 1 and evaluation.controls:
+        raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     task.check(teacher)
-    if by_default:
-        recipe = fit_recipe(recipe, teacher, task)
-    folder = Path(out)
-    identity = _identity(recipe, teacher, task)
-    from_main(lambda: _open(folder, identity, resume))
-    if (folder / "manifest.json").exists():
-        return Artifact.load(folder)
-    journal = Journal(folder / ".work" / "journal.jsonl" if is_main_process() else None)
-    run = RunContext(recipe.seed, folder / ".work", journal, observer or Silent())
-    try:
-        program = _run(teacher, task, recipe.passes, chosen, run)
-        if is_main_process():
-            _finish(program, task, recipe, folder, attribution, allow_parity_failure)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(f"{folder}: {error.strerror}; make room and go on with --resume") from error
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    return Artifact.load(folder)
-
-
-def _run(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Target, run: RunContext) -> Program:
-    """The passes, with a latency oracle where this machine is the target."""
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    if target.why_not_measured() is not None:
-        return run_passes(Program(teacher, student, Stage.MODULE, target, run), task, passes)
-    oracle = Oracle(teacher, task, target, passes, run)
-    run = oracle.serve(run)
-    try:
-        return run_passes(Program(teacher, student, Stage.MODULE, target, run), task, passes)
-    finally:
-        oracle.folder.cleanup()
+    if recipe is None:
+        chosen = fit_recipe(chosen, teacher, task)
+    return Job(teacher, task, chosen, machine, out, evaluation)
 
 
 def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, seed: int | None, task: Task) -> Recipe:
@@ -160,121 +180,85 @@ def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, see
     return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
 
 
-def _identity(recipe: Recipe, teacher: nn.Module, task: Task) -> dict[str, Any]:
-    """What a run is a run of: a resume must be of the same."""
-    data = {
-        "train": None if task.train is None else task.train.fingerprint(),
-        "validation": task.validation.fingerprint(),
-        "evaluation": task.evaluation.fingerprint(),
-    }
-    example = digest_of("example", task.example)  # made by the data's own preprocessing, which `data` does not show
-    return {"recipe": recipe.dumps(), "teacher": weights_fingerprint(teacher), "data": data, "example": example}
+def _check_teacher(teacher: nn.Module) -> None:
+    if not isinstance(teacher, nn.Module):
+        raise InputError(f"teacher: a {type(teacher).__name__} is no torch module")
+    if isinstance(teacher, torch.jit.ScriptModule):
+        raise InputError("teacher: a scripted module cannot be rewritten; pass the module that it was scripted from")
+    half = next((n for n, p in teacher.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is not None:
+        raise InputError(f"teacher: {half} is in half precision; pass teacher.float(), pqk quantizes from float32")
 
 
-def _open(folder: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Rank 0 makes the output directory, or finds the run to continue.
-
-    Raises `InputError` for anything else that is there.
-    """
-    work = folder / ".work"
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; --out names a directory")
-    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    if not resume and there:
-        raise InputError(f"{folder} is not empty ({', '.join(there[:4])}…); choose another, or continue with --resume")
-    if resume and (work / "run.json").exists():
-        before = read_json(work / "run.json")
-        differ = [k for k in identity if before.get(k, identity[k]) != identity[k]]
-        if differ:
-            raise InputError(
-                f"{folder} holds a run with another {' and '.join(differ)}; it cannot be continued with these"
-            )
-        return
-    begun = there == [".work"] and all(p.name.startswith(".") for p in work.iterdir())  # killed before its first file
-    if resume and there and not begun:
-        raise InputError(f"{folder} is not empty and holds no run to continue")
+@contextmanager
+def _disk_space(out: Path) -> Iterator[None]:
+    """A full disk is an error of the user's, with what to do; the finished passes stay."""
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise InputError(f"cannot make {work}: {error.strerror}") from error
-    write_json(work / "run.json", identity)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{out}: {error.strerror}; make room and go on with --resume") from error
 
 
-def _finish(
-    program: Program, task: Task, recipe: Recipe, folder: Path, attribution: Attribution, allow_parity_failure: bool
-) -> None:
-    """Emit, prove, and move the finished files into `folder`, the manifest last."""
-    proof = folder / ".work" / "proof"
-    shutil.rmtree(proof, ignore_errors=True)
-    proof.mkdir()
-    if program.target.runtime == "onnxruntime":
-        emit_onnx(program.student, task.example, proof / "model.onnx", task.input_names, task.output_names, task.axes)
-    if program.fused is not None:
-        emit_torch(program.fused, task.example, proof / "student.pt2", task.axes)
-        one = tuple(x[:1] if x.ndim else x for x in task.example)
-        tuning = read_tuning(recipe.passes) or choose_tuning(program.fused, one, gpu_for(program.target.name))
-        write_json(proof / TUNING, tuning.document())
-    extra = _extra_files(program, task, proof)
-    report = evaluate(program, task, recipe.passes, proof, attribution, seed=recipe.seed)
-    write_tensors(proof / "student.safetensors", program.student.state_dict())
-    write_json(proof / "student.json", {"plan": state(program)["plan"]})
-    write_whole(proof / "recipe.toml", lambda p: p.write_text(recipe.dumps()))
-    write_whole(proof / "report.json", lambda p: p.write_text(report.dumps()))
-    write_whole(proof / "report.md", lambda p: p.write_text(to_markdown(report)))
+def _run(job: Job, observer: Observer) -> Program:
+    """The passes, with a latency oracle where this machine is the target."""
+    journal = Journal(job.folder.journal if is_main_process() else None)
+    run = RunContext(job.recipe.seed, job.folder.path, journal, observer)
+    student = copy.deepcopy(job.teacher).requires_grad_(True)
+    program = Program(job.teacher, student, Stage.MODULE, job.target, run)
+    if job.target.why_not_measured() is not None:
+        return run_passes(program, job.task, job.recipe.passes)
+    oracle = Oracle(job.teacher, job.task, job.target, job.recipe.passes, run)
+    try:
+        run = dataclasses.replace(run, oracle=oracle)
+        return run_passes(dataclasses.replace(program, run=run), job.task, job.recipe.passes)
+    finally:
+        oracle.folder.cleanup()
+
+
+def _write(job: Job, program: Program) -> tuple[str, ...]:
+    """Emit the student into the unfinished artifact; the names of its files."""
+    folder = job.folder.unfinished_artifact
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return write_student(program, job.task, job.recipe, folder, _tuning(job, program))
+
+
+def _tuning(job: Job, program: Program) -> Tuning | None:
+    """The configurations of the fused student's kernels: those of a file, or by rule for one sample."""
+    if program.fused is None:
+        return None
+    sample = tuple(x[:1] if x.ndim else x for x in job.task.example)
+    return read_tuning(job.recipe.passes) or choose_tuning(program.fused, sample, gpu_for(job.target.name))
+
+
+def _judge(job: Job, program: Program) -> Report:
+    """Measure what is deployed, and write the report beside it."""
+    folder = job.folder.unfinished_artifact
+    report = evaluate(program, job.task, job.recipe.passes, folder, job.evaluation, seed=job.recipe.seed)
+    write_report(report, folder)
+    return report
+
+
+def _ship(job: Job, program: Program, names: tuple[str, ...], report: Report, allow_parity_failure: bool) -> None:
+    """Move the finished files to where they go, the manifest last. Raises `ParityError` for a broken contract."""
     contracts = [report.parity, None if report.fusion is None else report.fusion.parity]
     broken = next((c for c in contracts if c is not None and not c.passed), None)
     if broken is not None and not allow_parity_failure:
         raise ParityError(
             f"parity: {broken.first_divergence}. The finished passes and the report are kept in "
-            f"{folder / '.work'}; --resume --allow-parity-failure finishes the artifact all the same"
+            f"{job.folder.path}; --resume --allow-parity-failure finishes the artifact all the same"
         )
-    for name in (*OWN, *extra):
-        if (proof / name).exists():
-            (proof / name).replace(folder / name)
-    write_manifest(folder, _manifest(program, task, recipe, folder))
-
-
-def _extra_files(program: Program, task: Task, folder: Path) -> tuple[str, ...]:
-    """Write what the task ships beside the student; their names."""
-    files = {} if task.extra_files is None else task.extra_files(program.student)
-    for name, content in files.items():
-        if name in (*OWN, "manifest.json") or Path(name).name != name or name.startswith(".") or ".onnx" in name:
-            raise InputError(f'task: extra_files gives "{name}", which is no plain name or one of the artifact\'s own')
-        write_whole(folder / name, partial(Path.write_bytes, data=content))
-    return tuple(files)
-
-
-def _manifest(program: Program, task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    inputs = zip(task.input_names, task.example, task.axes, strict=True)
-    work = read_json(folder / ".work" / "run.json")
-    return {
+    identity = read_json(job.folder.identity)
+    manifest = {
         "pqk": importlib.metadata.version("pqk"),
         "versions": machine_fingerprint()["versions"],
         "target": program.target.name,
-        "seed": recipe.seed,
-        "teacher": work["teacher"],
-        "data": work["data"],
-        "inputs": [_describe(n, t, axes) for n, t, axes in inputs],
-        "outputs": _outputs(program.student, task),
-        "preprocessing": task.preprocessing,
+        "seed": job.recipe.seed,
+        "teacher": identity["teacher"],
+        "data": identity["data"],
+        **describe_interface(program.student, job.task),
+        "preprocessing": job.task.preprocessing,
     }
-
-
-def _describe(name: str, t: torch.Tensor, axes: Sequence[str | None]) -> dict[str, Any]:
-    shape = [called or size for called, size in zip(axes, t.shape, strict=True)]
-    return {"name": name, "shape": shape, "dtype": str(t.dtype).removeprefix("torch.")}
-
-
-@torch.no_grad()
-def _outputs(student: nn.Module, task: Task) -> list[dict[str, Any]]:
-    """Names, shapes and dtypes of the outputs. An axis that gets shorter with the inputs' "sequence" is one, too."""
-    outputs = student(*task.example)
-    found = tensors(outputs)
-    axes: list[list[str | None]] = [[None] * t.ndim for t in found]
-    for name in dict.fromkeys(n for names in task.axes for n in names if n):
-        cuts = [tuple(slice(None, -1 if n == name else None) for n in names) for names in task.axes]
-        shorter = tensors(student(*(t[cut] for t, cut in zip(task.example, cuts, strict=True))))
-        for named, whole, part in zip(axes, found, shorter, strict=True):
-            named[:] = [name if whole.shape[i] != part.shape[i] else n for i, n in enumerate(named)]
-    names = task.output_names or names_of_outputs(outputs)
-    return [_describe(*described) for described in zip(names, found, axes, strict=True)]
+    seal(job.folder.unfinished_artifact, job.out, names, manifest)

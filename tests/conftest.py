@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +65,3 @@ def data_file(data_folder: Path) -> Callable[[str], Path]:
         return path
 
     return find
-
-
-@pytest.fixture(scope="session", autouse=True)
-def timed_elsewhere() -> Iterator[Callable[..., Any]]:
-    """Compiles in tests take timings that are too short to mean anything, of ONNX Runtime alone.
-
-    The value is what times the other runtimes in earnest.
-    """
-    import functools
-
-    from pqk.bench import protocol as benchmark
-    from pqk.evaluation import evaluate as proof
-
-    short, elsewhere = functools.partial(benchmark.measure, rounds=5, burst=1, warm=1, pause=0.0), proof._elsewhere
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proof, "measure", short)
-        patch.setattr(proof, "_elsewhere", lambda *a, **k: [])
-        yield elsewhere

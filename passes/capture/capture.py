@@ -56,6 +56,9 @@ class Capture(Pass):
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE})
     produces: ClassVar[Stage | None] = Stage.GRAPH
 
+    def timed_form(self, floats: tuple[str, ...]) -> Pass | None:
+        return self
+
     def apply(self, program: Program, task: Task) -> Program:
         axes = [list(a) for a in task.axes]
         program = program.rewrite(capture, task.example, input_names=list(task.input_names), axes=axes)

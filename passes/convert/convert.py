@@ -48,6 +48,9 @@ class Convert(Pass):
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.FAKE_QUANT})
     produces: ClassVar[Stage | None] = Stage.INT8
 
+    def timed_form(self, floats: tuple[str, ...]) -> Pass | None:
+        return self
+
     def apply(self, program: Program, task: Task) -> Program:
         return program.rewrite(convert, task.example)
 

@@ -10,18 +10,20 @@ through the layers: on the pruned ResNet-20 of the digits the gradient's norm re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
 from pqk.core.program import CONFIG, Pass, Program, Stage
+from pqk.data.structures import first_tensor
 from pqk.errors import InputError, Reason, nearest
-from pqk.knowledge import AnySource, AnyTerm, CrossEntropy, FromModule, KLDivergence, Term
+from pqk.knowledge import AnySource, AnyTerm, CrossEntropy, FromModule, KLDivergence, LogitMSE, Term
 from pqk.knowledge.objective import why_not_learned
 from pqk.knowledge.sources import Given
 from pqk.knowledge.teachers.base import LogitCache, cache_for
@@ -29,6 +31,7 @@ from pqk.passes.distill.assistant import earlier_student
 from pqk.passes.distill.keep_best import CheckpointSelection, Criterion
 from pqk.passes.prune.survivors import surviving_channels
 from pqk.quant.fake_quant import quantizers
+from pqk.task.metrics import argmax
 from pqk.task.task import Task
 from pqk.training.trainer import Training, fit
 
@@ -42,6 +45,7 @@ class Distill(Training, Pass):
 
     name: ClassVar[str] = "distill"
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE, Stage.GRAPH, Stage.FAKE_QUANT})
+    row: ClassVar[str | None] = "pruned_distilled"
 
     terms: tuple[AnyTerm, ...] = (CrossEntropy(weight=0.1), KLDivergence(weight=0.9))
     """the knowledge terms: tables with `term`, `weight` and the term's own fields"""
@@ -80,7 +84,7 @@ class Distill(Training, Pass):
     def _counted(self) -> Sequence[Term]:
         return [t for t in self.terms if t.weight > 0]
 
-    def _why_not_kept(self) -> Reason | None:
+    def _only_output(self) -> str | None:
         """The output that alone is asked of the teacher, where all who ask name the same."""
         taught = [t for t in self._counted() if t.needs_teacher or t.gate]
         names = {getattr(t, "output", None) if t.gate is None else None for t in taught}
@@ -94,6 +98,21 @@ class Distill(Training, Pass):
         if not any(t.needs_teacher or t.gate for t in self._counted()):
             return "the terms need no teacher"
         return self.teacher.why_not_cached()
+
+    def fitted(self, task: Task, outputs: Any) -> Pass:
+        """With the terms of the default recipe that this task can have.
+
+        No labels where there are none; and half the squared distance to the teacher's first output instead of a
+        divergence, where that is a single score, or an answer without labels that is no class, such as an embedding.
+        """
+        if task.train is None:
+            return self
+        labelled, terms = task.train.labelled, self.terms
+        width = first_tensor(outputs).shape[-1]
+        if task.decision is not argmax and (width == 1 or not labelled):
+            first = next(iter(outputs)) if isinstance(outputs, Mapping) else None if isinstance(outputs, Tensor) else 0
+            terms = (*terms[:1], LogitMSE(output=first, weight=width / 2))
+        return dataclasses.replace(self, terms=tuple(t for t in terms if labelled or t.needs_teacher))
 
     def apply(self, program: Program, task: Task) -> Program:
         data = task.need_train("distill")
@@ -114,7 +133,7 @@ class Distill(Training, Pass):
         teacher = self.teacher.make(given)
         cache: LogitCache | str | None = self.why_not_cached()
         if cache is None:
-            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self._why_not_kept())
+            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self._only_output())
         teacher.cache = cache if isinstance(cache, LogitCache) else None
         with still(student, self.frozen):
             steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]

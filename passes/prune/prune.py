@@ -10,6 +10,7 @@ next narrowings) the one goes that moves the outputs least away from the teacher
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -36,6 +37,18 @@ class Prune(PruneSettings, Pass):
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE})
     produces: ClassVar[Stage | None] = Stage.MODULE
     rewrites: ClassVar[tuple[RewriteFunction, ...]] = (cut_channels, drop_block)
+    row: ClassVar[str | None] = "pruned"
+
+    @property
+    def training_epochs(self) -> float:
+        return self.steps * self.recovery_epochs
+
+    @property
+    def rounds(self) -> int:
+        return self.steps
+
+    def rehearsal(self, epochs: float) -> Pass:
+        return dataclasses.replace(self, steps=1, recovery_epochs=min(self.recovery_epochs, epochs))
 
     def apply(self, program: Program, task: Task) -> Program:
         """Raises `InputError` where the budget cannot be met, measured, or the model not traced."""

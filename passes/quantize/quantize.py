@@ -19,7 +19,7 @@ from torch import fx, nn
 from pqk.core.aten import HEAVY, root
 from pqk.core.graph import arguments, attach, attribute, facts, finish, free_path, move_points, operand, replace, shape
 from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.passes.quantize.embeddings import insert_table, table_of
 from pqk.passes.quantize.placement import Placement, absorbed, named_layers, placement
 from pqk.passes.quantize.sensitivity import sensitivity
@@ -32,7 +32,11 @@ from pqk.quant.fake_quant import (
     set_mode,
 )
 from pqk.quant.qparams import Grid, Method
+from pqk.target.target import Target
 from pqk.task.task import Task
+
+TIMED_SAMPLES = 32
+"""samples that ranges are taken from where only the latency counts, which does not depend on the scales"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -70,6 +74,18 @@ class Quantize(Pass):
     @property
     def dynamic(self) -> bool:
         return self.activations == "dynamic"
+
+    def timed_form(self, floats: tuple[str, ...]) -> Pass | None:
+        """Ranges by min-max of few samples: a latency does not depend on the scales."""
+        return dataclasses.replace(
+            self, calibration="minmax", samples=TIMED_SAMPLES, least_sqnr=None, faster_float=False, smooth=None,
+            float_layers=(*self.float_layers, *floats),
+        )  # fmt: skip
+
+    def why_not_for(self, target: Target) -> Reason | None:
+        if not self.faster_float or (reason := target.why_not_measured()) is None:
+            return None
+        return f"quantize.faster_float times layers, but {reason}; set it to false, or compile on the target"
 
     def apply(self, program: Program, task: Task) -> Program:
         """Raises `InputError` for a pattern that names no layer, and where speed cannot be measured here."""

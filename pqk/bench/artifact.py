@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pqk.bench.contenders import Contender, onnxruntime_contender
-from pqk.bench.protocol import measure
+from pqk.bench.protocol import TimingProtocol, measure
+from pqk.core.run_folder import RunFolder
 from pqk.deploy.artifact import Artifact
 from pqk.errors import InputError
 from pqk.report.schema import LatencyRow
 
 
 def benchmark(
-    artifact: Artifact, batches: Sequence[int] = (1,), threads: int = 2, rounds: int = 30
+    artifact: Artifact, batches: Sequence[int] = (1,), threads: int = 2, timing: TimingProtocol | None = None
 ) -> list[LatencyRow]:
     """The student beside its teacher, in turn, in ONNX Runtime on this machine; nothing is written.
 
@@ -23,7 +24,7 @@ def benchmark(
         artifact: a finished compile that has a `model.onnx`.
         batches: the batch sizes to time, each with a baseline of its own.
         threads: intra-op threads of every session.
-        rounds: turns that every contender gets.
+        timing: how long; 30 rounds of the default protocol where None.
 
     Returns:
         One row a contender and batch, in milliseconds.
@@ -33,13 +34,13 @@ def benchmark(
     """
     if not (artifact.folder / "model.onnx").exists():
         raise InputError(f"{artifact.folder} has no model.onnx, which a CPU is timed with; use --device cuda on a GPU")
-    proof = artifact.folder / ".work" / "proof"
-    teacher = next((p for p in (proof / "teacher_optimized.onnx", proof / "teacher.onnx") if p.exists()), None)
+    timing = timing or TimingProtocol(rounds=30)
+    teacher = next((p for p in RunFolder.of(artifact.folder).teacher_files if p.exists()), None)
     rows: list[LatencyRow] = []
     for batch in batches:
         feeds = artifact.example(batch)
         student = onnxruntime_contender("student", artifact.folder / "model.onnx", feeds, threads=threads)
         base = onnxruntime_contender("teacher_fp32", teacher, feeds, threads=threads) if teacher else None
         contenders: list[Contender] = [student] if base is None else [base, student]
-        rows += measure(contenders, base, rounds)
+        rows += measure(contenders, base, timing)
     return rows

@@ -20,14 +20,11 @@ from torch import nn
 from pqk.bench.protocol import fastest, ratio_to
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_context import RunContext
-from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.onnxruntime_session import session
 from pqk.passes import Capture, Convert, Quantize
 from pqk.target.target import Target
 from pqk.task.task import Task
-
-CALIBRATION = 32
-"""samples; a latency does not depend on the scales"""
 
 
 class Oracle:
@@ -37,25 +34,12 @@ class Oracle:
         self, teacher: nn.Module, task: Task, target: Target, passes: Sequence[Pass], run: RunContext, threads: int = 2
     ):
         self.teacher, self.task, self.target, self.run, self.threads = teacher, task, target, run, threads
-        found = {type(p): p for p in passes}
-        quantize = found.get(Quantize, Quantize())
-        assert isinstance(quantize, Quantize)
-        cheap = dataclasses.replace(
-            quantize, calibration="minmax", samples=CALIBRATION, least_sqnr=None, faster_float=False, smooth=None
-        )
-        self.passes: tuple[Pass, ...] = (found.get(Capture, Capture()), cheap, found.get(Convert, Convert()))
+        # The recipe's own passes from a module to integers; the default ones where it has none.
+        named = {p.name: p for p in (Capture(), Quantize(), Convert(), *passes)}
+        self.passes = tuple(named[p.name] for p in (Capture, Quantize, Convert))
         self.folder = tempfile.TemporaryDirectory(prefix="pqk-oracle-")
         self._session: ort.InferenceSession | None = None
         self._last: tuple[nn.Module, tuple[str, ...], ort.InferenceSession] | None = None
-
-    def serve(self, run: RunContext) -> RunContext:
-        """`run` with this oracle in it."""
-        return dataclasses.replace(
-            run,
-            deployed_latency=self.latency,
-            deployed_baseline=self.baseline,
-            deployed_float_gain=self.float_gain,
-        )
 
     def baseline(self) -> float:
         """Milliseconds of the teacher in FP32, measured once in a run and journaled: all ratios are to it."""
@@ -86,20 +70,17 @@ class Oracle:
         program = Program(self.teacher, copy.deepcopy(student).eval(), stage, self.target, RunContext())
         with torch.random.fork_rng(devices=[]):
             for p in self.passes:
-                if program.stage not in p.consumes:
-                    continue
-                if isinstance(p, Quantize):
-                    p = dataclasses.replace(p, float_layers=(*p.float_layers, *floats))
-                program = dataclasses.replace(p.apply(program, self.task), stage=p.result_stage(program.stage))
+                timed = p.timed_form(floats)
+                if timed is not None and program.stage in timed.consumes:
+                    after = timed.apply(program, self.task)
+                    program = dataclasses.replace(after, stage=timed.result_stage(program.stage))
         path = Path(self.folder.name) / "candidate.onnx"
-        task = self.task
-        emit_onnx(program.student, task.example, path, task.input_names, task.output_names, task.axes)
+        emit_onnx_for(program.student, self.task, path)
         return path
 
     def _teacher(self) -> ort.InferenceSession:
         if self._session is None:
             path = Path(self.folder.name) / "teacher.onnx"
-            task = self.task
-            emit_onnx(self.teacher, task.example, path, task.input_names, task.output_names, task.axes)
+            emit_onnx_for(self.teacher, self.task, path)
             self._session = session(path, threads=self.threads)
         return self._session

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,94 +37,128 @@ PROTOCOL = (
 )
 
 
-def protocol(rounds: int = ROUNDS, *, burst: int = BURST, pause: float = PAUSE, warm: int = WARM) -> str:
-    """The protocol in a sentence, for the report's conditions."""
-    return PROTOCOL.format(rounds=rounds, burst=burst, pause=1e3 * pause, warm=warm, fewest=FEWEST, long=LONG_MS / 1e3)
+@dataclass(frozen=True, kw_only=True)
+class TimingProtocol:
+    """How long contenders are measured in turn. The default is that of every committed result."""
+
+    rounds: int = ROUNDS
+    """turns of each contender; at least 5, or no interval would mean anything"""
+    burst: int = BURST
+    """timed calls of a turn"""
+    warm: int = WARM
+    """calls before them that are not timed"""
+    pause: float = PAUSE
+    """seconds before a turn in which the other contenders' threads fall asleep"""
+
+    def __str__(self) -> str:
+        """The protocol in a sentence, for the report's conditions."""
+        return PROTOCOL.format(
+            rounds=self.rounds,
+            burst=self.burst,
+            pause=1e3 * self.pause,
+            warm=self.warm,
+            fewest=FEWEST,
+            long=LONG_MS / 1e3,
+        )
+
+    def shortened(self, slowest_ms: float) -> TimingProtocol:
+        """With bursts of about a second, where a call takes `slowest_ms`."""
+        if slowest_ms * self.burst <= LONG_MS:
+            return self
+        burst, warm = (min(n, max(FEWEST, round(LONG_MS / slowest_ms))) for n in (self.burst, self.warm))
+        return replace(self, burst=burst, warm=warm)
 
 
-# Contenders
-
-
-# Measuring
+QUICK = TimingProtocol(rounds=5, burst=1, warm=1, pause=0.0)
+"""times that mean little, in no time: for tests and trials"""
 
 
 def measure(
     contenders: Sequence[Contender],
     baseline: Contender | None = None,
-    rounds: int = ROUNDS,
+    timing: TimingProtocol | None = None,
     *,
-    burst: int = BURST,
-    pause: float = PAUSE,
-    warm: int = WARM,
     seed: int = 0,
 ) -> list[LatencyRow]:
-    """Rows in the order of `contenders`, their ratios against `baseline` (the first one where it is not given).
+    """Times contenders in turn.
 
     Where the slowest contender would take over a second for a burst, all have shorter ones.
-    Raises `InputError` for fewer than 5 rounds (no interval would mean anything) or a baseline that is not measured.
+
+    Args:
+        contenders: who is timed, in the order of the rows.
+        baseline: the contender that ratios are against; the first one by default.
+        timing: how long; the default protocol where None.
+        seed: of the bootstrap.
+
+    Returns:
+        One row a contender, in milliseconds.
+
+    Raises:
+        InputError: fewer than 5 rounds, no contender, or a baseline that is not measured.
     """
-    if rounds < 5 or not contenders:
-        raise InputError(f"latency: {rounds} rounds of {len(contenders)} contenders; at least 5 rounds of 1 are needed")
+    timing = timing or TimingProtocol()
+    if timing.rounds < 5 or not contenders:
+        raise InputError(
+            f"latency: {timing.rounds} rounds of {len(contenders)} contenders; at least 5 rounds of 1 are needed"
+        )
     baseline = contenders[0] if baseline is None else baseline
     if baseline not in contenders:
         raise InputError(f"latency: the baseline {baseline.variant} in {baseline.runtime} is not among the contenders")
-    slowest = max(min(c.timer(c.call) for _ in range(2)) for c in contenders) if burst > FEWEST else 0.0
-    if slowest * burst > LONG_MS:
-        burst, warm = (min(n, max(FEWEST, round(LONG_MS / slowest))) for n in (burst, warm))
-    times = interleave(contenders, rounds, burst=burst, pause=pause, warm=warm)
+    if timing.burst > FEWEST:
+        timing = timing.shortened(max(min(c.timer(c.call) for _ in range(2)) for c in contenders))
+    times = interleave(contenders, timing)
     reference = np.median(times[contenders.index(baseline)], axis=1)
     rows = []
     for contender, calls in zip(contenders, times, strict=True):
         ratio = Ratio(1.0, 1.0, 1.0)
         if contender is not baseline:
             ratio = bootstrap_ratio(reference / np.median(calls, axis=1), seed=seed)
-        p05, p95 = np.percentile(calls, [5, 95])
-        row = LatencyRow(
-            variant=contender.variant,
-            runtime=contender.runtime,
-            batch=contender.batch,
-            threads=contender.threads,
-            median_ms=float(np.median(calls)),
-            p05_ms=float(p05),
-            p95_ms=float(p95),
-            ratio=ratio.ratio,
-            ratio_low=ratio.low,
-            ratio_high=ratio.high,
-            inputs=contender.inputs,
-            spinning=contender.spinning,
-            significant=ratio.significant,
-        )
-        rows.append(row)
+        rows.append(_row(contender, calls, ratio))
     return rows
 
 
-def interleave(
-    contenders: Sequence[Contender], rounds: int, *, burst: int, pause: float, warm: int
-) -> NDArray[np.float64]:
+def _row(contender: Contender, calls: NDArray[np.float64], ratio: Ratio) -> LatencyRow:
+    p05, p95 = np.percentile(calls, [5, 95])
+    return LatencyRow(
+        variant=contender.variant,
+        runtime=contender.runtime,
+        batch=contender.batch,
+        threads=contender.threads,
+        median_ms=float(np.median(calls)),
+        p05_ms=float(p05),
+        p95_ms=float(p95),
+        ratio=ratio.ratio,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        inputs=contender.inputs,
+        spinning=contender.spinning,
+        significant=ratio.significant,
+    )
+
+
+def interleave(contenders: Sequence[Contender], timing: TimingProtocol) -> NDArray[np.float64]:
     """Milliseconds of every timed call, `[contender, round, call]`, taken A B C A B C."""
-    times = np.empty((len(contenders), rounds, burst))
-    for round_index in range(rounds):
+    times = np.empty((len(contenders), timing.rounds, timing.burst))
+    for round_index in range(timing.rounds):
         for index, contender in enumerate(contenders):
             with torch_threads(contender.torch_threads):
-                times[index, round_index] = turn(
-                    contender.call, burst=burst, pause=pause, warm=warm, timer=contender.timer
-                )
+                times[index, round_index] = turn(contender.call, timing, contender.timer)
     return times
 
 
-def turn(call: Callable[[], object], *, burst: int, pause: float, warm: int, timer: Timer = timed) -> list[float]:
-    """One turn: pause until the other pools sleep, warm up, then `burst` timed calls, in milliseconds.
+def turn(call: Callable[[], object], timing: TimingProtocol, timer: Timer = timed) -> list[float]:
+    """One turn: pause until the other pools sleep, warm up, then a burst of timed calls, in milliseconds.
 
-    Two warm calls cost a small network 15 % (`warm` is 20), and a burst is not started while the calls still get
+    Two warm calls cost a small network 15 % (20 are the default), and a burst is not started while the calls still get
     faster: it warms up again, at most three times, until its second half is as fast as its first.
     """
-    time.sleep(pause)
+    time.sleep(timing.pause)
     for _ in range(4):
-        calls = np.array([timer(call) for _ in range(warm)])
-        half = warm // 2
+        calls = np.array([timer(call) for _ in range(timing.warm)])
+        half = timing.warm // 2
         if half == 0 or np.median(calls[half:]) > 0.9 * np.median(calls[:half]):
             break
-    return [timer(call) for _ in range(burst)]
+    return [timer(call) for _ in range(timing.burst)]
 
 
 # Quick forms, for passes that choose by measured latency
@@ -149,4 +184,4 @@ def ratio_to(
 def sessions_in_turn(runs: Sequence[ort.InferenceSession], feeds: Feeds, rounds: int) -> NDArray[np.float64]:
     """Milliseconds of every timed call of some candidates, `[session, round, call]`, by the protocol."""
     contenders = [Contender("student", "onnxruntime", batch_of(feeds), 1, session_call(run, feeds)) for run in runs]
-    return interleave(contenders, rounds, burst=BURST, pause=PAUSE, warm=WARM)
+    return interleave(contenders, TimingProtocol(rounds=rounds))

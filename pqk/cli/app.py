@@ -36,9 +36,10 @@ app = typer.Typer(
 )
 
 
-class AttributionChoice(StrEnum):
+class EvaluationChoice(StrEnum):
     standard = "standard"
     full = "full"
+    quick = "quick"
 
 
 class DeviceChoice(StrEnum):
@@ -90,9 +91,14 @@ def compress(
     settings: Settings = None,
     seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out that was stopped.")] = False,
-    attribution: Annotated[
-        AttributionChoice, typer.Option(help="full also trains the controls: the student without its teacher.")
-    ] = AttributionChoice.standard,
+    evaluation: Annotated[
+        EvaluationChoice,
+        typer.Option(
+            "--evaluation",
+            "--attribution",
+            help="quick measures teacher and student alone; full also trains the controls, without the teacher.",
+        ),
+    ] = EvaluationChoice.standard,
     allow_parity_failure: Annotated[
         bool, typer.Option("--allow-parity-failure", help="Finish although the deployed numbers differ.")
     ] = False,
@@ -113,7 +119,7 @@ def compress(
         settings=settings or [],
         seed=seed,
         resume=resume,
-        attribution=attribution.value,
+        evaluation=evaluation.value,
         allow_parity_failure=allow_parity_failure,
         as_json=as_json,
     )
@@ -166,6 +172,7 @@ def benchmark(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
     batch: Annotated[str, typer.Option(metavar="N,N", help="Batch sizes.")] = "1",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 2,
+    rounds: Annotated[int, typer.Option(min=5, help="Turns that each side gets.")] = 30,
     device: Annotated[DeviceChoice, typer.Option(help="Where to run it.")] = DeviceChoice.cpu,
     as_json: AsJson = False,
 ) -> Work:
@@ -174,7 +181,7 @@ def benchmark(
     pqk benchmark out/my --batch 1,32 --threads 2
     """
 
-    return lambda: _commands().benchmark(folder, _numbers("--batch", batch, 1), threads, device.value)
+    return lambda: _commands().benchmark(folder, _numbers("--batch", batch, 1), threads, rounds, device.value)
 
 
 @app.command()

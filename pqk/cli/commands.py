@@ -6,19 +6,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import RenderableType
 
 from pqk.bench.artifact import benchmark as benchmark_artifact
+from pqk.bench.protocol import TimingProtocol
 from pqk.cli import views as describe
 from pqk.cli.console import CommandAnswer, clock, listed, observer, table
 from pqk.cli.doctor import examine
 from pqk.comparison.config import Comparison, comparison_schema
 from pqk.compiler import compress as compile_student
 from pqk.core.progress import Observer
+from pqk.core.run_folder import RunFolder, scope_of
 from pqk.deploy.artifact import MANIFEST, Artifact
 from pqk.errors import InputError
+from pqk.evaluation.settings import Evaluation
 from pqk.files import read_json
 from pqk.recipe.factories import load_task, load_teacher
 from pqk.recipe.parsing import plain
@@ -74,7 +77,7 @@ def compress(
     settings: Sequence[str],
     seed: int | None,
     resume: bool,
-    attribution: Literal["standard", "full"],
+    evaluation: str,
     allow_parity_failure: bool,
     as_json: bool,
 ) -> CommandAnswer:
@@ -86,7 +89,7 @@ def compress(
         recipe,
         out=out,
         resume=resume,
-        attribution=attribution,
+        evaluation=Evaluation.named(evaluation),
         allow_parity_failure=allow_parity_failure,
         observer=observer(as_json),
     )
@@ -152,12 +155,12 @@ def check(
 # Measuring and looking
 
 
-def benchmark(folder: Path, batches: Sequence[int], threads: int, device: str) -> CommandAnswer:
+def benchmark(folder: Path, batches: Sequence[int], threads: int, rounds: int, device: str) -> CommandAnswer:
     if device == "cuda":
         return _benchmark_cuda(folder, batches)
     artifact = Artifact.load(folder)
     warnings = [m for m in [artifact.target.why_not_here()] if m is not None]
-    rows = benchmark_artifact(artifact, tuple(batches), threads)
+    rows = benchmark_artifact(artifact, tuple(batches), threads, TimingProtocol(rounds=rounds))
     if all(row.variant == "student" for row in rows):
         warnings.append(
             "nothing to compare with: the teacher's ONNX file, which a finished compile keeps in .work, is gone"
@@ -255,7 +258,7 @@ def inspect(where: Path) -> CommandAnswer:
         raise InputError(f"{where}: there is no such file or folder")
     if not where.is_dir():
         return _inspect_recipe(where)
-    if (where / ".work").is_dir() and not (where / MANIFEST).exists():
+    if RunFolder.of(where).path.is_dir() and not (where / MANIFEST).exists():
         return _inspect_unfinished(where)
     return _inspect_artifact(Artifact.load(where))
 
@@ -281,15 +284,16 @@ def _inspect_recipe(path: Path) -> CommandAnswer:
 
 
 def _inspect_unfinished(folder: Path) -> CommandAnswer:
-    recipe = Recipe.loads(read_json(folder / ".work" / "run.json")["recipe"])
-    names = [f"{i:02d}-{p.name}" for i, p in enumerate(recipe.passes)]
-    done = [n for n in names if (folder / ".work" / n / "program.json").exists()]
+    run = RunFolder.of(folder)
+    recipe = Recipe.loads(read_json(run.identity)["recipe"])
+    names = [scope_of(i, p.name) for i, p in enumerate(recipe.passes)]
+    done = [scope_of(i, p.name) for i, p in enumerate(recipe.passes) if run.is_finished(i, p.name)]
     document = {"kind": "unfinished", "folder": str(folder), "finished": done, "passes": _passes_of(recipe)}
     left = [n for n in names if n not in done]
     shown = [
         f"{folder} is an unfinished compile: {len(done)} of {len(names)} passes are done",
         f"done: {', '.join(done) or 'none'}",
-        f"left: {', '.join(left) or 'the proof'}",
+        f"left: {', '.join(left) or 'the evaluation'}",
         f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
     ]
     return CommandAnswer(document, ["\n".join(shown)])

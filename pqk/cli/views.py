@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from rich.console import RenderableType
 
 from pqk.cli.console import clock, listed, table
+from pqk.core.run_folder import scope_of
 from pqk.knowledge import SOURCES, TERMS
 from pqk.passes import PASSES
 from pqk.recipe.parsing import documentation
@@ -123,7 +124,7 @@ def passes_done(report: Report) -> list[RenderableType]:
     metric = report.metric.unit if report.metric else ""
     rows = [
         [
-            f"{r.index:02d}-{r.pass_name}",
+            scope_of(r.index, r.pass_name),
             r.stage,
             clock(r.seconds),
             f"{r.parameters / 1e3:.0f} k",
@@ -211,7 +212,7 @@ def _expected(found: dict[str, Any]) -> str:
         s = found["student"]
         lines.append(f"student: {s['macs'] / 1e6:.1f} MMAC, model.onnx {s['size_bytes'] / 1e3:.0f} kB")
     lines.append(
-        f"time: about {clock(found['seconds'])} for the passes, and minutes for the proof; "
+        f"time: about {clock(found['seconds'])} for the passes, and minutes for the evaluation; "
         f"memory: {found['memory_bytes'] / 1e9:.2f} GB at the highest"
     )
     return "\n".join(lines)

@@ -38,7 +38,6 @@ from pqk.errors import InputError, nearest
 from pqk.recipe.parsing import documentation, parse, read_text
 from pqk.recipe.recipe import Recipe, parse_passes
 from pqk.recipe.schema import json_schema
-from pqk.training.trainer import Training
 
 NAME = r"^[^\s|][^\n|]*$"
 
@@ -58,7 +57,7 @@ class Confirm:
     best: int = Field(default=3, ge=1)
     """how many go on, chosen by the metric on validation data; the baseline goes with them"""
     seeds: tuple[int, ...] = Field(min_length=2)
-    """fresh ones: what was chosen for its luck in the first round has none here"""
+    """fresh seeds, so that the selection in the first round does not bias the second"""
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -201,10 +200,7 @@ RECIPE_KEYS = ("teacher", "task", "target", "pass")
 
 def epochs(recipe: Recipe) -> float:
     """How many epochs a recipe trains for, in all of its passes."""
-    return sum(
-        (p.epochs if isinstance(p, Training) else 0.0) + getattr(p, "recovery_epochs", 0.0) * getattr(p, "steps", 1)
-        for p in recipe.passes
-    )
+    return sum(p.training_epochs for p in recipe.passes)
 
 
 def _variant(base: Recipe, entry: Mapping[str, Any], where: str) -> RecipeVariant:

@@ -35,8 +35,9 @@ from pqk.core.pipeline import load, run_passes
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
+from pqk.core.run_folder import WORK, RunFolder
 from pqk.data.data import digest_of
-from pqk.deploy.onnx_emitter import emit_onnx
+from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.onnxruntime_session import OnnxModel, session
 from pqk.errors import InputError, PqkError
 from pqk.files import read_json, write_json, write_whole
@@ -108,13 +109,14 @@ class _Bench:
     ) -> None:
         self.teacher, self.task, self.comparison, self.target = teacher, task, comparison, target
         self.folder, self.observer = folder, observer
-        for name in ("cells", "students", ".work"):
+        for name in ("cells", "students", WORK):
             (folder / name).mkdir(parents=True, exist_ok=True)
         data = [None if d is None else d.fingerprint() for d in (task.train, task.validation, task.evaluation)]
         made_of = [weights_fingerprint(teacher), target.name, data, digest_of("example", task.example)]
         self.source = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         # Only asked where a budget is a latency; the recipes share its measurement of the teacher.
-        run = RunContext(folder=folder / ".work", journal=Journal(folder / ".work" / "journal.jsonl"))
+        work = RunFolder.of(folder)
+        run = RunContext(folder=work.path, journal=Journal(work.journal))
         self.oracle = Oracle(teacher, task, target, comparison.recipe.passes, run)
         self.saved: dict[tuple[str, int], Result] = {}
         self.failed: dict[tuple[str, int], str] = {}
@@ -208,7 +210,7 @@ class _Bench:
 
     def _cell(self, variant: RecipeVariant, seed: int) -> Result:
         """A new cell, saved. Raises `PqkError` where the variant fails."""
-        passes, work = variant.recipe.passes, self.folder / ".work" / str(seed)
+        passes, work = variant.recipe.passes, RunFolder.of(self.folder).path / str(seed)
         folders = [work / self._digest(passes[: i + 1]) for i in range(len(passes))]
         program = self._compile(passes, folders, seed)
         evaluation, size = self._judge(program, variant, seed)
@@ -222,25 +224,26 @@ class _Bench:
         """The INT8 student, from the last pass on whose result is saved. `folders[i]`: where passes 0 … i leave it."""
         student = copy.deepcopy(self.teacher).requires_grad_(True)
         program = Program(self.teacher, student, Stage.MODULE, self.target, RunContext())
-        done = [folder / f"{i:02d}-{p.name}" for i, (p, folder) in enumerate(zip(passes, folders, strict=True))]
-        saved = [i for i, folder in enumerate(done) if (folder / "program.json").exists()]
+        runs = [RunFolder(folder) for folder in folders]
+        saved = [i for i, p in enumerate(passes) if runs[i].is_finished(i, p.name)]
         if saved:
-            program = passes[saved[-1]].derive(load(program, self.task, done[saved[-1]], REWRITES))
+            last = passes[saved[-1]]
+            program = last.derive(load(program, self.task, runs[saved[-1]].of_pass(saved[-1], last.name), REWRITES))
         for i in range(saved[-1] + 1 if saved else 0, len(passes)):
             run = RunContext(seed, folders[i], self._journal(folders[i]), self.observer)
             if self.target.why_not_measured() is None:
-                run = self.oracle.serve(run)
+                run = replace(run, oracle=self.oracle)
             program = run_passes(replace(program, run=run), self.task, [passes[i]], start=i)
         return program
 
     def _journal(self, folder: Path) -> Journal:
         """The measured decisions of one pass, in a folder that shares the teacher's answers with the seed's others."""
-        answers = folder.parent / "cache"
+        run, answers = RunFolder(folder), RunFolder(folder.parent).cache
         answers.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
-        if not (folder / "cache").exists():  # where passes look for it
-            (folder / "cache").symlink_to(answers.resolve(), target_is_directory=True)
-        return Journal(folder / "journal.jsonl")
+        if not run.cache.exists():  # where passes look for it
+            run.cache.symlink_to(answers.resolve(), target_is_directory=True)
+        return Journal(run.journal)
 
     def _digest(self, passes: Sequence[Pass]) -> str:
         """Names what these passes make of the teacher."""
@@ -266,7 +269,7 @@ class _Bench:
         return self.task.score(model, self.task.evaluation), path.stat().st_size
 
     def _emit(self, module: nn.Module, path: Path) -> None:
-        emit_onnx(module, self.task.example, path, self.task.input_names, self.task.output_names, self.task.axes)
+        emit_onnx_for(module, self.task, path)
 
     def _student(self, variant: RecipeVariant, seed: int) -> Path:
         return self.folder / "students" / f"{variant.stem}-{seed}.onnx"

@@ -1,13 +1,4 @@
-"""Runs the passes of a recipe. After every pass it verifies, records and saves; no pass does any of this itself.
-
-Run state, in the run's folder:
-
-    run.json                 what this is a run of; a resume must match it
-    journal.jsonl            measured decisions
-    00-prune/                a finished pass: student.safetensors and program.json (stage, plan, records, declined)
-    01-distill.partial/      the checkpoint of the running one
-    cache/                   the teacher's answers
-"""
+"""Runs the passes of a recipe. After every pass it verifies, records and saves; no pass does any of this itself."""
 
 from __future__ import annotations
 
@@ -16,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +16,12 @@ from torch import nn
 
 from pqk.core.costs import count_macs, count_parameters
 from pqk.core.distributed import from_main, is_main_process
-from pqk.core.program import Declined, Pass, Program, Record, Rewrite, RewriteFunction, Stage, replay
+from pqk.core.program import Pass, Program, Rewrite, RewriteFunction, Snapshot, Stage, replay
+from pqk.core.run_folder import RunFolder, scope_of
 from pqk.data.structures import tensors
 from pqk.errors import InputError, PqkError
 from pqk.files import read_json, read_tensors, write_json, write_tensors
+from pqk.report.schema import Declined, PassRecord
 from pqk.target.machine import peak_memory
 from pqk.task.task import Task
 
@@ -55,25 +49,34 @@ def run_passes(program: Program, task: Task, passes: Sequence[Pass], start: int 
     """
     table = {f.__name__: f for p in passes for f in p.rewrites}
     for index, p in enumerate(passes, start):
-        scope = f"{index:02d}-{p.name}"
-        saved = None if program.run.folder is None else program.run.folder / scope
+        scope = scope_of(index, p.name)
+        folder = None if program.run.folder is None else RunFolder(program.run.folder)
         program = replace(program, run=program.run.enter(scope), details={})
         # Rank 0 looks: it may have saved a pass that another process has yet to begin.
-        if saved is not None and from_main((saved / "program.json").exists):
-            program = p.derive(load(program, task, saved, table))
-            continue
-        began = time.perf_counter()
-        torch.manual_seed(program.run.seed_for("pass"))
-        after = p.apply(program, task)
-        after = replace(after, stage=p.result_stage(program.stage))
-        verify(after, task, scope)
-        seconds = time.perf_counter() - began
-        program = replace(after, records=(*after.records, _record(after, task, index, p, seconds)))
-        if saved is not None and is_main_process():
-            save(program, saved)
-            for checkpoints in saved.parent.glob(f"{scope}*.partial"):  # a pass may train more than once
-                shutil.rmtree(checkpoints, ignore_errors=True)
+        if folder is not None and from_main(partial(folder.is_finished, index, p.name)):
+            program = p.derive(load(program, task, folder.of_pass(index, p.name), table))
+        else:
+            program = _finished(program, task, index, p)
+            if folder is not None and is_main_process():
+                save(program, folder.of_pass(index, p.name))
+                folder.drop_checkpoints(scope)
+        if folder is not None:
+            bare = replace(program, student=program.teacher, fused=None)  # a snapshot keeps no student in memory
+            restore = partial(load, bare, task, folder.of_pass(index, p.name), table)
+            snapshot = Snapshot(index, p, program.stage, restore)
+            program = replace(program, snapshots=(*program.snapshots, snapshot))
     return program
+
+
+def _finished(program: Program, task: Task, index: int, p: Pass) -> Program:
+    """The program after one pass, verified and recorded."""
+    began = time.perf_counter()
+    torch.manual_seed(program.run.seed_for("pass"))
+    after = p.apply(program, task)
+    after = replace(after, stage=p.result_stage(program.stage))
+    verify(after, task, program.run.scope)
+    seconds = time.perf_counter() - began
+    return replace(after, records=(*after.records, _record(after, task, index, p, seconds)))
 
 
 def verify(program: Program, task: Task, scope: str) -> None:
@@ -96,10 +99,10 @@ def verify(program: Program, task: Task, scope: str) -> None:
             raise PqkError(f"{scope}: {name} of the student is not finite")
 
 
-def _record(program: Program, task: Task, index: int, p: Pass, seconds: float) -> Record:
+def _record(program: Program, task: Task, index: int, p: Pass, seconds: float) -> PassRecord:
     student = program.student
     labelled = task.validation.labelled
-    return Record(
+    return PassRecord(
         index=index,
         pass_name=p.name,
         stage=str(program.stage),
@@ -118,24 +121,24 @@ def state(program: Program) -> dict[str, Any]:
     return {
         "stage": str(program.stage),
         "plan": [asdict(r) for r in program.plan],
-        "declined": [asdict(d) for d in program.declined],
-        "records": [asdict(r) for r in program.records],
+        "declined": [d.model_dump(by_alias=False) for d in program.declined],
+        "records": [r.model_dump(by_alias=False) for r in program.records],
     }
 
 
 def save(program: Program, folder: Path) -> None:
     """Write a program; the folder appears under its name when everything is in it."""
-    partial = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        write_tensors(partial / "student.safetensors", program.student.state_dict())
-        write_json(partial / "program.json", state(program))
-        partial.replace(folder)
+        unfinished.mkdir(parents=True)
+        write_tensors(unfinished / "student.safetensors", program.student.state_dict())
+        write_json(unfinished / "program.json", state(program))
+        unfinished.replace(folder)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load(program: Program, task: Task, folder: Path, rewrites: Mapping[str, RewriteFunction]) -> Program:
@@ -149,7 +152,7 @@ def load(program: Program, task: Task, folder: Path, rewrites: Mapping[str, Rewr
         stage=Stage[saved["stage"]],
         plan=plan,
         declined=tuple(Declined(**d) for d in saved["declined"]),
-        records=tuple(Record(**r) for r in saved["records"]),
+        records=tuple(PassRecord(**r) for r in saved["records"]),
     )
 
 

@@ -21,6 +21,9 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, fx, nn
 
+from pqk.errors import Reason
+from pqk.report.schema import Declined, PassRecord
+
 if TYPE_CHECKING:
     from pqk.core.run_context import RunContext
     from pqk.target.target import Target
@@ -64,29 +67,13 @@ class Rewrite:
 
 
 @dataclass(frozen=True)
-class Declined:
-    """'Does not apply' as a value: which pass left which layer alone, and why."""
-
-    pass_name: str
-    layer: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the pipeline noted after one pass. `metric` is on validation data, None where the task has none."""
+class Snapshot:
+    """A finished pass of a run, and how the program that it left is had again."""
 
     index: int
-    pass_name: str
-    stage: str
-    seconds: float
-    parameters: int
-    macs: int
-    size_bytes: int
-    metric: float | None
-    peak_memory_bytes: int = 0
-    """the largest resident memory of this process so far; 0 where the system does not say"""
-    details: dict[str, Any] = field(default_factory=dict)
+    finished: Pass
+    stage: Stage
+    restore: Callable[[], Program]
 
 
 @dataclass(frozen=True)
@@ -100,7 +87,9 @@ class Program:
     run: RunContext
     plan: tuple[Rewrite, ...] = ()
     declined: tuple[Declined, ...] = ()
-    records: tuple[Record, ...] = ()
+    records: tuple[PassRecord, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    """the finished passes of this run that are saved, in order"""
     details: Mapping[str, Any] = field(default_factory=dict)
     """what the current pass wants noted in its record (JSON)"""
     fused: fx.GraphModule | None = None
@@ -113,7 +102,22 @@ class Program:
 
     def decline(self, pass_name: str, reasons: Iterable[tuple[str, str]]) -> Program:
         """Note `(layer, reason)` pairs that `pass_name` left alone."""
-        return replace(self, declined=(*self.declined, *(Declined(pass_name, la, why) for la, why in reasons)))
+        more = [Declined(pass_name=pass_name, layer=layer, reason=reason) for layer, reason in reasons]
+        return replace(self, declined=(*self.declined, *more))
+
+    def after(self, index: int) -> Program:
+        """The program as pass `index` of this run left it. Raises `LookupError` where that is not saved."""
+        return self._restored(lambda snapshot: snapshot.index == index, f"after pass {index}")
+
+    def last(self, stage: Stage, kind: Callable[[Pass], bool] = lambda _: True) -> Program:
+        """The last saved program in `stage`, after a pass of that `kind`. Raises `LookupError` where there is none."""
+        return self._restored(lambda snapshot: snapshot.stage == stage and kind(snapshot.finished), f"in stage {stage}")
+
+    def _restored(self, wanted: Callable[[Snapshot], bool], where: str) -> Program:
+        for snapshot in reversed(self.snapshots):
+            if wanted(snapshot):
+                return snapshot.restore()
+        raise LookupError(f"no program is saved {where}")
 
     def note(self, **details: Any) -> Program:
         """Add JSON values to the current pass's record."""
@@ -140,6 +144,52 @@ class Pass(ABC):
     def result_stage(self, stage: Stage) -> Stage:
         """The stage after this pass on a student in `stage`."""
         return stage if self.produces is None else self.produces
+
+    # What a pass answers for itself, so that nobody asks for its class.
+
+    row: ClassVar[str | None] = None
+    """the row of the attribution table that the float student after the last such pass makes"""
+    tuning: str = ""
+    """a file with the configurations of kernels that this pass was given"""
+    ignore: tuple[str, ...] = ()
+    """shell patterns of layers that this pass never cuts"""
+    protect: tuple[str, ...] = ()
+    """shell patterns of blocks that this pass never removes"""
+
+    @property
+    def training_epochs(self) -> float:
+        """Epochs over the training data that this pass takes; 0 where it does not train."""
+        return 0.0
+
+    @property
+    def notes_losses(self) -> bool:
+        """Whether what this pass notes is about its training, of which a rehearsal says nothing."""
+        return False
+
+    @property
+    def rounds(self) -> int:
+        """How many times this pass does what is not training."""
+        return 1
+
+    def rehearsal(self, epochs: float) -> Pass:
+        """This pass with at most so many epochs of training, and once what it does in rounds."""
+        return self
+
+    def timed_form(self, floats: tuple[str, ...]) -> Pass | None:
+        """This pass as it shapes the INT8 form that is timed, `floats` being further layers in float; None: not."""
+        return None
+
+    def fitted(self, task: Task, outputs: Any) -> Pass:
+        """This pass of the default recipe as `task` can have it; `outputs` are the teacher's on the example."""
+        return self
+
+    def why_not_for(self, target: Target) -> Reason | None:
+        """Why this pass cannot compile for `target`."""
+        return None
+
+    def why_not_cached(self) -> Reason | None:
+        """Why the teacher's answers are not cached in this pass."""
+        return "it asks no teacher"
 
 
 def replay(

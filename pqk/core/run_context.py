@@ -11,12 +11,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 
 from pqk.core.distributed import from_main
 from pqk.core.journal import Journal, Json
 from pqk.core.progress import Observer, Silent
+from pqk.core.run_folder import RunFolder
 from pqk.errors import InputError
 
 _NO_BUDGET = (
@@ -29,6 +31,22 @@ _NO_GAIN = (
 )
 
 
+class LatencyOracle(Protocol):
+    """Times the deployed INT8 form of students, batch 1, in the target's runtime."""
+
+    def latency(self, student: nn.Module) -> float:
+        """Milliseconds of the INT8 form of a MODULE student."""
+
+    def baseline(self) -> float:
+        """Milliseconds of the teacher in FP32."""
+
+    def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str) -> tuple[float, float, float]:
+        """How many times faster the INT8 form of a GRAPH student is with `layer` in float beside `floats`.
+
+        Returns the ratio and the ends of its 95 % interval.
+        """
+
+
 @dataclass(frozen=True)
 class RunContext:
     """The surroundings of a compilation. `enter` gives those of one pass."""
@@ -38,13 +56,8 @@ class RunContext:
     """run state (`OUT/.work`); None: nothing is saved"""
     journal: Journal = field(default_factory=Journal)
     observer: Observer = field(default_factory=Silent)
-    deployed_latency: Callable[[nn.Module], float] | None = None
-    """the oracle: milliseconds of a MODULE student's INT8 form, batch 1, in the target's runtime; None: not here"""
-    deployed_baseline: Callable[[], float] | None = None
-    """milliseconds of the teacher in FP32 in the same runtime"""
-    deployed_float_gain: Callable[[nn.Module, tuple[str, ...], str], tuple[float, float, float]] | None = None
-    """(GRAPH student, layers left in float, one more) -> how many times faster one more makes the INT8 form, with the
-    ends of its 95 % interval"""
+    oracle: LatencyOracle | None = None
+    """what times students in the target's runtime; None where this machine is not the target"""
     scope: str = ""
     """the pass that is running, such as `02-distill`"""
 
@@ -56,7 +69,7 @@ class RunContext:
         """Where the running pass keeps its checkpoints; made on demand."""
         if self.folder is None:
             return None
-        path = self.folder / f"{self.scope}.partial"
+        path = RunFolder(self.folder).checkpoints(self.scope)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -71,21 +84,22 @@ class RunContext:
 
     def latency(self, student: nn.Module, where: str) -> float:
         """Milliseconds of `student`'s deployed INT8 form. Raises `InputError` where it cannot be measured here."""
-        if self.deployed_latency is None:
-            raise InputError(_NO_BUDGET.format(where=where))
-        return self.deployed_latency(student)
+        return self._oracle(_NO_BUDGET, where).latency(student)
 
     def baseline_latency(self, where: str) -> float:
         """Milliseconds of the teacher in FP32. Raises `InputError` where it cannot be measured here."""
-        if self.deployed_baseline is None:
-            raise InputError(_NO_BUDGET.format(where=where))
-        return self.deployed_baseline()
+        return self._oracle(_NO_BUDGET, where).baseline()
 
-    def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str, where: str) -> tuple[float, ...]:
+    def float_gain(
+        self, student: nn.Module, floats: tuple[str, ...], layer: str, where: str
+    ) -> tuple[float, float, float]:
         """How many times faster `student`'s deployed form is with `layer` in float beside `floats`: ratio, low, high.
 
         Raises `InputError` where it cannot be measured here.
         """
-        if self.deployed_float_gain is None:
-            raise InputError(_NO_GAIN.format(where=where))
-        return self.deployed_float_gain(student, floats, layer)
+        return self._oracle(_NO_GAIN, where).float_gain(student, floats, layer)
+
+    def _oracle(self, refusal: str, where: str) -> LatencyOracle:
+        if self.oracle is None:
+            raise InputError(refusal.format(where=where))
+        return self.oracle

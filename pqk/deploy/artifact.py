@@ -13,7 +13,8 @@ manifest.json         sha256 of every other file, versions, seed, data, target, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,29 +25,106 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from pqk.core.pipeline import rebuild
-from pqk.core.program import Rewrite
+from pqk.core.program import Program, Rewrite
+from pqk.core.run_folder import RunFolder
 from pqk.data.structures import tensors
+from pqk.deploy.onnx_emitter import emit_onnx_for, names_of_outputs
 from pqk.deploy.onnxruntime_session import session
-from pqk.deploy.torch_emitter import load_student
+from pqk.deploy.torch_emitter import emit_torch, load_student
 from pqk.deploy.tuning import NAME as TUNING
 from pqk.deploy.tuning import Tuning
 from pqk.errors import InputError
-from pqk.files import read_json, read_tensors, write_json
+from pqk.files import read_json, read_tensors, write_json, write_tensors, write_whole
 from pqk.passes import REWRITES
 from pqk.recipe.recipe import Recipe
+from pqk.report.markdown import to_markdown
 from pqk.report.schema import Report
 from pqk.target.target import Target
+from pqk.task.task import Task
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-STUDENT = ("student.safetensors", "student.json")
-DEPLOYED = ("model.onnx", "student.pt2")
+MODEL, FUSED = DEPLOYED = ("model.onnx", "student.pt2")
 """what is run; an artifact has one of them or both"""
+TENSORS, PLAN = STUDENT = ("student.safetensors", "student.json")
+RECIPE = "recipe.toml"
+REPORT, REPORT_PAGE = "report.json", "report.md"
+OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, TUNING, *DEPLOYED)
+"""every file that a compile writes, but for the manifest and what the task adds"""
+
+
+def write_student(program: Program, task: Task, recipe: Recipe, folder: Path, tuning: Tuning | None) -> tuple[str, ...]:
+    """Write what is deployed, the student's tensors and plan, and the recipe, into `folder`.
+
+    Returns the names of all files that ship, some of which (the report's) may not be there yet. Raises `InputError`
+    where a file cannot be made, or the task's extra files have names that are not plain or the artifact's own.
+    """
+    if program.target.runtime == "onnxruntime":
+        emit_onnx_for(program.student, task, folder / MODEL)
+    if program.fused is not None:
+        emit_torch(program.fused, task.example, folder / FUSED, task.axes)
+    if tuning is not None:
+        write_json(folder / TUNING, tuning.document())
+    extra = _write_extra_files(program, task, folder)
+    write_tensors(folder / TENSORS, program.student.state_dict())
+    write_json(folder / PLAN, {"plan": [asdict(r) for r in program.plan]})
+    write_whole(folder / RECIPE, lambda p: p.write_text(recipe.dumps()))
+    return (*OWN, *extra)
+
+
+def _write_extra_files(program: Program, task: Task, folder: Path) -> tuple[str, ...]:
+    """Write what the task ships beside the student; their names."""
+    files = {} if task.extra_files is None else task.extra_files(program.student)
+    for name, content in files.items():
+        if name in (*OWN, MANIFEST) or Path(name).name != name or name.startswith(".") or ".onnx" in name:
+            raise InputError(f'task: extra_files gives "{name}", which is no plain name or one of the artifact\'s own')
+        write_whole(folder / name, partial(Path.write_bytes, data=content))
+    return tuple(files)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write the report, as data and as a page."""
+    write_whole(folder / REPORT, lambda p: p.write_text(report.dumps()))
+    write_whole(folder / REPORT_PAGE, lambda p: p.write_text(to_markdown(report)))
+
+
+def describe_interface(student: nn.Module, task: Task) -> dict[str, Any]:
+    """The inputs and outputs of the student as the manifest has them: names, shapes, dtypes."""
+    inputs = zip(task.input_names, task.example, task.axes, strict=True)
+    return {"inputs": [_describe(n, t, axes) for n, t, axes in inputs], "outputs": _outputs(student, task)}
+
+
+def _describe(name: str, t: torch.Tensor, axes: Sequence[str | None]) -> dict[str, Any]:
+    shape = [axis or size for axis, size in zip(axes, t.shape, strict=True)]
+    return {"name": name, "shape": shape, "dtype": str(t.dtype).removeprefix("torch.")}
+
+
+@torch.no_grad()
+def _outputs(student: nn.Module, task: Task) -> list[dict[str, Any]]:
+    """Names, shapes and dtypes of the outputs. An axis that gets shorter with the inputs' "sequence" is one, too."""
+    outputs = student(*task.example)
+    whole = tensors(outputs)
+    axes: list[list[str | None]] = [[None] * t.ndim for t in whole]
+    for name in dict.fromkeys(n for names in task.axes for n in names if n):
+        cuts = [tuple(slice(None, -1 if n == name else None) for n in names) for names in task.axes]
+        shorter = tensors(student(*(t[cut] for t, cut in zip(task.example, cuts, strict=True))))
+        for named, t, part in zip(axes, whole, shorter, strict=True):
+            named[:] = [name if t.shape[i] != part.shape[i] else n for i, n in enumerate(named)]
+    names = task.output_names or names_of_outputs(outputs)
+    return [_describe(*described) for described in zip(names, whole, axes, strict=True)]
 
 
 def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def seal(unfinished: Path, folder: Path, names: Iterable[str], values: dict[str, Any]) -> None:
+    """Move the finished files of these names into `folder`, and write the manifest last."""
+    for name in names:
+        if (unfinished / name).exists():
+            (unfinished / name).replace(folder / name)
+    write_manifest(folder, values)
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
@@ -68,14 +146,14 @@ class Artifact:
         """Open a directory. Raises `InputError` for one that is unfinished, incomplete or changed."""
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
-            unfinished = (folder / ".work").is_dir()
+            unfinished = RunFolder.of(folder).path.is_dir()
             why = "the compile did not finish; go on with --resume" if unfinished else "it is not a pqk artifact"
             raise InputError(f"{folder} has no {MANIFEST}: {why}")
         manifest = read_json(folder / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}; it needs another pqk version")
         listed = set(manifest.get("files", ()))
-        unlisted = sorted({"report.json", "recipe.toml", *STUDENT} - listed)
+        unlisted = sorted({REPORT, RECIPE, *STUDENT} - listed)
         if not listed & set(DEPLOYED):
             unlisted.append(" or ".join(DEPLOYED))
         if unlisted:
@@ -92,16 +170,16 @@ class Artifact:
 
     @property
     def report(self) -> Report:
-        return Report.load(self.folder / "report.json")
+        return Report.load(self.folder / REPORT)
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe.load(self.folder / "recipe.toml")
+        return Recipe.load(self.folder / RECIPE)
 
     @property
     def plan(self) -> tuple[Rewrite, ...]:
         """The rewrites that make the student out of the teacher."""
-        plan = read_json(self.folder / "student.json")["plan"]
+        plan = read_json(self.folder / PLAN)["plan"]
         return tuple(Rewrite(r["function"], r["arguments"]) for r in plan)
 
     @property
@@ -110,7 +188,7 @@ class Artifact:
 
     def student(self, device: str | torch.device = "cpu") -> fx.GraphModule:
         """The fused student of `student.pt2` as a torch module. Raises `InputError` where there is none."""
-        path = self.folder / "student.pt2"
+        path = self.folder / FUSED
         if not path.exists():
             raise InputError(f'{self.folder} has no student.pt2: its recipe does not end in "fuse"')
         if (self.folder / TUNING).exists():
@@ -126,7 +204,7 @@ class Artifact:
         arrays = [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs]
         feeds = self._feeds(arrays)
         if self._run is None:
-            onnx = self.folder / "model.onnx"
+            onnx = self.folder / MODEL
             self._run = partial(session(onnx).run, None) if onnx.exists() else partial(_run_torch, self.student())
         outputs = dict(zip([o["name"] for o in self.manifest["outputs"]], self._run(feeds), strict=True))
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
@@ -162,7 +240,7 @@ class Artifact:
         """
         if teacher is None:
             teacher = self._teacher()
-        weights, _ = read_tensors(self.folder / "student.safetensors")
+        weights, _ = read_tensors(self.folder / TENSORS)
         example = tuple(torch.from_numpy(x) for x in self.example(2).values())
         return rebuild(teacher, example, self.plan, REWRITES, weights)
 

@@ -25,6 +25,7 @@ from pqk.deploy.qdq import QUANTIZERS
 from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.task.axes import Axes, free_axes
+from pqk.task.task import Task
 
 OPSET = 21
 aten = torch.ops.aten
@@ -66,6 +67,11 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.pqk.dequantize.default: _dequantize,
     aten.mean.dim: _mean,
 }
+
+
+def emit_onnx_for(module: nn.Module, task: Task, path: Path) -> None:
+    """Write `module`, which takes the inputs of `task`, to `path`. Raises `InputError` as `emit_onnx` does."""
+    emit_onnx(module, task.example, path, task.input_names, task.output_names, task.axes)
 
 
 def emit_onnx(

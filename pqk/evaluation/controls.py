@@ -12,18 +12,17 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from pqk.core.pipeline import load, run_passes
+from pqk.core.pipeline import run_passes
 from pqk.core.program import Pass, Program, Stage
 from pqk.data.structures import concatenate
 from pqk.errors import InputError, Reason
 from pqk.evaluation.diagnostics import SAMPLES, Answers, answers, sampled
 from pqk.knowledge import CrossEntropy, FromModule, LabelSmoothing
 from pqk.knowledge.sources import restart
-from pqk.passes import REWRITES, Distill, Prune
+from pqk.passes import Distill, Prune
 from pqk.report.diagnostics import ControlVariant
 from pqk.task.task import Task
 from pqk.training.trainer import Training
@@ -58,9 +57,10 @@ class Control:
         again = self.plan(program, task, passes)
         if isinstance(again, str):
             return again
-        run = dataclasses.replace(program.run, folder=_folder(program) / self.folder)
-        assert run.folder is not None
-        run.folder.mkdir(exist_ok=True)
+        assert program.run.folder is not None
+        folder = program.run.folder / self.folder
+        folder.mkdir(exist_ok=True)
+        run = dataclasses.replace(program.run, folder=folder)
         start = dataclasses.replace(again.start, run=run, fused=None)
         return run_passes(start, task, again.passes, start=again.index)
 
@@ -102,7 +102,7 @@ def _from_scratch(program: Program, task: Task, passes: Sequence[Pass]) -> Again
     start = dataclasses.replace(program, student=copy.deepcopy(program.teacher).requires_grad_(True), plan=())
     start = dataclasses.replace(start, stage=Stage.MODULE, records=(), declined=())
     if cut >= 0:
-        start = load(program, task, _folder(program) / f"{cut:02d}-{passes[cut].name}", REWRITES)
+        start = program.after(cut)
     if (reason := _why_not_restarted(start.student, program)) is not None:
         return reason
     rest = [_on(p, CrossEntropy()) for p in passes[cut + 1 :]]
@@ -131,7 +131,7 @@ def _under_quantization(program: Program, task: Task, passes: Sequence[Pass], te
     index = next(trained, None)
     if index is None:
         return "the recipe trains nothing under quantization"
-    start = load(program, task, _folder(program) / f"{index - 1:02d}-{passes[index - 1].name}", REWRITES)
+    start = program.after(index - 1)
     return Again(start, [p if term is None else _on(p, term) for p in passes[index:]], index)
 
 
@@ -149,8 +149,3 @@ def _why_not_restarted(model: torch.nn.Module, program: Program) -> Reason | Non
         except InputError as error:
             return str(error)
     return None
-
-
-def _folder(program: Program) -> Path:
-    assert program.run.folder is not None
-    return program.run.folder

@@ -1,100 +1,226 @@
-"""The networks of the attribution table, and what other tools make of the teacher: what pqk has to beat."""
+"""The rows of the attribution table: networks that are run, timed and weighed, each in its own form.
+
+OnnxFile        a file that ONNX Runtime executes: the teacher, its INT8 forms, the student and what led to it
+TorchModule     a module that another tool made and torch.compile runs
+FusedStudent    `student.pt2`, for a GPU
+Missing         a row without numbers, and why
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from pqk.core.program import Program
-from pqk.data.structures import Outputs
-from pqk.evaluation.baselines import (
-    CALIBRATION,
-    is_transformer,
-    neural_compressor_ptq,
-    onnxruntime_dynamic,
-    optimized_transformer,
-    optimum_ptq,
-    ptq,
-)
-from pqk.report.schema import VariantName
+from pqk.bench.contenders import Contender, Feeds, Skipped, compiled_contender, onnxruntime_contender
+from pqk.core.costs import count_macs, count_parameters
+from pqk.core.program import Pass, Program
+from pqk.deploy.onnxruntime_session import OnnxModel
+from pqk.errors import Reason
+from pqk.evaluation.diagnostics import Judged, answers
+from pqk.evaluation.settings import Evaluation
+from pqk.report.diagnostics import ControlVariant
+from pqk.report.schema import AttributionRow, LatencyRow, VariantName
+from pqk.task.metrics import predict
 from pqk.task.task import Task
+from pqk.verify.contract import ModelFunction
+from pqk.verify.coverage import integer_coverage
 
-NEURAL_COMPRESSOR = "neural-compressor"
-TRITON = "triton"
-PADDED = 32
-"""samples of a batch in which some are padded"""
+DIAGNOSED = ("teacher_fp32", "student", *get_args(ControlVariant))
+"""networks whose answers are kept"""
+TIMES = ("latency_ms", "ratio")
+WEIGHTS = ("size_bytes", "parameters", "macs", "integer_coverage")
 
 
-@dataclass
-class Network:
-    """One row of the attribution table in the making: its file, and the module behind it for counting."""
+@dataclass(frozen=True)
+class Subject:
+    """A finished program, and everything that its evaluation reads."""
 
-    variant: VariantName
-    path: Path | None
-    module: nn.Module | None
-    reason: str = ""
-    """why there is nothing to measure"""
-    untimed: str = ""
-    """why it is not timed, though there is something to measure"""
-    parameters: int | None = None
+    program: Program
+    task: Task
+    passes: Sequence[Pass]
+    folder: Path
+    """what is deployed is here, and other networks' files are written beside it"""
+    settings: Evaluation
+    fake_quant: nn.Module
+    """the student as it was trained, before its conversion"""
+
+    @property
+    def why_not_measured(self) -> Reason | None:
+        """Why this machine's numbers are not the target's."""
+        return self.program.target.why_not_measured()
+
+    @property
+    def why_not_timed(self) -> Reason | None:
+        """Why nothing is timed."""
+        return self.why_not_measured or (
+            None if self.settings.latency else "the evaluation was asked not to time anything"
+        )
+
+
+class Variant(ABC):
+    """A network of the attribution table."""
+
+    name: VariantName
     runtime: str = "onnxruntime"
-    deployed: Callable[..., Outputs] | None = None
-    """what is run for the metric, where it is not the file in ONNX Runtime"""
+    label: str | None = None
+    """what to call the row, where that is not the usual title of its variant"""
+
+    @abstractmethod
+    def model(self, subject: Subject) -> ModelFunction:
+        """What the row's network computes."""
+
+    @abstractmethod
+    def contender(self, inputs: tuple[Tensor, ...], feeds: Feeds, threads: int) -> Contender | Skipped | None:
+        """What is timed; None where another row's time is its own."""
+
+    @abstractmethod
+    def costs(self, subject: Subject) -> dict[str, Any]:
+        """`size_bytes`, `parameters`, `macs` and `integer_coverage`, those that can be had."""
+
+    @abstractmethod
+    def reasons(self, subject: Subject) -> dict[str, Reason]:
+        """Why numbers are missing, by field."""
+
+    def judge(self, subject: Subject, latency: Sequence[LatencyRow]) -> Judged:
+        """The row, and what there is behind it for a diagnosis."""
+        task, model = subject.task, self.model(subject)
+        teaches = self.name.startswith("teacher_")
+        outputs, targets = predict(model, task.teachers(task.evaluation) if teaches else task.evaluation)
+        numbers = {"metric": task.metric.function(outputs, targets)}
+        numbers |= self._times(latency, subject.settings) | self.costs(subject)
+        row = self.row().model_copy(update={**numbers, "reasons": self.reasons(subject)})
+        if self.name not in DIAGNOSED:
+            return Judged(row, model)
+        return Judged(row, model, answers(task, outputs, targets))
+
+    def row(self) -> AttributionRow:
+        """The row without numbers."""
+        return AttributionRow(variant=self.name, runtime=self.runtime, label=self.label)
+
+    def _times(self, latency: Sequence[LatencyRow], settings: Evaluation) -> dict[str, Any]:
+        """The latency in the row's own runtime, at the first batch size."""
+        own = (self.name, self.runtime, settings.batches[0])
+        rows = (r for r in latency if (r.variant, r.runtime, r.batch) == own and r.spinning and not r.inputs)
+        row = next(rows, None)
+        if row is None:
+            return {}
+        return {k: getattr(row, k) for k in ("ratio", "ratio_low", "ratio_high")} | {"latency_ms": row.median_ms}
 
 
-def quantized_teachers(program: Program, task: Task, folder: Path) -> list[Network]:
-    """The teacher after post-training quantization alone: by ONNX Runtime, a transformer also dynamically and by
-    optimum, and by neural-compressor."""
-    if program.target.runtime == TRITON:
-        return [Network("teacher_ptq", None, None, "the tools that quantize after training write for CPUs")]
-    quantized = folder / "teacher_ptq.onnx"
-    reason = ptq(folder / "teacher.onnx", quantized, task, program.target)
-    by_onnxruntime = Network("teacher_ptq", None if reason else quantized, program.teacher, reason or "")
-    found = [by_onnxruntime]
-    if is_transformer(folder / "teacher.onnx"):
-        dynamic = folder / "teacher_dynamic.onnx"
-        reason = onnxruntime_dynamic(folder / "teacher.onnx", dynamic, program.target)
-        found.append(Network("teacher_dynamic", None if reason else dynamic, program.teacher, reason or ""))
-        found += _by_optimum(program, task, folder)
-    return [*found, _by_neural_compressor(program, task)]
+@dataclass(frozen=True)
+class OnnxFile(Variant):
+    """A file that ONNX Runtime executes, and the module behind it."""
+
+    name: VariantName
+    path: Path
+    module: nn.Module
+    parameters: int | None = None
+    """weights and biases, where the module has others besides"""
+    same_network: Reason | None = None
+    """why it is not timed, though it could be"""
+
+    def model(self, subject: Subject) -> ModelFunction:
+        with torch.inference_mode():
+            like = subject.program.teacher(*subject.task.example)
+        return OnnxModel(self.path, like, optimized=subject.why_not_measured is None)
+
+    def contender(self, inputs: tuple[Tensor, ...], feeds: Feeds, threads: int) -> Contender | None:
+        return None if self.same_network else onnxruntime_contender(self.name, self.path, feeds, threads=threads)
+
+    def costs(self, subject: Subject) -> dict[str, Any]:
+        feeds = subject.task.feeds(len(subject.task.example[0]))
+        return {
+            "size_bytes": self.path.stat().st_size,
+            "parameters": self.parameters or count_parameters(self.module),
+            "macs": count_macs(self.module, subject.task.example),
+            "integer_coverage": integer_coverage(self.path, feeds).share if subject.why_not_measured is None else None,
+        }
+
+    def reasons(self, subject: Subject) -> dict[str, Reason]:
+        reasons = dict.fromkeys(TIMES, self.same_network) if self.same_network else {}
+        if subject.why_not_timed is not None:
+            reasons |= dict.fromkeys(TIMES, subject.why_not_timed)
+        return reasons | ({} if subject.why_not_measured is None else {"integer_coverage": subject.why_not_measured})
 
 
-def _by_optimum(program: Program, task: Task, folder: Path) -> list[Network]:
-    found = []
-    static: VariantName = "teacher_optimum_static"
-    for variant in (static, "teacher_optimum_dynamic"):
-        path = folder / f"{variant}.onnx"
-        samples = task.calibration(CALIBRATION, teacher=True) if variant == static else None
-        reason = optimum_ptq(folder / "teacher.onnx", path, samples, program.target)
-        found.append(Network(variant, None if reason else path, program.teacher, reason or ""))
-    return found
+@dataclass(frozen=True)
+class TorchModule(Variant):
+    """A module that another tool made of the teacher; it has no file of its own."""
+
+    name: VariantName
+    module: nn.Module
+    runtime: str
+    label: str | None = None
+
+    def model(self, subject: Subject) -> ModelFunction:
+        return self.module
+
+    def contender(self, inputs: tuple[Tensor, ...], feeds: Feeds, threads: int) -> Contender | Skipped:
+        return compiled_contender(self.name, self.module, inputs, threads=threads, runtime=self.runtime)
+
+    def costs(self, subject: Subject) -> dict[str, Any]:
+        return {}
+
+    def reasons(self, subject: Subject) -> dict[str, Reason]:
+        why = f"{self.runtime} makes a torch module, not a file that ONNX Runtime executes"
+        return dict.fromkeys(WEIGHTS, why) | (
+            {} if subject.why_not_timed is None else dict.fromkeys(TIMES, subject.why_not_timed)
+        )
 
 
-def optimize_teacher(networks: list[Network], task: Task, mismatch: str | None, threads: int) -> list[str]:
-    """Let the baseline run the file with ONNX Runtime's optimizations for transformers, where that is the better one.
+@dataclass(frozen=True)
+class FusedStudent(Variant):
+    """`student.pt2`: run here by the reference bodies of its operators, and timed on its GPU by `pqk benchmark`."""
 
-    The INT8 forms of the teacher, and other runtimes, keep the plain file, whose operators they know.
-    """
-    plain = networks[0].path
-    if mismatch is not None or plain is None or not is_transformer(plain):
-        return []
-    out = plain.with_name("teacher_optimized.onnx")
-    batch = next(task.calibration(PADDED, teacher=True))
-    padded = {name: t.numpy() for name, t in zip(task.input_names, batch, strict=True)}
-    better, said = optimized_transformer(plain, out, padded, task.feeds(1), threads)
-    if better:
-        networks[0] = dataclasses.replace(networks[0], path=out)
-    else:
-        out.unlink(missing_ok=True)  # where it stands, `pqk benchmark` takes it for the baseline, too
-    return [said]
+    name: VariantName
+    path: Path
+    module: nn.Module
+    """the INT8 graph that was fused"""
+    loaded: ModelFunction
+    parameters: int
+    runtime: str
+
+    def model(self, subject: Subject) -> ModelFunction:
+        return self.loaded
+
+    def contender(self, inputs: tuple[Tensor, ...], feeds: Feeds, threads: int) -> None:
+        return None
+
+    def costs(self, subject: Subject) -> dict[str, Any]:
+        size, macs = self.path.stat().st_size, count_macs(self.module, subject.task.example)
+        return {"size_bytes": size, "parameters": self.parameters, "macs": macs}
+
+    def reasons(self, subject: Subject) -> dict[str, Reason]:
+        why = subject.why_not_measured or "a fused student is timed on its GPU"
+        return dict.fromkeys((*TIMES, "integer_coverage"), why)
 
 
-def _by_neural_compressor(program: Program, task: Task) -> Network:
-    """The teacher by neural-compressor's static INT8, which is a torch module and runs under torch.compile."""
-    calibration = task.calibration(CALIBRATION, teacher=True)
-    graph, reason = neural_compressor_ptq(program.teacher, task.example, calibration, task.axes)
-    return Network("teacher_ptq", None, graph, reason or "", runtime=NEURAL_COMPRESSOR)
+@dataclass(frozen=True)
+class Missing(Variant):
+    """A row without numbers."""
+
+    name: VariantName
+    reason: Reason
+    runtime: str = "onnxruntime"
+    label: str | None = None
+
+    def model(self, subject: Subject) -> ModelFunction:
+        raise LookupError(self.reason)
+
+    def contender(self, inputs: tuple[Tensor, ...], feeds: Feeds, threads: int) -> Skipped | None:
+        return None if self.runtime == "onnxruntime" else Skipped(self.name, self.runtime, self.reason)
+
+    def costs(self, subject: Subject) -> dict[str, Any]:
+        return {}
+
+    def reasons(self, subject: Subject) -> dict[str, Reason]:
+        return dict.fromkeys(("metric", *TIMES, *WEIGHTS), self.reason)
+
+    def judge(self, subject: Subject, latency: Sequence[LatencyRow]) -> Judged:
+        return Judged(self.row().model_copy(update={"reasons": self.reasons(subject)}), None, self.reason)

@@ -20,7 +20,6 @@ from pqk.kernels.common.configs import Choice, Config, noting, remember, trying
 from pqk.kernels.common.gpu import Gpu, gpu_of, planning_for
 from pqk.kernels.common.launch import collecting
 from pqk.kernels.common.triton import TRITON_MISSING
-from pqk.passes import Fuse
 from pqk.passes.fuse.fuse import LaunchedOp, launches
 
 TRIALS = 9
@@ -36,7 +35,7 @@ def gpu_for(name: str) -> Gpu:
 
 def read_tuning(passes: Sequence[Pass]) -> Tuning | None:
     """What a recipe's `fuse` says. Raises `InputError` for a file that is no tuning."""
-    path = next((p.tuning for p in passes if isinstance(p, Fuse)), "")
+    path = next((p.tuning for p in passes if p.tuning), "")
     return Tuning.load(path) if path else None
 
 

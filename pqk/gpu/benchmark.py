@@ -21,7 +21,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk.bench.contenders import Contender, Skipped
-from pqk.bench.protocol import BURST, ROUNDS, WARM, interleave, measure
+from pqk.bench.protocol import TimingProtocol, interleave, measure
 from pqk.core.launches import traffic
 from pqk.data.structures import Inputs, tensors
 from pqk.deploy.artifact import Artifact
@@ -55,9 +55,12 @@ PRECISIONS = {
 }
 """the teacher's: its dtype, and what float32 matrix products may be computed in"""
 
+REPLAYS = TimingProtocol(pause=0.0)
+"""without pauses, as no threads spin"""
 PROTOCOL = (
     "Measured in turn: every round gives each contender at least "
-    f"{WARM} warm calls and a burst of {BURST} timed calls, for {{}} rounds; medians over calls, ratios within rounds, "
+    "{warm} warm calls and a burst of {burst} timed calls, for {rounds} rounds; medians over calls, ratios within "
+    "rounds, "
     "bootstrap 95 % intervals. Calls are CUDA graph replays timed by events; inputs rotate so that twice the L2 cache "
     "passes before one is used again, and weights are as warm as that leaves them. Ratios are against the teacher's "
     "fastest precision in torch.compile."
@@ -253,7 +256,11 @@ class Found:
 
 
 def benchmark(
-    artifact: Artifact, device: Device, batches: Sequence[int] = (1,), rounds: int = ROUNDS, tune: bool = True
+    artifact: Artifact,
+    device: Device,
+    batches: Sequence[int] = (1,),
+    timing: TimingProtocol = REPLAYS,
+    tune: bool = True,
 ) -> Found:
     """The artifact's `student.pt2` on `device` beside its teacher and beside its INT8 graph in plain torch.
 
@@ -278,10 +285,12 @@ def benchmark(
         if isinstance(tried[-1], Skipped):
             raise InputError(f"{STUDENT} cannot be captured for batch {batch}: {tried[-1].reason}")
         skipped += [each for each in tried if isinstance(each, Skipped)]
-        rows = in_turn([each for each in tried if isinstance(each, Contender)], rounds)
+        rows = in_turn([each for each in tried if isinstance(each, Contender)], timing)
         latency += rows
         shares.append(share(batch, traffic(cpu, inputs).bytes, macs * batch, rows[-1].median_ms, ceilings))
-    return Found(device.describe(), agreement, ceilings, latency, shares, skipped, PROTOCOL.format(rounds), tuning)
+    return Found(
+        device.describe(), agreement, ceilings, latency, shares, skipped, PROTOCOL.format(**asdict(timing)), tuning
+    )
 
 
 def _tuned(artifact: Artifact, cpu: Any, device: Device, batches: Sequence[int]) -> Tuning:
@@ -291,14 +300,14 @@ def _tuned(artifact: Artifact, cpu: Any, device: Device, batches: Sequence[int])
     return found
 
 
-def in_turn(contenders: Sequence[Contender], rounds: int, *, burst: int = BURST, warm: int = WARM) -> list[LatencyRow]:
+def in_turn(contenders: Sequence[Contender], timing: TimingProtocol) -> list[LatencyRow]:
     """Rows by the protocol, without its pauses, as no threads spin. The baseline is the fastest teacher in a short
     run before; without a teacher ratios are null."""
     rivals = [c for c in contenders if c.variant == "teacher_fp32"]
     baseline = None
     if rivals:
-        baseline = rivals[int(np.median(interleave(rivals, 3, burst=burst, pause=0, warm=warm), axis=(1, 2)).argmin())]
-    rows = measure(contenders, baseline, rounds, burst=burst, pause=0, warm=warm)
+        baseline = rivals[int(np.median(interleave(rivals, replace(timing, rounds=3)), axis=(1, 2)).argmin())]
+    rows = measure(contenders, baseline, timing)
     if baseline is None:
         empty = {"ratio": None, "ratio_low": None, "ratio_high": None, "significant": False}
         rows = [row.model_copy(update=empty) for row in rows]

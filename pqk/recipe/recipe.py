@@ -32,7 +32,7 @@ from pydantic.dataclasses import dataclass
 from pqk.core.pipeline import check_order
 from pqk.core.program import CONFIG, Pass, Stage
 from pqk.errors import InputError, Reason, nearest
-from pqk.passes import PASSES, Fuse, Quantize
+from pqk.passes import PASSES, Fuse
 from pqk.recipe.defaults import DEFAULT, DEFAULT_PTQ, FUSE
 from pqk.recipe.parsing import explain, parse, plain, read_text, toml_value
 from pqk.target.target import Target
@@ -185,12 +185,7 @@ def why_not_for_target(passes: Sequence[Pass], target: Target) -> Reason | None:
     """Why these passes do not make what `target` runs, or cannot make it here, else None."""
     if target.runtime == "triton" and passes[-1].name != Fuse.name:
         return f'target {target.name} runs fused kernels: the last pass of the recipe must be "fuse"'
-    if (
-        any(isinstance(p, Quantize) and p.faster_float for p in passes)
-        and (reason := target.why_not_measured()) is not None
-    ):
-        return f"quantize.faster_float times layers, but {reason}; set it to false, or compile on the target"
-    return None
+    return next((reason for p in passes if (reason := p.why_not_for(target)) is not None), None)
 
 
 def pass_named(name: str, where: str) -> type[Pass]:

@@ -127,7 +127,7 @@ class Parity(Part):
     `reference`: the fused student ran instead, by the reference bodies of its operators"""
 
 
-class DeclinedRow(Part):
+class Declined(Part):
     """What a pass left alone, and why."""
 
     pass_name: Annotated[str, Field(alias="pass")]
@@ -148,7 +148,7 @@ class Fusion(Part):
     bytes_after: Count
     size_bytes: Count
     """of `student.pt2`"""
-    left_out: tuple[DeclinedRow, ...]
+    left_out: tuple[Declined, ...]
     """layers that stay operators of torch, or end sooner than they might, and why"""
     parity: Parity
     """the fused student against the INT8 graph, by the reference bodies of its operators"""
@@ -226,7 +226,7 @@ class Report(Part):
     macs: Count
     seconds: dict[str, float]
     """by pass"""
-    declined: tuple[DeclinedRow, ...]
+    declined: tuple[Declined, ...]
     machine: dict[str, Any]
     target: str
     seed: int

@@ -7,6 +7,7 @@ ends in the same student, bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -64,6 +65,20 @@ class Training:
     where that is slower, it is fp32, which is logged"""
     checkpoint_seconds: float = Field(default=100.0, gt=0)
     """a killed run loses at most this much"""
+
+    @property
+    def training_epochs(self) -> float:
+        """Epochs over the training data that the pass takes."""
+        return self.epochs
+
+    @property
+    def notes_losses(self) -> bool:
+        """Whether what the pass notes is about its training, of which a rehearsal says nothing."""
+        return True
+
+    def rehearsal(self, epochs: float) -> Any:
+        """The same training of at most so many epochs."""
+        return dataclasses.replace(self, epochs=min(self.epochs, epochs))
 
 
 @dataclass

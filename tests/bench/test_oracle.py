@@ -39,7 +39,7 @@ def test_a_layer_in_float_is_timed_beside_the_same_student_without(monkeypatch: 
     monkeypatch.setattr(module, "ratio_to", ratio_to)
     passes = (Capture(), Quantize(least_sqnr=90.0, faster_float=True), Convert())
     oracle = Oracle(teacher, task, Target.named("x86-avx2"), passes, RunContext())
-    run = oracle.serve(RunContext())
+    run = RunContext(oracle=oracle)
     try:
         graph = capture(teacher, task.example)
         assert run.float_gain(graph, (), "0", "test") == (1.3, 1.2, 1.4)

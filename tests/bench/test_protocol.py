@@ -4,9 +4,6 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from math import comb
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -26,11 +23,10 @@ from pqk.bench.contenders import (
     torch_contender,
     torch_threads,
 )
-from pqk.bench.protocol import PAUSE, fastest, interleave, measure, ratio_to, turn
+from pqk.bench.protocol import PAUSE, TimingProtocol, fastest, interleave, measure, ratio_to, turn
 from pqk.bench.statistics import Ratio, bootstrap_ratio
 from pqk.deploy.onnxruntime_session import session
 from pqk.errors import InputError
-from pqk.evaluation.variants import NEURAL_COMPRESSOR, Network
 
 
 def stack(layers: int, channels: int = 16, size: int = 16) -> bytes:
@@ -64,7 +60,7 @@ def test_turns_are_interleaved_and_warmed() -> None:
     seen: list[str] = []
     names = "ABC"
     contenders = [contender(lambda n=n: seen.append(n)) for n in names]  # type: ignore[misc]
-    times = interleave(contenders, 5, burst=3, pause=0.0, warm=2)
+    times = interleave(contenders, TimingProtocol(rounds=5, burst=3, pause=0.0, warm=2))
     assert times.shape == (3, 5, 3)
     order = [a for a, b in zip(seen, [*seen[1:], ""], strict=True) if a != b]
     assert "".join(order) == "ABC" * 5
@@ -76,7 +72,7 @@ def test_torch_gets_its_threads_in_its_own_turn_only() -> None:
     with torch_threads(1):
         timed = Contender("student", "torch", 1, 2, lambda: seen.append(torch.get_num_threads()), torch_threads=2)
         other = contender(lambda: seen.append(torch.get_num_threads()))
-        interleave([timed, other], 2, burst=1, pause=0.0, warm=0)
+        interleave([timed, other], TimingProtocol(rounds=2, burst=1, pause=0.0, warm=0))
         assert seen == [2, 1, 2, 1] and torch.get_num_threads() == 1
 
 
@@ -121,7 +117,7 @@ def test_a_pause_keeps_spinning_threads_out_of_the_next_turn(monkeypatch: pytest
     a, b = Spinner(clock, 0.003), Spinner(clock, 0.001)
     for pause, ratio in ((PAUSE, 3.0), (0.0, 1.0)):
         Spinner.last = (None, 0.0)
-        row = measure([contender(a), contender(b)], rounds=5, burst=4, pause=pause, warm=1)[1]
+        row = measure([contender(a), contender(b)], timing=TimingProtocol(rounds=5, burst=4, pause=pause, warm=1))[1]
         assert row.ratio == pytest.approx(ratio), pause
 
 
@@ -134,10 +130,12 @@ def test_slow_calls_have_short_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
         counts[name] += 1
         clock.sleep(seconds)
 
-    rows = measure([contender(lambda: call("a", 0.125)), contender(lambda: call("b", 0.01))], rounds=5)
+    rows = measure(
+        [contender(lambda: call("a", 0.125)), contender(lambda: call("b", 0.01))], timing=TimingProtocol(rounds=5)
+    )
     assert rows[1].ratio == pytest.approx(12.5) and counts["a"] == counts["b"] == 2 + 5 * (8 + 8)
     counts = dict.fromkeys("ab", 0)
-    measure([contender(lambda: call("a", 9.0)), contender(lambda: call("b", 0.01))], rounds=5)
+    measure([contender(lambda: call("a", 9.0)), contender(lambda: call("b", 0.01))], timing=TimingProtocol(rounds=5))
     assert counts["a"] == 2 + 5 * (4 + 4)
 
 
@@ -147,8 +145,8 @@ def test_in_turn_and_alone_agree() -> None:
     contenders = [onnxruntime_contender("student", stack(n), FEEDS) for n in (12, 3)]
     differences = []
     for _ in range(3):
-        alone = [np.median(interleave([c], 5, burst=20, pause=PAUSE, warm=20)) for c in contenders]
-        in_turn = [row.median_ms for row in measure(contenders, rounds=5)]
+        alone = [np.median(interleave([c], TimingProtocol(rounds=5))) for c in contenders]
+        in_turn = [row.median_ms for row in measure(contenders, timing=TimingProtocol(rounds=5))]
         differences.append(max(abs(np.log(np.array(in_turn) / alone))))
         if differences[-1] < np.log(1.3):
             return
@@ -157,7 +155,7 @@ def test_in_turn_and_alone_agree() -> None:
 
 def test_fewer_layers_are_faster_and_the_baseline_is_one() -> None:
     teacher, student = (onnxruntime_contender("student", stack(n), FEEDS, threads=1) for n in (12, 2))
-    rows = measure([teacher, student], rounds=7)
+    rows = measure([teacher, student], timing=TimingProtocol(rounds=7))
     assert (rows[0].ratio, rows[0].ratio_low, rows[0].ratio_high, rows[0].significant) == (1, 1, 1, False)
     assert rows[0].verdict == "1x (baseline)"
     assert rows[1].significant and rows[1].ratio is not None and rows[1].ratio > 2
@@ -173,7 +171,7 @@ def test_an_interval_that_contains_one_is_no_speed_up() -> None:
     def noisy() -> None:
         time.sleep(0.0005 * jitter.uniform(0.5, 1.5))
 
-    row = measure([contender(noisy), contender(noisy)], rounds=9, burst=5, pause=0.0, warm=0)[1]
+    row = measure([contender(noisy), contender(noisy)], timing=TimingProtocol(rounds=9, burst=5, pause=0.0, warm=0))[1]
     assert not row.significant and row.verdict.startswith("no significant speed-up")
     assert call is not None
 
@@ -208,7 +206,7 @@ def test_a_turn_keeps_warming_up_while_calls_get_faster() -> None:
         count += 1
         time.sleep(0.01 if count <= 6 else 0.001)
 
-    assert np.median(turn(call, burst=3, pause=0.0, warm=8)) < 4
+    assert np.median(turn(call, TimingProtocol(burst=3, pause=0.0, warm=8))) < 4
     assert count >= 2 * 8 + 3
 
 
@@ -234,21 +232,6 @@ def test_torch_rows_and_a_module_that_cannot_be_compiled() -> None:
     assert isinstance(skipped, Skipped) and "no such path" in skipped.reason
 
 
-def test_other_runtimes_stand_beside_the_same_baseline(timed_elsewhere: Callable[..., Any], tmp_path: Path) -> None:
-    """torch as it is and compiled in earnest, OpenVINO where it is; a module that is not there says why."""
-    net, x = nn.Conv2d(16, 16, 3, padding=1).eval(), torch.zeros(1, 16, 16, 16)
-    files = {"teacher_fp32": tmp_path / "fused.onnx", "student": tmp_path / "student.onnx"}
-    for path in (*files.values(), tmp_path / "teacher.onnx"):
-        path.write_bytes(stack(1))
-    absent = Network("teacher_ptq", None, None, "not installed", runtime=NEURAL_COMPRESSOR)
-    found = timed_elsewhere(SimpleNamespace(teacher=net), [absent], files, (x,), FEEDS)
-    assert found[0] == Skipped("teacher_ptq", NEURAL_COMPRESSOR, "not installed")
-    assert [f.runtime for f in found[1:]] == ["torch", "torch.compile", "openvino", "openvino"]
-    timed = [f for f in found if isinstance(f, Contender)]
-    rows = measure(timed, rounds=5, burst=1, warm=1, pause=0.0)
-    assert {"torch", "torch.compile"} <= {row.runtime for row in rows}
-
-
 def test_openvino_stands_beside_or_says_why_not() -> None:
     found = openvino_contender("teacher_fp32", stack(2), FEEDS, threads=1)
     if isinstance(found, Skipped):
@@ -263,8 +246,8 @@ def test_openvino_stands_beside_or_says_why_not() -> None:
 def test_refusals() -> None:
     good = contender(lambda: None)
     with pytest.raises(InputError, match="3 rounds"):
-        measure([good], rounds=3)
+        measure([good], timing=TimingProtocol(rounds=3))
     with pytest.raises(InputError, match="not among"):
-        measure([good], contender(lambda: None), rounds=5)
+        measure([good], contender(lambda: None), timing=TimingProtocol(rounds=5))
     with pytest.raises(InputError, match="refuses the model's bytes"):
         session(b"no model")

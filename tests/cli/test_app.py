@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pqk import files
-from pqk.bench import protocol as benchmark
 from pqk.cli import app as cli
 from pqk.cli import commands, console, doctor
 from pqk.cli import views as describe
@@ -78,7 +77,7 @@ def toy(toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def artifact(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy, compiled once, with a benchmark that is too short to mean anything."""
     out = tmp_path_factory.mktemp("compiled") / "out"
-    assert cli.run(["compress", str(toy_folder / "toy.toml"), "--out", str(out)]) == 0
+    assert cli.run(["compress", str(toy_folder / "toy.toml"), "--out", str(out), "--evaluation", "quick"]) == 0
     return out
 
 
@@ -213,12 +212,9 @@ def test_inspect_tells_what_passes_did(
     assert "budget" in shown and "Left alone, and why" in shown and "float32 ['batch', 1, 8, 8]" in shown
 
 
-def test_benchmark_never_writes(artifact: Path, json_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pqk.bench import artifact as module
-
-    monkeypatch.setattr(module, "measure", lambda c, b, rounds: benchmark.measure(c, b, 5, burst=2, warm=2, pause=0.0))
+def test_benchmark_never_writes(artifact: Path, json_of: Callable[..., Any]) -> None:
     before = snapshot(artifact)
-    document = json_of(0, "benchmark", artifact, "--batch", "1,4", "--threads", "1")
+    document = json_of(0, "benchmark", artifact, "--batch", "1,4", "--threads", "1", "--rounds", "5")
     assert snapshot(artifact) == before
     rows = {(r["variant"], r["batch"]): r for r in document["latency"]}
     assert set(rows) == {(v, b) for v in ("teacher_fp32", "student") for b in (1, 4)}
@@ -229,12 +225,10 @@ def test_benchmark_never_writes(artifact: Path, json_of: Callable[..., Any], mon
 def test_benchmark_warns_on_another_machine(
     artifact: Path, json_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pqk.bench import artifact as module
     from pqk.target import target
 
     monkeypatch.setattr(target, "machine_target", lambda: "arm-dotprod")
-    monkeypatch.setattr(module, "measure", lambda c, b, rounds: benchmark.measure(c, b, 5, burst=2, warm=2, pause=0.0))
-    assert "is not this machine" in json_of(0, "benchmark", artifact)["warnings"][0]
+    assert "is not this machine" in json_of(0, "benchmark", artifact, "--rounds", "5")["warnings"][0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

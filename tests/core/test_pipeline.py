@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -91,7 +92,7 @@ def assert_same(a: Program, b: Program) -> None:
     assert not [k for k in states[0] if not torch.equal(states[0][k], states[1][k])]
     assert (a.stage, a.plan, a.declined) == (b.stage, b.plan, b.declined)
     measured = {"seconds": 0.0, "peak_memory_bytes": 0}
-    assert [replace(r, **measured) for r in a.records] == [replace(r, **measured) for r in b.records]
+    assert [r.model_copy(update=measured) for r in a.records] == [r.model_copy(update=measured) for r in b.records]
 
 
 class Killed(BaseException):
@@ -315,7 +316,8 @@ def test_decisions_are_measured_once(tmp_path: Path) -> None:
             return jitter * sum(p.numel() for p in module.parameters())
 
         start = program(folder)
-        start = replace(start, run=replace(start.run, deployed_latency=latency, deployed_baseline=lambda: 800.0))
+        oracle = SimpleNamespace(latency=latency, baseline=lambda: 800.0)
+        start = replace(start, run=replace(start.run, oracle=oracle))
         return run_passes(start, task(), [Prune(latency_ratio=1.5, multiple=2, candidates=4)])
 
     first = run(tmp_path, 1.0)

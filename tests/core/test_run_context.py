@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def test_without_the_target_a_latency_is_refused_with_what_to_do() -> None:
         RunContext().latency(nn.Identity(), "prune")
     with pytest.raises(InputError, match="compile on the target"):
         RunContext().baseline_latency("prune")
-    assert RunContext(deployed_latency=lambda m: 2.0).latency(nn.Identity(), "prune") == 2.0
+    assert RunContext(oracle=SimpleNamespace(latency=lambda m: 2.0)).latency(nn.Identity(), "prune") == 2.0
 
 
 def test_one_process_decides_for_itself() -> None:

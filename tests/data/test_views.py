@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluations import TABLE
 from torch import Tensor, nn
 
 from pqk.compiler import compress
@@ -204,7 +205,7 @@ def test_the_report_judges_each_on_its_own_view_and_says_so(tmp_path: Path) -> N
         teacher.head.weight.fill_(0)
         teacher.head.weight[:, 0] = 4 * torch.arange(4.0)
         teacher.head.bias.copy_(-4 * torch.arange(4.0).square())
-    report = compress(teacher, both, recipe, out=tmp_path / "out").report
+    report = compress(teacher, both, recipe, out=tmp_path / "out", evaluation=TABLE).report
     assert report.metric.teacher > 0.9 and report.metric.student == 0.25  # the faintest is of the first class
     rows = {r.variant: r.metric for r in report.attribution if r.runtime == "onnxruntime"}
     assert rows["teacher_ptq"] is not None and rows["teacher_ptq"] > 0.9

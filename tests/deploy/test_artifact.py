@@ -13,8 +13,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from evaluations import TABLE
 
-from pqk.bench import protocol as benchmark
+from pqk.bench.artifact import benchmark
+from pqk.bench.protocol import QUICK
 from pqk.compiler import compress
 from pqk.data.data import ArrayData
 from pqk.deploy.artifact import Artifact, write_manifest
@@ -50,7 +52,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         teacher=TeacherSpec(factory="pqk.models.resnet:resnet", arguments=ARGUMENTS),
     )
     out = tmp_path_factory.mktemp("artifact") / "out"
-    compress(teacher, task(), recipe, "x86-avx2", out)
+    compress(teacher, task(), recipe, "x86-avx2", out, evaluation=TABLE)
     return out
 
 
@@ -207,17 +209,12 @@ def test_without_a_factory_the_teacher_must_be_given(copied: Path) -> None:
         artifact.rebuild()
 
 
-def test_it_is_benchmarked_beside_the_teacher_and_writes_nothing(
-    sealed: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pqk.bench import artifact as module
-
-    monkeypatch.setattr(module, "measure", lambda c, b, rounds: benchmark.measure(c, b, 5, burst=1, warm=1, pause=0.0))
+def test_it_is_benchmarked_beside_the_teacher_and_writes_nothing(sealed: Path, copied: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in sealed.rglob("*")}
-    rows = module.benchmark(Artifact.load(sealed), batches=(1, 2), threads=1)
+    rows = benchmark(Artifact.load(sealed), batches=(1, 2), threads=1, timing=QUICK)
     assert [(r.variant, r.batch) for r in rows] == [(v, b) for b in (1, 2) for v in ("teacher_fp32", "student")]
     assert {p: p.stat().st_mtime_ns for p in sealed.rglob("*")} == before
-    assert {r.variant for r in module.benchmark(Artifact.load(copied), threads=1)} == {"student"}
+    assert {r.variant for r in benchmark(Artifact.load(copied), threads=1, timing=QUICK)} == {"student"}
 
 
 def test_no_pickle_is_in_it(sealed: Path) -> None:

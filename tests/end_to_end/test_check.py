@@ -198,7 +198,7 @@ def test_a_surprise_is_a_finding(toy: Any, monkeypatch: pytest.MonkeyPatch) -> N
     def surprise(*args: Any, **kwargs: Any) -> nn.Module:
         raise ZeroDivisionError("nobody thought of this")
 
-    monkeypatch.setattr(module, "emit_onnx", surprise)
+    monkeypatch.setattr(module, "emit_onnx_for", surprise)
     found = rehearse(toy, RECIPE)
     assert found.problems == ["emit: ZeroDivisionError: nobody thought of this"]
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from evaluations import TABLE
 from torch import Tensor, nn
 
-from pqk import compiler, files
+from pqk import Evaluation, compiler, files
 from pqk.bench.artifact import benchmark
 from pqk.compiler import compress
 from pqk.data.data import ArrayData
+from pqk.deploy import artifact
 from pqk.deploy.artifact import Artifact
 from pqk.errors import InputError, ParityError
 from pqk.evaluation import evaluate as proof
@@ -73,7 +75,7 @@ def task(shift: float = 0.0, scale: float = 1.0, **options: Any) -> Task:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
-    compress(Net(), task(), RECIPE, "x86-avx2", out)
+    compress(Net(), task(), RECIPE, "x86-avx2", out, evaluation=TABLE)
     return out
 
 
@@ -88,7 +90,7 @@ def copied(whole: Path, tmp_path: Path) -> Path:
 def proven(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof, which takes most of the time here, is that of the whole run."""
     report = Artifact.load(whole).report
-    monkeypatch.setattr(compiler, "prove", lambda *a, **k: report)
+    monkeypatch.setattr(compiler, "evaluate", lambda *a, **k: report)
 
 
 def unfinished(out: Path) -> Path:
@@ -112,14 +114,21 @@ def test_it_ships_what_it_says(whole: Path) -> None:
 def test_the_teacher_is_never_changed(tmp_path: Path, proven: None) -> None:
     teacher = Net().train()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    compress(teacher, task(), Recipe(passes=(Capture(), Quantize(samples=8), Convert())), "x86-avx2", tmp_path / "out")
+    compress(
+        teacher,
+        task(),
+        Recipe(passes=(Capture(), Quantize(samples=8), Convert())),
+        "x86-avx2",
+        tmp_path / "out",
+        evaluation=TABLE,
+    )
     assert teacher.training and all(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 
 
 def test_a_finished_run_is_resumed_by_loading_it(copied: Path) -> None:
     sealed = (copied / "manifest.json").read_bytes()
-    assert compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True).folder == copied
+    assert compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True, evaluation=TABLE).folder == copied
     assert (copied / "manifest.json").read_bytes() == sealed
 
 
@@ -127,7 +136,7 @@ class Killed(BaseException):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("where", ["emit_onnx", "write_manifest"])
+@pytest.mark.parametrize("where", ["write_student", "seal"])
 def test_killed_while_finishing_is_the_same(
     whole: Path, copied: Path, where: str, monkeypatch: pytest.MonkeyPatch, proven: None
 ) -> None:
@@ -136,16 +145,16 @@ def test_killed_while_finishing_is_the_same(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(compiler, where, killed)
-        compress(Net(), task(), RECIPE, "x86-avx2", unfinished(copied), resume=True)
+        compress(Net(), task(), RECIPE, "x86-avx2", unfinished(copied), resume=True, evaluation=TABLE)
     with pytest.raises(InputError, match="did not finish; go on with --resume"):
         Artifact.load(copied)
-    compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True)
+    compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True, evaluation=TABLE)
     for name in ("student.safetensors", "student.json", "recipe.toml", "model.onnx"):
         assert (copied / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_it_is_deterministic(whole: Path, tmp_path: Path, proven: None) -> None:
-    compress(Net(), task(), RECIPE, "x86-avx2", tmp_path / "again")
+    compress(Net(), task(), RECIPE, "x86-avx2", tmp_path / "again", evaluation=TABLE)
     for name in ("student.safetensors", "model.onnx"):
         assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
 
@@ -165,7 +174,7 @@ def test_a_resume_of_another_run_is_refused(copied: Path, change: dict[str, Any]
     call: dict[str, Any] = {"teacher": Net(), "task": task(), "recipe": RECIPE, "target": "x86-avx2", **change}
     before = sorted(copied.rglob("*"))
     with pytest.raises(InputError, match=f"holds a run with another {what}; it cannot be continued"):
-        compress(**call, out=copied, resume=True)
+        compress(**call, out=copied, resume=True, evaluation=TABLE)
     assert sorted(copied.rglob("*")) == before
 
 
@@ -173,16 +182,16 @@ def test_a_run_of_before_the_example_was_noted_goes_on(copied: Path, proven: Non
     noted = json.loads((copied / ".work" / "run.json").read_text())
     del noted["example"]
     (copied / ".work" / "run.json").write_text(json.dumps(noted))
-    compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True)
+    compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True, evaluation=TABLE)
 
 
 def test_an_out_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     for resume, message in ((False, r"not empty \(mine\.txt"), (True, "holds no run to continue")):
         with pytest.raises(InputError, match=message):
-            compress(Net(), task(), RECIPE, "x86-avx2", tmp_path, resume=resume)
+            compress(Net(), task(), RECIPE, "x86-avx2", tmp_path, resume=resume, evaluation=TABLE)
     with pytest.raises(InputError, match=r"mine\.txt is a file"):
-        compress(Net(), task(), RECIPE, "x86-avx2", tmp_path / "mine.txt")
+        compress(Net(), task(), RECIPE, "x86-avx2", tmp_path / "mine.txt", evaluation=TABLE)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -190,14 +199,14 @@ def test_saved_passes_without_their_run_are_not_continued(copied: Path) -> None:
     """Whose they are is not known any more."""
     (unfinished(copied) / ".work" / "run.json").unlink()
     with pytest.raises(InputError, match="holds no run to continue"):
-        compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True)
+        compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True, evaluation=TABLE)
 
 
 def test_killed_before_its_first_file_can_go_on(tmp_path: Path, proven: None) -> None:
     (tmp_path / "out" / ".work").mkdir(parents=True)
     (tmp_path / "out" / ".work" / ".run.json.partial").write_text("{")
     recipe = Recipe(passes=(Capture(), Quantize(samples=8), Convert()))
-    assert compress(Net(), task(), recipe, "x86-avx2", tmp_path / "out", resume=True).report
+    assert compress(Net(), task(), recipe, "x86-avx2", tmp_path / "out", resume=True, evaluation=TABLE).report
 
 
 def no_train() -> Task:
@@ -242,8 +251,8 @@ def full(*arguments: Any, **options: Any) -> None:
     "where",
     [
         (files, "save_file"),
-        pytest.param((compiler, "emit_onnx"), marks=pytest.mark.full),
-        (compiler, "write_json"),
+        pytest.param((compiler, "write_student"), marks=pytest.mark.full),
+        (artifact, "write_json"),
         pytest.param((shutil, "rmtree"), marks=pytest.mark.full),
     ],
 )
@@ -254,35 +263,43 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(
     shutil.rmtree(copied / ".work" / "05-convert")
     with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left on device"):
         patch.setattr(*where, full)
-        compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True)
+        compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True, evaluation=TABLE)
     assert [p.name for p in copied.iterdir()] == [".work"]
     assert not [p for p in copied.rglob("*") if "partial" in p.name or "saving" in p.name]
-    compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True)
+    compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True, evaluation=TABLE)
     assert (copied / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
 
 
 def test_a_parity_failure_ships_nothing_unless_it_is_allowed(
     copied: Path, monkeypatch: pytest.MonkeyPatch, proven: None
 ) -> None:
-    original: Callable[..., Any] = compiler.prove
+    original: Callable[..., Any] = compiler.evaluate
 
     def failed(*arguments: Any, **options: Any) -> Any:
         report = original(*arguments, **options)
         parity = report.parity.model_copy(update={"passed": False, "first_divergence": "body.0 differs"})
         return report.model_copy(update={"parity": parity})
 
-    monkeypatch.setattr(compiler, "prove", failed)
+    monkeypatch.setattr(compiler, "evaluate", failed)
     with pytest.raises(ParityError, match=r"parity: body\.0 differs.*--allow-parity-failure"):
-        compress(Net(), task(), RECIPE, "x86-avx2", unfinished(copied), resume=True)
+        compress(Net(), task(), RECIPE, "x86-avx2", unfinished(copied), resume=True, evaluation=TABLE)
     assert [p.name for p in copied.iterdir()] == [".work"]
-    done = compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True, allow_parity_failure=True)
+    done = compress(Net(), task(), RECIPE, "x86-avx2", copied, resume=True, allow_parity_failure=True, evaluation=TABLE)
     assert done.report.parity is not None and not done.report.parity.passed
 
 
 @pytest.mark.full
 def test_full_attribution_trains_the_student_on_labels_alone(copied: Path) -> None:
     out = unfinished(copied)
-    done = compress(Net(), task(), RECIPE, "x86-avx2", out, resume=True, attribution="full")
+    done = compress(
+        Net(),
+        task(),
+        RECIPE,
+        "x86-avx2",
+        out,
+        resume=True,
+        evaluation=replace(TABLE, controls=Evaluation.full().controls),
+    )
     row = next(r for r in done.report.attribution if r.variant == "student_no_kd")
     assert row.metric is not None and row.parameters and row.size_bytes
     plain = json.loads((out / ".work" / "without-knowledge" / "04-distill" / "program.json").read_text())
@@ -291,14 +308,11 @@ def test_full_attribution_trains_the_student_on_labels_alone(copied: Path) -> No
 
 
 TWO = """
-import functools, importlib.util, sys
+import importlib.util, sys
 from pathlib import Path
-from pqk import benchmark, proof
-proof.measure = functools.partial(benchmark.measure, rounds=5, burst=1, warm=1, pause=0.0)
-proof._elsewhere = lambda *a, **k: []
 spec = importlib.util.spec_from_file_location("law", {this!r}); law = importlib.util.module_from_spec(spec)
 sys.modules["law"] = law; spec.loader.exec_module(law)
-done = law.compress(law.Net(), law.task(), law.RECIPE, "x86-avx2", Path({out!r}))
+done = law.compress(law.Net(), law.task(), law.RECIPE, "x86-avx2", Path({out!r}), evaluation=law.TABLE)
 assert done.report.parity.passed
 """
 
@@ -324,7 +338,7 @@ FUSED = Recipe(passes=(Capture(), Quantize(samples=16), Convert(), Fuse()))
 
 def test_a_gpu_s_student_is_student_pt2_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    artifact = compress(Net(), task(), FUSED, "cuda-sm80", out)
+    artifact = compress(Net(), task(), FUSED, "cuda-sm80", out, evaluation=TABLE)
     assert {p.name for p in out.iterdir()} == (SHIPPED - {"model.onnx"}) | {"student.pt2", "tuning.json", ".work"}
     report = artifact.report
     assert report.latency == () and report.latency_reason is not None and "--device cuda" in report.latency_reason
@@ -343,7 +357,7 @@ def test_a_gpu_s_student_is_student_pt2_alone(tmp_path: Path) -> None:
 
 def test_a_gpu_s_artifact_runs_on_a_cpu_and_is_rebuilt(tmp_path: Path) -> None:
     teacher, data = Net(), task()
-    artifact = compress(teacher, data, FUSED, "cuda-sm80", tmp_path / "out")
+    artifact = compress(teacher, data, FUSED, "cuda-sm80", tmp_path / "out", evaluation=TABLE)
     x = next(data.evaluation.batches()).inputs[0]
     with torch.no_grad():
         want, unfused = artifact.student()(x), artifact.rebuild(teacher)(x)
@@ -355,7 +369,7 @@ def test_a_gpu_s_artifact_runs_on_a_cpu_and_is_rebuilt(tmp_path: Path) -> None:
 
 
 def test_a_cpu_s_student_may_be_fused_beside_its_file(tmp_path: Path) -> None:
-    artifact = compress(Net(), task(), FUSED, "x86-avx2", tmp_path / "out")
+    artifact = compress(Net(), task(), FUSED, "x86-avx2", tmp_path / "out", evaluation=TABLE)
     assert {"model.onnx", "student.pt2"} <= set(artifact.manifest["files"])
     report = artifact.report
     assert report.parity is not None and report.parity.mode != "reference" and report.parity.passed
@@ -380,11 +394,11 @@ def test_a_broken_fused_student_ships_nothing(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(proof, "check_fused_parity", failed)
     with pytest.raises(ParityError, match="parity: head differs"):
-        compress(Net(), task(), FUSED, "x86-avx2", tmp_path / "out")
+        compress(Net(), task(), FUSED, "x86-avx2", tmp_path / "out", evaluation=TABLE)
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".work"]
 
 
 def test_a_latency_budget_is_refused_for_a_gpu(tmp_path: Path) -> None:
     recipe = replace(FUSED, passes=(Prune(latency_ratio=2.0), *FUSED.passes))
     with pytest.raises(InputError, match="latency budget"):
-        compress(Net(), task(), recipe, "cuda-sm80", tmp_path / "out")
+        compress(Net(), task(), recipe, "cuda-sm80", tmp_path / "out", evaluation=TABLE)

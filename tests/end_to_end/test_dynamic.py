@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluations import UNTIMED
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -24,7 +25,6 @@ from pqk.data.data import ArrayData
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import session
 from pqk.errors import InputError
-from pqk.evaluation import evaluate as proof
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.passes.convert.convert import DYNAMIC
 from pqk.quant.fake_quant import ActivationFakeQuant, DynamicFakeQuant, set_mode
@@ -165,10 +165,8 @@ def test_fused_kernels_have_fixed_scales() -> None:
         torch.testing.assert_close(fused.fused(task.example[0]), int8.student(task.example[0]), atol=1e-4, rtol=1e-4)
 
 
-def test_a_student_is_trained_compiled_and_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_is_trained_compiled_and_rebuilt(tmp_path: Path) -> None:
     """The whole way with a budget, distillation on dynamic quantizers, sensitivity and the report."""
-    monkeypatch.setattr(proof, "_latency", lambda *a, **k: ([], []))
-    monkeypatch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
     torch.manual_seed(0)
     model, part = Mixer().eval(), ArrayData(drawn((64, 6, 32)), drawn((64, 5), 1).argmax(1), 16)
     task = Task(part, part, validation=part, example=drawn((2, 6, 32)), dynamic_axes={"input": {1: "tokens"}})
@@ -179,7 +177,7 @@ def test_a_student_is_trained_compiled_and_rebuilt(tmp_path: Path, monkeypatch: 
         Distill(epochs=1.0, learning_rate=1e-3),
         Convert(),
     )
-    artifact = compress(model, task, Recipe(passes=passes), "x86-avx2", tmp_path / "out")
+    artifact = compress(model, task, Recipe(passes=passes), "x86-avx2", tmp_path / "out", evaluation=UNTIMED)
     report = artifact.report
     assert report.parity is not None and report.parity.passed
     with torch.no_grad():

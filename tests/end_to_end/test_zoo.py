@@ -6,7 +6,7 @@ Or it is refused, with the reason, by `pqk check`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluations import UNTIMED
 from torch import Tensor, nn
 from zoo import NETWORKS, Network, block
 
 from pqk import Artifact, Recipe, Task, compress
 from pqk.check import check
 from pqk.core.costs import count_parameters
-from pqk.core.program import Program, Stage
 from pqk.errors import InputError
-from pqk.evaluation import evaluate as proof
 from pqk.knowledge import CrossEntropy, KLDivergence, LogitMSE
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
 from pqk.passes.prune.groups import check_groups
@@ -59,23 +58,6 @@ def recipe(network: Network) -> Recipe:
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def untimed() -> Iterator[None]:
-    """The proof of the student beside its teacher alone: no latencies, no steps between, no other tools' INT8."""
-    saved = proof._saved
-
-    def at_the_end(program: Program, task: Task, passes: Any, stage: Stage, *kind: Any) -> Program:
-        if stage == Stage.MODULE:
-            raise LookupError
-        return saved(program, task, passes, stage, *kind)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proof, "_latency", lambda *a, **k: ([], []))
-        patch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
-        patch.setattr(proof, "_saved", at_the_end)
-        yield
-
-
 QUICK = {"residual", "separable", "several", "attention"}
 """networks of the default run: others are compiled in `make test-full`, and meet ONNX Runtime in test_emit_onnx"""
 
@@ -85,7 +67,7 @@ def test_a_network_is_compiled_and_keeps_the_contract(name: str, tmp_path: Path)
     network = NETWORKS[name]
     teacher = network.teacher()
     task = network.task(teacher)
-    artifact = compress(teacher, task, recipe(network), "x86-avx2", tmp_path / "out")
+    artifact = compress(teacher, task, recipe(network), "x86-avx2", tmp_path / "out", evaluation=UNTIMED)
     report = artifact.report
     parity = report.parity
     assert parity is not None and parity.passed and parity.samples == 16
@@ -109,7 +91,9 @@ def test_a_student_taught_as_a_graph_has_its_row_too(tmp_path: Path) -> None:
     task = network.task(teacher)
     _, distill, *rest = recipe(network).passes
     capture, *later = rest
-    artifact = compress(teacher, task, Recipe(passes=(capture, distill, *later)), "x86-avx2", tmp_path / "out")
+    with_steps = replace(UNTIMED, steps_between=True)
+    taught = Recipe(passes=(capture, distill, *later))
+    artifact = compress(teacher, task, taught, "x86-avx2", tmp_path / "out", evaluation=with_steps)
     rows = {row.variant: row for row in artifact.report.attribution}
     assert rows["pruned_distilled"].metric is not None and rows["pruned_distilled"].macs == rows["student"].macs
     assert rows["pruned"].metric is None and "before it quantizes" in rows["pruned"].reasons["metric"]
@@ -188,7 +172,7 @@ def test_speed_on_another_machine_is_refused_before_anything_runs(tmp_path: Path
     fast = Recipe(passes=(Capture(), Quantize(faster_float=True), Convert()), target=TargetSpec(name=other))
     reason = f"quantize.faster_float times layers, but target {other} is not this machine"
     with pytest.raises(InputError, match=reason):
-        compress(teacher, network.task(teacher), fast, out=tmp_path / "out")
+        compress(teacher, network.task(teacher), fast, out=tmp_path / "out", evaluation=UNTIMED)
     assert not (tmp_path / "out").exists()
     problems = check(teacher, network.task(teacher), fast).problems
     assert any(p.startswith(reason) for p in problems)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from evaluations import TABLE
 from torch import Tensor, nn
 
+from pqk import Evaluation
 from pqk.cli import app as cli
 from pqk.compiler import compress
 from pqk.data.data import ArrayData
 from pqk.deploy.artifact import Artifact
-from pqk.evaluation import evaluate as proof
 from pqk.evaluation.controls import CONTROLS
 from pqk.evaluation.diagnostics import Answers, Judged, answers, diagnose, robustness, sampled, spread
 from pqk.knowledge import CrossEntropy, KLDivergence
@@ -211,20 +212,19 @@ RECIPE = Recipe(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """No other tools' quantized teachers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
-        yield
-
-
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A compile with all controls."""
     task = Task(images(32), images(64), validation=images(16))
     out = tmp_path_factory.mktemp("full") / "out"
-    return compress(Net(), task, RECIPE, "x86-avx2", out, attribution="full")
+    return compress(
+        Net(),
+        task,
+        RECIPE,
+        "x86-avx2",
+        out,
+        evaluation=replace(TABLE, controls=Evaluation.full().controls, baselines=()),
+    )
 
 
 def test_a_full_compile_trains_every_control(full: Artifact) -> None:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluations import TABLE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pqk.bench.contenders import Contender, Skipped, Timer, timed
+from pqk.bench.protocol import TimingProtocol
 from pqk.cli import app as cli
 from pqk.cli import views as describe
 from pqk.cli.console import CommandAnswer, write
@@ -51,6 +53,8 @@ from pqk.passes import Capture, Convert, Fuse, Quantize
 from pqk.recipe.recipe import Recipe, TeacherSpec
 from pqk.report.schema import LatencyRow
 from pqk.task.task import Task
+
+SHORT = TimingProtocol(rounds=5, burst=2, warm=2, pause=0.0)
 
 
 class Pretended:
@@ -130,7 +134,7 @@ def test_a_clock_of_the_device_takes_the_time() -> None:
         Contender(v, "x", 1, 1, lambda: None, timer=lambda call, t=t: t)  # type: ignore[misc]
         for v, t in (("teacher_fp32", 4.0), ("student", 1.0))
     )
-    rows = in_turn([slow, fast], 5, burst=2, warm=2)
+    rows = in_turn([slow, fast], SHORT)
     assert [row.median_ms for row in rows] == [4.0, 1.0] and rows[1].ratio == 4.0 and rows[1].significant
 
 
@@ -141,9 +145,9 @@ def test_the_baseline_is_the_fastest_teacher() -> None:
         for name, t in times.items()
     ]
     student = Contender("student", "triton", 1, 1, lambda: None, timer=lambda call: 1.0)
-    rows = in_turn([*rivals, student], 5, burst=2, warm=2)
+    rows = in_turn([*rivals, student], SHORT)
     assert {row.runtime: row.ratio for row in rows} == {"fp32": 0.25, "fp16": 1.0, "tf32": 0.5, "triton": 2.0}
-    (alone,) = in_turn([student], 5, burst=2, warm=2)
+    (alone,) = in_turn([student], SHORT)
     assert alone.ratio is None and alone.verdict == "not compared"
 
 
@@ -279,22 +283,20 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     passes = (Capture(), Quantize(samples=16), Convert(), Fuse())
     spec = TeacherSpec(factory="pqk.models.resnet:resnet", arguments=ARGUMENTS)
     out = tmp_path_factory.mktemp("fused") / "out"
-    compress(resnet(**ARGUMENTS), task, Recipe(passes=passes, teacher=spec), "cuda-sm80", out)
+    compress(resnet(**ARGUMENTS), task, Recipe(passes=passes, teacher=spec), "cuda-sm80", out, evaluation=TABLE)
     return out
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled, and bursts are short."""
+    """Nothing is compiled."""
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)
-    whole = benchmark_cuda.in_turn
-    monkeypatch.setattr(benchmark_cuda, "in_turn", lambda each, rounds: whole(each, rounds, burst=2, warm=2))
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_whole_run(fused: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = Artifact.load(fused)
-    found = benchmark(artifact, Pretended(), batches=(1, 3), rounds=5, tune=False)
+    found = benchmark(artifact, Pretended(), batches=(1, 3), timing=SHORT, tune=False)
     expected = ["fp32", "tf32", "fp16", "bf16"]
     runtimes = [*(f"torch.compile, {name}" for name in expected), "torch, dequantized", "triton"]
     left_out = {s.runtime for s in found.skipped}
@@ -339,7 +341,7 @@ def test_no_speed_where_the_device_is_wrong(fused: Path, monkeypatch: pytest.Mon
 def test_without_a_factory_there_is_no_teacher(fused: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nameless = Artifact.load(fused).recipe
     monkeypatch.setattr(Artifact, "recipe", property(lambda self: Recipe(passes=nameless.passes)))
-    found = benchmark(Artifact.load(fused), Pretended(), rounds=5, tune=False)
+    found = benchmark(Artifact.load(fused), Pretended(), timing=SHORT, tune=False)
     assert [r.runtime for r in found.latency] == ["triton"] and found.latency[0].ratio is None
     assert ["no factory" in s.reason for s in found.skipped] == [True]
 
@@ -363,7 +365,7 @@ def test_the_command_shows_what_was_found(
     monkeypatch.setattr("pqk.gpu.device.why_not_present", lambda: None)
     monkeypatch.setattr("pqk.gpu.device.Cuda", Pretended)
     short: Callable[..., Any] = benchmark_cuda.benchmark
-    monkeypatch.setattr(benchmark_cuda, "benchmark", lambda a, d, batches: short(a, d, batches, rounds=5))
+    monkeypatch.setattr(benchmark_cuda, "benchmark", lambda a, d, batches: short(a, d, batches, timing=SHORT))
     asked: list[tuple[int, ...]] = []
 
     def tuned(student: Any, inputs: tuple[Tensor, ...], device: Any) -> Tuning:

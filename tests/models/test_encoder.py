@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import onnx
 import pytest
 import text_models as tiny
 import torch
+from evaluations import TABLE
 
 from pqk import compress
 from pqk.core.program import Program, Stage
@@ -22,7 +24,6 @@ from pqk.deploy.artifact import Artifact
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.errors import InputError
-from pqk.evaluation import evaluate as proof
 from pqk.models.encoder import Encoder, HubFiles, encoder, find_directory, load, load_tokenizer, positions
 from pqk.models.text import text_task
 from pqk.models.text_data import TextData, padded
@@ -37,14 +38,6 @@ transformers = pytest.importorskip("transformers")
 
 AXES = (("batch", "sequence"), ("batch", "sequence"))
 PTQ = Recipe.loads('[[pass]]\nname = "capture"\n[[pass]]\nname = "quantize"\n[[pass]]\nname = "convert"\n')
-
-
-@pytest.fixture(autouse=True, scope="module")
-def alone() -> Iterator[None]:
-    """No other tools' quantized teachers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proof, "quantized_teachers", lambda *a, **k: [])
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +294,7 @@ def compiled(folder: Path, kind: str, out: Path) -> tuple[Encoder, Artifact]:
     label = [i % 3 for i in range(48)]
     table = {"text": rows, "label": label}
     task = text_task(directory=folder, train=None, validation=table, evaluation=table, task=kind, batch_size=8)
-    return teacher, compress(teacher, task, PTQ, "x86-avx2", out)
+    return teacher, compress(teacher, task, PTQ, "x86-avx2", out, evaluation=replace(TABLE, baselines=()))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -342,7 +343,8 @@ def test_latency_budget_is_measured_and_a_journal_replays_it(depth: bool) -> Non
     config = Prune(depth=depth, width=not depth, latency_ratio=ratio, multiple=8)
     journal = Journal()
     base = staircase([])(model)
-    run = {"journal": journal, "deployed_latency": staircase(calls), "deployed_baseline": lambda: base}
+    oracle = SimpleNamespace(latency=staircase(calls), baseline=lambda: base)
+    run = {"journal": journal, "oracle": oracle}
     program = config.apply(program_of(model, **run), task)
     assert base >= ratio * staircase([])(program.student) and calls
     measured = len(calls)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,14 +267,14 @@ def test_a_layer_that_is_faster_in_float_stays_there_and_the_decision_is_replaye
         asked.append((floats, layer))
         return {"deep": (1.2, 1.1, 1.3), "gate": (1.1, 0.98, 1.2)}.get(layer, (0.9, 0.85, 0.95))
 
-    run = RunContext(deployed_float_gain=gain).enter("03-quantize")
+    run = RunContext(oracle=SimpleNamespace(float_gain=gain)).enter("03-quantize")
     program = quantized(copy.deepcopy(module), x, faster_float=True, float_layers=("head",), run=run)
     reasons = {d.layer: d.reason for d in program.declined}
     assert reasons["deep"] == "faster in float: the student runs 1.20x as fast (1.10 to 1.30)"
     assert "gate" not in reasons, "1.1x is not more than the noise"
     assert asked == [(("head",), n) for n in ("stem", "deep")] + [(("head", "deep"), n) for n in ("gate", "down")]
     assert "quantizers.deep_weight" not in dict(program.student.named_modules())
-    blind = replace(run, deployed_float_gain=None)  # the journal has all that is asked
+    blind = replace(run, oracle=None)  # the journal has all that is asked
     again = quantized(copy.deepcopy(module), x, faster_float=True, float_layers=("head",), run=blind)
     assert again.plan == program.plan and again.declined == program.declined
 

@@ -1,0 +1,71 @@
+"""What is measured of a finished student: one object, so that a compile can be judged at length or in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from pqk.bench.protocol import QUICK, TimingProtocol
+from pqk.errors import InputError, nearest
+from pqk.report.diagnostics import ControlVariant
+
+Baseline = Literal["onnxruntime", "optimum", "neural-compressor"]
+"""tools that quantize the teacher after training"""
+Runtime = Literal["torch", "torch.compile", "openvino"]
+"""runtimes beside ONNX Runtime"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What to measure of a finished student, beside what, and how long. The default is that of every committed result.
+
+    Raises:
+        InputError: a control, baseline or runtime is unknown, or a batch or a number of threads is below 1.
+    """
+
+    controls: tuple[ControlVariant, ...] = ()
+    """students that are trained once more without what the teacher knows, each as long as the student was"""
+    baselines: tuple[Baseline, ...] = get_args(Baseline)
+    """whose post-training quantization of the teacher has rows in the table, where it is installed"""
+    runtimes: tuple[Runtime, ...] = get_args(Runtime)
+    """where teacher and student are timed beside ONNX Runtime, where it is installed"""
+    steps_between: bool = True
+    """whether the float students after pruning and after distillation have rows"""
+    latency: bool = True
+    """whether anything is timed"""
+    timing: TimingProtocol = field(default_factory=TimingProtocol)
+    """how long contenders are measured in turn"""
+    threads: int = 2
+    """intra-op threads of every runtime"""
+    batches: tuple[int, ...] = (1, 32)
+    """batch sizes that the table's networks are timed at; the first is the one that the table shows"""
+
+    def __post_init__(self) -> None:
+        for name, values, known in (
+            ("controls", self.controls, get_args(ControlVariant)),
+            ("baselines", self.baselines, get_args(Baseline)),
+            ("runtimes", self.runtimes, get_args(Runtime)),
+        ):
+            unknown = next((v for v in values if v not in known), None)
+            if unknown is not None:
+                raise InputError(f'evaluation: {name} has "{unknown}"{nearest(str(unknown), known)}')
+        if self.threads < 1 or not self.batches or min(self.batches) < 1:
+            raise InputError(f"evaluation: threads={self.threads} and batches={self.batches} must be 1 or more")
+
+    @staticmethod
+    def full() -> Evaluation:
+        """With all controls, which are trained as long as the student was, each."""
+        return Evaluation(controls=get_args(ControlVariant))
+
+    @staticmethod
+    def quick() -> Evaluation:
+        """Accuracy, parity, coverage and size of teacher and student, and times that mean little: in seconds."""
+        return Evaluation(baselines=(), runtimes=(), steps_between=False, timing=QUICK, batches=(1,))
+
+    @staticmethod
+    def named(name: str) -> Evaluation:
+        """`standard` (the default), `full` or `quick`. Raises `InputError` naming the nearest one."""
+        forms = {"standard": Evaluation, "full": Evaluation.full, "quick": Evaluation.quick}
+        if name not in forms:
+            raise InputError(f'evaluation: "{name}"{nearest(name, forms)}')
+        return forms[name]()

@@ -1,0 +1,169 @@
+"""The networks that have a row in the attribution table: what pqk has to beat, what led to the student, the student."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from pqk.core.costs import count_parameters
+from pqk.core.program import Pass, Stage
+from pqk.deploy.onnx_emitter import emit_onnx_for
+from pqk.deploy.torch_emitter import load_student
+from pqk.errors import Reason
+from pqk.evaluation.baselines import (
+    CALIBRATION,
+    is_transformer,
+    neural_compressor_ptq,
+    onnxruntime_dynamic,
+    optimized_transformer,
+    optimum_ptq,
+    ptq,
+)
+from pqk.evaluation.controls import CONTROLS
+from pqk.evaluation.variants import FusedStudent, Missing, OnnxFile, Subject, TorchModule, Variant
+from pqk.quant.fake_quant import quantizers
+from pqk.report.schema import VariantName
+
+NEURAL_COMPRESSOR = "neural-compressor"
+TRITON = "triton"
+PADDED = 32
+"""samples of a batch in which some are padded"""
+FLOAT_STEPS: tuple[VariantName, ...] = ("pruned", "pruned_distilled")
+
+
+def variants_of(subject: Subject) -> list[Variant]:
+    """All rows in the order of the table, their files written; first the teacher in FP32, last the student."""
+    teacher = _emitted(subject, "teacher_fp32", subject.program.teacher, "teacher")
+    rows: list[Variant] = [teacher, *_quantized_teachers(subject, teacher)]
+    if subject.settings.steps_between:
+        rows += [_float_step(subject, name) for name in FLOAT_STEPS]
+    return [*rows, *_controls(subject), _student(subject)]
+
+
+def count_weights(fake_quant: nn.Module) -> int:
+    """Weights and biases, without the quantizers' own scales."""
+    scales = sum(p.numel() for q in quantizers(fake_quant).values() for p in q.parameters())
+    return count_parameters(fake_quant) - scales
+
+
+def with_optimized_teacher(variants: list[Variant], subject: Subject) -> tuple[list[Variant], list[str]]:
+    """The rows with the baseline optimized by ONNX Runtime's tool for transformers, where that is the better one.
+
+    The INT8 forms of the teacher, and other runtimes, keep the plain file, whose operators they know. The second value
+    says in words what was done.
+    """
+    teacher, *others = variants
+    assert isinstance(teacher, OnnxFile)
+    if subject.why_not_timed is not None or not is_transformer(teacher.path):
+        return variants, []
+    task, path = subject.task, teacher.path.with_name("teacher_optimized.onnx")
+    batch = next(task.calibration(PADDED, teacher=True))
+    padded = {name: t.numpy() for name, t in zip(task.input_names, batch, strict=True)}
+    better, note = optimized_transformer(teacher.path, path, padded, task.feeds(1), subject.settings.threads)
+    if better:
+        return [replace(teacher, path=path), *others], [note]
+    path.unlink(missing_ok=True)  # where it stands, `pqk benchmark` takes it for the baseline, too
+    return variants, [note]
+
+
+def _emitted(
+    subject: Subject,
+    name: VariantName,
+    module: nn.Module,
+    stem: str,
+    parameters: int | None = None,
+    same_network: Reason | None = None,
+) -> OnnxFile:
+    path = subject.folder / f"{stem}.onnx"
+    emit_onnx_for(module, subject.task, path)
+    return OnnxFile(name, path, module, parameters, same_network)
+
+
+def _float_step(subject: Subject, name: VariantName) -> Variant:
+    """The float student after the last pass that says it makes this row."""
+
+    def makes_it(p: Pass) -> bool:
+        return p.row == name
+
+    for before_quantization in (Stage.GRAPH, Stage.MODULE):
+        try:
+            program = subject.program.last(before_quantization, makes_it)
+        except LookupError:
+            continue
+        return _emitted(subject, name, program.student, name)
+    verb = {"pruned": "prune", "pruned_distilled": "distill"}[name]
+    return Missing(name, f'the recipe has no "{verb}" before it quantizes')
+
+
+def _quantized_teachers(subject: Subject, teacher: OnnxFile) -> list[Variant]:
+    """The teacher after post-training quantization alone, by every tool that is asked for."""
+    tools, target = subject.settings.baselines, subject.program.target
+    if not tools:
+        return []
+    if target.runtime == TRITON:
+        return [Missing("teacher_ptq", "the tools that quantize after training write for CPUs")]
+    rows: list[Variant] = []
+    if "onnxruntime" in tools:
+        path = subject.folder / "teacher_ptq.onnx"
+        rows.append(_file_or_missing("teacher_ptq", teacher, path, ptq(teacher.path, path, subject.task, target)))
+    if is_transformer(teacher.path):
+        if "onnxruntime" in tools:
+            path = subject.folder / "teacher_dynamic.onnx"
+            reason = onnxruntime_dynamic(teacher.path, path, target)
+            rows.append(_file_or_missing("teacher_dynamic", teacher, path, reason))
+        if "optimum" in tools:
+            rows += _by_optimum(subject, teacher)
+    return rows + ([_by_neural_compressor(subject)] if NEURAL_COMPRESSOR in tools else [])
+
+
+def _file_or_missing(name: VariantName, teacher: OnnxFile, path: Path, reason: Reason | None) -> Variant:
+    return Missing(name, reason) if reason else replace(teacher, name=name, path=path)
+
+
+def _by_optimum(subject: Subject, teacher: OnnxFile) -> list[Variant]:
+    rows = []
+    names: tuple[VariantName, ...] = ("teacher_optimum_static", "teacher_optimum_dynamic")
+    for name in names:
+        path = subject.folder / f"{name}.onnx"
+        samples = subject.task.calibration(CALIBRATION, teacher=True) if name == names[0] else None
+        reason = optimum_ptq(teacher.path, path, samples, subject.program.target)
+        rows.append(_file_or_missing(name, teacher, path, reason))
+    return rows
+
+
+def _by_neural_compressor(subject: Subject) -> Variant:
+    """The teacher by neural-compressor's static INT8, which is a torch module and runs under torch.compile."""
+    task, label = subject.task, f"teacher, INT8 by {NEURAL_COMPRESSOR}"
+    calibration = task.calibration(CALIBRATION, teacher=True)
+    graph, reason = neural_compressor_ptq(subject.program.teacher, task.example, calibration, task.axes)
+    if graph is None:
+        return Missing("teacher_ptq", reason or "", NEURAL_COMPRESSOR, label)
+    return TorchModule("teacher_ptq", graph, NEURAL_COMPRESSOR, label)
+
+
+def _controls(subject: Subject) -> list[Variant]:
+    """The student trained without what the teacher knows. The first control always has a row."""
+    rows: list[Variant] = []
+    parameters, first = count_weights(subject.fake_quant), CONTROLS[0]
+    for control in CONTROLS:
+        if control.variant not in subject.settings.controls:
+            if control is first:
+                rows.append(Missing(control.variant, "it needs a training of its own: --evaluation full"))
+            continue
+        trained = control.run(subject.program, subject.task, subject.passes)
+        if isinstance(trained, str):
+            rows.append(Missing(control.variant, trained))
+            continue
+        same = None if control is first else "it is the student's network with other weights"
+        rows.append(_emitted(subject, control.variant, trained.student, control.variant, parameters, same))
+    return rows
+
+
+def _student(subject: Subject) -> Variant:
+    program, weights = subject.program, count_weights(subject.fake_quant)
+    if program.target.runtime == TRITON:
+        path = subject.folder / "student.pt2"
+        return FusedStudent("student", path, program.student, load_student(path), weights, TRITON)
+    return OnnxFile("student", subject.folder / "model.onnx", program.student, weights)

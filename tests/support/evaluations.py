@@ -1,0 +1,13 @@
+"""How compiles in tests are measured: in times that are too short to mean anything, or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pqk import Evaluation
+from pqk.bench.protocol import QUICK
+
+TABLE = Evaluation(runtimes=(), timing=QUICK)
+"""every row of the table, in ONNX Runtime alone"""
+UNTIMED = replace(Evaluation.quick(), latency=False)
+"""teacher and student, and no time"""
