@@ -372,7 +372,7 @@ def test_the_command_shows_what_was_found(
         asked.append(tuple(inputs[0].shape))
         return replace(choose_tuning(student, inputs, gpu_of(device.name)), measured=True)
 
-    monkeypatch.setattr(benchmark_cuda, "measured", tuned)
+    monkeypatch.setattr(benchmark_cuda, "measure_tuning", tuned)
     assert cli.run(["benchmark", str(fused), "--device", "cuda", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["target"] == "cuda-sm80" and document["latency"][-1]["runtime"] == "triton"
