@@ -1,5 +1,6 @@
-"""Triton kernels, one op a file. Imports torch, triton, `pqk.quant.qparams` and `pqk.errors`;
-works where Triton is missing.
+"""What a fused student runs on: Triton kernels, one operator a file.
+
+Imports torch, triton, `pqk.quant` and `pqk.errors` only; works where Triton is missing.
 
 `import pqk.kernels` registers the `torch.library` ops of every module in `KERNELS`, which a `student.pt2` needs to
 load. On a CPU an op runs its reference, on a CUDA device its kernel.

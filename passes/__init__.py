@@ -1,4 +1,4 @@
-"""The passes, one public pass a file; a new one is a file and a name in `PASSES`."""
+"""What may be done to a student: the passes, a package each, listed in `PASSES`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which of several recipes is better: cells of variants and seeds, run under one budget and compared in pairs."""
+"""Which of several recipes is better: variants on several seeds, run under one budget and compared in pairs."""

@@ -1,23 +1,35 @@
-"""Fill the README's marked blocks from the committed results: `python tests/tools/readme.py`.
+"""Fills the marked blocks of all READMEs from the committed results: `python tests/tools/readme.py`.
 
-<!-- table: NAME -->     the attribution table of models/results/NAME.json
-<!-- recipe: NAME -->    models/NAME.toml
-<!-- results -->         one line for every result, and the training costs
+<!-- results -->          a line for every result, with the conditions of all
+<!-- commands -->         how each result is made again
+<!-- costs -->            what distillation and quantization-aware training cost: models/results/training_cost.json
+<!-- table: NAME -->      the attribution table of models/results/NAME.json
+<!-- recipe: NAME -->     models/NAME.toml
 <!-- comparison: NAME --> both rounds of models/results/NAME.json, which `pqk compare` wrote
-<!-- kernels -->         what `pqk kernels` found of the committed students and of all kernels' cases
-<!-- families -->        which passes apply to which family of encoders: models/results/encoder_families.json
+<!-- kernels -->          what `pqk kernels` found of the committed students and of all kernels' cases
+<!-- families -->         which passes apply to which family of encoders: models/results/encoder_families.json
+<!-- terms -->            the distillation terms, with the first sentence of each
+<!-- sources -->          where teachers come from, likewise
+<!-- passes -->           the passes of a recipe, likewise
+<!-- order -->            the packages in the order of their imports, with what each answers
+<!-- ops -->              the kernels, with the first sentence of each
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from pqk.cli.views import reference
 from pqk.comparison.markdown import HEADER, notes_of, table_of
 from pqk.files import write_whole
+from pqk.kernels import KERNELS
 from pqk.report.markdown import markdown_table
 from pqk.report.schema import Report
 from pqk.report.text import ATTRIBUTION_HEADER, attribution_cells, metric_text, percent
@@ -26,24 +38,19 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "support"))
 from families import table as families_table  # noqa: E402
 
-README = ROOT / "README.md"
+FOLDERS = ("pqk", "passes", "kernels", "models", "tests")
 RESULTS = ROOT / "models" / "results"
-BLOCK = re.compile(
-    r"(<!-- (table|recipe|results|comparison|kernels|families)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL
-)
+BLOCK = re.compile(r"(<!-- (\w+)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def readmes() -> list[Path]:
+    """Every README of the repository, its own first."""
+    return [ROOT / "README.md", *sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("README.md"))]
 
 
 def filled(text: str) -> str:
-    """`text` with every marked block made anew."""
-    makers = {
-        "table": table,
-        "recipe": recipe,
-        "comparison": comparison,
-        "results": lambda _: results(),
-        "kernels": lambda _: kernels(),
-        "families": lambda _: f"\n{families_table()}\n\n",
-    }
-    return BLOCK.sub(lambda m: m[1] + makers[m[2]](m[3]) + m[4], text)
+    """`text` with every marked block made anew. Raises `KeyError` for a block that nothing makes."""
+    return BLOCK.sub(lambda m: f"{m[1]}\n{MAKERS[m[2]](*([] if m[3] is None else [m[3]]))}\n\n{m[4]}", text)
 
 
 def table(name: str) -> str:
@@ -57,11 +64,11 @@ def table(name: str) -> str:
         f"ONNX Runtime FP32; metric on all {report.conditions.evaluation_samples:,} test samples through ONNX Runtime; "
         f"{report.conditions.training_epochs:g} epochs of training in all."
     )
-    return f"\n{markdown_table(ATTRIBUTION_HEADER, rows)}\n\n{conditions}\n\n"
+    return f"{markdown_table(ATTRIBUTION_HEADER, rows)}\n\n{conditions}"
 
 
 def recipe(name: str) -> str:
-    return f"\n```toml\n{(ROOT / 'models' / f'{name}.toml').read_text()}```\n\n"
+    return f"```toml\n{(ROOT / 'models' / f'{name}.toml').read_text()}```"
 
 
 def comparison(name: str) -> str:
@@ -73,7 +80,7 @@ def comparison(name: str) -> str:
             seeds = len(document[part]["seeds"])
             parts.append(f"{title}, {seeds} seeds:\n\n" + markdown_table(HEADER[:1] + HEADER[3:6], shown))
     notes = "\n".join(f"- {note}" for note in notes_of(document))
-    return "\n" + "\n\n".join([*parts, notes]) + "\n\n"
+    return "\n\n".join([*parts, notes])
 
 
 def kernels() -> str:
@@ -98,7 +105,7 @@ def kernels() -> str:
                 ]
             )
     note = "Traffic: 32-byte sectors touched over each layer's inputs, weights and outputs once; the bar is 1.1x."
-    return "\n" + markdown_table(header, rows) + f"\n\n{note}{sweep()}\n\n"
+    return markdown_table(header, rows) + f"\n\n{note}{sweep()}"
 
 
 def sweep() -> str:
@@ -117,46 +124,153 @@ def sweep() -> str:
     )
 
 
+def reports() -> dict[str, Report]:
+    """The committed reports of compiles, by the recipe's name."""
+    paths = sorted(p for p in RESULTS.glob("*.json") if "attribution" in json.loads(p.read_text()))
+    return {path.stem: Report.load(path) for path in paths}
+
+
 def results() -> str:
-    header = ("recipe", "teacher", "student", "speed-up", "size", "integer MACs", "parity", "training")
-    rows, lines = [], []
-    for path in sorted(p for p in RESULTS.glob("*.json") if "attribution" in json.loads(p.read_text())):
-        report = Report.load(path)
+    header = (
+        "recipe", "FP32 teacher", "teacher, INT8 without training", "INT8 student", "latency of the student",
+        "speed-up", "file", "training",
+    )  # fmt: skip
+    rows = []
+    for name, report in reports().items():
         by_variant = {row.variant: row for row in report.attribution if row.runtime == "onnxruntime"}
         student, teacher = by_variant["student"], by_variant["teacher_fp32"]
-        parity = report.parity
-        assert parity is not None and teacher.size_bytes and student.size_bytes
+        assert teacher.latency_ms and student.latency_ms and teacher.size_bytes and student.size_bytes
+        ptq = max((r for v, r in by_variant.items() if v in POST_TRAINING and r.ratio), key=lambda r: r.ratio or 0)
         rows.append(
             [
-                f"`models/{path.stem}.toml`",
+                f"[{name}](models/{name}.toml)",
                 metric_text(report.metric, teacher.metric),
+                f"{metric_text(report.metric, ptq.metric)}, {ptq.ratio:.2f}x",
                 metric_text(report.metric, student.metric),
+                f"{teacher.latency_ms:.2f} to {student.latency_ms:.2f} ms",
                 attribution_cells(report, student)[3],
                 f"1/{teacher.size_bytes / student.size_bytes:.1f}",
-                percent(report.integer_coverage),
-                f"{percent(parity.agreement)} agree" if parity.passed else "broken",
-                f"{report.conditions.training_epochs:g} epochs, {report.conditions.training_seconds / 60:.0f} min",
+                f"{report.conditions.training_epochs:g} epochs",
             ]
         )
-        lines.append(f"pqk compress models/{path.stem}.toml --data DATA --out out/{path.stem}")
-    text = "\n" + markdown_table(header, rows) + "\n\n```\n" + "\n".join(lines) + "\n```\n\n"
-    costs = RESULTS / "training_cost.json"
-    if costs.exists():
-        measured = json.loads(costs.read_text())
-        text += (
-            f"A distillation epoch with cached teacher logits costs {measured['cached_over_without']:.2f}x an epoch "
-            f"without a teacher ({measured['live_over_without']:.2f}x with the live one), a fake-quantized step "
-            f"{measured['fake_quantized_over_float']:.2f}x a float one. A step with another response term costs at "
-            f"most {max(measured['response_over_kl'].values()):.2f}x one with plain KD, one with a relation term "
-            f"beside it at most {max(measured['relation_over_kl'].values()):.2f}x: "
-            "`python tests/tools/costs.py --data DATA`.\n\n"
-        )
-    return text
+    return f"{markdown_table(header, rows)}\n\n{conditions()}"
+
+
+POST_TRAINING = ("teacher_ptq", "teacher_dynamic", "teacher_optimum_static", "teacher_optimum_dynamic")
+"""variants that are the teacher quantized without training"""
+
+
+def conditions() -> str:
+    """Under which conditions all results hold, in sentences; raises where a sentence would not be true of all."""
+    found = reports()
+    machines: dict[str, list[str]] = {}
+    for name, report in found.items():
+        cores = report.machine["cores"]
+        machines.setdefault(f"{report.machine['cpu']} with {cores} cores, {report.machine['target']}", []).append(name)
+    parities = [report.parity for report in found.values()]
+    (threads,) = {row.threads for report in found.values() for row in report.latency}
+    (versions,) = {report.machine["versions"]["onnxruntime"] for report in found.values()}
+    (target,) = {report.target for report in found.values()}
+    assert all(report.integer_coverage == 1 for report in found.values())
+    agreement = min(p.agreement or 0 for p in parities if p is not None and p.passed)
+    assert None not in parities and all(p.passed for p in parities if p)
+    where = "; ".join(f"{machine}: {', '.join(names)}" for machine, names in machines.items())
+    return (
+        f"Conditions: batch 1, {threads} threads, ONNX Runtime {versions} in every column; the baseline of every ratio "
+        "is the teacher in ONNX Runtime FP32, measured in turn with it on the same machine, with a bootstrap 95 % "
+        f"interval. Machines: {where}. Students are compiled for {target}. Metrics are on all evaluation data, through "
+        "ONNX Runtime. INT8 without training is the fastest of ONNX Runtime's and optimum's INT8 forms of the teacher. "
+        "All MACs of every student run in integer kernels, and at least "
+        f"{percent(agreement)} of its decisions are those of the graph that was trained."
+    )
+
+
+def commands() -> str:
+    lines = [f"pqk compress models/{name}.toml --data DATA --out out/{name}" for name in reports()]
+    return "\n".join(["```", *lines, "```"])
+
+
+def costs() -> str:
+    measured = json.loads((RESULTS / "training_cost.json").read_text())
+    return (
+        f"A distillation epoch with cached teacher logits costs {measured['cached_over_without']:.2f}x an epoch "
+        f"without a teacher ({measured['live_over_without']:.2f}x with the live one), a fake-quantized step "
+        f"{measured['fake_quantized_over_float']:.2f}x a float one. A step with another response term costs at "
+        f"most {max(measured['response_over_kl'].values()):.2f}x one with plain KD, one with a relation term "
+        f"beside it at most {max(measured['relation_over_kl'].values()):.2f}x: "
+        "`python tests/tools/costs.py --data DATA`."
+    )
+
+
+def first_sentence(documentation: str) -> str:
+    """The first paragraph of a docstring in one line."""
+    return " ".join(documentation.strip().partition("\n\n")[0].split())
+
+
+def listed(kind: str, header: tuple[str, str]) -> str:
+    entries = reference()[kind]
+    rows = [[f"`{e['name']}`", first_sentence(e["documentation"])] for e in entries]
+    return markdown_table(header, rows, texts=2)
+
+
+def pass_list() -> str:
+    rows = [
+        [f"`{p['name']}`", " or ".join(p["consumes"]), p["produces"] or "the same", first_sentence(p["documentation"])]
+        for p in reference()["passes"]
+    ]
+    return markdown_table(("pass", "takes a student in", "leaves it in", "what it does"), rows, texts=4)
+
+
+def import_order() -> tuple[tuple[str, ...], ...]:
+    """`ORDER` of tests/test_house.py, which need not run for it."""
+    body = ast.parse((ROOT / "tests" / "test_house.py").read_text()).body
+    values = (node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ORDER")
+    found: Any = ast.literal_eval(next(values))
+    return found
+
+
+def order() -> str:
+    """The packages level by level, from `ORDER` of tests/test_house.py, with the first sentence of each."""
+    rows = []
+    for level, packages in enumerate(import_order(), 1):
+        for package in packages:
+            folder = ROOT / package if package in FOLDERS else ROOT / "pqk" / package
+            path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+            said = ast.get_docstring(ast.parse(path.read_text())) or ""
+            rows.append([str(level), f"`{package}`", first_sentence(said)])
+    return markdown_table(("level", "package", "what is in it"), rows, texts=3)
+
+
+def ops() -> str:
+    rows = []
+    for module in KERNELS:
+        name = module.__name__.rpartition(".")[2]
+        rows.append([f"`{name}.py`", first_sentence(module.__doc__ or "").removeprefix(f"{name}: ")])
+    return markdown_table(("kernel", "what one launch computes"), rows, texts=2)
+
+
+MAKERS: dict[str, Callable[..., str]] = {
+    "table": table,
+    "recipe": recipe,
+    "comparison": comparison,
+    "results": results,
+    "commands": commands,
+    "costs": costs,
+    "kernels": kernels,
+    "families": families_table,
+    "terms": lambda: listed("terms", ("term", "what it compares")),
+    "sources": lambda: listed("sources", ("source", "who teaches")),
+    "passes": pass_list,
+    "order": order,
+    "ops": ops,
+}
 
 
 def main() -> None:
-    text = filled(README.read_text())
-    write_whole(README, lambda p: p.write_text(text))
+    for path in readmes():
+        text = filled(path.read_text())
+        if text != path.read_text():
+            write_whole(path, lambda p, text=text: p.write_text(text))
 
 
 if __name__ == "__main__":
