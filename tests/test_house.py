@@ -332,4 +332,5 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
     code = {f"{module_of(p).replace('.', '/')}{'/__init__' if p.stem == '__init__' else ''}.py" for p in SOURCES}
     data = {f"pqk/models/{p.name}" for p in (ROOT / "models").iterdir() if p.suffix in (".toml", ".safetensors")}
     assert code | data | {"pqk/report/report.schema.json"} <= there
+    assert not [name for name in there if name.endswith("README.md")], "documents are for those who have the repository"
     assert {name.partition("/")[0] for name in there} <= {"pqk", f"{wheel.name.partition('-py3')[0]}.dist-info"}

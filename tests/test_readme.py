@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import pkgutil
 import re
@@ -17,7 +18,7 @@ import torch
 import typer
 from torch import nn
 
-from pqk import Target, Task
+from pqk import Artifact, Recipe, Target, Task, compress
 from pqk.cli.app import app
 from pqk.core.program import Program, Stage, replay
 from pqk.core.run_context import RunContext
@@ -146,7 +147,9 @@ def test_every_command_can_be_given() -> None:
     def wrong(path: Path, text: str) -> Iterable[str]:
         for program, *words in shown_commands(text):
             if program == "pqk" and words[0] in commands:
-                known = {option for p in commands[words[0]].params for option in (*p.opts, *p.secondary_opts)}
+                known = {"--help"} | {
+                    option for p in commands[words[0]].params for option in (*p.opts, *p.secondary_opts)
+                }
                 yield from (f"pqk {words[0]} {w}" for w in words[1:] if w.startswith("--") and w not in known)
             elif program == "pqk" and words[0] not in ("--help", "--version"):
                 yield f"pqk {words[0]}"
@@ -170,13 +173,14 @@ def test_every_command_of_pqk_is_shown() -> None:
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """README.md's Python, as it stands there."""
+    """README.md's Python, as it stands there, with quantization alone where it leaves the recipe to pqk."""
     (code,) = [body for language, body in FENCE.findall(READMES[ROOT / "README.md"]) if language == "python"]
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    monkeypatch.setattr("pqk.compress", functools.partial(compress, recipe=Recipe.default(trains=False)))
+    names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert (tmp_path / "out" / "mine" / "model.onnx").is_file()
-    assert getattr(names["logits"], "shape", None) == (1, 3)
+    assert Artifact.load(tmp_path / "out" / "mine").report.parity.passed
+    assert names["logits"].shape == (1, 3)
     assert "accuracy" in capsys.readouterr().out
 
 

@@ -59,7 +59,7 @@ def table(name: str) -> str:
     machine = report.machine
     threads = {row.threads for row in report.latency}
     conditions = (
-        f"`models/results/{name}.json`: batch 1, {min(threads)} threads of a {machine['cpu']} "
+        f"`models/results/{name}.json`: batch 1, {min(threads)} threads, {machine['cpu']} "
         f"({machine['target']}), student compiled for {report.target}, ratios measured in turn with the teacher in "
         f"ONNX Runtime FP32; metric on all {report.conditions.evaluation_samples:,} test samples through ONNX Runtime; "
         f"{report.conditions.training_epochs:g} epochs of training in all."
@@ -172,13 +172,15 @@ def conditions() -> str:
     (versions,) = {report.machine["versions"]["onnxruntime"] for report in found.values()}
     (target,) = {report.target for report in found.values()}
     assert all(report.integer_coverage == 1 for report in found.values())
+    largest = max(row.parameters or 0 for report in found.values() for row in report.attribution)
     agreement = min(p.agreement or 0 for p in parities if p is not None and p.passed)
     assert None not in parities and all(p.passed for p in parities if p)
     where = "; ".join(f"{machine}: {', '.join(names)}" for machine, names in machines.items())
     return (
         f"Conditions: batch 1, {threads} threads, ONNX Runtime {versions} in every column; the baseline of every ratio "
         "is the teacher in ONNX Runtime FP32, measured in turn with it on the same machine, with a bootstrap 95 % "
-        f"interval. Machines: {where}. Students are compiled for {target}. Metrics are on all evaluation data, through "
+        f"interval. Machines: {where}. Students are compiled for {target}; the largest teacher "
+        f"has {largest / 1e6:.1f} million parameters. Metrics are on all evaluation data, through "
         "ONNX Runtime. INT8 without training is the fastest of ONNX Runtime's and optimum's INT8 forms of the teacher. "
         "All MACs of every student run in integer kernels, and at least "
         f"{percent(agreement)} of its decisions are those of the graph that was trained."
