@@ -280,10 +280,10 @@ def test_a_killed_training_keeps_the_same_epoch(tmp_path: Path, monkeypatch: pyt
         return count
 
     live = state(None)
-    monkeypatch.setattr("pqk.passes.distill.keep_best.judge", dying)
+    monkeypatch.setattr("pqk.passes.distill.keep_best.scorer", dying)
     with pytest.raises(Killed):
         state(tmp_path)
-    monkeypatch.setattr("pqk.passes.distill.keep_best.judge", scored)
+    monkeypatch.setattr("pqk.passes.distill.keep_best.scorer", scored)
     resumed = state(tmp_path)
     assert resumed[0] == live[0]
     assert not [k for k, v in live[1].items() if not torch.equal(v, resumed[1][k])]

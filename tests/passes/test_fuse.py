@@ -345,7 +345,7 @@ def test_a_match_that_is_refused_is_tried_with_less(monkeypatch: pytest.MonkeyPa
     def unlike(match: Match) -> str | None:
         return "no sums today" if "add" in match.ending.steps else original(match)
 
-    monkeypatch.setattr(_rules_weighted, "unlike", unlike)
+    monkeypatch.setattr(_rules_weighted, "why_not_one_grid", unlike)
     graph, x = small(Scaled)
     fused, declined = fuse(graph)
     agree(graph, fused, x)
