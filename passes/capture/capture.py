@@ -21,7 +21,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
-from pqk.core.aten import aten
+from pqk.core.aten import GUARDS, NO_OPS, aten
 from pqk.core.graph import (
     arguments,
     attach,
@@ -40,12 +40,6 @@ from pqk.passes.capture.batch_norm import fold_batch_norms
 from pqk.passes.capture.canonicalize import canonical_forms
 from pqk.task.axes import Axes, free_axes
 from pqk.task.task import Task
-
-NO_OPS = (
-    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.detach.default,
-    aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default, aten.clone.default,
-)  # fmt: skip
-GUARDS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -15,7 +15,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
-from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, OUTPUT_AXIS, QUANTIZE, aten, moves
+from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, OUTPUT_AXIS, PADS, QUANTIZE, aten, moves
 from pqk.core.graph import (
     arguments,
     attach,
@@ -66,7 +66,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
         if node.op == "call_module":
             module = attribute(student, str(node.target))
             if isinstance(module, TableFakeQuant):
-                convert_table(student, node, module, DEQUANTIZE)
+                convert_table(student, node, module)
             elif isinstance(module, ActivationFakeQuant):
                 _activation(student, node, module, integers)
             elif isinstance(module, DynamicFakeQuant):
@@ -143,7 +143,7 @@ def _move(student: fx.GraphModule, node: fx.Node, integers: Integers) -> None:
     """Let `node` act on the integers and dequantize after it; padding puts in the zero point."""
     q, scale, zero_point = integers[operand(node)]
     args: tuple[Any, ...] = (q, *node.args[1:])
-    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+    if node.target in PADS:
         zero = int(attribute(student, str(zero_point.target)))
         args = (q, node.args[1], "constant", zero) if node.target is aten.pad.default else (q, node.args[1], zero)
     graph = student.graph

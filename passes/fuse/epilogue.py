@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from pqk.core.aten import CLAMPS, VIEWS, aten
+from pqk.core.aten import DEQUANTIZE, QUANTIZE, RESHAPES, RESIDUAL_STEPS, STEPS, aten, bounds
 from pqk.core.graph import arguments, attribute, is_float, operand, shape
-from pqk.passes.convert.convert import DEQUANTIZE, QUANTIZE
+from pqk.kernels.common.epilogue import MAX_STEPS
 from pqk.passes.fuse.lookup_table import tabulated
 
-MAX_STEPS = 8
 EpilogueRow = tuple[float, float, float, float, float]
 NOTHING: EpilogueRow = (0.0, 0.0, 0.0, 0.0, 0.0)
+CLAMP_STEPS: dict[tuple[float | None, float | None] | None, str] = {(0.0, None): "relu", (0.0, 6.0): "relu6"}
+"""bounds of a clamp -> the step that it is"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def endings(root: fx.GraphModule, anchor: fx.Node) -> list[Ending]:
     at: Ending | None = found[0]
     while at is not None and len(at.steps) < MAX_STEPS and len(at.end.users) == 1:
         (user,) = at.end.users
-        if _is_view(user) and not image:
+        if _is_reshape(user) and not image:
             at = replace(at, end=user, view=user)
         elif user.target is QUANTIZE:
             row = _grid(root, user)
@@ -110,7 +111,7 @@ def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: EpilogueRow, i
     plain = _through(root, at, node, row, image)
     if plain is not None and len(plain.end.users) == 1:
         (user,) = plain.end.users
-        if user.target is QUANTIZE or _is_view(user) or _step(root, plain, user) is not None:
+        if user.target is QUANTIZE or _is_reshape(user) or _step(root, plain, user) is not None:
             return plain
     found = None if at.table else tabulated(root, node)
     if found is None:
@@ -122,7 +123,7 @@ def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: EpilogueRow, i
 def _through(root: fx.GraphModule, at: Ending, node: fx.Node, row: EpilogueRow, image: bool) -> Ending | None:
     """Behind a quantize and the only dequantize that reads it (perhaps reshaped between)."""
     view = at.view
-    while not image and len(node.users) == 1 and _is_view(next(iter(node.users))):
+    while not image and len(node.users) == 1 and _is_reshape(next(iter(node.users))):
         (node,) = node.users
         view = node
     users = list(node.users)
@@ -132,16 +133,16 @@ def _through(root: fx.GraphModule, at: Ending, node: fx.Node, row: EpilogueRow, 
     return replace(at, view=view).then(users[0], "requantize", (*row[:4], value.scale))
 
 
-def _is_view(node: fx.Node) -> bool:
+def _is_reshape(node: fx.Node) -> bool:
     """Whether `node` reshapes, in a way that can be said of any tensor: several free sizes only in a reshape."""
-    return node.target in VIEWS and (node.target is aten.reshape.default or shape(node).count(None) < 2)
+    return node.target in RESHAPES and (node.target is aten.reshape.default or shape(node).count(None) < 2)
 
 
 def _step(root: fx.GraphModule, at: Ending, user: fx.Node) -> Ending | None:
     name = function(user)
     if name is not None:
         return at.then(user, name)
-    if user.target not in (aten.add.Tensor, aten.mul.Tensor) or at.residual is not None:
+    if user.target not in RESIDUAL_STEPS or at.residual is not None:
         return None
     a = arguments(user)
     other = a["other"] if a["self"] is at.end else a["self"]
@@ -150,7 +151,7 @@ def _step(root: fx.GraphModule, at: Ending, user: fx.Node) -> Ending | None:
     if shape(other) != shape(at.end):
         return None
     value = quantized(root, other)
-    step = "add" if user.target is aten.add.Tensor else "mul"
+    step = RESIDUAL_STEPS[user.target]
     if value is None:
         return at.then(user, step, (1.0, 0.0, 0.0, 0.0, 0.0), other)
     return at.then(user, step, (value.scale, float(value.zero_point), 0.0, 0.0, 0.0), value.integers)
@@ -158,14 +159,7 @@ def _step(root: fx.GraphModule, at: Ending, user: fx.Node) -> Ending | None:
 
 def function(node: fx.Node) -> str | None:
     """The name of the step that an activation function is; None for anything else."""
-    if node.target is aten.gelu.default:
-        return "gelu_tanh" if arguments(node)["approximate"] == "tanh" else "gelu"
-    if node.target is aten.sigmoid.default:
-        return "sigmoid"
-    if node.target not in CLAMPS:
-        return None
-    a = arguments(node)
-    if node.target is aten.relu.default or node.target is aten.relu6.default:
-        return str(node.target._opname)
-    low, high = (a.get(k) for k in (("min_val", "max_val") if "min_val" in a else ("min", "max")))
-    return {(0, None): "relu", (0, 6): "relu6"}.get((low, high))  # type: ignore[arg-type]
+    if node.target not in STEPS:
+        return CLAMP_STEPS.get(bounds(node))
+    approximated = arguments(node).get("approximate") == "tanh"
+    return f"{STEPS[node.target]}_tanh" if approximated else STEPS[node.target]

@@ -19,13 +19,12 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import fx
 
-from pqk.core.aten import VIEWS, aten
+from pqk.core.aten import DEQUANTIZE, VIEWS, aten
 from pqk.core.graph import attribute, calls, finish, operand
 from pqk.core.graph import replace as replace_node
 from pqk.core.launches import LaunchedOp, launches, traffic
 from pqk.core.program import CONFIG, Pass, Program, Stage
 from pqk.kernels.common.epilogue import rows_of
-from pqk.passes.convert.convert import DEQUANTIZE
 from pqk.passes.fuse.concat import join
 from pqk.passes.fuse.epilogue import quantized
 from pqk.passes.fuse.nhwc import settle
@@ -43,11 +42,6 @@ RULES: tuple[Rule, ...] = (
     AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
 )  # fmt: skip
 """those that take in the most first"""
-FREE = (
-    *VIEWS, aten.permute.default, aten.transpose.int, aten.t.default, aten.slice.Tensor, aten.select.int,
-    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default, aten.expand.default,
-)  # fmt: skip
-"""operators that give a view, which takes no launch (a reshape nearly always does)"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -125,7 +119,7 @@ def _end_in_float(fused: fx.GraphModule, node: fx.Node) -> None:
     """Let the launch whose integers are only dequantized give the floats itself."""
     value, views = quantized(fused, node), []
     source = operand(node)
-    while len(source.users) == 1 and source.target in FREE:
+    while len(source.users) == 1 and source.target in VIEWS:
         views.append(source)
         source = operand(source)
     if value is None or len(source.users) != 1 or not str(source.kwargs.get("steps", "")).endswith("quantize"):
@@ -146,6 +140,6 @@ def _left_out(fused: fx.GraphModule) -> Iterator[tuple[str, str]]:
             continue  # computed from constants alone
         moving.add(node)
         left = node.op == "call_function" and getattr(node.target, "namespace", "") == "aten" and "dtype" in node.meta
-        if left and node.target not in (*FREE, aten.contiguous.default):
+        if left and node.target not in (*VIEWS, aten.contiguous.default):
             operator = getattr(node.target, "_opname", str(node.target))
             yield node.meta["layer"], f"{operator}: no rule makes it part of a launch; torch runs it"

@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from pqk.core.aten import POINTWISE
+from pqk.core.aten import DEQUANTIZE, POINTWISE
 from pqk.core.graph import attribute, is_float
 from pqk.kernels.common.epilogue import ENTRIES
-from pqk.passes.convert.convert import DEQUANTIZE
 
 
 def tabulated(root: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, tuple[float, ...]] | None:

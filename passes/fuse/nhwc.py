@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import fx
 
-from pqk.core.aten import aten
+from pqk.core.aten import PADS, aten
 from pqk.core.graph import arguments, call, operand, replace, shape
 
 TO_NHWC, TO_NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 NHWC_AXIS = {0: 0, 1: 3, 2: 1, 3: 2}
 """axis of an NCHW tensor -> the same axis in NHWC"""
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 def turned(node: fx.Node) -> fx.Node:

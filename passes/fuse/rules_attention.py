@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from pqk.core.aten import aten
+from pqk.core.aten import NORMS, QUANTIZE, aten
 from pqk.core.graph import arguments, call, operand, shape
 from pqk.core.graph import replace as replace_node
 from pqk.errors import Reason
 from pqk.kernels import int8_attention, int8_linear
 from pqk.kernels.common.norm import why_not_launched
-from pqk.passes.convert.convert import QUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
 from pqk.passes.fuse.rule import Match, Rule, as_end, launch, like, plain_epilogue, stand, why_not_one_grid
 from pqk.passes.fuse.rules_weighted import Weights, weights
@@ -169,7 +168,9 @@ def _heads_second(node: fx.Node) -> fx.Node:
     return call(node.graph, aten.transpose.int, (node, 1, 2), node, shape=(b, two, one, width))
 
 
-NORMS: dict[Any, str] = {aten.layer_norm.default: "layer_norm_quantize", aten.rms_norm.default: "rms_norm_quantize"}
+def norm_kernel(node: fx.Node) -> str:
+    """The fused operator of a norm: `layer_norm_quantize` of `layer_norm`."""
+    return f"{node.target._opname}_quantize"  # type: ignore[union-attr]
 
 
 class NormRule(Rule):
@@ -190,7 +191,7 @@ class NormRule(Rule):
             named: dict[str, Any] = {"x": x, "x_scale": value.scale, "x_zero_point": value.zero_point}
             named |= {"residual": None, "residual_scale": 1.0, "residual_zero_point": 0}
             named |= affine(match) | {"keep": "norm" if norm_is_read(match) else "nothing"}
-            return both_results(root, match, launch(root, NORMS[anchor.target], match, shape(anchor), **named))
+            return both_results(root, match, launch(root, norm_kernel(anchor), match, shape(anchor), **named))
 
 
 def norm_endings(root: fx.GraphModule, node: fx.Node) -> list[Match]:
@@ -207,7 +208,7 @@ def why_not_norm(match: Match) -> Reason | None:
     """Why no kernel computes the norm of this match, whatever it reads."""
     a = arguments(match.anchor)
     if len(a["normalized_shape"]) != 1:
-        return f"{NORMS[match.anchor.target]}: over {len(a['normalized_shape'])} axes; it norms over the last"
+        return f"{norm_kernel(match.anchor)}: over {len(a['normalized_shape'])} axes; it norms over the last"
     return why_not_launched(1, a["normalized_shape"][0]) or why_not_one_grid(match)
 
 

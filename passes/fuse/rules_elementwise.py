@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from pqk.core.aten import aten
+from pqk.core.aten import QUANTIZE, aten
 from pqk.core.graph import arguments, attribute, operand, shape
 from pqk.errors import Reason
 from pqk.kernels.common.epilogue import program
-from pqk.passes.convert.convert import QUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
 from pqk.passes.fuse.nhwc import nhwc, turned
 from pqk.passes.fuse.rule import Match, Rule, as_end, launch, pair, plain_epilogue, why_not_one_grid

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pqk.core.aten import aten
+from pqk.core.aten import DEQUANTIZE, aten
 from pqk.core.graph import arguments, attribute, call, operand, shape
 from pqk.errors import Reason
 from pqk.kernels.int8_embedding import IDS
-from pqk.passes.convert.convert import DEQUANTIZE
 from pqk.passes.fuse.rule import Match, Rule, launch
 from pqk.passes.fuse.rules_attention import affine, both_results, norm_endings, norm_is_read, why_not_norm
 

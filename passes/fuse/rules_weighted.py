@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pqk.core.aten import aten
+from pqk.core.aten import DEQUANTIZE, RESIDUAL_STEPS, aten
 from pqk.core.graph import arguments, attribute, call, operand, shape
 from pqk.errors import Reason
 from pqk.kernels import int8_conv2d, int8_depthwise_conv2d, int8_linear
 from pqk.kernels.common.conv import Conv
 from pqk.kernels.common.epilogue import fold_bias
-from pqk.passes.convert.convert import DEQUANTIZE
 from pqk.passes.fuse.epilogue import Ending, Quantized, endings, quantized
 from pqk.passes.fuse.nhwc import nhwc
 from pqk.passes.fuse.rule import Match, Rule, as_end, epilogue, launch, like, pair, why_not_one_grid
@@ -152,5 +151,5 @@ def residual_shortcut(root: fx.GraphModule, ending: Ending) -> Shortcut | None:
     """The residual as a shortcut that the launch can read, if it is one."""
     if ending.residual is None or ending.residual.meta["dtype"].is_floating_point:
         return None
-    row = next(r for name, r in zip(ending.steps, ending.params, strict=True) if name in ("add", "mul"))
+    row = next(r for name, r in zip(ending.steps, ending.params, strict=True) if name in RESIDUAL_STEPS.values())
     return shortcut(root, ending.residual, int(row[1]))

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from pqk.core.aten import aten
+from pqk.core.aten import PADS, SHORTCUTS, aten
 from pqk.core.graph import arguments, attribute, operand, shape
-
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
-MOVES = (aten.slice.Tensor, aten.index_select.default, *PADS)
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Shortcut:
 def shortcut(root: fx.GraphModule, node: fx.Node, zero_point: int) -> Shortcut | None:
     """`node`, integers of an image, as a shortcut; None where it is none, or moves in ways that this is not."""
     moves: list[fx.Node] = []
-    while node.target in MOVES:
+    while node.target in SHORTCUTS:
         moves.insert(0, node)
         node = operand(node)
     if not moves or len(shape(node)) != 4:

@@ -15,15 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pqk.core.aten import SAME_CHANNELS
 from pqk.core.program import Example, Program, Rewrite, replay
 from pqk.passes.prune.cuts import channels_of, cut_channels, drop_block, kept_channels
-
-SAME_CHANNELS = (
-    "Add", "Mul", "Relu", "Threshold", "Hardtanh", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Hardswish", "Sigmoid",
-    "Hardsigmoid", "Clamp", "MaxPool", "AvgPool", "AdaptiveAvgPool", "MkldnnAdaptiveAvgPool", "Dropout",
-    "NativeDropout", "FeatureDropout", "Clone", "ToCopy",
-)  # fmt: skip
-"""autograd's names, without their endings, of operators that keep channels where they are"""
 
 
 def surviving_channels(program: Program, example: Example, point: str) -> Sequence[int] | None:

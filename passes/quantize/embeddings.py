@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from pqk.core.aten import aten
+from pqk.core.aten import DEQUANTIZE, aten
 from pqk.core.graph import arguments, attach, attribute, call, facts, free_path, operand, replace, shape, tensor_node
 from pqk.quant.autograd import LearnedStepPerChannel
 from pqk.quant.fake_quant import WeightFakeQuant
@@ -60,10 +60,8 @@ def insert_table(student: fx.GraphModule, node: fx.Node, learned: bool) -> None:
     points.update({p: fake.name for p, name in points.items() if name == node.name})
 
 
-def convert_table(
-    student: fx.GraphModule, node: fx.Node, module: TableFakeQuant, dequantize: torch._ops.OpOverload
-) -> None:
-    """Replace the table by its integers, looked up and then dequantized by `dequantize(q, scale, zero_point, axis)`."""
+def convert_table(student: fx.GraphModule, node: fx.Node, module: TableFakeQuant) -> None:
+    """Replace the table by its integers, looked up and then dequantized."""
     found, qparams = operand(node), module.qparams()
     path = str(operand(found).target)
     columns = attribute(student, path).detach().t()
@@ -76,7 +74,7 @@ def convert_table(
         a = arguments(found)
         rows = call(student.graph, aten.embedding.default, (table, a["indices"]), found, dtype=torch.int8)
         rank = len(shape(found))
-        value = call(student.graph, dequantize, (rows, scale, zero, rank - 1), node)
+        value = call(student.graph, DEQUANTIZE, (rows, scale, zero, rank - 1), node)
     replace(student, node, value)
 
 

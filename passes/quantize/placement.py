@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pqk.core.aten import FLOAT_OUTPUT, HEAVY, LIGHT, WEIGHTED, aten, bounds, gain, moves, root
+from pqk.core.aten import FLOAT_OUTPUT, FOLLOWS_INPUTS, HEAVY, LIGHT, WEIGHTED, aten, bounds, gain, moves, root
 from pqk.core.graph import arguments, is_float, operand, shape
 from pqk.errors import InputError, nearest
 from pqk.passes.quantize.embeddings import LEAST, is_table
@@ -76,8 +76,7 @@ class Placement:
                 self.integer.add(node)
         self.values = {value for value in map(self.value, self.nodes) if value is not None}
         for node in self.nodes:
-            pools = node.target in (aten.add.Tensor, aten.mean.dim, aten.avg_pool2d.default)
-            if pools and self.light(node) and all(root(i) in self.values for i in inputs(node)):
+            if node.target in FOLLOWS_INPUTS and self.light(node) and all(root(i) in self.values for i in inputs(node)):
                 self.integer.add(node)
                 self.values.add(tail(node))
 

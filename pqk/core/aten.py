@@ -1,7 +1,13 @@
-"""What is known about ATen operators: one row an operator."""
+"""What is known about ATen operators: one row an operator, of which every tuple here is a selection.
+
+A rule or emitter that names an operator finds it here, also where only the rule itself has something to say about it.
+A new activation is one row, and a step of `pqk.kernels.common.epilogue` where a fused launch is to compute it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,76 +16,228 @@ from torch import fx
 import pqk.quant.ops  # noqa: F401 (the operators that this file names)
 from pqk.core.graph import arguments, is_float, operand
 
-QUANTIZE = torch.ops.pqk.quantize.default
-
-
-DYNAMIC = torch.ops.pqk.quantize_dynamic_linear.default
-
-
-DEQUANTIZE = torch.ops.pqk.dequantize.default
-
-
 aten = torch.ops.aten
+QUANTIZE = torch.ops.pqk.quantize.default
+DYNAMIC = torch.ops.pqk.quantize_dynamic_linear.default
+DEQUANTIZE = torch.ops.pqk.dequantize.default
+MULTIPLY = torch.ops.pqk.matmul_integer_to_float.default
+
+Limit = float | str | None
+"""a bound of a clamp: a number, the name of the argument that holds it, or none"""
 
 
-OUTPUT_AXIS: dict[Any, int] = {
-    aten.conv1d.default: 0, aten.conv2d.default: 0, aten.conv3d.default: 0, aten.linear.default: 0,
-    aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 1, aten.conv_transpose3d.input: 1,
-}  # fmt: skip
+@dataclass(frozen=True)
+class Operator:
+    """One overload and its traits; a row without traits is of an operator that single rules deal with."""
+
+    overload: Any
+    """a `torch._ops.OpOverload`"""
+    output_axis: int | None = None
+    """the axis of its weight that holds output channels; batch norm folds into such an operator"""
+    weighted: bool = False
+    """its integer kernel multiplies a value by weights, and adds a bias"""
+    product: bool = False
+    """its integer kernel multiplies two values"""
+    float_output: bool = False
+    """its integer kernel can put out floats"""
+    light: bool = False
+    """it has an integer kernel that pays only beside other integer kernels"""
+    follows_inputs: bool = False
+    """a light operator that computes in integers wherever all its inputs are integers"""
+    limits: tuple[Limit, Limit] | None = None
+    """lower and upper bound of a clamp"""
+    step: str = ""
+    """the step of a launch's epilogue that it is, whatever its arguments (GELU by tanh has a name of its own)"""
+    residual_step: str = ""
+    """the step of a launch's epilogue that it is with another tensor"""
+    pointwise: bool = False
+    """it computes each element from the elements in its place"""
+    by_row: bool = False
+    """it needs no axis but the last where its other operands have none"""
+    same_shape: bool = False
+    """its output has the axes of an input, but for the last"""
+    norm: bool = False
+    """a norm over the last axes, which one launch computes with the quantize behind it"""
+    moves: bool = False
+    """it only moves values or picks the largest, so that in most forms it acts on integers as it does on floats"""
+    view: bool = False
+    """its result is a view, which takes no launch (a reshape's nearly always is)"""
+    reshapes: bool = False
+    """it keeps all values in their order"""
+    pads: bool = False
+    shortcut: bool = False
+    """a movement that the launch that adds a shortcut can do as it reads, and that has a form in NHWC"""
+    no_op: bool = False
+    """it does nothing in eval mode, memory aside"""
+    guard: bool = False
+    """it computes nothing and checks what was traced"""
+    quantizes: bool = False
+    """it makes integers of floats"""
+    takes_scale: bool = False
+    """its second and third argument are scale and zero point"""
+    autograd: tuple[str, ...] = ()
+    """where it keeps channels in their places: how autograd may call it, without endings"""
+
+
+OPERATORS: tuple[Operator, ...] = (
+    # layers with weights
+    Operator(aten.conv1d.default, output_axis=0, weighted=True),
+    Operator(aten.conv2d.default, output_axis=0, weighted=True),
+    Operator(aten.conv3d.default, output_axis=0, weighted=True),
+    Operator(aten.linear.default, output_axis=0, weighted=True, float_output=True, same_shape=True),
+    Operator(aten.conv_transpose1d.default, output_axis=1),
+    Operator(aten.conv_transpose2d.input, output_axis=1),
+    Operator(aten.conv_transpose3d.input, output_axis=1),
+    Operator(aten.embedding.default),
+    # products and attention
+    Operator(aten.matmul.default, product=True, float_output=True),
+    Operator(aten.bmm.default, product=True, float_output=True),
+    Operator(MULTIPLY),
+    Operator(aten.softmax.int),
+    # norms
+    Operator(aten.layer_norm.default, norm=True, by_row=True, same_shape=True),
+    Operator(aten.rms_norm.default, norm=True),
+    # arithmetic
+    Operator(
+        aten.add.Tensor, light=True, follows_inputs=True, residual_step="add",
+        pointwise=True, by_row=True, same_shape=True, autograd=("Add",),
+    ),
+    Operator(
+        aten.mul.Tensor, light=True, residual_step="mul",
+        pointwise=True, by_row=True, same_shape=True, autograd=("Mul",),
+    ),
+    Operator(aten.sub.Tensor, pointwise=True, by_row=True),
+    Operator(aten.div.Tensor, pointwise=True, by_row=True),
+    Operator(aten.exp.default, pointwise=True),
+    Operator(aten.neg.default, pointwise=True),
+    Operator(aten.abs.default, pointwise=True),
+    # clamps
+    Operator(
+        aten.relu.default, limits=(0.0, None), pointwise=True, by_row=True, same_shape=True, autograd=("Relu",)
+    ),
+    Operator(aten.relu6.default, limits=(0.0, 6.0), pointwise=True, by_row=True),
+    Operator(
+        aten.hardtanh.default, limits=("min_val", "max_val"), pointwise=True, by_row=True, autograd=("Hardtanh",)
+    ),
+    Operator(aten.clamp.default, limits=("min", "max"), pointwise=True, by_row=True, autograd=("Clamp",)),
+    Operator(aten.clamp_min.default, limits=("min", None), pointwise=True, by_row=True),
+    # other activations
+    Operator(
+        aten.sigmoid.default, light=True, step="sigmoid", pointwise=True, by_row=True, autograd=("Sigmoid",)
+    ),
+    Operator(aten.leaky_relu.default, light=True, pointwise=True, by_row=True, autograd=("LeakyRelu",)),
+    Operator(
+        aten.gelu.default, step="gelu", pointwise=True, by_row=True, same_shape=True, autograd=("Gelu",)
+    ),
+    Operator(aten.tanh.default, pointwise=True, by_row=True, same_shape=True),
+    Operator(aten.elu.default, pointwise=True, by_row=True, autograd=("Elu",)),
+    Operator(aten.mish.default, pointwise=True, autograd=("Mish",)),
+    Operator(aten.softplus.default, pointwise=True),
+    Operator(aten.threshold.default, autograd=("Threshold",)),
+    # pools, and what joins values
+    Operator(aten.mean.dim, light=True, follows_inputs=True),
+    Operator(aten.avg_pool2d.default, light=True, follows_inputs=True, autograd=("AvgPool",)),
+    Operator(aten.max_pool2d.default, moves=True, autograd=("MaxPool",)),
+    Operator(aten.cat.default, light=True),
+    # movement
+    Operator(aten.reshape.default, moves=True, view=True, reshapes=True),
+    Operator(aten.flatten.using_ints, moves=True, view=True, reshapes=True),
+    Operator(aten.unflatten.int, moves=True, view=True, reshapes=True),
+    Operator(aten.permute.default, moves=True, view=True),
+    Operator(aten.transpose.int, moves=True, view=True),
+    Operator(aten.t.default, moves=True, view=True),
+    Operator(aten.slice.Tensor, moves=True, view=True, shortcut=True),
+    Operator(aten.select.int, moves=True, view=True),
+    Operator(aten.squeeze.default, moves=True, view=True),
+    Operator(aten.squeeze.dim, moves=True, view=True),
+    Operator(aten.squeeze.dims, moves=True, view=True),
+    Operator(aten.unsqueeze.default, moves=True, view=True),
+    Operator(aten.expand.default, moves=True, view=True),
+    Operator(aten.pad.default, moves=True, pads=True, shortcut=True),
+    Operator(aten.constant_pad_nd.default, moves=True, pads=True, shortcut=True),
+    Operator(aten.index_select.default, moves=True, shortcut=True),
+    # between floats and integers
+    Operator(QUANTIZE, quantizes=True, takes_scale=True, pointwise=True, by_row=True),
+    Operator(DEQUANTIZE, takes_scale=True, pointwise=True, by_row=True),
+    Operator(DYNAMIC, quantizes=True),
+    # what `capture` writes in another way
+    Operator(aten.conv1d.padding),
+    Operator(aten.conv2d.padding),
+    Operator(aten.conv3d.padding),
+    Operator(aten.mm.default),
+    Operator(aten.addmm.default),
+    Operator(aten.scaled_dot_product_attention.default),
+    Operator(aten.batch_norm.default),
+    Operator(aten._native_batch_norm_legit_no_training.default),
+    Operator(aten.silu.default, autograd=("Silu",)),
+    Operator(aten.hardswish.default, autograd=("Hardswish",)),
+    Operator(aten.hardsigmoid.default, autograd=("Hardsigmoid",)),
+    Operator(aten.adaptive_avg_pool2d.default, autograd=("AdaptiveAvgPool", "MkldnnAdaptiveAvgPool")),
+    Operator(aten.chunk.default),
+    Operator(aten.split.Tensor),
+    Operator(aten.split_with_sizes.default),
+    Operator(aten.unbind.int),
+    Operator(aten.view.default),
+    Operator(aten.to.dtype),
+    Operator(aten._to_copy.default, autograd=("ToCopy",)),
+    # what `capture` takes out
+    Operator(aten.dropout.default, no_op=True, autograd=("Dropout", "NativeDropout")),
+    Operator(aten.feature_dropout.default, no_op=True, autograd=("FeatureDropout",)),
+    Operator(aten.alpha_dropout.default, no_op=True),
+    Operator(aten.detach.default, no_op=True),
+    Operator(aten.alias.default, no_op=True),
+    Operator(aten.lift_fresh_copy.default, no_op=True),
+    Operator(aten.contiguous.default, no_op=True),
+    Operator(aten.clone.default, no_op=True, autograd=("Clone",)),
+    Operator(aten._assert_tensor_metadata.default, guard=True),
+    Operator(aten._assert_scalar.default, guard=True),
+    Operator(aten.sym_constrain_range_for_size.default, guard=True),
+    # sizes
+    Operator(aten.sym_size.int),
+)  # fmt: skip
+
+
+def select(trait: Callable[[Operator], object]) -> tuple[Any, ...]:
+    """The overloads of the operators that have a trait."""
+    return tuple(operator.overload for operator in OPERATORS if trait(operator))
+
+
+OUTPUT_AXIS: dict[Any, int] = {o.overload: o.output_axis for o in OPERATORS if o.output_axis is not None}
 """operators that batch norm folds into -> the axis of the weight that holds output channels"""
-
-
-SAME_SHAPE = (
-    aten.add.Tensor, aten.mul.Tensor, aten.layer_norm.default, aten.gelu.default, aten.relu.default, aten.tanh.default,
-    aten.linear.default,
-)  # fmt: skip
-"""operators whose output has the axes of an input, but for the last"""
-
-
-CLAMPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default)
-
-
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-
-
-WEIGHTED = (*CONVOLUTIONS, aten.linear.default)
-
-
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
-
-
+WEIGHTED = select(lambda o: o.weighted)
+PRODUCTS = select(lambda o: o.product)
 HEAVY = (*WEIGHTED, *PRODUCTS)
-
-
-FLOAT_OUTPUT = (aten.linear.default, *PRODUCTS)
-"""heavy operators whose integer kernel can put out floats"""
-
-
-LIGHT = (
-    aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.mean.dim, aten.avg_pool2d.default, aten.sigmoid.default,
-    aten.leaky_relu.default,
-)  # fmt: skip
-
-
-MOVEMENT = (
-    aten.slice.Tensor, aten.select.int, aten.pad.default, aten.constant_pad_nd.default, aten.reshape.default,
-    aten.flatten.using_ints, aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.t.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default, aten.expand.default,
-    aten.max_pool2d.default, aten.index_select.default,
-)  # fmt: skip
+"""operators that are integer wherever they can be"""
+FLOAT_OUTPUT = select(lambda o: o.float_output)
+LIGHT = select(lambda o: o.light)
+FOLLOWS_INPUTS = select(lambda o: o.follows_inputs)
+LIMITS: dict[Any, tuple[Limit, Limit]] = {o.overload: o.limits for o in OPERATORS if o.limits is not None}
+CLAMPS = tuple(LIMITS)
+STEPS: dict[Any, str] = {o.overload: o.step for o in OPERATORS if o.step}
+RESIDUAL_STEPS: dict[Any, str] = {o.overload: o.residual_step for o in OPERATORS if o.residual_step}
+POINTWISE = select(lambda o: o.pointwise)
+BY_ROW = select(lambda o: o.by_row)
+SAME_SHAPE = select(lambda o: o.same_shape)
+NORMS = select(lambda o: o.norm)
+MOVEMENT = select(lambda o: o.moves)
+VIEWS = select(lambda o: o.view)
+RESHAPES = select(lambda o: o.reshapes)
+PADS = select(lambda o: o.pads)
+SHORTCUTS = select(lambda o: o.shortcut)
+NO_OPS = select(lambda o: o.no_op)
+GUARDS = select(lambda o: o.guard)
+QUANTIZERS = select(lambda o: o.quantizes)
+TAKES_SCALE = select(lambda o: o.takes_scale)
+SAME_CHANNELS = frozenset(name for operator in OPERATORS for name in operator.autograd)
+"""autograd's names, without their endings, of operators that keep channels where they are"""
 
 
 def bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
     """The constant bounds of a ReLU or clamp whose range includes 0; None for anything else."""
-    if node.op != "call_function" or node.target not in CLAMPS:
+    if node.op != "call_function" or node.target not in LIMITS:
         return None
     a = arguments(node)
-    if node.target in (aten.relu.default, aten.relu6.default):
-        low, high = 0.0, 6.0 if node.target is aten.relu6.default else None
-    elif node.target is aten.hardtanh.default:
-        low, high = a["min_val"], a["max_val"]
-    else:
-        low, high = a["min"], a.get("max")
+    low, high = (a[limit] if isinstance(limit, str) else limit for limit in LIMITS[node.target])
     fixed = all(b is None or isinstance(b, int | float) for b in (low, high))
     return (low, high) if fixed and (low is None or low <= 0) and (high is None or high > 0) else None
 
@@ -99,7 +257,7 @@ def moves(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in MOVEMENT or not is_float(node):
         return False
     a = arguments(node)
-    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+    if node.target in PADS:
         return a.get("mode", "constant") == "constant" and not a["value"]
     return node.target is not aten.max_pool2d.default or not a["ceil_mode"]
 
@@ -111,31 +269,7 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
-VIEWS = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
-
-
-POINTWISE = (
-    *CLAMPS, QUANTIZE, DEQUANTIZE, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor,
-    aten.sigmoid.default, aten.tanh.default, aten.leaky_relu.default, aten.gelu.default, aten.elu.default,
-    aten.exp.default, aten.softplus.default, aten.mish.default, aten.neg.default, aten.abs.default,
-)  # fmt: skip
-"""operators that compute each element from the elements in its place"""
-
-
-QUANTIZERS = (QUANTIZE, DEQUANTIZE)
-
-
-BY_ROW = (
-    *QUANTIZERS, *CLAMPS, aten.layer_norm.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor,
-    aten.gelu.default, aten.tanh.default, aten.sigmoid.default, aten.leaky_relu.default, aten.elu.default,
-)  # fmt: skip
-"""operators that need no axis but the last where their other operands have none"""
-
-
-MULTIPLY = torch.ops.pqk.matmul_integer_to_float.default
-
-
 def quantized_tensors(int8_graph: fx.GraphModule) -> list[tuple[str, fx.Node]]:
     """`(layer, node)` of every activation that is quantized, in the order of the quantizing nodes in `model.onnx`."""
-    kinds = (QUANTIZE, DYNAMIC)
-    return [(n.meta["layer"], n) for n in int8_graph.graph.nodes if n.op == "call_function" and n.target in kinds]
+    nodes = int8_graph.graph.nodes
+    return [(n.meta["layer"], n) for n in nodes if n.op == "call_function" and n.target in QUANTIZERS]

@@ -19,7 +19,7 @@ import torch
 from onnxscript import opset21 as op
 from torch import Tensor, fx, nn
 
-from pqk.core.aten import quantized_tensors
+from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantized_tensors
 from pqk.data.structures import Outputs
 from pqk.deploy.qdq import QUANTIZERS
 from pqk.errors import InputError
@@ -28,7 +28,6 @@ from pqk.task.axes import Axes, free_axes
 from pqk.task.task import Task
 
 OPSET = 21
-aten = torch.ops.aten
 Value = Any
 """a tensor of the ONNX graph that is being built"""
 
@@ -61,10 +60,10 @@ def _mean(x: Value, dim: Sequence[int], keepdim: bool = False, dtype: int | None
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.pqk.quantize.default: _quantize,
-    torch.ops.pqk.quantize_dynamic_linear.default: _quantize_dynamic,
-    torch.ops.pqk.matmul_integer_to_float.default: _matmul_integer_to_float,
-    torch.ops.pqk.dequantize.default: _dequantize,
+    QUANTIZE: _quantize,
+    DYNAMIC: _quantize_dynamic,
+    MULTIPLY: _matmul_integer_to_float,
+    DEQUANTIZE: _dequantize,
     aten.mean.dim: _mean,
 }
 

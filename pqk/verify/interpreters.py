@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pqk.core.aten import DEQUANTIZE, DYNAMIC, QUANTIZE
+from pqk.core.aten import DEQUANTIZE, QUANTIZE, QUANTIZERS
 from pqk.quant.qparams import per_axis
 
 TIE = 1e-9
@@ -25,7 +25,7 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target in (QUANTIZE, DYNAMIC):
+        if n.target in QUANTIZERS:
             self.made[n] = (result,) if n.target is QUANTIZE else tuple(result)
         return result
 
@@ -39,7 +39,7 @@ class Ties(fx.Interpreter):
         self.found: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target in (QUANTIZE, DYNAMIC):
+        if n.target in QUANTIZERS:
             x, *fixed = self.fetch_args_kwargs_from_env(n)[0][:2]
             made = self.made[n]
             steps = x.double() / (fixed or made[1:2])[0].double()

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pqk.core.aten import quantized_tensors
+from pqk.core.aten import DEQUANTIZE, QUANTIZE, quantized_tensors
 from pqk.passes.capture.capture import capture
-from pqk.passes.convert.convert import DEQUANTIZE, QUANTIZE, convert
+from pqk.passes.convert.convert import convert
 from pqk.passes.quantize.placement import placement
 from pqk.passes.quantize.quantize import calibrate, insert_fake_quant
 from pqk.target.target import Target
