@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantized_tensors
 from pqk.data.structures import Outputs
-from pqk.deploy.qdq import QUANTIZERS
+from pqk.deploy.onnx_ops import QUANTIZERS
 from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.task.axes import Axes, free_axes

@@ -16,18 +16,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from pqk.deploy.onnx_ops import MOVERS, PLUMBING, PRODUCTS, QUANTIZERS
 from pqk.deploy.onnxruntime_session import session
 
 Array = NDArray[Any]
-
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger"})
-MOVERS = frozenset(
-    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Pad", "Expand", "Identity"}
-)
-"""operators that put values elsewhere and change none"""
-QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
-"""operators that make integers; the second makes their scale and zero point, too"""
-PLUMBING = frozenset({*QUANTIZERS, "DequantizeLinear", "Constant", "Shape", "Unsqueeze", "Cast"})
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from running that graph once with every intermediate value as an output; the bat
 
 from __future__ import annotations
 
-import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
+from pqk.deploy.onnx_ops import INTEGER, MACS, UNCOUNTED, Operands, Shape
 from pqk.deploy.onnxruntime_session import OnnxSource, session
 from pqk.errors import InputError
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,76 +43,6 @@ class Coverage:
     layers: tuple[LayerMacs, ...]
 
 
-@dataclass(frozen=True)
-class Operands:
-    """Shapes of a node's inputs (`()` where absent) and first output, with its attributes."""
-
-    inputs: tuple[Shape, ...]
-    output: Shape
-    attributes: Mapping[str, Any]
-
-
-# MACs of a node over the whole batch. Each output of a convolution takes the MACs of one filter, whichever way
-# (NCHW, NHWC, NCHWc) the runtime has laid the values out.
-
-
-def convolution(weight: int) -> Callable[[Operands], int]:
-    def macs(at: Operands) -> int:
-        return math.prod(at.output) * math.prod(at.inputs[weight][1:])
-
-    return macs
-
-
-def transposed_convolution(at: Operands) -> int:
-    return math.prod(at.inputs[0]) * math.prod(at.inputs[1][1:])
-
-
-def product(at: Operands) -> int:
-    """Gemm and MatMul: each output takes as many MACs as the contracted axis is long."""
-    left = at.inputs[0]
-    transposed = len(left) > 1 and at.attributes.get("transA", 0)
-    return math.prod(at.output) * left[-2 if transposed else -1]
-
-
-def attention(at: Operands) -> int:
-    """com.microsoft Attention: the projection to queries, keys and values, then QK' and PV over all heads."""
-    (batch, tokens, _), weight = at.inputs[0], at.inputs[1]
-    return batch * tokens * math.prod(weight) + 2 * batch * tokens * tokens * at.output[-1]
-
-
-def multi_head_attention(at: Operands) -> int:
-    """com.microsoft MultiHeadAttention on separate queries and keys [B, T, D]."""
-    query, key = at.inputs[0], at.inputs[1] or at.inputs[0]
-    return query[0] * query[1] * key[-2] * (query[-1] + at.output[-1])
-
-
-INTEGER: dict[str, Callable[[Operands], int]] = {
-    "QLinearConv": convolution(3),
-    "ConvInteger": convolution(1),
-    "QGemm": product,
-    "QLinearMatMul": product,
-    "MatMulInteger": product,
-    "MatMulIntegerToFloat": product,
-    "DynamicQuantizeMatMul": product,
-    "QAttention": attention,
-}
-FLOAT: dict[str, Callable[[Operands], int]] = {
-    "Conv": convolution(1),
-    "FusedConv": convolution(1),
-    "NhwcFusedConv": convolution(1),
-    "ConvTranspose": transposed_convolution,
-    "Gemm": product,
-    "FusedGemm": product,
-    "MatMul": product,
-    "FusedMatMul": product,
-    "FusedMatMulActivation": product,
-    "TransposeMatMul": product,
-    "Attention": attention,
-    "MultiHeadAttention": multi_head_attention,
-}
-UNCOUNTED = frozenset({"Einsum", "LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "MatMulNBits", "GroupQueryAttention"})
-
-
 def integer_coverage(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]]) -> Coverage:
     """Coverage of an ONNX model; `example_feeds` is one batch of its inputs by name.
 
@@ -129,13 +57,12 @@ def integer_coverage(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]
         if node.op_type in UNCOUNTED:
             raise InputError(f"integer coverage: the MACs of {node.op_type} ({human_name(node)}) cannot be counted")
         integer = node.op_type in INTEGER
-        count = INTEGER.get(node.op_type) or FLOAT.get(node.op_type)
-        if count is None:
+        if node.op_type not in MACS:
             continue
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         operands = Operands(tuple(shapes.get(n, ()) for n in node.input), shapes[node.output[0]], attributes)
         reason = None if integer else float_reason(node, graph)
-        layers.append(LayerMacs(human_name(node), node.op_type, count(operands) // batch, integer, reason))
+        layers.append(LayerMacs(human_name(node), node.op_type, MACS[node.op_type](operands) // batch, integer, reason))
     total, in_integers = sum(la.macs for la in layers), sum(la.macs for la in layers if la.integer)
     return Coverage(in_integers / total if total else 1.0, total, in_integers, tuple(layers))
 
@@ -156,7 +83,7 @@ def value_shapes(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]]) -> d
     probe.CopyFrom(model)
     del probe.graph.output[:]
     # Only the operands of products are wanted; an output needs no type, the runtime infers it.
-    counted = [n for n in model.graph.node if n.op_type in INTEGER or n.op_type in FLOAT]
+    counted = [n for n in model.graph.node if n.op_type in MACS]
     for name in dict.fromkeys(name for n in counted for name in (*n.input, n.output[0])):
         if name and name not in shapes:
             probe.graph.output.add().name = name

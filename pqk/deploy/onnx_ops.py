@@ -1,0 +1,149 @@
+"""What is known about ONNX operators and ONNX Runtime's own: one row an operator; every set is a selection of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Shapes of a node's inputs (`()` where absent) and first output, with its attributes."""
+
+    inputs: tuple[Shape, ...]
+    output: Shape
+    attributes: Mapping[str, Any]
+
+
+# MACs of a node over the whole batch. Each output of a convolution takes the MACs of one filter, whichever way
+# (NCHW, NHWC, NCHWc) the runtime has laid the values out.
+
+
+def convolution(weight: int) -> Callable[[Operands], int]:
+    def macs(at: Operands) -> int:
+        return math.prod(at.output) * math.prod(at.inputs[weight][1:])
+
+    return macs
+
+
+def transposed_convolution(at: Operands) -> int:
+    return math.prod(at.inputs[0]) * math.prod(at.inputs[1][1:])
+
+
+def product(at: Operands) -> int:
+    """Gemm and MatMul: each output takes as many MACs as the contracted axis is long."""
+    left = at.inputs[0]
+    transposed = len(left) > 1 and at.attributes.get("transA", 0)
+    return math.prod(at.output) * left[-2 if transposed else -1]
+
+
+def attention(at: Operands) -> int:
+    """com.microsoft Attention: the projection to queries, keys and values, then QK' and PV over all heads."""
+    (batch, tokens, _), weight = at.inputs[0], at.inputs[1]
+    return batch * tokens * math.prod(weight) + 2 * batch * tokens * tokens * at.output[-1]
+
+
+def multi_head_attention(at: Operands) -> int:
+    """com.microsoft MultiHeadAttention on separate queries and keys [B, T, D]."""
+    query, key = at.inputs[0], at.inputs[1] or at.inputs[0]
+    return query[0] * query[1] * key[-2] * (query[-1] + at.output[-1])
+
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class OnnxOperator:
+    """One operator and its traits; a row without traits is of an operator that the emitter alone writes."""
+
+    name: str
+    domain: str = ""
+    """that which its name is of: ONNX's own, or ONNX Runtime's"""
+    macs: Callable[[Operands], int] | None = None
+    """how many MACs a node takes"""
+    integer: bool = False
+    """it multiplies integers"""
+    uncounted: bool = False
+    """it multiplies, and how often cannot be told from shapes"""
+    product: bool = False
+    """a product of a QDQ file, as emitters write it: of dequantized values, or of bare integers"""
+    moves: bool = False
+    """it puts values elsewhere and changes none"""
+    quantizes: bool = False
+    """it makes integers of floats"""
+    plumbing: bool = False
+    """it computes nothing that a layer is named after"""
+
+
+ONNX_OPERATORS: tuple[OnnxOperator, ...] = (
+    # products of floats
+    OnnxOperator("Conv", macs=convolution(1), product=True),
+    OnnxOperator("ConvTranspose", macs=transposed_convolution, product=True),
+    OnnxOperator("Gemm", macs=product, product=True),
+    OnnxOperator("MatMul", macs=product, product=True),
+    OnnxOperator("FusedConv", MICROSOFT, macs=convolution(1)),
+    OnnxOperator("NhwcFusedConv", MICROSOFT, macs=convolution(1)),
+    OnnxOperator("FusedGemm", MICROSOFT, macs=product),
+    OnnxOperator("FusedMatMul", MICROSOFT, macs=product),
+    OnnxOperator("FusedMatMulActivation", MICROSOFT, macs=product),
+    OnnxOperator("TransposeMatMul", MICROSOFT, macs=product),
+    OnnxOperator("Attention", MICROSOFT, macs=attention),
+    OnnxOperator("MultiHeadAttention", MICROSOFT, macs=multi_head_attention),
+    # products of integers
+    OnnxOperator("QLinearConv", macs=convolution(3), integer=True),
+    OnnxOperator("ConvInteger", macs=convolution(1), integer=True),
+    OnnxOperator("QLinearMatMul", macs=product, integer=True),
+    OnnxOperator("MatMulInteger", macs=product, integer=True, product=True),
+    OnnxOperator("QGemm", MICROSOFT, macs=product, integer=True),
+    OnnxOperator("MatMulIntegerToFloat", MICROSOFT, macs=product, integer=True),
+    OnnxOperator("DynamicQuantizeMatMul", MICROSOFT, macs=product, integer=True),
+    OnnxOperator("QAttention", MICROSOFT, macs=attention, integer=True),
+    # products that are not counted
+    OnnxOperator("Einsum", uncounted=True),
+    OnnxOperator("LSTM", uncounted=True),
+    OnnxOperator("GRU", uncounted=True),
+    OnnxOperator("RNN", uncounted=True),
+    OnnxOperator("DynamicQuantizeLSTM", MICROSOFT, uncounted=True),
+    OnnxOperator("MatMulNBits", MICROSOFT, uncounted=True),
+    OnnxOperator("GroupQueryAttention", MICROSOFT, uncounted=True),
+    # between floats and integers
+    OnnxOperator("QuantizeLinear", quantizes=True, plumbing=True),
+    OnnxOperator("DynamicQuantizeLinear", quantizes=True, plumbing=True),
+    OnnxOperator("DequantizeLinear", plumbing=True),
+    OnnxOperator("Cast", plumbing=True),
+    # movement
+    OnnxOperator("Reshape", moves=True),
+    OnnxOperator("Transpose", moves=True),
+    OnnxOperator("Squeeze", moves=True),
+    OnnxOperator("Unsqueeze", moves=True, plumbing=True),
+    OnnxOperator("Flatten", moves=True),
+    OnnxOperator("Slice", moves=True),
+    OnnxOperator("Gather", moves=True),
+    OnnxOperator("Pad", moves=True),
+    OnnxOperator("Expand", moves=True),
+    OnnxOperator("Identity", moves=True),
+    # numbers
+    OnnxOperator("Constant", plumbing=True),
+    OnnxOperator("Shape", plumbing=True),
+    OnnxOperator("Mul"),
+    OnnxOperator("GlobalAveragePool"),
+    OnnxOperator("ReduceMean"),
+)
+
+
+def select(trait: Callable[[OnnxOperator], object]) -> frozenset[str]:
+    """The names of the operators that have a trait."""
+    return frozenset(operator.name for operator in ONNX_OPERATORS if trait(operator))
+
+
+MACS: dict[str, Callable[[Operands], int]] = {o.name: o.macs for o in ONNX_OPERATORS if o.macs is not None}
+INTEGER = select(lambda o: o.integer)
+UNCOUNTED = select(lambda o: o.uncounted)
+PRODUCTS = select(lambda o: o.product)
+MOVERS = select(lambda o: o.moves)
+QUANTIZERS = select(lambda o: o.quantizes)
+PLUMBING = select(lambda o: o.plumbing)
