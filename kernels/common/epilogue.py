@@ -235,14 +235,24 @@ def _step(y, S: tl.constexpr, row_ptr, table_ptr, residual_ptr, residual_offsets
 
 
 @jit
-def epilogue(y, STEPS: tl.constexpr, params_ptr, residual_ptr, residual_offsets, mask):  # type: ignore[no-untyped-def]
+def epilogue(  # type: ignore[no-untyped-def]
+    y,
+    STEPS: tl.constexpr,
+    params_ptr,
+    residual_ptr,
+    residual_offsets,
+    mask,
+    MOST: tl.constexpr = MAX_STEPS,
+    NUMBERS: tl.constexpr = PARAMS,
+):
     """float32 `y` through the program `STEPS` (see `encode`) → float32; integers where it ends in quantize.
 
-    `residual_offsets` and `mask` have the shape of `y`; `residual_ptr` may be None where no step reads it.
+    `residual_offsets` and `mask` have the shape of `y`; `residual_ptr` may be None where no step reads it. The last two
+    are no choice of the caller's: a kernel reads constants of its module as defaults.
     """
-    for i in tl.static_range(8):
+    for i in tl.static_range(MOST):
         if (STEPS >> (4 * i)) & 15 != 0:
-            row_ptr, table_ptr = params_ptr + 5 * i, params_ptr + 40
+            row_ptr, table_ptr = params_ptr + NUMBERS * i, params_ptr + NUMBERS * MOST
             y = _step(y, (STEPS >> (4 * i)) & 15, row_ptr, table_ptr, residual_ptr, residual_offsets, mask)
     return y
 
