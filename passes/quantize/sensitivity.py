@@ -13,9 +13,10 @@ from pqk.core.program import Example
 from pqk.data.structures import tensors
 from pqk.passes.quantize.placement import inputs
 from pqk.quant.fake_quant import ActivationFakeQuant, DynamicFakeQuant, Quantizer, WeightFakeQuant, set_mode
+from pqk.quant.noise import sqnr
 
-QUIETEST = 1e-20
-"""noise over signal of outputs that do not change at all: 200 dB"""
+QUIETEST = 200.0
+"""decibels of outputs that do not change at all, in a number that JSON has"""
 
 
 def sensitivity(student: fx.GraphModule, layers: set[str], batches: Iterable[Example]) -> dict[str, float]:
@@ -27,7 +28,7 @@ def sensitivity(student: fx.GraphModule, layers: set[str], batches: Iterable[Exa
     nodes = [n for n in student.graph.nodes if n.op == "call_function" and n.meta.get("layer") in layers]
     inputs = list(batches)
     set_mode(student, "off")
-    found = {}
+    decibels = {}
     with torch.no_grad():
         want = [tensors(student(*batch)) for batch in inputs]
         for node in nodes:
@@ -35,13 +36,12 @@ def sensitivity(student: fx.GraphModule, layers: set[str], batches: Iterable[Exa
             for quantizer in own:
                 quantizer.mode = "on"
             got = [tensors(student(*batch)) for batch in inputs]
-            found[node.meta["layer"]] = min(
-                _decibels(*sides) for sides in zip(_joined(want), _joined(got), strict=True)
-            )
+            ratios = [sqnr(*sides) for sides in zip(_joined(want), _joined(got), strict=True)]
+            decibels[node.meta["layer"]] = min(*ratios, QUIETEST)
             for quantizer in own:
                 quantizer.mode = "off"
     set_mode(student, "on")
-    return found
+    return decibels
 
 
 def _own_quantizers(student: fx.GraphModule, node: fx.Node) -> list[Quantizer | DynamicFakeQuant]:
@@ -56,8 +56,3 @@ def _own_quantizers(student: fx.GraphModule, node: fx.Node) -> list[Quantizer | 
 def _joined(outputs: list[list[Tensor]]) -> list[Tensor]:
     """Each output over all batches."""
     return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-
-
-def _decibels(want: Tensor, got: Tensor) -> float:
-    signal, noise = want.double().square().sum(), (want.double() - got.double()).square().sum()
-    return float(-10 * torch.log10((noise / signal.clamp_min(1e-300)).clamp_min(QUIETEST)))

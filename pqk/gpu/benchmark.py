@@ -38,6 +38,7 @@ from pqk.deploy.tuning import Tuning
 from pqk.errors import InputError, ParityError, first_line
 from pqk.gpu.autotune import measure_tuning, merge_tunings
 from pqk.gpu.device import Ceilings, Device
+from pqk.quant.noise import sqnr
 from pqk.recipe.factories import load_teacher
 from pqk.report.schema import LatencyRow, VariantName
 
@@ -103,10 +104,9 @@ def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> Agreement:
     if not all(bool(t.isfinite().all()) for t in found):
         raise ParityError(f"{STUDENT}: an output is not finite on the device")
     a, b = (torch.cat([t.double().flatten() for t in side]) for side in (reference, found))
-    noise, signal = float((a - b).square().sum()), float(a.square().sum())
-    sqnr = None if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    decibels = sqnr(a, b)
     first = [side[0].reshape(len(side[0]), -1).argmax(1) for side in (reference, found)]
-    return Agreement(len(reference[0]), sqnr, int((first[0] == first[1]).sum()))
+    return Agreement(len(reference[0]), None if decibels == math.inf else decibels, int((first[0] == first[1]).sum()))
 
 
 def gate(reference: nn.Module, found: nn.Module, inputs: Inputs, device: str) -> Agreement:

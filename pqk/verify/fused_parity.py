@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from pqk.core.graph import operand
 from pqk.kernels.common.epilogue import MAX_STEPS, rows_of
 from pqk.passes.fuse.fuse import stands_for
+from pqk.quant.noise import sqnr
 from pqk.report.schema import LayerParity, Parity
 from pqk.task.task import Task
 from pqk.verify.contract import EXACT_SHARE, MAX_LSB, RELATIVE, ModelFunction, compare_ends, verdict
@@ -160,10 +161,8 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 def _by_sqnr(layer: str, name: str, got: Tensor, expected: Tensor, least: float) -> LayerParity:
     """Signal to quantization noise, of integers and floats alike."""
-    signal, noise = expected.double(), got.double() - expected.double()
-    power = max(float(noise.square().sum()), torch.finfo(torch.float64).tiny)
-    sqnr = 10 * math.log10(max(float(signal.square().sum()), torch.finfo(torch.float64).tiny) / power)
+    decibels = sqnr(expected, got)
     exact = float((got == expected).double().mean()) if got.numel() else 1.0
     return LayerParity(
-        name=layer, op=name, max_lsb=None, exact=exact, max_relative=10 ** (-sqnr / 20), passed=sqnr >= least
+        name=layer, op=name, max_lsb=None, exact=exact, max_relative=10 ** (-decibels / 20), passed=decibels >= least
     )
