@@ -8,10 +8,22 @@ what the batch is long and not what the vocabulary is. Every target can use the 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pqk.core.aten import DEQUANTIZE, aten
-from pqk.core.graph import arguments, attach, attribute, call, facts, free_path, operand, replace, shape, tensor_node
+from pqk.core.graph import (
+    arguments,
+    attach,
+    attribute,
+    call,
+    facts,
+    free_path,
+    move_points,
+    operand,
+    replace,
+    shape,
+    tensor_node,
+)
 from pqk.quant.autograd import LearnedStepPerChannel
 from pqk.quant.fake_quant import WeightFakeQuant
 from pqk.quant.qparams import Grid, Method, choose, quantize
@@ -47,23 +59,27 @@ def is_table(node: fx.Node) -> bool:
     return table.op == "get_attr" and table.meta["dtype"] == torch.float32 and (size[0] or 0) * (size[1] or 0) >= LEAST
 
 
+def call_quantizer(student: fx.GraphModule, name: str, module: nn.Module, source: fx.Node, layer: str) -> fx.Node:
+    """A call of a quantizer of `source` at the insertion point, which becomes the module `quantizers.NAME`."""
+    path = attach(student, free_path(student, f"quantizers.{name.replace('.', '_')}"), module)
+    node = student.graph.create_node("call_module", path, (source,), name=path.replace(".", "_"))
+    node.meta.update(facts(source) | {"layer": layer})
+    return node
+
+
 def insert_table(student: fx.GraphModule, node: fx.Node, learned: bool) -> None:
     """Put a `TableFakeQuant` behind a look-up."""
-    layer = node.meta["layer"]
-    path = free_path(student, f"quantizers.{layer.replace('.', '_')}_rows")
-    attach(student, path, TableFakeQuant(GRID, shape(node)[-1] or 0, learned))
+    layer, module = node.meta["layer"], TableFakeQuant(GRID, shape(node)[-1] or 0, learned)
     with student.graph.inserting_after(node):
-        fake = student.graph.create_node("call_module", path, (node,), name=path.replace(".", "_"))
-    fake.meta.update(facts(node))
+        fake = call_quantizer(student, f"{layer}_rows", module, node, layer)
     node.replace_all_uses_with(fake, delete_user_cb=lambda user: user is not fake)
-    points = student.meta["points"]
-    points.update({p: fake.name for p, name in points.items() if name == node.name})
+    move_points(student, node, fake)
 
 
 def convert_table(student: fx.GraphModule, node: fx.Node, module: TableFakeQuant) -> None:
     """Replace the table by its integers, looked up and then dequantized."""
-    found, qparams = operand(node), module.qparams()
-    path = str(operand(found).target)
+    look_up, qparams = operand(node), module.qparams()
+    path = str(operand(look_up).target)
     columns = attribute(student, path).detach().t()
     integers = quantize(columns, qparams).t().contiguous()
     values = {"int8": integers, "scale": qparams.scale.clone(), "zero_point": qparams.zero_point.to(torch.int8)}
@@ -71,9 +87,9 @@ def convert_table(student: fx.GraphModule, node: fx.Node, module: TableFakeQuant
         table, scale, zero = (
             tensor_node(student, attach(student, free_path(student, f"{path}_{k}"), v)) for k, v in values.items()
         )
-        a = arguments(found)
-        rows = call(student.graph, aten.embedding.default, (table, a["indices"]), found, dtype=torch.int8)
-        rank = len(shape(found))
+        a = arguments(look_up)
+        rows = call(student.graph, aten.embedding.default, (table, a["indices"]), look_up, dtype=torch.int8)
+        rank = len(shape(look_up))
         value = call(student.graph, DEQUANTIZE, (rows, scale, zero, rank - 1), node)
     replace(student, node, value)
 

@@ -15,14 +15,13 @@ quantizer on an output that only float operators read: the runtime has integer k
 Activations can also be quantized dynamically, on the range that each tensor has at run time: then linear layers with
 weights of their own are integer, each with a quantizer on its input alone, and everything else is float.
 
-Tables of embeddings are stored as integers and their rows dequantized (see `_embedding_tables`), whoever reads them.
+Tables of embeddings are stored as integers and their rows dequantized (see `embeddings`), whoever reads them.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
@@ -31,6 +30,7 @@ from pqk.core.aten import FLOAT_OUTPUT, FOLLOWS_INPUTS, HEAVY, LIGHT, WEIGHTED, 
 from pqk.core.graph import arguments, is_float, operand, shape
 from pqk.errors import InputError, nearest
 from pqk.passes.quantize.embeddings import LEAST, is_table
+from pqk.passes.quantize.points import ActivationPoint, Point, TablePoint, WeightPoint
 
 
 def absorbed(node: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None], float]:
@@ -41,7 +41,7 @@ def absorbed(node: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None],
     return operand(clamp) if limits else clamp, limits or (None, None), factor or 1.0
 
 
-def tail(node: fx.Node) -> fx.Node:
+def last_absorbed(node: fx.Node) -> fx.Node:
     """The last of `node`, a clamp that alone reads it, and a constant scaling that alone reads that."""
     for follows in (bounds, gain):
         users = list(node.users)
@@ -66,23 +66,23 @@ class Placement:
         """`floats`: layer -> why it stays in float."""
         self.dynamic = dynamic
         self.nodes = [n for n in graph_module.graph.nodes if n.op != "output" and is_float(n)]
-        self.left = {n: floats[n.meta["layer"]] for n in self.nodes if n.meta["layer"] in floats}
+        self.float_layers = {n: floats[n.meta["layer"]] for n in self.nodes if n.meta["layer"] in floats}
         self.integer = {n for n in self.nodes if n.target in HEAVY and self.capable(n)}
         if dynamic:
             self.values = {value for node in self.integer for value in inputs(node)}
             return
         for node in reversed(self.nodes):
-            if self.light(node) and self.wanted(tail(node)):
+            if self.light(node) and self.read_in_integers(last_absorbed(node)):
                 self.integer.add(node)
         self.values = {value for value in map(self.value, self.nodes) if value is not None}
         for node in self.nodes:
             if node.target in FOLLOWS_INPUTS and self.light(node) and all(root(i) in self.values for i in inputs(node)):
                 self.integer.add(node)
-                self.values.add(tail(node))
+                self.values.add(last_absorbed(node))
 
     def capable(self, node: fx.Node) -> bool:
         """Whether a heavy operator can compute in integers: its weight is a parameter, or both factors are values."""
-        if node in self.left or node.meta["dtype"] != torch.float32:
+        if node in self.float_layers or node.meta["dtype"] != torch.float32:
             return False
         if self.dynamic and node.target is not aten.linear.default:
             return False
@@ -92,7 +92,7 @@ class Placement:
 
     def light(self, node: fx.Node) -> bool:
         """Whether `node` is a light operator in a form that has an integer kernel."""
-        if node.op != "call_function" or node.target not in LIGHT or node in self.left:
+        if node.op != "call_function" or node.target not in LIGHT or node in self.float_layers:
             return False
         a = arguments(node)
         if node.target is aten.mean.dim:
@@ -102,15 +102,16 @@ class Placement:
             return len(inputs(node)) == 2 and a.get("alpha", 1) == 1
         return node.meta["dtype"] == torch.float32
 
-    def wanted(self, node: fx.Node) -> bool:
+    def read_in_integers(self, node: fx.Node) -> bool:
         """Whether some integer operator reads `node`, perhaps after movement."""
-        return any((u in self.integer and node in inputs(u)) or (moves(u) and self.wanted(u)) for u in node.users)
+        users = node.users
+        return any((u in self.integer and node in inputs(u)) or (moves(u) and self.read_in_integers(u)) for u in users)
 
     def value(self, node: fx.Node) -> fx.Node | None:
         """The value of `node` that has a quantizer: its own, or that of the clamp and scaling after it; None: none."""
-        if node in self.integer and (node.target not in FLOAT_OUTPUT or self.wanted(tail(node))):
-            return tail(node)
-        return node if not moves(node) and self.wanted(node) else None
+        if node in self.integer and (node.target not in FLOAT_OUTPUT or self.read_in_integers(last_absorbed(node))):
+            return last_absorbed(node)
+        return node if not moves(node) and self.read_in_integers(node) else None
 
 
 def named_layers(graph_module: fx.GraphModule, patterns: tuple[str, ...]) -> dict[str, str]:
@@ -119,30 +120,28 @@ def named_layers(graph_module: fx.GraphModule, patterns: tuple[str, ...]) -> dic
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(layer, pattern) for layer in layers):
             raise InputError(f'quantize: float_layers "{pattern}" matches no layer{nearest(pattern, layers)}')
-    chosen = (layer for layer in layers if any(fnmatch.fnmatchcase(layer, p) for p in patterns))
-    return dict.fromkeys(chosen, "left in float by name (float_layers)")
+    named = (layer for layer in layers if any(fnmatch.fnmatchcase(layer, p) for p in patterns))
+    return dict.fromkeys(named, "left in float by name (float_layers)")
 
 
 def placement(
     graph_module: fx.GraphModule, floats: Mapping[str, str] | None = None, dynamic: bool = False
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Where quantizers go (JSON, the `points` of `insert_fake_quant`), and `(layer, reason)` of what stays in float.
+) -> tuple[list[Point], list[tuple[str, str]]]:
+    """Where quantizers go, and `(layer, reason)` of what stays in float.
 
     `floats` are the layers that are to stay in float, with the reason. `dynamic`: activations get their ranges at run
     time.
     """
     where = Placement(graph_module, floats or {}, dynamic)
-    tails = {tail(n) for n in where.integer}
-    points: list[dict[str, Any]] = []
+    ends = {last_absorbed(n) for n in where.integer}
+    points: list[Point] = []
     for node in where.nodes:
-        if node in where.values and dynamic:
-            readers = [u.name for u in node.users if u in where.integer]
-            points.append({"kind": "dynamic", "node": node.name, "readers": readers})
-        elif node in where.values:
-            readers = [u.name for u in node.users if node in tails or u in where.integer or moves(u)]
-            points.append({"kind": "activation", "node": node.name, "readers": readers})
-    points += [{"kind": "weight", "node": n.name} for n in where.nodes if n in where.integer and n.target in WEIGHTED]
-    points += [{"kind": "table", "node": n.name} for n in where.nodes if is_table(n) and n not in where.left]
+        if node in where.values:
+            everyone = not dynamic and node in ends
+            readers = [u.name for u in node.users if everyone or u in where.integer or (moves(u) and not dynamic)]
+            points.append(ActivationPoint(node.name, tuple(readers), dynamic))
+    points += [WeightPoint(n.name) for n in where.nodes if n in where.integer and n.target in WEIGHTED]
+    points += [TablePoint(n.name) for n in where.nodes if is_table(n) and n not in where.float_layers]
     return points, _reasons(where)
 
 
@@ -154,8 +153,8 @@ def _reasons(where: Placement) -> list[tuple[str, str]]:
         operator = getattr(node.target, "_opname", str(node.target))
         if node.op != "call_function" or node in where.integer or node in taken_over or moves(node):
             continue
-        if node in where.left:
-            reason = where.left[node]
+        if node in where.float_layers:
+            reason = where.float_layers[node]
         elif is_table(node):
             continue
         elif node.target is aten.embedding.default:

@@ -1,6 +1,6 @@
 """Quantize: fake-quantizers on the target's integer grid, with ranges chosen from data.
 
-Where they go is told in `_placement`. A layer is left in float by name, because it is too sensitive (quantized alone it
+Where they go is told in `placement`. A layer is left in float by name, because it is too sensitive (quantized alone it
 hurts the outputs by more than is allowed) or because the deployed student is faster for it; the reason is recorded.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
@@ -17,11 +18,12 @@ from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
 from pqk.core.aten import HEAVY, root
-from pqk.core.graph import arguments, attach, attribute, facts, finish, free_path, move_points, operand, replace, shape
+from pqk.core.graph import arguments, attribute, finish, move_points, operand, replace, shape
 from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.errors import InputError, Reason
-from pqk.passes.quantize.embeddings import insert_table, table_of
+from pqk.passes.quantize.embeddings import call_quantizer, insert_table, table_of
 from pqk.passes.quantize.placement import Placement, absorbed, named_layers, placement
+from pqk.passes.quantize.points import ActivationPoint, Point, TablePoint, WeightPoint, parse_point
 from pqk.passes.quantize.sensitivity import sensitivity
 from pqk.passes.quantize.smoothing import smooth
 from pqk.quant.fake_quant import (
@@ -118,9 +120,10 @@ class Quantize(Pass):
         smoothed, declined = smooth(student, task.calibration(self.samples), alpha)
         return dataclasses.replace(program, student=student).decline(self.name, declined).note(smoothed=smoothed)
 
-    def _arguments(self, program: Program, points: list[dict[str, Any]]) -> dict[str, Any]:
+    def _arguments(self, program: Program, points: Sequence[Point]) -> dict[str, Any]:
+        """The JSON arguments of `insert_fake_quant`."""
         grids = {"activation": asdict(program.target.activation), "weight": asdict(program.target.weight)}
-        return {"points": points, "learned": self.learned_scales, **grids}
+        return {"points": [point.to_json() for point in points], "learned": self.learned_scales, **grids}
 
     def _calibrate(self, student: nn.Module, task: Task) -> None:
         calibrate(student, task, self.calibration, self.percentile, self.samples)
@@ -146,17 +149,17 @@ class Quantize(Pass):
 
     def _faster(self, program: Program, floats: dict[str, str]) -> dict[str, str]:
         """The layers that the deployed student is faster for in float, one after the other, and by how much."""
-        student, run, found = program.student, program.run, dict[str, str]()
+        student, run, reasons = program.student, program.run, dict[str, str]()
         assert isinstance(student, fx.GraphModule)
         where = Placement(student, floats, self.dynamic)
         layers = [n.meta["layer"] for n in where.nodes if n in where.integer and n.target in HEAVY]
         with run.observer.task(f"{run.scope}: timing layers in float", len(layers)) as advance:
             for layer in layers:
-                ratio, low, high = self._float_gain(program, (*floats, *found), layer)
+                ratio, low, high = self._float_gain(program, (*floats, *reasons), layer)
                 if low > 1:
-                    found[layer] = f"faster in float: the student runs {ratio:.2f}x as fast ({low:.2f} to {high:.2f})"
+                    reasons[layer] = f"faster in float: the student runs {ratio:.2f}x as fast ({low:.2f} to {high:.2f})"
                 advance(1, f"{layer}: {ratio:.2f}x in float")
-        return found
+        return reasons
 
     def _float_gain(self, program: Program, floats: tuple[str, ...], layer: str) -> list[float]:
         """How much faster the student with `floats` in float is with `layer` in float, too: journaled."""
@@ -178,39 +181,35 @@ def insert_fake_quant(
 ) -> nn.Module:
     """Insert fake-quantizers (uncalibrated) into a captured graph, which is changed and returned.
 
-    Each point names a node. `activation`: its value, for the nodes in `readers`, goes through an `ActivationFakeQuant`
-    on the grid `activation`; a clamp is replaced by it. `dynamic`: it goes through a `DynamicFakeQuant`. `weight`: its
-    weight and bias go through quantizers of the grid `weight` and of the accumulator; with a dynamic input the bias
-    stays float. `table`: the rows that it looks up go through a `TableFakeQuant`.
+    `points` are JSON, as `to_json` of a point writes it. An activation's value, for the nodes in `readers`, goes
+    through an `ActivationFakeQuant` on the grid `activation`, which replaces a clamp; a dynamic one's through a
+    `DynamicFakeQuant`. Weights and biases go through quantizers of the grid `weight` and of the accumulator; with a
+    dynamic input the bias stays float. The rows of a table go through a `TableFakeQuant`.
     """
     assert isinstance(student, fx.GraphModule)
     nodes = {n.name: n for n in student.graph.nodes}
-    for point in points:
-        if point["kind"] == "activation":
-            _insert_activation(student, nodes[point["node"]], point["readers"], Grid(**activation), learned)
-        elif point["kind"] == "dynamic":
-            _insert_dynamic(student, nodes[point["node"]], point["readers"])
-    for point in points:
-        if point["kind"] == "weight":
-            _insert_weight(student, nodes[point["node"]], Grid(**weight), learned)
-        elif point["kind"] == "table":
-            insert_table(student, nodes[point["node"]], learned)
+    parsed = [(point, nodes[point.node]) for point in map(parse_point, points)]
+    for point, node in parsed:
+        if isinstance(point, ActivationPoint) and point.dynamic:
+            _insert_dynamic(student, node, point.readers)
+        elif isinstance(point, ActivationPoint):
+            _insert_activation(student, node, point.readers, Grid(**activation), learned)
+    for point, node in parsed:
+        if isinstance(point, WeightPoint):
+            _insert_weight(student, node, Grid(**weight), learned)
+        elif isinstance(point, TablePoint):
+            insert_table(student, node, learned)
     return finish(student)
 
 
-def _module_call(student: fx.GraphModule, name: str, module: nn.Module, source: fx.Node, layer: str) -> fx.Node:
-    path = attach(student, free_path(student, f"quantizers.{name.replace('.', '_')}"), module)
-    node = student.graph.create_node("call_module", path, (source,), name=path.replace(".", "_"))
-    node.meta.update(facts(source) | {"layer": layer})
-    return node
-
-
-def _insert_activation(student: fx.GraphModule, node: fx.Node, readers: list[str], grid: Grid, learned: bool) -> None:
+def _insert_activation(
+    student: fx.GraphModule, node: fx.Node, readers: Sequence[str], grid: Grid, learned: bool
+) -> None:
     source, limits, factor = absorbed(node)
     layer = source.meta["layer"] if len(source.users) == 1 else node.meta["layer"]
     module = ActivationFakeQuant(grid, *limits, gain=factor, learned=learned and source.op != "get_attr")
     with student.graph.inserting_after(node):
-        fake = _module_call(student, layer, module, source, layer)
+        fake = call_quantizer(student, layer, module, source, layer)
     if source is not node:
         replace(student, node, fake)
         return
@@ -219,9 +218,9 @@ def _insert_activation(student: fx.GraphModule, node: fx.Node, readers: list[str
         move_points(student, node, fake)
 
 
-def _insert_dynamic(student: fx.GraphModule, node: fx.Node, readers: list[str]) -> None:
+def _insert_dynamic(student: fx.GraphModule, node: fx.Node, readers: Sequence[str]) -> None:
     with student.graph.inserting_after(node):
-        fake = _module_call(student, node.meta["layer"], DynamicFakeQuant(), node, node.meta["layer"])
+        fake = call_quantizer(student, node.meta["layer"], DynamicFakeQuant(), node, node.meta["layer"])
     node.replace_all_uses_with(fake, delete_user_cb=lambda user: user.name in readers)
 
 
@@ -230,10 +229,10 @@ def _insert_weight(student: fx.GraphModule, node: fx.Node, grid: Grid, learned: 
     activation = attribute(student, str(root(a["input"]).target))
     weight = WeightFakeQuant(grid, shape(a["weight"])[0], learned)  # type: ignore[arg-type]
     with student.graph.inserting_before(node):
-        tensors = [_module_call(student, f"{layer}.weight", weight, a["weight"], f"{layer}.weight")]
+        tensors = [call_quantizer(student, f"{layer}.weight", weight, a["weight"], f"{layer}.weight")]
         if a["bias"] is not None and isinstance(activation, ActivationFakeQuant):  # an accumulator of a known step
             bias = BiasFakeQuant(activation, weight)
-            tensors.append(_module_call(student, f"{layer}.bias", bias, a["bias"], f"{layer}.bias"))
+            tensors.append(call_quantizer(student, f"{layer}.bias", bias, a["bias"], f"{layer}.bias"))
     node.args = (a["input"], *tensors, *node.args[1 + len(tensors) :])
 
 
@@ -260,9 +259,6 @@ def calibrate(student: nn.Module, task: Task, method: Method, percentile: float,
                 module.fit(attribute(student, str(operand(node).target)))
     set_mode(student, "on")
     student.train(was_training)
-
-
-# ---- what a layer costs
 
 
 REWRITES: tuple[RewriteFunction, ...] = (insert_fake_quant,)

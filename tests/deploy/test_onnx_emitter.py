@@ -91,7 +91,7 @@ def emit(name: str, folder: Path, float_layers: tuple[str, ...] = ()) -> Emitted
     assert isinstance(graph, fx.GraphModule)
     points, declined = placement(graph, named_layers(graph, float_layers))
     grids = {"activation": asdict(target.activation), "weight": asdict(target.weight)}
-    fake = insert_fake_quant(graph, example, points=points, learned=True, **grids)
+    fake = insert_fake_quant(graph, example, points=[p.to_json() for p in points], learned=True, **grids)
     calibrate(fake, Inputs(inputs), "mse", 99.99, 24)  # type: ignore[arg-type]
     int8 = convert(fake, example)
     assert isinstance(int8, fx.GraphModule)

@@ -58,7 +58,7 @@ def captured() -> tuple[fx.GraphModule, Tensor]:
 def both(request: Any, captured: Any) -> tuple[nn.Module, fx.GraphModule, Tensor, Target]:
     graph, x = captured
     target = Target.named(request.param)
-    points, _ = placement(graph)
+    points = [point.to_json() for point in placement(graph)[0]]
     grids = {"activation": asdict(target.activation), "weight": asdict(target.weight)}
     fake = insert_fake_quant(copy.deepcopy(graph), (x[:2],), points=points, learned=True, **grids)
     calibrate(fake, Inputs(x), "mse", 99.99, 16)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from pqk.core.run_context import RunContext
 from pqk.errors import InputError
 from pqk.passes.capture.capture import capture
 from pqk.passes.quantize.placement import named_layers
+from pqk.passes.quantize.points import ActivationPoint, TablePoint, WeightPoint, parse_point
 from pqk.passes.quantize.quantize import Quantize, insert_fake_quant
 from pqk.quant.fake_quant import (
     ActivationFakeQuant,
@@ -193,6 +194,31 @@ def test_the_plan_and_the_tensors_give_the_student_back(net: Any) -> None:
     again = replay(graph, (x[:2],), plan, {"insert_fake_quant": insert_fake_quant})
     again.load_state_dict(program.student.state_dict(), strict=True)
     assert torch.equal(again.eval()(x), program.student.eval()(x))
+
+
+STORED = [
+    {"kind": "activation", "node": "x", "readers": ["conv2d", "add"]},
+    {"kind": "dynamic", "node": "gelu", "readers": []},
+    {"kind": "weight", "node": "linear"},
+    {"kind": "table", "node": "embedding"},
+]
+"""as artifacts have them"""
+
+
+def test_points_read_and_write_what_artifacts_store() -> None:
+    points = [parse_point(entry) for entry in STORED]
+    assert points == [
+        ActivationPoint("x", ("conv2d", "add")),
+        ActivationPoint("gelu", (), dynamic=True),
+        WeightPoint("linear"),
+        TablePoint("embedding"),
+    ]
+    assert json.dumps([point.to_json() for point in points]) == json.dumps(STORED)
+
+
+def test_a_point_of_another_kind_is_refused() -> None:
+    with pytest.raises(InputError, match=r'of the kind "rotation" at linear; this version of pqk knows activation'):
+        parse_point({"kind": "rotation", "node": "linear"})
 
 
 def test_module_outputs_are_the_quantized_values(net: Any) -> None:

@@ -39,7 +39,7 @@ def int8_graph(
     assert isinstance(graph, fx.GraphModule)
     points, _ = placement(graph, floats)
     grids = {"activation": asdict(chosen.activation), "weight": asdict(chosen.weight)}
-    fake = insert_fake_quant(graph, example, points=points, learned=True, **grids)
+    fake = insert_fake_quant(graph, example, points=[p.to_json() for p in points], learned=True, **grids)
     calibrate(fake, Inputs(*inputs), "minmax", 99.99, len(inputs[0]))  # type: ignore[arg-type]
     made = convert(fake, example)
     assert isinstance(made, fx.GraphModule)
