@@ -1,4 +1,4 @@
-"""What `capture` leaves in the graph: batch norm folded, and one form for what can be written in several ways.
+"""One form in the captured graph for what can be written in several ways.
 
 Each form is the one that has an integer kernel: `x * sigmoid(x)` for SiLU, a global pool that keeps its axes for a mean
 over pixels, plain matmuls for attention, a two-dimensional product for every linear layer.
@@ -30,8 +30,6 @@ from pqk.core.graph import (
 )
 from pqk.core.reshapes import as_rows, spelled_sizes
 
-# ---- one form for each thing
-
 
 def canonical_forms(graph_module: fx.GraphModule) -> None:
     """Rewrite every operator that has several spellings into the one that passes and runtimes know."""
@@ -60,12 +58,12 @@ def canonical_forms(graph_module: fx.GraphModule) -> None:
 
 def _compute_once(graph_module: fx.GraphModule) -> None:
     """Two nodes that compute the same from the same are one: an exporter would merge them, and their quantizers."""
-    seen: dict[str, fx.Node] = {}
+    nodes: dict[str, fx.Node] = {}
     for node in list(graph_module.graph.nodes):
         tags = getattr(node.target, "tags", ())
         if node.op not in ("get_attr", "call_function") or torch.Tag.nondeterministic_seeded in tags:
             continue
-        first = seen.setdefault(repr((node.op, str(node.target), node.args, sorted(node.kwargs.items()))), node)
+        first = nodes.setdefault(repr((node.op, str(node.target), node.args, sorted(node.kwargs.items()))), node)
         if first is not node:
             replace(graph_module, node, first)
 
@@ -107,8 +105,8 @@ def _gate(graph_module: fx.GraphModule, node: fx.Node) -> None:
             if free_path(graph_module, path) == path:
                 attach(graph_module, path, torch.full((1,), 3.0))
             three = tensor_node(graph_module, path)
-            raised = call(graph, aten.add.Tensor, (x, three), node, layer=f"{layer}.add")
-            clamp = call(graph, aten.hardtanh.default, (raised, 0.0, 6.0), node, layer=f"{layer}.clamp")
+            shifted = call(graph, aten.add.Tensor, (x, three), node, layer=f"{layer}.add")
+            clamp = call(graph, aten.hardtanh.default, (shifted, 0.0, 6.0), node, layer=f"{layer}.clamp")
             gate = call(graph, aten.mul.Tensor, (clamp, 1 / 6), node, layer=f"{layer}.sixth")
         result = gate
         if node.target is not aten.hardsigmoid.default:
@@ -147,17 +145,17 @@ def _plain_attention(graph_module: fx.GraphModule, node: fx.Node) -> None:
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
     if a["is_causal"] or a["enable_gqa"] or a["dropout_p"] or (mask is not None and not is_float(mask)):
         return
-    scores, swapped = (*shape(q)[:-1], shape(k)[-2]), (*shape(k)[:-2], shape(k)[-1], shape(k)[-2])
+    scores, transposed_shape = (*shape(q)[:-1], shape(k)[-2]), (*shape(k)[:-2], shape(k)[-1], shape(k)[-2])
     scale = a["scale"] or 1 / math.sqrt(shape(q)[-1])  # type: ignore[arg-type]
     with graph.inserting_before(node):
-        swap = call(graph, aten.transpose.int, (k, -2, -1), k, shape=swapped, layer=f"{layer}.transpose")
-        score = call(graph, aten.matmul.default, (q, swap), node, shape=scores, layer=f"{layer}.scores")
+        transposed = call(graph, aten.transpose.int, (k, -2, -1), k, shape=transposed_shape, layer=f"{layer}.transpose")
+        score = call(graph, aten.matmul.default, (q, transposed), node, shape=scores, layer=f"{layer}.scores")
         score = call(graph, aten.mul.Tensor, (score, scale), score, layer=f"{layer}.scale")
         if mask is not None:
             score = call(graph, aten.add.Tensor, (score, mask), score, layer=f"{layer}.mask")
-        share = call(graph, aten.softmax.int, (score, -1), score, layer=f"{layer}.softmax")
-        mixed = call(graph, aten.matmul.default, (share, v), node, layer=f"{layer}.values")
-    replace(graph_module, node, mixed)
+        shares = call(graph, aten.softmax.int, (score, -1), score, layer=f"{layer}.softmax")
+        values = call(graph, aten.matmul.default, (shares, v), node, layer=f"{layer}.values")
+    replace(graph_module, node, values)
 
 
 def _as_linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -181,19 +179,19 @@ def _two_dimensional(graph_module: fx.GraphModule, node: fx.Node) -> None:
     if len(result) <= 2:
         return
     with graph.inserting_before(node):
-        flat = as_rows(x, f"{node.meta['layer']}.rows")
-    node.args = (flat, *node.args[1:])
+        rows = as_rows(x, f"{node.meta['layer']}.rows")
+    node.args = (rows, *node.args[1:])
     last = node
     users = list(node.users)
     if len(users) == 1 and users[0].target in CLAMPS:
         last = users[0]  # a ReLU stays next to its layer, which folds it
     sizes = spelled_sizes(graph_module, x, result)
     with graph.inserting_after(last):
-        whole = call(graph, aten.reshape.default, (last, sizes), last, layer=f"{last.meta['layer']}.reshape")
+        reshaped = call(graph, aten.reshape.default, (last, sizes), last, layer=f"{last.meta['layer']}.reshape")
     for flattened in {node, last}:
         flattened.meta["shape"] = (None, result[-1])
-    last.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
-    move_points(graph_module, last, whole)
+    last.replace_all_uses_with(reshaped, delete_user_cb=lambda user: user is not reshaped)
+    move_points(graph_module, last, reshaped)
 
 
 def _one_reshape(graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -205,6 +203,3 @@ def _one_reshape(graph_module: fx.GraphModule, node: fx.Node) -> None:
     unknown = sum(size is None for size in shape(node))
     if shape(node) == shape(source) and unknown <= 1:
         replace(graph_module, node, source)
-
-
-# ---- batch norm

@@ -71,7 +71,7 @@ def capture(
     """
     exported = _export(student.eval(), example, axes)
     _plain_signature(exported.graph)
-    _say_sizes(exported.graph)
+    _spell_sizes(exported.graph)
     graph_module = fx.GraphModule(exported, exported.graph)
     _describe(graph_module, input_names)
     _drop_no_ops(graph_module)
@@ -96,8 +96,8 @@ def _export(student: nn.Module, example: Example, axes: Axes | None) -> fx.Graph
     except Exception as error:  # whatever the user's code or the tracer raised
         message = str(error).strip().partition("\n")[0]
         if "specialized" in str(error) or "Constraints violated" in str(error):
-            found = re.search(r"size\(\)\[(\d+)\]", str(error))
-            axis = int(found[1]) if found else 0
+            match = re.search(r"size\(\)\[(\d+)\]", str(error))
+            axis = int(match[1]) if match else 0
             name, size = (axes[0][axis] if axes and axis else "batch"), example[0].shape[axis]
             message = f"the {name} size is fixed to {size} somewhere; use x.shape[{axis}] or -1, not a number"
             where = _fixed_size(student, example, size)
@@ -117,19 +117,19 @@ def _plain_signature(graph: fx.Graph) -> None:
     graph.set_codegen(fx.graph.CodeGen())
 
 
-def _say_sizes(graph: fx.Graph) -> None:
+def _spell_sizes(graph: fx.Graph) -> None:
     """A -1 in a view that is a free size of an input becomes that size: as a quotient it grows from layer to layer."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     free = {str(s): (n, i) for n in inputs for i, s in enumerate(n.meta["val"].shape) if not isinstance(s, int)}
-    said: dict[str, fx.Node] = {}
+    nodes: dict[str, fx.Node] = {}
     for node in calls(graph, aten.view.default, aten.reshape.default):
         sizes = list(node.args[1])  # type: ignore[arg-type]
         size = str(node.meta["val"].shape[sizes.index(-1)]) if -1 in sizes else ""
         if size in free and any(isinstance(s, fx.Node) for s in sizes):
-            if size not in said:
+            if size not in nodes:
                 with graph.inserting_after(inputs[-1]):
-                    said[size] = graph.call_function(aten.sym_size.int, free[size])
-            sizes[sizes.index(-1)] = said[size]
+                    nodes[size] = graph.call_function(aten.sym_size.int, free[size])
+            sizes[sizes.index(-1)] = nodes[size]
             node.args = (node.args[0], sizes)
 
 
@@ -139,8 +139,8 @@ def _mutates(node: fx.Node) -> bool:
 
 def _user_line(error: BaseException) -> str:
     """`, at FILE:LINE: 'code'` of the deepest frame outside torch and pqk, or nothing."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), contextlib.__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    internal = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), contextlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*internal, "<"))]
     return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}: '{frames[-1].line}'" if frames else ""
 
 
@@ -169,8 +169,8 @@ def _describe(graph_module: fx.GraphModule, input_names: Sequence[str] | None) -
     """Replace the tracer's metadata (fake tensors, source paths) by plain facts, and note every module's output."""
     points: dict[str, str] = {}
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    named = dict(zip(inputs, input_names or [str(n.target) for n in inputs], strict=True))
-    taken = set(named.values())
+    input_layers = dict(zip(inputs, input_names or [str(n.target) for n in inputs], strict=True))
+    layers = set(input_layers.values())
     stacks = {node: _stack(node) for node in graph_module.graph.nodes}
     owners = Counter(stack[-1] for node, stack in stacks.items() if stack and "val" in node.meta)
     for node, stack in stacks.items():
@@ -181,7 +181,7 @@ def _describe(graph_module: fx.GraphModule, input_names: Sequence[str] | None) -
         if isinstance(value, torch.Tensor):
             node.meta["shape"] = tuple(s if isinstance(s, int) else None for s in value.shape)
             node.meta["dtype"] = value.dtype
-        node.meta["layer"] = named.get(node) or _layer(node, stack, owners, taken)
+        node.meta["layer"] = input_layers.get(node) or _layer(node, stack, owners, layers)
         if node.op == "call_function" and "shape" in node.meta:
             points.update((path, node.name) for path in stack if path)
     graph_module.meta["points"] = points
@@ -193,7 +193,7 @@ def _stack(node: fx.Node) -> list[str]:
     return [path for path in paths if not path.startswith("_empty")]
 
 
-def _layer(node: fx.Node, stack: list[str], owners: Counter[str], taken: set[str]) -> str:
+def _layer(node: fx.Node, stack: list[str], owners: Counter[str], layers: set[str]) -> str:
     """The path of the module if the node is all that it does, else with the operator's name; numbered if taken."""
     if node.op != "call_function":
         return str(node.target)
@@ -201,10 +201,10 @@ def _layer(node: fx.Node, stack: list[str], owners: Counter[str], taken: set[str
     path = stack[-1] if stack else ""
     name = path if path and owners[path] == 1 else f"{path}.{operator}".lstrip(".")
     base, count = name, 0
-    while name in taken:
+    while name in layers:
         count += 1
         name = f"{base}_{count}"
-    taken.add(name)
+    layers.add(name)
     return name
 
 

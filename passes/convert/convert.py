@@ -119,8 +119,8 @@ def _ranged(student: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
     """The integers, scale and zero point of what a dynamic quantizer reads."""
     graph = student.graph
     with graph.inserting_before(node):
-        found = call(graph, DYNAMIC, (operand(node),), node, dtype=torch.uint8)
-        parts = tuple(graph.call_function(operator.getitem, (found, i)) for i in range(3))
+        result = call(graph, DYNAMIC, (operand(node),), node, dtype=torch.uint8)
+        parts = tuple(graph.call_function(operator.getitem, (result, i)) for i in range(3))
     for part, dtype in zip(parts, (torch.uint8, torch.float32, torch.uint8), strict=True):
         part.meta.update(facts(node) | {"dtype": dtype})
     return parts

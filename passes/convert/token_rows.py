@@ -23,24 +23,24 @@ def keep_rows(graph_module: fx.GraphModule) -> None:
     rows: RowsOf = {}
     for node in list(graph_module.graph.nodes):
         if node.target is aten.reshape.default:
-            _meet(graph_module, node, rows)
-        elif any(n in rows for n in _whole(node)):
+            _join_rows(graph_module, node, rows)
+        elif any(n in rows for n in _row_operands(node)):
             _convert(graph_module, node, rows)
 
 
-def _whole(node: fx.Node) -> list[fx.Node]:
+def _row_operands(node: fx.Node) -> list[fx.Node]:
     """The operands of the shape of `node`, which works by row; [] where it does not."""
     if node.op != "call_function" or node.target not in BY_ROW or len(shape(node)) < 3 or shape(node)[-1] is None:
         return []
-    several = (node.target in TAKES_SCALE and len(shape(operand(node, 1)))) or (
+    has_axes = (node.target in TAKES_SCALE and len(shape(operand(node, 1)))) or (
         node.target is aten.layer_norm.default and len(node.args[1]) != 1  # type: ignore[arg-type]
     )
-    whole = [n for n in node.all_input_nodes if n.meta.get("shape") == shape(node)]
-    others = [n for n in node.all_input_nodes if n not in whole]
-    return [] if several or any(len(n.meta.get("shape", ())) > 1 for n in others) else whole
+    same_shape = [n for n in node.all_input_nodes if n.meta.get("shape") == shape(node)]
+    others = [n for n in node.all_input_nodes if n not in same_shape]
+    return [] if has_axes or any(len(n.meta.get("shape", ())) > 1 for n in others) else same_shape
 
 
-def _meet(graph_module: fx.GraphModule, node: fx.Node, rows: RowsOf) -> None:
+def _join_rows(graph_module: fx.GraphModule, node: fx.Node, rows: RowsOf) -> None:
     """A reshape from rows puts them at hand; one to rows takes those at hand; another one reads them."""
     source = operand(node)
     before, after = shape(source), shape(node)
@@ -57,24 +57,24 @@ def _meet(graph_module: fx.GraphModule, node: fx.Node, rows: RowsOf) -> None:
 
 def _convert(graph_module: fx.GraphModule, node: fx.Node, rows: RowsOf) -> None:
     """Compute `node` on rows; the reshape that takes its place is dead where nothing reads it."""
-    whole, wanted = _whole(node), shape(node)
+    sources, size = _row_operands(node), shape(node)
     with graph_module.graph.inserting_before(node):
-        for source in whole:
-            _make(source, rows)
+        for source in sources:
+            _put_rows(source, rows)
         result = _on_rows(node, rows)
-        sizes = spelled_sizes(graph_module, whole[0], wanted)
+        sizes = spelled_sizes(graph_module, sources[0], size)
         layer = f"{node.meta['layer']}.reshape"
-        back = call(graph_module.graph, aten.reshape.default, (result, sizes), node, layer=layer)
-    replace(graph_module, node, back)
-    rows[back] = result
+        reshaped = call(graph_module.graph, aten.reshape.default, (result, sizes), node, layer=layer)
+    replace(graph_module, node, reshaped)
+    rows[reshaped] = result
 
 
-def _make(source: fx.Node, rows: RowsOf) -> None:
+def _put_rows(source: fx.Node, rows: RowsOf) -> None:
     """Have the rows of `source` at hand, made at the insertion point; of dequantized values from their integers."""
     if source in rows:
         return
-    if source.target is DEQUANTIZE and _whole(source):
-        _make(operand(source), rows)
+    if source.target is DEQUANTIZE and _row_operands(source):
+        _put_rows(operand(source), rows)
         rows[source] = _on_rows(source, rows)
     else:
         rows[source] = as_rows(source, f"{source.meta['layer']}.rows")

@@ -55,32 +55,32 @@ def _why_not_written(fused: fx.GraphModule, node: fx.Node, part: fx.Node) -> Rea
 
 def _apply(fused: fx.GraphModule, node: fx.Node, writes: list[bool]) -> None:
     graph = fused.graph
-    given: dict[str, Any] = dict(node.kwargs)
-    parts: list[fx.Node] = given["inputs"]
+    joined: dict[str, Any] = dict(node.kwargs)
+    parts: list[fx.Node] = joined["inputs"]
     places = {n: i for i, n in enumerate(graph.nodes)}
     first = min((p for p, w in zip(parts, writes, strict=True) if w), key=places.__getitem__)
     with graph.inserting_before(first):
-        arguments = (first.kwargs["x"], list(shape(node)[1:]), given["out_dtype"])
+        arguments = (first.kwargs["x"], list(shape(node)[1:]), joined["out_dtype"])
         buffer = call(graph, OPS.concat_buffer.default, arguments, node)
     begin = 0
-    for i, (part, wrote) in enumerate(zip(parts, writes, strict=True)):
+    for i, (part, writes_slice) in enumerate(zip(parts, writes, strict=True)):
         end = begin + (shape(part)[-1] or 0)
-        with graph.inserting_before(part if wrote else node):
+        with graph.inserting_before(part if writes_slice else node):
             out = call(graph, aten.slice.Tensor, (buffer, len(shape(node)) - 1, begin, end), part)
-            scale, zero_point = (given[k][i] for k in ("scales", "zero_points"))
-            if wrote:
-                named = {**part.kwargs, **_steps(fused, part, node, float(scale))}
-                made = graph.call_function(WRITERS[part.target], (), {**named, "out": out})
+            scale, zero_point = (joined[k][i] for k in ("scales", "zero_points"))
+            if writes_slice:
+                keywords = {**part.kwargs, **_steps(fused, part, node, float(scale))}
+                launched = graph.call_function(WRITERS[part.target], (), {**keywords, "out": out})
             else:
-                named = {k: given[k] for k in ("params", "steps", "out_dtype")}
-                named |= {"out": out, "x": part, "scale": scale, "zero_point": zero_point}
-                made = graph.call_function(OPS.int8_concat_into.default, (), named)
-        stands = {k: node.meta[k] for k in ("stands_for", "image")}
-        made.meta.update(stands, layer=part.meta["layer"] if wrote else node.meta["layer"], columns=(begin, end))
+                keywords = {k: joined[k] for k in ("params", "steps", "out_dtype")}
+                keywords |= {"out": out, "x": part, "scale": scale, "zero_point": zero_point}
+                launched = graph.call_function(OPS.int8_concat_into.default, (), keywords)
+        layer = (part if writes_slice else node).meta["layer"]
+        launched.meta.update({k: node.meta[k] for k in ("stands_for", "image")}, layer=layer, columns=(begin, end))
         begin = end
     replace(fused, node, buffer)
-    for part, wrote in zip(parts, writes, strict=True):
-        if wrote:
+    for part, writes_slice in zip(parts, writes, strict=True):
+        if writes_slice:
             graph.erase_node(part)
 
 

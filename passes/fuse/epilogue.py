@@ -4,8 +4,8 @@
 
 The chain goes on while each value has one reader and the reader is a step: an activation function, a sum or product
 with one other tensor, a quantize (and the dequantize behind it, which together are `requantize`; or all that is
-computed from its integers alone, which is a `table`). A reshape between
-steps is no work; the result gets the last one's shape. What the steps mean is in `pqk.kernels.common.epilogue`.
+computed from its integers alone, which is a `table`). A reshape between steps is no work; the result gets the last
+one's shape. What the steps mean is in `pqk.kernels.common.epilogue`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Ending:
-    """`end` is what `steps` make of the layer's result; `params` has a row for each, as `_epilogue` lays it out."""
+    """`end` is what `steps` make of the layer's result; `params` has a row for each, as the kernels lay it out."""
 
     end: fx.Node
     steps: tuple[str, ...] = ()
@@ -83,22 +83,22 @@ def endings(root: fx.GraphModule, anchor: fx.Node) -> list[Ending]:
     Not behind a `requantize`: integers are smaller than the floats that they stand for.
     """
     image = len(shape(anchor)) == 4  # in NHWC, where a reshape is no view
-    found = [Ending(anchor)]
-    at: Ending | None = found[0]
+    places = [Ending(anchor)]
+    at: Ending | None = places[0]
     while at is not None and len(at.steps) < MAX_STEPS and len(at.end.users) == 1:
         (user,) = at.end.users
         if _is_reshape(user) and not image:
             at = replace(at, end=user, view=user)
         elif user.target is QUANTIZE:
             row = _grid(root, user)
-            found.append(at.then(user, "quantize", row))
+            places.append(at.then(user, "quantize", row))
             at = _behind(root, at, user, row, image)
             continue
         else:
             at = _step(root, at, user)
         if at is not None and at.steps[-1:] != ("requantize",):
-            found.append(at)
-    return found[::-1]
+            places.append(at)
+    return places[::-1]
 
 
 def _grid(root: fx.GraphModule, node: fx.Node) -> EpilogueRow:
@@ -108,15 +108,15 @@ def _grid(root: fx.GraphModule, node: fx.Node) -> EpilogueRow:
 
 def _behind(root: fx.GraphModule, at: Ending, node: fx.Node, row: EpilogueRow, image: bool) -> Ending | None:
     """Behind a quantize: its dequantize, if that leads to another step, else whatever its integers are looked up in."""
-    plain = _through(root, at, node, row, image)
-    if plain is not None and len(plain.end.users) == 1:
-        (user,) = plain.end.users
-        if user.target is QUANTIZE or _is_reshape(user) or _step(root, plain, user) is not None:
-            return plain
-    found = None if at.table else tabulated(root, node)
-    if found is None:
-        return plain
-    end, table = found
+    dequantized = _through(root, at, node, row, image)
+    if dequantized is not None and len(dequantized.end.users) == 1:
+        (user,) = dequantized.end.users
+        if user.target is QUANTIZE or _is_reshape(user) or _step(root, dequantized, user) is not None:
+            return dequantized
+    looked_up = None if at.table else tabulated(root, node)
+    if looked_up is None:
+        return dequantized
+    end, table = looked_up
     return replace(at.then(end, "table", row), table=table)
 
 

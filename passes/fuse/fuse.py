@@ -134,12 +134,12 @@ def _end_in_float(fused: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _left_out(fused: fx.GraphModule) -> Iterator[tuple[str, str]]:
-    moving: set[fx.Node] = set()
+    computed: set[fx.Node] = set()
     for node in fused.graph.nodes:
-        if node.op != "placeholder" and not any(n in moving for n in node.all_input_nodes):
+        if node.op != "placeholder" and not any(n in computed for n in node.all_input_nodes):
             continue  # computed from constants alone
-        moving.add(node)
-        left = node.op == "call_function" and getattr(node.target, "namespace", "") == "aten" and "dtype" in node.meta
-        if left and node.target not in (*VIEWS, aten.contiguous.default):
+        computed.add(node)
+        of_torch = node.op == "call_function" and getattr(node.target, "namespace", "") == "aten"
+        if of_torch and "dtype" in node.meta and node.target not in (*VIEWS, aten.contiguous.default):
             operator = getattr(node.target, "_opname", str(node.target))
             yield node.meta["layer"], f"{operator}: no rule makes it part of a launch; torch runs it"

@@ -1,4 +1,4 @@
-"""What is a function of one quantized value alone, as a table: 256 integers in, 256 numbers out.
+"""Functions of one quantized value as tables: 256 integers in, 256 numbers out.
 
     q -> dequantize -> x * sigmoid(x), hard-swish, hard sigmoid, leaky ReLU … (quantized between, or not)
 
@@ -29,14 +29,14 @@ def tabulated(root: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, tuple[float
     reader = node.next
     while reader.op != "root":
         if any(source in numbers for source in reader.all_input_nodes):
-            made = _computed(root, reader, numbers)
-            if made is None:
+            value = _computed(root, reader, numbers)
+            if value is None:
                 return None  # who reads this may read no step of a launch
-            numbers[reader] = made
+            numbers[reader] = value
             inner = [n for n in numbers if n is not reader]
             closed = all(user in numbers for n in inner for user in n.users)
             if closed and is_float(reader) and reader.target is not DEQUANTIZE:
-                return reader, tuple(made.tolist())
+                return reader, tuple(value.tolist())
         reader = reader.next
     return None
 
@@ -45,17 +45,17 @@ def _computed(root: fx.GraphModule, node: fx.Node, numbers: dict[fx.Node, Tensor
     """The value of a pointwise node whose other arguments are single constants; None for any other."""
     if node.op != "call_function" or node.target not in POINTWISE:
         return None
-    known: dict[fx.Node, Tensor] = {}
+    arguments: dict[fx.Node, Tensor] = {}
     for source in node.all_input_nodes:
         value = numbers.get(source)
         value = _constant(root, source) if value is None else value
         if value is None:
             return None
-        known[source] = value
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
+        arguments[source] = value
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: arguments[n])
     with torch.no_grad():
-        made: Tensor = node.target(*args, **kwargs)
-    return made
+        result: Tensor = node.target(*args, **kwargs)
+    return result
 
 
 def _constant(root: fx.GraphModule, node: fx.Node) -> Tensor | None:

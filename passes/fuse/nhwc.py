@@ -57,8 +57,8 @@ def settle(fused: fx.GraphModule) -> None:
 def dense(node: fx.Node) -> bool:
     """Whether `node` is sure to be contiguous: the result of an operator of ours, which fills new memory."""
     target = node.target
-    ours = node.op == "call_function" and getattr(target, "namespace", "") == "pqk"
-    return ours or target in PADS
+    fills_memory = node.op == "call_function" and getattr(target, "namespace", "") == "pqk"
+    return fills_memory or target in PADS
 
 
 def _permutes(node: Any, order: list[int]) -> bool:
@@ -78,8 +78,8 @@ def _sink(fused: fx.GraphModule, node: fx.Node) -> None:
         return
     n, c, h, w = shape(node)
     with graph.inserting_before(node):
-        moved = call(graph, node.target, (source, *args), node, shape=(n, h, w, c))
-        replace(fused, node, nchw(moved))
+        result = call(graph, node.target, (source, *args), node, shape=(n, h, w, c))
+        replace(fused, node, nchw(result))
 
 
 def _nhwc_arguments(node: fx.Node) -> tuple[Any, ...] | None:

@@ -1,11 +1,11 @@
 """Which nodes of the INT8 graph become one launch: `matches`, `why_not_fused`, `rewrite`, a rule a kind of layer.
 
-    matches(root, node)   the ways in which a launch may begin at `node`, the one that takes in most first
-    check(root, match)    why a match cannot be one launch, else None
-    rewrite(root, match)  the launch, put in at the insertion point, and a view of it as `match.ending.end`
+    matches(root, node)         the ways in which a launch may begin at `node`, the one that takes in most first
+    why_not_fused(root, match)  why a match cannot be one launch, else None
+    rewrite(root, match)        the launch, put in at the insertion point, and a view of it as `match.ending.end`
 
 Integers stay integers between launches: a layer reads the integers behind its dequantized input. The rules themselves
-are in `_rules_weighted`, `_rules_plain` and `_rules_encoder`, the list of them in `fuse`.
+are in `rules_weighted`, `rules_elementwise`, `rules_attention` and `rules_embedding`, the list of them in `fuse`.
 """
 
 from __future__ import annotations

@@ -49,26 +49,27 @@ class SiblingsRule(Rule):
         return [Match(node, (value,), first, {"parts": parts})]
 
     def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
-        made = [w for _, w, _ in match.facts["parts"]]
-        if (reason := next((w for w in made if isinstance(w, str)), None)) is not None:
+        parameters = [w for _, w, _ in match.facts["parts"]]
+        if (reason := next((w for w in parameters if isinstance(w, str)), None)) is not None:
             return reason
         rows = [e.params[0] for _, _, e in match.facts["parts"]]
         if any(row[2:4] != rows[0][2:4] for row in rows):
             return "layers that read the same integers stay apart: the ranges of their outputs differ"
-        return int8_linear.why_not_supported(like(match.inputs[0].integers), torch.cat([w.weight for w in made]))
+        return int8_linear.why_not_supported(like(match.inputs[0].integers), torch.cat([w.weight for w in parameters]))
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         parts: list[tuple[fx.Node, Weights, Ending]] = match.facts["parts"]
-        made = [w for _, w, _ in parts]
+        parameters = [w for _, w, _ in parts]
         scales = [w.scale / torch.tensor(e.params[0][0], dtype=torch.float32) for _, w, e in parts]
-        size = (*shape(match.anchor)[:-1], sum(len(w.weight) for w in made))
+        size = (*shape(match.anchor)[:-1], sum(len(w.weight) for w in parameters))
         zero_points = torch.cat([torch.full((len(w.weight),), e.params[0][1]) for _, w, e in parts])
         shifted = bool(zero_points.any())
         all_of_them = replace(match, ending=_rounding(match.ending, shifted))
         node = launch(
             root, "int8_linear", all_of_them, size, x=match.inputs[0].integers,
             residual=zero_points.to(match.ending.dtype) if shifted else None,
-            weight=torch.cat([w.weight for w in made]), bias=torch.cat([w.bias for w in made]), scale=torch.cat(scales),
+            weight=torch.cat([w.weight for w in parameters]), bias=torch.cat([w.bias for w in parameters]),
+            scale=torch.cat(scales),
             **plain_epilogue(all_of_them),
         )  # fmt: skip
         begin, result = 0, node
@@ -119,8 +120,8 @@ class AttentionRule(Rule):
         if q is None or k is None or not _swaps(k.integers, 2, 3):
             return ()
         k = replace(k, integers=operand(k.integers))
-        plain = [e for e in endings(root, node) if e.residual is None]
-        return [Match(node, (q, k, v), e, {"mask": mask, "factor": factor}) for e in plain]
+        without_residual = [e for e in endings(root, node) if e.residual is None]
+        return [Match(node, (q, k, v), e, {"mask": mask, "factor": factor}) for e in without_residual]
 
     def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
         mask, sizes = match.facts["mask"], [shape(i.integers) for i in match.inputs]
@@ -131,10 +132,10 @@ class AttentionRule(Rule):
             for size, i in zip(sizes, match.inputs, strict=True)
         )
         params, turned = torch.empty(0, 5, device="meta"), [t.transpose(1, 2) for t in (q, k, v)]
-        given = int8_attention.Attention(
+        operands = int8_attention.Attention(
             turned[0], turned[1], turned[2], None, params, "", 1.0, 1.0, 0, 0, 0, torch.float32
         )
-        return int8_attention.why_not_supported(given) or why_not_one_grid(match)
+        return int8_attention.why_not_supported(operands) or why_not_one_grid(match)
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         q, k, v = match.inputs
@@ -143,11 +144,12 @@ class AttentionRule(Rule):
             keys = (shape(mask)[0], shape(mask)[3])
             mask = call(root.graph, aten.squeeze.dims, (mask, [1, 2]), mask, shape=keys)
         b, heads, tokens, width = shape(match.anchor)
-        named: dict[str, Any] = {name: _heads_second(i.integers) for name, i in zip("qkv", match.inputs, strict=True)}
-        named |= {f"{name}_zero_point": i.zero_point for name, i in zip("qkv", match.inputs, strict=True)}
-        named |= {"mask": mask, "score_scale": q.scale * k.scale * match.facts["factor"], "value_scale": v.scale}
+        operands = dict(zip("qkv", match.inputs, strict=True))
+        keywords: dict[str, Any] = {name: _heads_second(i.integers) for name, i in operands.items()}
+        keywords |= {f"{name}_zero_point": i.zero_point for name, i in operands.items()}
+        keywords |= {"mask": mask, "score_scale": q.scale * k.scale * match.facts["factor"], "value_scale": v.scale}
         size = (b, tokens, heads, width)
-        node = launch(root, "int8_attention", match, size, **named, **plain_epilogue(match))
+        node = launch(root, "int8_attention", match, size, **keywords, **plain_epilogue(match))
         del node.meta["stands_for"]
         return stand(_heads_second(node), end)
 
@@ -188,10 +190,10 @@ class NormRule(Rule):
         value = quantized(root, a["input"]) or Quantized(a["input"], 1.0, 0)
         with graph.inserting_before(anchor):
             x = call(graph, aten.contiguous.default, (value.integers,), value.integers)
-            named: dict[str, Any] = {"x": x, "x_scale": value.scale, "x_zero_point": value.zero_point}
-            named |= {"residual": None, "residual_scale": 1.0, "residual_zero_point": 0}
-            named |= affine(match) | {"keep": "norm" if norm_is_read(match) else "nothing"}
-            return both_results(root, match, launch(root, norm_kernel(anchor), match, shape(anchor), **named))
+            keywords: dict[str, Any] = {"x": x, "x_scale": value.scale, "x_zero_point": value.zero_point}
+            keywords |= {"residual": None, "residual_scale": 1.0, "residual_zero_point": 0}
+            keywords |= affine(match) | {"keep": "norm" if norm_is_read(match) else "nothing"}
+            return both_results(root, match, launch(root, norm_kernel(anchor), match, shape(anchor), **keywords))
 
 
 def norm_endings(root: fx.GraphModule, node: fx.Node) -> list[Match]:
@@ -230,6 +232,6 @@ def both_results(root: fx.GraphModule, match: Match, node: fx.Node) -> fx.Node:
     del node.meta["stands_for"]
     result = stand(call(graph, operator.getitem, (node, 0), end, layer=anchor.meta["layer"]), end)
     if norm_is_read(match):
-        kept = call(graph, operator.getitem, (node, 1), anchor)
-        replace_node(root, anchor, stand(kept, anchor))
+        floats = call(graph, operator.getitem, (node, 1), anchor)
+        replace_node(root, anchor, stand(floats, anchor))
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -16,8 +17,25 @@ from pqk.passes.fuse.nhwc import nhwc, turned
 from pqk.passes.fuse.rule import Match, Rule, as_end, launch, pair, plain_epilogue, why_not_one_grid
 
 
-class AddRule(Rule):
+class PairRule(Rule):
+    """A launch of two quantized values, which it reads as images in NHWC."""
+
+    kernel: ClassVar[str]
+
+    def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
+        a, b = match.inputs
+        left, right = nhwc(a.integers), nhwc(b.integers)
+        keywords = {
+            "a": left, "b": right,
+            "a_scale": a.scale, "a_zero_point": a.zero_point, "b_scale": b.scale, "b_zero_point": b.zero_point,
+        }  # fmt: skip
+        return as_end(match, launch(root, self.kernel, match, shape(left), **keywords, **plain_epilogue(match)))
+
+
+class AddRule(PairRule):
     """`pqk::int8_add`: a sum of two quantized values that no layer takes in."""
+
+    kernel = "int8_add"
 
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
         a = arguments(node) if node.target is aten.add.Tensor else {}
@@ -35,19 +53,11 @@ class AddRule(Rule):
             return "it adds a constant"
         return why_not_one_grid(match)
 
-    def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
-        a, b = match.inputs
-        left, right = nhwc(a.integers), nhwc(b.integers)
-        size = shape(left)
-        named = {
-            "a": left, "b": right,
-            "a_scale": a.scale, "a_zero_point": a.zero_point, "b_scale": b.scale, "b_zero_point": b.zero_point,
-        }  # fmt: skip
-        return as_end(match, launch(root, "int8_add", match, size, **named, **plain_epilogue(match)))
 
-
-class MulRule(Rule):
+class MulRule(PairRule):
     """`pqk::int8_mul`: a product of two quantized values that no layer takes in, or an image and its gate."""
+
+    kernel = "int8_mul"
 
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
         sides = [quantized(root, a) for a in node.args] if node.target is aten.mul.Tensor else [None]
@@ -65,15 +75,6 @@ class MulRule(Rule):
             return f"it multiplies {list(image)} by {list(gate)}, which is neither of one shape nor a gate"
         return "it multiplies by a constant" if "get_attr" in (a.op, b.op) else why_not_one_grid(match)
 
-    def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
-        a, b = match.inputs
-        left, right = nhwc(a.integers), nhwc(b.integers)
-        named = {
-            "a": left, "b": right,
-            "a_scale": a.scale, "a_zero_point": a.zero_point, "b_scale": b.scale, "b_zero_point": b.zero_point,
-        }  # fmt: skip
-        return as_end(match, launch(root, "int8_mul", match, shape(left), **named, **plain_epilogue(match)))
-
 
 class PoolRule(Rule):
     """`pqk::int8_pool`: an average of a quantized value over windows or over all pixels."""
@@ -82,8 +83,8 @@ class PoolRule(Rule):
         if node.target not in (aten.mean.dim, aten.avg_pool2d.default) or len(shape(operand(node))) != 4:
             return ()
         a, value = arguments(node), quantized(root, node.args[0])
-        whole = node.target is aten.mean.dim and a["keepdim"] and sorted(d % 4 for d in a["dim"]) == [2, 3]
-        if value is None or not (whole or node.target is aten.avg_pool2d.default):
+        is_global = node.target is aten.mean.dim and a["keepdim"] and sorted(d % 4 for d in a["dim"]) == [2, 3]
+        if value is None or not (is_global or node.target is aten.avg_pool2d.default):
             return ()
         return [Match(node, (value,), e) for e in endings(root, node) if e.residual is None]
 
@@ -102,9 +103,9 @@ class PoolRule(Rule):
             flags = {k: a[k] for k in flags}
         n, c, h, w = shape(match.anchor)
         kind = "global_average" if match.anchor.target is aten.mean.dim else "average"
-        named = {"x": nhwc(value.integers), "scale": value.scale, "zero_point": value.zero_point, "kind": kind}
-        made = plain_epilogue(match)
-        return as_end(match, launch(root, "int8_pool", match, (n, h, w, c), **named, **window, **flags, **made))
+        keywords = {"x": nhwc(value.integers), "scale": value.scale, "zero_point": value.zero_point, "kind": kind}
+        ending = plain_epilogue(match)
+        return as_end(match, launch(root, "int8_pool", match, (n, h, w, c), **keywords, **window, **flags, **ending))
 
 
 class MaxPoolRule(Rule):
@@ -122,13 +123,13 @@ class MaxPoolRule(Rule):
         kernel = pair(a["kernel_size"])
         steps, params = program(("quantize", 1.0, 0.0, limits.min, limits.max))
         n, c, h, w = shape(match.anchor)
-        made = launch(
+        result = launch(
             root, "int8_pool", match, (n, h, w, c),
             x=nhwc(match.inputs[0].integers), params=params, steps=steps, kind="max", kernel=kernel,
             stride=pair(a["stride"] or kernel), padding=pair(a["padding"]), dilation=pair(a["dilation"]),
             ceil_mode=a["ceil_mode"], count_include_pad=True, scale=1.0, zero_point=0, out_dtype=match.ending.dtype,
         )  # fmt: skip
-        return as_end(match, made)
+        return as_end(match, result)
 
 
 class ConcatRule(Rule):
@@ -152,8 +153,8 @@ class ConcatRule(Rule):
         inputs = [nhwc(v.integers) for v in match.inputs]
         size = (*shape(inputs[0])[:-1], sum(shape(x)[-1] or 0 for x in inputs))
         scales, zero_points = [v.scale for v in match.inputs], [v.zero_point for v in match.inputs]
-        named = {"inputs": inputs, "scales": scales, "zero_points": zero_points}
-        return as_end(match, launch(root, "int8_concat", match, size, **named, **plain_epilogue(match)))
+        keywords = {"inputs": inputs, "scales": scales, "zero_points": zero_points}
+        return as_end(match, launch(root, "int8_concat", match, size, **keywords, **plain_epilogue(match)))
 
 
 class QuantizeRule(Rule):
@@ -170,6 +171,6 @@ class QuantizeRule(Rule):
         assert isinstance(x, fx.Node)
         scale, zero_point = (attribute(root, str(operand(match.anchor, i).target)) for i in (1, 2))
         view = turned(x)
-        named = {"scale": float(scale), "zero_point": int(zero_point), "qmin": qmin, "qmax": qmax}
-        made = launch(root, "quantize_static", match, shape(view), x=view, **named, out_dtype=match.ending.dtype)
-        return as_end(match, made)
+        keywords = {"scale": float(scale), "zero_point": int(zero_point), "qmin": qmin, "qmax": qmax}
+        result = launch(root, "quantize_static", match, shape(view), x=view, **keywords, out_dtype=match.ending.dtype)
+        return as_end(match, result)

@@ -2,8 +2,8 @@
 
     words[ids] + types[type ids] + positions[0 .. T-1] -> layer norm -> quantize
 
-The tables stay int8 (`_embedding_tables`), dequantized row by row with a scale a column. Who reads the norm itself,
-such as the first residual sum, gets its floats from the same launch.
+The tables stay int8 (`pqk.passes.quantize.embeddings`), dequantized row by row with a scale a column. Who reads the
+norm itself, such as the first residual sum, gets its floats from the same launch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class EmbeddedRows:
     scale: Tensor | None
     ids: fx.Node | None = None
 
-    def given(self, name: str, at: str | None = None) -> dict[str, Any]:
+    def keywords(self, name: str, at: str | None = None) -> dict[str, Any]:
         """The arguments of the launch that read it: `name`s, `name`_scale, and the ids as `at`."""
-        here: dict[str, Any] = {f"{name}s": self.table, f"{name}_scale": self.scale}
+        keywords: dict[str, Any] = {f"{name}s": self.table, f"{name}_scale": self.scale}
         if self.ids is None:
-            return here | {at or f"{name}_ids": None}
-        return here | {at or f"{name}_ids": call(self.ids.graph, aten.contiguous.default, (self.ids,), self.ids)}
+            return keywords | {at or f"{name}_ids": None}
+        return keywords | {at or f"{name}_ids": call(self.ids.graph, aten.contiguous.default, (self.ids,), self.ids)}
 
 
 class EmbeddingRule(Rule):
@@ -48,10 +48,10 @@ class EmbeddingRule(Rule):
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
         if node.target is not aten.layer_norm.default:
             return ()
-        found = _addends(operand(node))
-        if not any(_looked_up(n) is not None and n.target is DEQUANTIZE for n in found):
+        addends = _addends(operand(node))
+        if not any(_looked_up(n) is not None and n.target is DEQUANTIZE for n in addends):
             return ()
-        facts = {"slots": _slots(root, found)}
+        facts = {"slots": _slots(root, addends)}
         return [Match(m.anchor, (), m.ending, facts) for m in norm_endings(root, node)]
 
     def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
@@ -66,13 +66,13 @@ class EmbeddingRule(Rule):
 
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         slots: dict[str, EmbeddedRows] = match.facts["slots"]
-        nothing: dict[str, Any] = {f"{n}{s}": None for n in ("position", "type") for s in ("s", "_scale", "_ids")}
+        absent: dict[str, Any] = {f"{n}{s}": None for n in ("position", "type") for s in ("s", "_scale", "_ids")}
         with root.graph.inserting_before(match.anchor):
-            named = nothing | slots["word"].given("word", "ids")
+            keywords = absent | slots["word"].keywords("word", "ids")
             for name in slots.keys() - {"word"}:
-                named |= slots[name].given(name)
-            named |= affine(match) | {"normalize": True, "keep": norm_is_read(match)}
-            return both_results(root, match, launch(root, "int8_embedding", match, shape(match.anchor), **named))
+                keywords |= slots[name].keywords(name)
+            keywords |= affine(match) | {"normalize": True, "keep": norm_is_read(match)}
+            return both_results(root, match, launch(root, "int8_embedding", match, shape(match.anchor), **keywords))
 
 
 def _sums(total: fx.Node) -> list[fx.Node]:
@@ -90,8 +90,8 @@ def _addends(total: fx.Node) -> list[fx.Node]:
 
 def _looked_up(node: fx.Node) -> fx.Node | None:
     """The look-up of an addend, dequantized or not."""
-    found = operand(node) if node.target is DEQUANTIZE else node
-    return found if found.target is aten.embedding.default and operand(found).op == "get_attr" else None
+    source = operand(node) if node.target is DEQUANTIZE else node
+    return source if source.target is aten.embedding.default and operand(source).op == "get_attr" else None
 
 
 def _slots(root: fx.GraphModule, addends: list[fx.Node]) -> dict[str, EmbeddedRows] | str:
@@ -104,11 +104,11 @@ def _slots(root: fx.GraphModule, addends: list[fx.Node]) -> dict[str, EmbeddedRo
         table, ids = operand(pair[1]), operand(pair[1], 1)
         return bool(shape(ids)) and _first_place(root, ids, shape(ids)[-1]) is None, shape(table)[0] or 0
 
-    looked_up = [(n, found) for n in addends if (found := _looked_up(n)) is not None]
-    words, found = max(looked_up, key=rank)
-    if not rank((words, found))[0]:
+    looked_up = [(n, look_up) for n in addends if (look_up := _looked_up(n)) is not None]
+    words, look_up = max(looked_up, key=rank)
+    if not rank((words, look_up))[0]:
         return "the embedding is not one launch: no table is read at the ids of a sequence"
-    ids = operand(found, 1)
+    ids = operand(look_up, 1)
     rest = list(addends)
     rest.remove(words)
     slots: dict[str, EmbeddedRows] = {}
@@ -129,10 +129,10 @@ def _rows(root: fx.GraphModule, node: fx.Node, ids: fx.Node) -> EmbeddedRows | s
     layer = node.meta["layer"]
     if node.op == "get_attr":
         return _constant(attribute(root, str(node.target)).detach(), shape(ids), layer)
-    found = _looked_up(node)
-    if found is None:
+    look_up = _looked_up(node)
+    if look_up is None:
         return f"{layer} is no row of a table"
-    table, at, scale = attribute(root, str(operand(found).target)).detach(), operand(found, 1), None
+    table, at, scale = attribute(root, str(operand(look_up).target)).detach(), operand(look_up, 1), None
     if node.target is DEQUANTIZE:
         scale, zero_point = (attribute(root, str(operand(node, i).target)) for i in (1, 2))
         if bool(zero_point.any()) or scale.ndim != 1 or node.args[3] != len(shape(node)) - 1:
@@ -166,5 +166,5 @@ def _first_place(root: fx.GraphModule, at: fx.Node, length: int | None) -> int |
     if a and (a["dim"] % len(shape(at)) != len(shape(at)) - 1 or a["step"] != 1 or not isinstance(start, int)):
         return None
     places = attribute(root, str(source.target)).flatten()[start:]
-    counted = torch.arange(len(places)) + places[:1]
-    return int(places[0]) if len(places) and torch.equal(places, counted) and places[0] >= 0 else None
+    consecutive = torch.arange(len(places)) + places[:1]
+    return int(places[0]) if len(places) and torch.equal(places, consecutive) and places[0] >= 0 else None

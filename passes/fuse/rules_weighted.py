@@ -38,10 +38,10 @@ class Weights:
 def weights(root: fx.GraphModule, node: fx.Node, x: Quantized) -> Weights | str:
     """The constants of a convolution or linear layer on `x`, or why they are not those of an integer layer."""
     a = arguments(node)
-    found = constant(root, a["weight"])
-    if found is None:
+    integers_and_scale = constant(root, a["weight"])
+    if integers_and_scale is None:
         return "its weight is float"
-    weight, scale = found
+    weight, scale = integers_and_scale
     accumulator = torch.tensor(x.scale, dtype=torch.float32) * scale.expand(len(weight))
     bias = None
     if a["bias"] is not None:
@@ -72,12 +72,12 @@ class WeightedRule(Rule):
         value = quantized(root, node.args[0]) if node.target is self.target else None
         if value is None:
             return ()
-        made = weights(root, node, value)
-        return [Match(node, (value,), ending, {"weights": made}) for ending in endings(root, node)]
+        constants = weights(root, node, value)
+        return [Match(node, (value,), ending, {"weights": constants}) for ending in endings(root, node)]
 
     def why_not_fused(self, root: fx.GraphModule, match: Match) -> Reason | None:
-        made = match.facts["weights"]
-        return made if isinstance(made, str) else why_not_one_grid(match) or self.why_not_weighted(match)
+        constants = match.facts["weights"]
+        return constants if isinstance(constants, str) else why_not_one_grid(match) or self.why_not_weighted(match)
 
     @abstractmethod
     def why_not_weighted(self, match: Match) -> Reason | None:
@@ -97,8 +97,8 @@ class LinearRule(WeightedRule):
         x, weight = match.inputs[0].integers, w.weight
         if x.target is aten.flatten.using_ints and len(shape(operand(x))) == 4:
             x, weight = self.pixels_first(x, weight)
-        named = {"x": x, "weight": weight, "bias": w.bias, "scale": w.scale}
-        result = launch(root, "int8_linear", match, size, **named, **epilogue(match, size))
+        keywords = {"x": x, "weight": weight, "bias": w.bias, "scale": w.scale}
+        result = launch(root, "int8_linear", match, size, **keywords, **epilogue(match, size))
         return as_end(match, result)
 
     @staticmethod
@@ -118,8 +118,8 @@ class ConvolutionRule(WeightedRule):
         w, value = match.facts["weights"], match.inputs[0]
         kernel, geometry = self.form(match)
         x, weight = like(value.integers), w.weight.permute(0, 2, 3, 1)
-        given = (x, weight, w.bias, w.scale, w.scale, None, "", value.zero_point)
-        return kernel.why_not_supported(Conv(*given, **geometry, out_dtype=torch.float32))
+        operands = (x, weight, w.bias, w.scale, w.scale, None, "", value.zero_point)
+        return kernel.why_not_supported(Conv(*operands, **geometry, out_dtype=torch.float32))
 
     @staticmethod
     def form(match: Match) -> tuple[Any, dict[str, Any]]:
@@ -134,17 +134,18 @@ class ConvolutionRule(WeightedRule):
         n, o, height, width = shape(match.anchor)
         size = (n, height, width, o)
         kernel, geometry = self.form(match)
-        named: dict[str, Any] = {"x": nhwc(value.integers), "bias": w.bias, "scale": w.scale, **geometry}
-        named |= {"weight": w.weight.permute(0, 2, 3, 1).contiguous(), "zero_point": value.zero_point}
+        keywords: dict[str, Any] = {"x": nhwc(value.integers), "bias": w.bias, "scale": w.scale, **geometry}
+        keywords |= {"weight": w.weight.permute(0, 2, 3, 1).contiguous(), "zero_point": value.zero_point}
         if kernel is int8_depthwise_conv2d:
-            named["weight"] = int8_depthwise_conv2d.taps_first(named["weight"])
-            return as_end(match, launch(root, "int8_depthwise_conv2d", match, size, **named, **epilogue(match, size)))
-        moved = residual_shortcut(root, match.ending)
-        if moved is None:
-            return as_end(match, launch(root, "int8_conv2d", match, size, **named, **epilogue(match, size)))
-        read = {"residual_channels": moved.channels, "residual_stride": moved.stride}
-        epilogue_of_it = epilogue(match, size, nhwc(moved.source))
-        return as_end(match, launch(root, "int8_conv2d", match, size, **named, **epilogue_of_it, **read))
+            keywords["weight"] = int8_depthwise_conv2d.taps_first(keywords["weight"])
+            ending = epilogue(match, size)
+            return as_end(match, launch(root, "int8_depthwise_conv2d", match, size, **keywords, **ending))
+        moved_residual = residual_shortcut(root, match.ending)
+        if moved_residual is None:
+            return as_end(match, launch(root, "int8_conv2d", match, size, **keywords, **epilogue(match, size)))
+        keywords |= {"residual_channels": moved_residual.channels, "residual_stride": moved_residual.stride}
+        ending = epilogue(match, size, nhwc(moved_residual.source))
+        return as_end(match, launch(root, "int8_conv2d", match, size, **keywords, **ending))
 
 
 def residual_shortcut(root: fx.GraphModule, ending: Ending) -> Shortcut | None:

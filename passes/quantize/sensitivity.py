@@ -30,15 +30,15 @@ def sensitivity(student: fx.GraphModule, layers: set[str], batches: Iterable[Exa
     set_mode(student, "off")
     decibels = {}
     with torch.no_grad():
-        want = [tensors(student(*batch)) for batch in inputs]
+        float_outputs = [tensors(student(*batch)) for batch in inputs]
         for node in nodes:
-            own = _own_quantizers(student, node)
-            for quantizer in own:
+            quantizers = _own_quantizers(student, node)
+            for quantizer in quantizers:
                 quantizer.mode = "on"
-            got = [tensors(student(*batch)) for batch in inputs]
-            ratios = [sqnr(*sides) for sides in zip(_joined(want), _joined(got), strict=True)]
+            outputs = [tensors(student(*batch)) for batch in inputs]
+            ratios = [sqnr(*sides) for sides in zip(_joined(float_outputs), _joined(outputs), strict=True)]
             decibels[node.meta["layer"]] = min(*ratios, QUIETEST)
-            for quantizer in own:
+            for quantizer in quantizers:
                 quantizer.mode = "off"
     set_mode(student, "on")
     return decibels

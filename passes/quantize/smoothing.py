@@ -50,20 +50,20 @@ def smooth(
     largest = _largest_inputs(student, {operand(p.readers[0]) for p in pairs}, inputs)
     with torch.no_grad():
         want = tensors(student(*inputs[0]))
-    done = []
+    smoothed = []
     for pair in pairs:
         weights = [_parameter(student, r, "weight") for r in pair.readers]
         factors = _factors(largest[operand(pair.readers[0])], weights, alpha)
-        made = [_parameter(student, pair.source, name) for name in ("weight", "bias")]
-        _scale(made, weights, factors)
+        source_parameters = [_parameter(student, pair.source, name) for name in ("weight", "bias")]
+        _scale(source_parameters, weights, factors)
         with torch.no_grad():
             got = tensors(student(*inputs[0]))
         if all(float((g - w).abs().max()) <= SAME * float(w.abs().max()) for g, w in zip(got, want, strict=True)):
-            done += [r.meta["layer"] for r in pair.readers]
+            smoothed += [r.meta["layer"] for r in pair.readers]
         else:
-            _scale(made, weights, 1 / factors)
+            _scale(source_parameters, weights, 1 / factors)
             declined.append((pair.source.meta["layer"], "not smoothed: its channels are not those of what reads it"))
-    return done, declined
+    return smoothed, declined
 
 
 def find_pairs(student: fx.GraphModule) -> tuple[list[SmoothedPair], list[tuple[str, str]]]:
@@ -95,11 +95,11 @@ def find_pairs(student: fx.GraphModule) -> tuple[list[SmoothedPair], list[tuple[
 
 def _readers(node: fx.Node, through: bool) -> list[fx.Node]:
     """Who reads `node`, behind movement, and `through` the products that weigh it by attention."""
-    found: list[fx.Node] = []
+    readers: list[fx.Node] = []
     for user in node.users:
-        weighed = through and user.target in PRODUCTS and user.args[1] is node
-        found += _readers(user, through) if weighed or moves(user) else [user]
-    return list(dict.fromkeys(found))
+        is_weighing = through and user.target in PRODUCTS and user.args[1] is node
+        readers += _readers(user, through) if is_weighing or moves(user) else [user]
+    return list(dict.fromkeys(readers))
 
 
 def _own(node: fx.Node, users: dict[str, int]) -> bool:
@@ -107,8 +107,8 @@ def _own(node: fx.Node, users: dict[str, int]) -> bool:
     a = arguments(node)
     if node.target is aten.layer_norm.default and (len(a["normalized_shape"]) != 1 or a["bias"] is None):
         return False
-    found = [a["weight"], *([a["bias"]] if a["bias"] is not None else [])]
-    return all(isinstance(t, fx.Node) and t.op == "get_attr" and users[str(t.target)] == 1 for t in found)
+    parameters = [a["weight"], *([a["bias"]] if a["bias"] is not None else [])]
+    return all(isinstance(t, fx.Node) and t.op == "get_attr" and users[str(t.target)] == 1 for t in parameters)
 
 
 def _parameter(student: fx.GraphModule, node: fx.Node, name: str) -> Tensor | None:
@@ -124,8 +124,8 @@ def _factors(largest: Tensor, weights: Sequence[Tensor | None], alpha: float) ->
 
 
 @torch.no_grad()
-def _scale(made: Sequence[Tensor | None], weights: Sequence[Tensor | None], factors: Tensor) -> None:
-    for t in made:
+def _scale(divided: Sequence[Tensor | None], weights: Sequence[Tensor | None], factors: Tensor) -> None:
+    for t in divided:
         if t is not None:
             t.div_(factors.view(-1, *[1] * (t.dim() - 1)))
     for w in weights:
@@ -143,8 +143,8 @@ class _Watching(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n in self.largest:
-            seen = value.abs().reshape(-1, value.shape[-1]).amax(0)
-            self.largest[n] = torch.maximum(self.largest[n].to(seen.device), seen)
+            magnitudes = value.abs().reshape(-1, value.shape[-1]).amax(0)
+            self.largest[n] = torch.maximum(self.largest[n].to(magnitudes.device), magnitudes)
         return value
 
 

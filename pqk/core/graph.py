@@ -47,9 +47,9 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
     """The argument of `node` at `index`, which is a node."""
-    found = node.args[index]
-    assert isinstance(found, fx.Node)
-    return found
+    argument = node.args[index]
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:

@@ -41,28 +41,28 @@ def launches(module: fx.GraphModule, example: Example) -> list[LaunchedOp]:
 
 def traffic(module: fx.GraphModule, example: Example) -> LaunchTraffic:
     """Launches, and bytes moved, of one pass over `example`."""
-    counted = _run(module, example)
-    times = sum(len(made.arguments[SEVERAL[made.op]]) if made.op in SEVERAL else 1 for made, _ in counted)
-    return LaunchTraffic(times, sum(moved for _, moved in counted))
+    ledger = _run(module, example)
+    times = [len(op.arguments[SEVERAL[op.op]]) if op.op in SEVERAL else 1 for op, _ in ledger]
+    return LaunchTraffic(sum(times), sum(size for _, size in ledger))
 
 
 def _run(module: fx.GraphModule, example: Example) -> list[tuple[LaunchedOp, int]]:
     ledger = _Ledger(module)
     with torch.no_grad():
         ledger.run(*example)
-    return ledger.found
+    return ledger.entries
 
 
 class _Ledger(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: list[tuple[LaunchedOp, int]] = []
-        self.moving: set[fx.Node] = set()
+        self.entries: list[tuple[LaunchedOp, int]] = []
+        self.computed: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op == "placeholder" or any(source in self.moving for source in n.all_input_nodes):
-            self.moving.add(n)
+        if n.op == "placeholder" or any(source in self.computed for source in n.all_input_nodes):
+            self.computed.add(n)
             if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload):
                 self._note(n, n.target, result)
         return result
@@ -78,9 +78,9 @@ class _Ledger(fx.Interpreter):
         arguments = {a.name: a.default_value for a in op._schema.arguments}
         arguments |= dict(zip(names, args, strict=False)) | kwargs
         layer = node.meta.get("layer") or node.meta.get("custom", {}).get("layer") or node.name
-        moved = {(_storage(t), t.storage_offset(), tuple(t.shape), t.stride()): t for t in (*inputs, *outputs)}
-        total = sum(t.numel() * t.element_size() for t in moved.values())
-        self.found.append((LaunchedOp(layer, op._schema.name, arguments), total))
+        distinct = {(_storage(t), t.storage_offset(), tuple(t.shape), t.stride()): t for t in (*inputs, *outputs)}
+        total = sum(t.numel() * t.element_size() for t in distinct.values())
+        self.entries.append((LaunchedOp(layer, op._schema.name, arguments), total))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -16,14 +16,14 @@ def as_rows(x: fx.Node, layer: str) -> fx.Node:
     return call(x.graph, aten.reshape.default, (x, [-1, columns]), x, shape=(None, columns), layer=layer)
 
 
-def spelled_sizes(graph_module: fx.GraphModule, x: fx.Node, wanted: tuple[int | None, ...]) -> list[Any]:
-    """`wanted` for a reshape to it, where the free sizes are those of `x`.
+def spelled_sizes(graph_module: fx.GraphModule, x: fx.Node, size_of_result: tuple[int | None, ...]) -> list[Any]:
+    """The sizes of a reshape to `size_of_result`, where the free sizes are those of `x`.
 
-    Several free sizes are all said: what follows from a -1 is a quotient that grows from layer to layer.
+    Several free sizes are all spelled out: what follows from a -1 is a quotient that grows from layer to layer.
     """
-    free = [axis for axis, size in enumerate(wanted) if size is None]
+    free = [axis for axis, size in enumerate(size_of_result) if size is None]
     lengths = {axis: _length(graph_module, x, axis) if len(free) > 1 else -1 for axis in free}
-    return [lengths.get(axis, size) for axis, size in enumerate(wanted)]
+    return [lengths.get(axis, size) for axis, size in enumerate(size_of_result)]
 
 
 def _length(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> fx.Node:

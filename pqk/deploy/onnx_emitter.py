@@ -157,14 +157,14 @@ def _anonymize(model: onnx.ModelProto) -> None:
 
 def _name_axes(model: onnx.ModelProto, axes: Axes) -> None:
     """Call free axes by their names, in the inputs and wherever an output has the same one."""
-    named: dict[str, str] = {}
+    axis_names: dict[str, str] = {}
     for value, names in zip(model.graph.input, axes, strict=False):
         dims = value.type.tensor_type.shape.dim
-        named.update({d.dim_param: n for d, n in zip(dims, names, strict=True) if n and d.dim_param})
+        axis_names.update({d.dim_param: n for d, n in zip(dims, names, strict=True) if n and d.dim_param})
     for value in (*model.graph.input, *model.graph.output):
         for d in value.type.tensor_type.shape.dim:
-            if d.dim_param in named:
-                d.dim_param = named[d.dim_param]
+            if d.dim_param in axis_names:
+                d.dim_param = axis_names[d.dim_param]
 
 
 def _slim(model: onnx.ModelProto) -> None:
@@ -172,17 +172,17 @@ def _slim(model: onnx.ModelProto) -> None:
 
     Beside the integer weights of a small student these were a tenth of the file. Nodes are named as what they make.
     """
-    written = list(model.graph.value_info)
+    declared = list(model.graph.value_info)
     del model.graph.value_info[:]
     inferred = {v.name: v.type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
     constant = {tensor.name for tensor in model.graph.initializer}
-    model.graph.value_info.extend(v for v in written if v.name not in constant and inferred.get(v.name) != v.type)
+    model.graph.value_info.extend(v for v in declared if v.name not in constant and inferred.get(v.name) != v.type)
     for node in model.graph.node:
         node.name = node.output[0]
         schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
-        said = [a for a in node.attribute if not _is_default(a, schema.attributes[a.name])]
+        attributes = [a for a in node.attribute if not _is_default(a, schema.attributes[a.name])]
         del node.attribute[:]
-        node.attribute.extend(said)
+        node.attribute.extend(attributes)
 
 
 def _is_default(attribute: onnx.AttributeProto, declared: onnx.defs.OpSchema.Attribute) -> bool:
@@ -199,9 +199,9 @@ def _name_layers(model: onnx.ModelProto, int8_graph: fx.GraphModule) -> None:
     nodes = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.input[0] not in initializers]
     if len(nodes) != len(layers):
         raise InputError(f"emit_onnx: {len(layers)} activations are quantized and the exporter wrote {len(nodes)}")
-    renamed = {node.output[0]: f"{layer}_q" for layer, node in zip(layers, nodes, strict=True)}
+    new_names = {node.output[0]: f"{layer}_q" for layer, node in zip(layers, nodes, strict=True)}
     for node in model.graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
+        node.input[:] = [new_names.get(name, name) for name in node.input]
+        node.output[:] = [new_names.get(name, name) for name in node.output]
     for value in (*model.graph.value_info, *model.graph.output):
-        value.name = renamed.get(value.name, value.name)
+        value.name = new_names.get(value.name, value.name)

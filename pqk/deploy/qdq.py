@@ -52,29 +52,29 @@ class QdqFile:
         self.inputs = {i.name: i for i in model.graph.input if i.name not in self.constants}
         self.producers = {name: node for node in model.graph.node for name in node.output}
         self.order = {id(node): i for i, node in enumerate(model.graph.node)}
-        moving = set(self.inputs)
+        computed = set(self.inputs)
         for node in model.graph.node:
-            if any(name in moving for name in node.input):
-                moving |= set(node.output)
-        quantizers = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.input[0] in moving]
+            if any(name in computed for name in node.input):
+                computed |= set(node.output)
+        quantizers = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.input[0] in computed]
         self.integers = {name: n for n in quantizers for name in n.output}
         """and the scales and zero points that are made with them"""
         ends = [(n.output[0], True) for n in quantizers]
-        ends += [(o.name, False) for o in model.graph.output if o.name in moving and o.name not in self.integers]
+        ends += [(o.name, False) for o in model.graph.output if o.name in computed and o.name not in self.integers]
         self.layers = tuple(self._layer(end, quantized) for end, quantized in ends)
 
     def _layer(self, output: str, quantized: bool) -> Layer:
         nodes: dict[int, onnx.NodeProto] = {}
         inputs: dict[str, None] = {}
-        wanted = [output]
-        while wanted:
-            name = wanted.pop()
+        pending = [output]
+        while pending:
+            name = pending.pop()
             if name in self.inputs or (name in self.integers and name != output):
                 inputs[name] = None
             elif name in self.producers and id(self.producers[name]) not in nodes:
                 node = self.producers[name]
                 nodes[id(node)] = node
-                wanted += [n for n in node.input if n]
+                pending += [n for n in node.input if n]
         ordered = sorted(nodes.values(), key=lambda n: self.order[id(n)])
         return Layer(output, tuple(inputs), tuple(ordered), quantized)
 
@@ -139,7 +139,7 @@ class QdqFile:
         return AccumulatorTwin(node.op_type, operands[0], operands[1], attributes)
 
     def _bare_twin(self, node: onnx.NodeProto, recorded: Mapping[str, Array]) -> AccumulatorTwin | None:
-        """Of a product that is on bare integers already, whose zero point was found at run time."""
+        """The twin of a product that is on bare integers already, whose zero point was found at run time."""
         values, stored, zero = (*node.input, "")[:3]
         if values not in recorded or zero not in recorded or stored not in self.constants:
             return None
@@ -154,10 +154,10 @@ class QdqFile:
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def _zero_point(self, node: onnx.NodeProto) -> Array | None:
-        """Of a DequantizeLinear, in the dtype of its integers; None where it is computed."""
+        """The zero point of a DequantizeLinear, in the dtype of its integers; None where it is computed."""
         if len(node.input) > 2 and node.input[2]:
-            given = self.constants.get(node.input[2])
-            return None if given is None else numpy_helper.to_array(given)
+            stored = self.constants.get(node.input[2])
+            return None if stored is None else numpy_helper.to_array(stored)
         source = node.input[0]
         kind = self.constants[source].data_type if source in self.constants else self.element_type(source)
         return np.zeros((), helper.tensor_dtype_to_np_dtype(kind))
@@ -165,15 +165,15 @@ class QdqFile:
     def _centred(self, layer: Layer, names: Sequence[str], recorded: Mapping[str, Array]) -> list[Array]:
         """The values `names` inside a layer in steps: float32 `q - zero_point`, with every scale replaced by 1."""
         nodes: list[onnx.NodeProto] = []
-        wanted = set(names)
+        needed = set(names)
         for node in reversed(layer.nodes):
-            if wanted & set(node.output):
+            if needed & set(node.output):
                 nodes.insert(0, node)
-                wanted |= set(node.input)
+                needed |= set(node.input)
         scales = {n.input[1] for n in nodes if n.op_type == "DequantizeLinear"}
-        constants = [self.constants[n] for n in sorted(wanted) if n in self.constants]
+        constants = [self.constants[n] for n in sorted(needed) if n in self.constants]
         ones = {c.name: np.ones_like(numpy_helper.to_array(c)) for c in constants if c.name in scales}
-        feeds = {n: recorded[n] for n in layer.inputs if n in wanted}
+        feeds = {n: recorded[n] for n in layer.inputs if n in needed}
         graph = helper.make_graph(
             nodes,
             "centred",

@@ -81,17 +81,17 @@ def foreign_records(path: Path | str) -> list[str]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            found = []
+            foreign = []
             for name in archive.namelist():
                 record = name.partition("/")[2]
                 if record == SAMPLES:
                     if archive.getinfo(name).file_size:
-                        found.append(name)
+                        foreign.append(name)
                     continue
                 config = record.endswith("_config.json")
                 if not RECORDS.fullmatch(record) or (config and _pickled(json.loads(archive.read(name)))):
-                    found.append(name)
-            return found
+                    foreign.append(name)
+            return foreign
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, ValueError, AttributeError) as error:

@@ -59,21 +59,22 @@ def divergence_of(layer: LayerParity) -> str:
 
 def compare_ends(fake_quant: nn.Module, deployed: ModelFunction, task: Task, *, samples: int | None) -> dict[str, Any]:
     """Decisions and metric of the fake-quant graph against what is deployed: agreement, delta, divergence."""
-    ours, targets = predict(fake_quant, task.evaluation, samples)
-    theirs, _ = predict(deployed, task.evaluation, samples)
-    mine, other = task.decision(ours), task.decision(theirs)
-    if mine.is_floating_point():
+    expected, targets = predict(fake_quant, task.evaluation, samples)
+    outputs, _ = predict(deployed, task.evaluation, samples)
+    expected_decisions, decisions = task.decision(expected), task.decision(outputs)
+    if expected_decisions.is_floating_point():
         raise InputError(
-            f"parity: the task's decision is {mine.dtype}, which cannot agree exactly; pass Task(decision=…) that "
-            "returns integers or booleans, such as the class, the token or whether a threshold is passed"
+            f"parity: the task's decision is {expected_decisions.dtype}, which cannot agree exactly; pass "
+            "Task(decision=…) that returns integers or booleans, such as the class, the token or whether a threshold is "
+            "passed"
         )
-    agreement = float((mine == other).double().mean())
+    agreement = float((expected_decisions == decisions).double().mean())
     delta = None
     if targets is not None:
-        delta = task.metric.function(theirs, targets) - task.metric.function(ours, targets)
-    value = 1.0 if targets is None or task.metric.unit == "share" else task.metric.function(ours, targets)
-    count = len(tensors(ours)[0])
-    divergence = why_not_at_the_ends(agreement, delta, value, mine.numel(), count)
+        delta = task.metric.function(outputs, targets) - task.metric.function(expected, targets)
+    value = 1.0 if targets is None or task.metric.unit == "share" else task.metric.function(expected, targets)
+    count = len(tensors(expected)[0])
+    divergence = why_not_at_the_ends(agreement, delta, value, expected_decisions.numel(), count)
     return {"agreement": agreement, "metric_delta": delta, "samples": count, "divergence": divergence}
 
 
@@ -84,9 +85,11 @@ def why_not_at_the_ends(
     slack = 1e-12  # of summing shares in floating point
     least = min(AGREEMENT, 1 - 1 / decisions)
     most = max(METRIC_TOLERANCE * max(abs(value), 1e-3), 1 / samples)
-    told = "every layer agrees with the INT8 graph, so the INT8 graph differs from the fake-quantized one"
+    explanation = "every layer agrees with the INT8 graph, so the INT8 graph differs from the fake-quantized one"
     if agreement < least - slack:
-        return f"end to end: {100 * agreement:.2f} % of decisions agree (at least {100 * least:.2f} % must); {told}"
+        return (
+            f"end to end: {100 * agreement:.2f} % of decisions agree (at least {100 * least:.2f} % must); {explanation}"
+        )
     if delta is not None and not abs(delta) <= most + slack:
-        return f"end to end: the metric differs by {delta:+.5f} (allowed {most:.5f}); {told}"
+        return f"end to end: the metric differs by {delta:+.5f} (allowed {most:.5f}); {explanation}"
     return None

@@ -83,8 +83,8 @@ def value_shapes(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]]) -> d
     probe.CopyFrom(model)
     del probe.graph.output[:]
     # Only the operands of products are wanted; an output needs no type, the runtime infers it.
-    counted = [n for n in model.graph.node if n.op_type in MACS]
-    for name in dict.fromkeys(name for n in counted for name in (*n.input, n.output[0])):
+    products = [n for n in model.graph.node if n.op_type in MACS]
+    for name in dict.fromkeys(name for n in products for name in (*n.input, n.output[0])):
         if name and name not in shapes:
             probe.graph.output.add().name = name
     if not probe.graph.output:
@@ -109,9 +109,9 @@ def float_reason(node: onnx.NodeProto, model: onnx.ModelProto) -> str:
             source = f" (from {producer.op_type} {human_name(producer)})" if producer else ""
             return f"its {what} is float{source}"
     readers = [n for n in model.graph.node if node.output[0] in n.input]
-    loose = next((n for n in readers if n.op_type != "QuantizeLinear"), None)
-    if loose is not None:
-        return f"its output is not quantized before {loose.op_type} {human_name(loose)}"
+    float_reader = next((n for n in readers if n.op_type != "QuantizeLinear"), None)
+    if float_reader is not None:
+        return f"its output is not quantized before {float_reader.op_type} {human_name(float_reader)}"
     if not readers:
         return "its output leaves the model in float"
     return f"the runtime has no integer kernel for this {node.op_type}"

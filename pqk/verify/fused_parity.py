@@ -51,13 +51,13 @@ def check_fused_parity(
 
 def check_launches(int8_graph: fx.GraphModule, fused: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[LayerParity]:
     """Every launch of `fused` against the node of `int8_graph` that it stands for, on the graph's own values."""
-    wanted = {name for node in fused.graph.nodes if (name := stands_for(node)) is not None}
+    names = {name for node in fused.graph.nodes if (name := stands_for(node)) is not None}
     with torch.inference_mode():
-        values = _Values(int8_graph, wanted)
-        values.run(*inputs)
-        ties = Ties(int8_graph, values.made)
+        recorder = _Values(int8_graph, names)
+        recorder.run(*inputs)
+        ties = Ties(int8_graph, recorder.integers)
         ties.run(*inputs)
-        comparison = _Comparison(fused, values.found, {n.name: t for n, t in ties.found.items()})
+        comparison = _Comparison(fused, recorder.values, {n.name: t for n, t in ties.masks.items()})
         comparison.run(*inputs)
     return comparison.rows
 
@@ -65,15 +65,15 @@ def check_launches(int8_graph: fx.GraphModule, fused: fx.GraphModule, inputs: tu
 class _Values(Recorder):
     """Runs the INT8 graph and keeps the values of the nodes that launches stand for."""
 
-    def __init__(self, graph: fx.GraphModule, wanted: set[str]) -> None:
+    def __init__(self, graph: fx.GraphModule, names: set[str]) -> None:
         super().__init__(graph)
-        self.wanted = wanted
-        self.found: dict[str, Tensor] = {}
+        self.names = names
+        self.values: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.name in self.wanted:
-            self.found[n.name] = result
+        if n.name in self.names:
+            self.values[n.name] = result
         return result
 
 
@@ -88,16 +88,16 @@ class _Comparison(fx.Interpreter):
         name = stands_for(n)
         if name is None:
             return result
-        made = n if getattr(n.target, "namespace", "") == "pqk" else operand(n)
+        launch = n if getattr(n.target, "namespace", "") == "pqk" else operand(n)
         columns = n.meta.get("columns")
         if columns is not None:  # it wrote to an argument
             result = self.env[n.kwargs["out"]]  # type: ignore[index]
         expected = laid_out_as(self.values[name], result, n.meta["image"], columns)
         if not expected.is_floating_point() and result.is_floating_point():  # a last requantize: the integers in float
-            zero_point, out_scale = self._rows(made)[-1, [1, 4]]
+            zero_point, out_scale = self._rows(launch)[-1, [1, 4]]
             expected = (expected.float() - zero_point) * out_scale
         ties = laid_out_as(self.ties[name], result, n.meta["image"], columns) if name in self.ties else None
-        self.rows.append(self._compare(n.meta["layer"], made, result, expected, ties))
+        self.rows.append(self._compare(n.meta["layer"], launch, result, expected, ties))
         return expected if columns is None else result.copy_(expected)
 
     def _compare(self, layer: str, node: fx.Node, got: Tensor, expected: Tensor, ties: Tensor | None) -> LayerParity:
@@ -117,8 +117,8 @@ class _Comparison(fx.Interpreter):
             )
         difference = (got.int() - expected.int()).abs()
         product = op in PRODUCTS
-        counted = difference if product or ties is None else difference[~ties]
-        exact = float((counted == 0).double().mean()) if counted.numel() else 1.0
+        compared = difference if product or ties is None else difference[~ties]
+        exact = float((compared == 0).double().mean()) if compared.numel() else 1.0
         worst = int(difference.max()) if difference.numel() else 0
         allowed = self._allowed(node)
         passed = worst <= allowed and (exact >= EXACT_SHARE or not product)

@@ -21,31 +21,32 @@ class Recorder(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.made: dict[fx.Node, tuple[Tensor, ...]] = {}
+        self.integers: dict[fx.Node, tuple[Tensor, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.target in QUANTIZERS:
-            self.made[n] = (result,) if n.target is QUANTIZE else tuple(result)
+            self.integers[n] = (result,) if n.target is QUANTIZE else tuple(result)
         return result
 
 
 class Ties(fx.Interpreter):
     """Runs the INT8 graph in float64 on recorded integers and finds what is an exact half before rounding."""
 
-    def __init__(self, graph: fx.GraphModule, made: Mapping[fx.Node, tuple[Tensor, ...]]) -> None:
+    def __init__(self, graph: fx.GraphModule, integers: Mapping[fx.Node, tuple[Tensor, ...]]) -> None:
         super().__init__(graph)
-        self.made = made
-        self.found: dict[fx.Node, Tensor] = {}
+        self.integers = integers
+        self.masks: dict[fx.Node, Tensor] = {}
+        """where what a quantizer reads is an exact half"""
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target in QUANTIZERS:
             x, *fixed = self.fetch_args_kwargs_from_env(n)[0][:2]
-            made = self.made[n]
-            steps = x.double() / (fixed or made[1:2])[0].double()
-            self.found[n] = ((steps - steps.floor()) - 0.5).abs() < TIE
+            outputs = self.integers[n]
+            steps = x.double() / (fixed or outputs[1:2])[0].double()
+            self.masks[n] = ((steps - steps.floor()) - 0.5).abs() < TIE
             # Every layer is given the same integers, so that differences do not add up.
-            return made[0] if fixed else made
+            return outputs[0] if fixed else outputs
         if n.target is DEQUANTIZE:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             q, scale, zero_point, axis = (*args, *kwargs.values(), None)[:4]

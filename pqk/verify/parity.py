@@ -59,7 +59,7 @@ def check_parity(
 
 def check_layers(
     int8_graph: fx.GraphModule,
-    named: Sequence[tuple[str, fx.Node]],
+    activations: Sequence[tuple[str, fx.Node]],
     onnx_path: Path,
     inputs: tuple[Tensor, ...],
     *,
@@ -67,33 +67,34 @@ def check_layers(
 ) -> list[LayerParity]:
     """Every layer of the file against the INT8 graph, on the integers that the graph computes from `inputs`.
 
-    `named` are the graph's quantize nodes with their layers' names, in the order of the file's activation quantizers.
+    `activations` are the graph's quantize nodes with their layers' names, in the order of the file's quantizers of
+    activations.
     """
     file = QdqFile(onnx.load(onnx_path))
     quantizers = [layer for layer in file.layers if layer.quantized]
-    outputs = [layer for layer in file.layers if not layer.quantized]
-    if len(quantizers) != len(named) or len(file.inputs) != len(inputs):
+    floats = [layer for layer in file.layers if not layer.quantized]
+    if len(quantizers) != len(activations) or len(file.inputs) != len(inputs):
         raise InputError(
             f"parity: {onnx_path} quantizes {len(quantizers)} tensors of {len(file.inputs)} inputs, the INT8 graph "
-            f"{len(named)} of {len(inputs)}: the file was not made from this graph"
+            f"{len(activations)} of {len(inputs)}: the file was not made from this graph"
         )
     recorder = Recorder(int8_graph)
     with torch.inference_mode():
         results = tensors(recorder.run(*inputs))
-        ties = Ties(int8_graph, recorder.made)
+        ties = Ties(int8_graph, recorder.integers)
         ties.run(*inputs)
     recorded = {name: value.numpy() for name, value in zip(file.inputs, inputs, strict=True)}
-    nodes = {layer.output: node for layer, (_, node) in zip(quantizers, named, strict=True)}
-    for layer, (_, node) in zip(quantizers, named, strict=True):
-        made = file.integers[layer.output].output  # by a dynamic quantizer, a scale and a zero point as well
-        recorded |= {name: t.numpy() for name, t in zip(made, recorder.made[node], strict=True)}
-    names = {layer.output: name for layer, (name, _) in zip(quantizers, named, strict=True)}
+    nodes = {layer.output: node for layer, (_, node) in zip(quantizers, activations, strict=True)}
+    for layer, (_, node) in zip(quantizers, activations, strict=True):
+        outputs = file.integers[layer.output].output  # a dynamic quantizer's scale and zero point as well
+        recorded |= {name: t.numpy() for name, t in zip(outputs, recorder.integers[node], strict=True)}
+    names = {layer.output: name for layer, (name, _) in zip(quantizers, activations, strict=True)}
     rows = []
     for layer in quantizers:
-        tie = ties.found[nodes[layer.output]].numpy()
+        tie = ties.masks[nodes[layer.output]].numpy()
         rows.append(check_integers(file, layer, names[layer.output], recorded, tie, optimized))
     positions = {output.name: i for i, output in enumerate(file.model.graph.output)}
-    for layer in outputs:
+    for layer in floats:
         expected = results[positions[layer.output]].numpy()
         rows.append(check_float(file, layer, recorded, expected, optimized))
     return rows
@@ -105,9 +106,9 @@ def check_integers(
     """One layer with an integer output; `ties` marks outputs that are exact halves before rounding."""
     got = run_layer(file, layer, recorded, optimized).astype(np.int32)
     difference = np.abs(got - recorded[layer.output])
-    counted = difference if layer.is_product else difference[~ties]
+    compared = difference if layer.is_product else difference[~ties]
     max_lsb = int(difference.max(initial=0))
-    exact = float((counted == 0).mean()) if counted.size else 1.0
+    exact = float((compared == 0).mean()) if compared.size else 1.0
     twin = file.twin(layer, recorded) if layer.is_product else None
     accumulators = None if twin is None else equal_accumulators(twin, optimized)
     passed = max_lsb <= MAX_LSB and accumulators is not False and (exact >= EXACT_SHARE or not layer.is_product)
@@ -160,6 +161,3 @@ def integer_convolution(x: Tensor, weight: Tensor, attributes: Mapping[str, Any]
         dilation=tuple(attributes.get("dilations") or [1] * axes),
         groups=int(attributes.get("group", 1)),
     )
-
-
-# End to end

@@ -173,10 +173,10 @@ def test_ties_are_found_in_float64() -> None:
         x = torch.randn(4, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
         recorder = Recorder(graph)
         recorder.run(x)
-        ties = Ties(graph, recorder.made)
+        ties = Ties(graph, recorder.integers)
         ties.run(x)
         add = [n for n in graph.graph.nodes if n.target is QUANTIZE][2]
-        assert low <= ties.found[add].double().mean() <= high
+        assert low <= ties.masks[add].double().mean() <= high
 
 
 def test_a_file_of_another_graph_is_refused(tmp_path: Path) -> None:
