@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pqk.bench.oracle import Oracle
-from pqk.core.distributed import from_main, is_main_process
+from pqk.core.distributed import from_main, is_main_process, wait_for_all
 from pqk.core.journal import Journal
 from pqk.core.pipeline import check_order, run_passes
 from pqk.core.program import Program, Stage
@@ -86,8 +86,7 @@ def compress(
             names = _write(job, program)
             report = _judge(job, program)
             _ship(job, program, names, report, allow_parity_failure)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    wait_for_all()
     return Artifact.load(job.out)
 
 

@@ -149,7 +149,7 @@ def test_no_file_is_private() -> None:
 
 
 TEXT_OR_NOTHING = {
-    "installed", "compiler", "function", "matches", "stands_for", "_layer_of", "_only_output",  # a name or none
+    "installed", "compiler", "function", "matches", "stands_for", "_layer_of", "cached_output",  # a name, where there is one
     "corruption_warning", "reason",  # a sentence for the report
     "onnxruntime_dynamic", "optimum_ptq", "ptq",
 }  # fmt: skip
@@ -331,6 +331,7 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
         there = set(archive.namelist())
     code = {f"{module_of(p).replace('.', '/')}{'/__init__' if p.stem == '__init__' else ''}.py" for p in SOURCES}
     data = {f"pqk/models/{p.name}" for p in (ROOT / "models").iterdir() if p.suffix in (".toml", ".safetensors")}
-    assert code | data | {"pqk/report/report.schema.json"} <= there
+    # typed for whoever imports it
+    assert code | data | {"pqk/report/report.schema.json", "pqk/py.typed"} <= there
     assert not [name for name in there if name.endswith("README.md")], "documents are for those who have the repository"
     assert {name.partition("/")[0] for name in there} <= {"pqk", f"{wheel.name.partition('-py3')[0]}.dist-info"}

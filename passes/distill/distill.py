@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from pqk.core.program import CONFIG, Pass, Program, Stage
 from pqk.data.structures import first_tensor
 from pqk.errors import InputError, Reason, nearest
-from pqk.knowledge import AnySource, AnyTerm, CrossEntropy, FromModule, KLDivergence, LogitMSE, Term
+from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence, LogitMSE, Term
 from pqk.knowledge.objective import why_not_learned
-from pqk.knowledge.sources import Given
+from pqk.knowledge.sources import AnySource, FromModule, TeacherContext
 from pqk.knowledge.teachers.base import LogitCache, cache_for
 from pqk.passes.distill.assistant import earlier_student
 from pqk.passes.distill.keep_best import CheckpointSelection, Criterion
@@ -84,8 +84,8 @@ class Distill(Training, Pass):
     def _counted(self) -> Sequence[Term]:
         return [t for t in self.terms if t.weight > 0]
 
-    def _only_output(self) -> str | None:
-        """The output that alone is asked of the teacher, where all who ask name the same."""
+    def cached_output(self) -> str | None:
+        """The one of the teacher's outputs that is kept, where all terms that ask for it name the same."""
         taught = [t for t in self._counted() if t.needs_teacher or t.gate]
         names = {getattr(t, "output", None) if t.gate is None else None for t in taught}
         name = names.pop() if len(names) == 1 else None
@@ -122,7 +122,7 @@ class Distill(Training, Pass):
             raise InputError(f'distill: keep = "{self.keep}" compares converted students: it comes after `quantize`')
         student = program.student
         points = sorted({p[1] for t in self._counted() if (p := t.points())})
-        given = Given(
+        context = TeacherContext(
             program.teacher,
             student,
             points,
@@ -130,10 +130,10 @@ class Distill(Training, Pass):
             task.example,
             lambda number: earlier_student(program, task.example, number),
         )
-        teacher = self.teacher.make(given)
+        teacher = self.teacher.make(context)
         cache: LogitCache | str | None = self.why_not_cached()
         if cache is None:
-            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self._only_output())
+            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self.cached_output())
         teacher.cache = cache if isinstance(cache, LogitCache) else None
         with still(student, self.frozen):
             steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pqk.core.distributed import is_first_launched
 from pqk.errors import InputError, ParityError, PqkError
 
 Work = Callable[[], Any]
@@ -325,7 +326,7 @@ def _interrupted(arguments: Sequence[str]) -> str:
 
 
 def _failed(message: str, code: int, as_json: bool) -> int:
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_launched():
         return code
     if as_json:
         from pqk.cli.console import write_json

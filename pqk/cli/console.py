@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pqk.core.distributed import is_first_launched
 from pqk.core.progress import Advance, Observer, Silent
 
 PLAIN_WIDTH = 120
@@ -32,7 +33,7 @@ class CommandAnswer:
 
 def speaks() -> bool:
     """Whether this process talks to the user: rank 0 of a launch of several, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return is_first_launched()
 
 
 def write(answer: CommandAnswer, as_json: bool) -> None:

@@ -12,7 +12,8 @@ from rich.console import RenderableType
 
 from pqk.cli.console import clock, listed, table
 from pqk.core.run_folder import scope_of
-from pqk.knowledge import SOURCES, TERMS
+from pqk.knowledge import TERMS
+from pqk.knowledge.sources import SOURCES
 from pqk.passes import PASSES
 from pqk.recipe.parsing import documentation
 from pqk.report.schema import LatencyRow, Report

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pqk.data.data import ArrayData, Augment, Batch, Data, LoaderData, as_data, digest_of, split
-from pqk.data.structures import Inputs, map_tensors
-from pqk.data.views import Take, TeachersView, TwoViews, ViewFunction, Views
+from pqk.data.data import ArrayData, Augment, Batch, Data, LoaderData, digest_of
+from pqk.data.structures import Inputs
+from pqk.data.synthesis import Prior, pseudo_labels, synthesize
+from pqk.data.views import Take, Views
 
 __all__ = [
     "ArrayData",
@@ -13,13 +14,10 @@ __all__ = [
     "Data",
     "Inputs",
     "LoaderData",
+    "Prior",
     "Take",
-    "TeachersView",
-    "TwoViews",
-    "ViewFunction",
     "Views",
-    "as_data",
     "digest_of",
-    "map_tensors",
-    "split",
+    "pseudo_labels",
+    "synthesize",
 ]

@@ -23,15 +23,16 @@ from pqk.errors import InputError
 
 
 class Batch(NamedTuple):
-    """`inputs` each [B, …]; `targets` a tensor or several; `keys` int64 [B], one for each (sample, view).
-
-    `teacher_inputs` is what the teacher sees of the same samples where that is something else (`TwoViews`).
-    """
+    """Some samples of a `Data`."""
 
     inputs: Inputs
+    """the model's inputs, each [B, …]"""
     targets: Any
+    """the labels: a tensor [B, …], or a tuple or dict of them; None: there are none"""
     keys: Tensor | None
+    """int64 [B], one for each (sample, view); None: answers to this batch cannot be kept"""
     teacher_inputs: Inputs | None = None
+    """what the teacher sees of the same samples, where that is something else (`Task(views=…)`)"""
 
     def for_teacher(self) -> Batch:
         """The batch as the teacher sees it: with its inputs as `inputs`."""
@@ -46,7 +47,15 @@ def _refuse_nan(t: Tensor, where: str) -> None:
 
 
 def digest_of(head: object, items: Iterable[Tensor]) -> str:
-    """sha256 of `repr(head)` and of the tensors' shapes, dtypes and bytes."""
+    """Identifies tensors, as the `fingerprint` of a `Data` does.
+
+    Args:
+        head: what else tells them from others; its `repr` counts.
+        items: the tensors; their shapes, dtypes and bytes count.
+
+    Returns:
+        The sha256 of all, in hexadecimal.
+    """
     digest = hashlib.sha256(repr(head).encode())
     for t in items:
         digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
@@ -57,16 +66,32 @@ def digest_of(head: object, items: Iterable[Tensor]) -> str:
 class Augment(Protocol):
     """A keyed augmentation: the same (ids, view) always gives the same result. Its `repr` identifies it."""
 
-    def __call__(self, inputs: Inputs, ids: Tensor, view: int) -> Inputs: ...
+    def __call__(self, inputs: Inputs, ids: Tensor, view: int) -> Inputs:
+        """Makes one view of some samples.
+
+        Args:
+            inputs: as stored, each [B, …].
+            ids: which samples these are, int64 [B].
+            view: the number of the view, from 0.
+
+        Returns:
+            The augmented inputs, each [B, …].
+        """
+        ...
 
 
 class Data(ABC):
-    """A finite set of samples in batches."""
+    """A finite set of samples in batches, whose order and content are functions of a seed.
+
+    A subclass sets `samples` and gives `__len__`, `batches` and `fingerprint`.
+    """
 
     samples: int
+    """how many there are"""
     key_count: int | None = None
     """how many distinct keys batches carry; None: batches are not keyed, so answers cannot be cached"""
     unkeyed_reason: str = ""
+    """why batches are not keyed, where they are not"""
     resume_reason: str | None = None
     """why an epoch cannot be entered in the middle; None where it can"""
 
@@ -78,14 +103,21 @@ class Data(ABC):
     def batches(
         self, seed: int | None = None, epoch: int = 0, start: int = 0, state: Tensor | None = None
     ) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on; in the stored order, un-augmented, where `seed` is None.
+        """Iterates over the batches of an epoch.
 
-        `state` is the state of torch's global generator to go on with once the skipped batches are behind.
+        Args:
+            seed: decides the order; None: the stored order, un-augmented.
+            epoch: the epoch's number, from 0, which decides the view of each sample.
+            start: the number of the first batch to give.
+            state: the state of torch's global generator to go on with once the skipped batches are behind.
+
+        Returns:
+            The batches from `start` on.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of what the data is, so that a resumed run notices other data."""
+        """Identifies the data, so that a resumed run notices other data."""
 
     @property
     def labelled(self) -> bool:
@@ -96,11 +128,20 @@ class Data(ABC):
 class ArrayData(Data):
     """Tensors in memory.
 
-    `inputs`: tensor(s) [N, …]; `targets`: [N, …] or None. `augment` is keyed; `views` bounds the distinct views of a
-    sample (epoch e shows view e mod views), which is what makes the teacher's answers cacheable: None draws a fresh
-    one each epoch. As stored, a sample that is augmented in training is none of its views and has no key. `prepare`
-    turns stored inputs into model inputs (such as normalisation) after augmentation.
-    Raises `InputError` for empty data, NaN, lengths that differ, or an impossible batch size or number of views.
+    As stored, a sample that is augmented in training is none of its views and has no key.
+
+    Args:
+        inputs: a tensor [N, …], or a tuple of them.
+        targets: a tensor [N, …], such as labels int64 [N]; None: unlabelled.
+        batch_size: samples in a batch; the last one may be smaller.
+        augment: what makes the views of a sample in training (`Augment`).
+        views: how many distinct ones: epoch e shows view e mod views, so that the teacher's answers can be kept; None:
+            a fresh one each epoch.
+        prepare: turns stored inputs into model inputs, such as normalisation, after augmentation.
+        ids: the rows that belong to this data, int64 [samples]; None: all.
+
+    Raises:
+        InputError: the data is empty, has NaN or lengths that differ, or the batch size or views are below 1.
     """
 
     def __init__(
@@ -179,11 +220,16 @@ class ArrayData(Data):
 
 
 class LoaderData(Data):
-    """Any re-iterable loader of `(inputs…, target)` tuples or lists, or of bare input tensors (no targets).
+    """Any re-iterable loader, such as torch's `DataLoader` or a list of batches.
 
     Shuffling follows torch's global generator, which pqk seeds per (seed, pass, epoch); without a seed, a shuffling
     loader gives one fixed order. A loader with a generator of its own cannot be entered in the middle of an epoch.
-    Raises `InputError` for a one-shot iterator, a loader without a length, and an empty one.
+
+    Args:
+        loader: batches are tuples or lists `(inputs…, target)` of tensors [B, …], or bare input tensors (no targets).
+
+    Raises:
+        InputError: it is a one-shot iterator, has no length, is empty, or a batch is something else.
     """
 
     unkeyed_reason = "a user's loader does not say which sample and augmentation an input is; use pqk.data.ArrayData"
@@ -258,11 +304,14 @@ class LoaderData(Data):
             g.set_state(state)
 
     def fingerprint(self) -> str:
-        """Of the first batch in global-seed order, the length and the sample count: a loader has no more to show."""
+        """Identifies the data by its first batch in the order of a fixed seed, its length and its sample count.
+
+        A loader shows no more than that without being read to its end.
+        """
         batch = next(self.batches())
-        found: list[Tensor] = []
-        map_tensors(found.append, (batch.inputs, batch.targets))
-        return digest_of((len(self), self.samples), found)
+        first: list[Tensor] = []
+        map_tensors(first.append, (batch.inputs, batch.targets))
+        return digest_of((len(self), self.samples), first)
 
 
 def as_data(source: Any, what: str) -> Data:

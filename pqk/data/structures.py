@@ -11,6 +11,7 @@ from torch import Tensor
 from pqk.errors import InputError
 
 Inputs = tuple[Tensor, ...]
+"""a model's inputs in order, each [B, …]"""
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -29,15 +30,32 @@ Outputs = Any
 
 
 def first_tensor(outputs: Outputs) -> Tensor:
-    """The first tensor of a model's outputs. Raises `InputError` where there is none."""
-    found = tensors(outputs)
-    if not found:
+    """Gives the first tensor of a model's outputs.
+
+    Args:
+        outputs: what the model returned: a tensor, or a tuple, list or dict of tensors, nested or not.
+
+    Returns:
+        The first one, in order.
+
+    Raises:
+        InputError: there is none.
+    """
+    parts = tensors(outputs)
+    if not parts:
         raise InputError(f"teacher: its output is a {type(outputs).__name__} without tensors; pqk compares tensors")
-    return found[0]
+    return parts[0]
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:
-    """All tensors of an output, in order."""
+    """Gives all tensors of a model's outputs.
+
+    Args:
+        outputs: what the model returned: a tensor, or a tuple, list or dict of tensors, nested or not.
+
+    Returns:
+        The tensors, in order.
+    """
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, dict):
@@ -46,7 +64,14 @@ def tensors(outputs: Outputs) -> list[Tensor]:
 
 
 def widened(t: Tensor) -> Tensor:
-    """`t` in float32, or in float64 where it was: losses are never computed in half precision."""
+    """Casts a tensor for a loss, which is never computed in half precision.
+
+    Args:
+        t: of any dtype.
+
+    Returns:
+        `t` in float32, or in float64 where it was.
+    """
     return t if t.dtype == torch.float64 else t.float()
 
 

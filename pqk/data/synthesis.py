@@ -41,12 +41,22 @@ class Labelled(NamedTuple):
 def pseudo_labels(
     teacher: nn.Module, data: Data, confidence: float = 0.9, *, batch_size: int | None = None
 ) -> Labelled:
-    """The samples of `data` whose top probability by the teacher is at least `confidence`, with that class as label.
+    """Labels data with the teacher's classes, and keeps the samples that it is sure of (Lee 2013, "Pseudo-Label").
 
-    Labels that are there are ignored (Lee 2013, "Pseudo-Label"). Augmentation, its views and ids stay those of
-    `ArrayData`; of other data, inputs are collected in the stored order, and sequences of several lengths padded with
-    zeros. Raises `InputError` for a confidence outside 0 to 1, answers that are no finite logits [B, C], and where no
-    sample is kept.
+    Labels that the data has are ignored. Augmentation, its views and ids stay those of `ArrayData`; of other data,
+    inputs are collected in the stored order, and sequences of several lengths padded with zeros.
+
+    Args:
+        teacher: its first output is logits [B, C].
+        data: the samples.
+        confidence: the least top probability of a sample that is kept, 0 to 1.
+        batch_size: of the result; None: that of `data`.
+
+    Returns:
+        The samples that are kept, with labels int64 [N], as `data`; and how many of how many they are.
+
+    Raises:
+        InputError: `confidence` is outside 0 to 1, the answers are no finite logits [B, C], or no sample is kept.
     """
     if not 0 <= confidence <= 1:  # NaN too
         raise InputError(f"pseudo-labels: confidence={confidence} must be a probability, from 0 to 1")
@@ -88,7 +98,13 @@ def _logits(model: nn.Module, inputs: Inputs) -> Tensor:
 
 @dataclass(frozen=True)
 class Prior:
-    """How much each part of DeepInversion's loss counts; its authors' values for CIFAR-10 (section 4.1)."""
+    """How much each part of DeepInversion's loss counts; its authors' values for CIFAR-10.
+
+    Yin et al., CVPR 2020, arXiv:1912.08795, section 4.1.
+
+    Raises:
+        InputError: a weight is negative or not finite.
+    """
 
     classes: float = 1.0
     """cross-entropy towards a class that is drawn for each sample (equation 1)"""
@@ -115,11 +131,28 @@ def synthesize(
     learning_rate: float = 0.1,
     prior: Prior | None = None,
 ) -> ArrayData:
-    """`samples` inputs like those that `teacher` was trained on, with its labels; the same for the same seed.
+    """Makes inputs like those that a teacher was trained on, with its labels; the same for the same seed.
 
-    Every batch starts as noise of the shape of `example` (one float tensor [B, …]) and takes `steps` steps of Adam.
-    Classes are drawn evenly; the label is what the teacher makes of the result. Raises `InputError` for a teacher
-    without batch norm, which remembers nothing of its data, or with other outputs than finite logits [B, C].
+    DeepInversion: Yin et al., CVPR 2020, arXiv:1912.08795. Every batch starts as noise and takes `steps` steps of Adam
+    towards the statistics that the teacher's batch norms remember. Classes are drawn evenly; the label is what the
+    teacher makes of the result.
+
+    Args:
+        teacher: a module with batch norm, one float input and logits [B, C] as first output.
+        example: an input of its shape, float [B, …].
+        samples: how many to make, at least 2.
+        steps: of Adam, for each batch.
+        seed: of the noise and the classes.
+        batch_size: samples that are made together, at least 2: they have the statistics together.
+        learning_rate: of Adam.
+        prior: weights of the loss's parts; None: those of the authors for CIFAR-10.
+
+    Returns:
+        Inputs float32 [samples, …] with labels int64 [samples].
+
+    Raises:
+        InputError: the teacher has no batch norm, which remembers nothing of its data, or other outputs than finite
+            logits; the example is not one float tensor; a number is out of range; or the inputs do not stay finite.
     """
     (shape,) = [tuple(t.shape) for t in _one_float(example)]
     if samples < 2 or steps < 1 or batch_size < 2 or not 0 < learning_rate < math.inf:
@@ -148,12 +181,12 @@ def _inverted(
     x = x.requires_grad_(True)
     with torch.no_grad():
         classes = _logits(model, (x,)).shape[1]
-    wanted = torch.randperm(max(len(x), classes), generator=generator)[: len(x)] % classes
+    labels = torch.randperm(max(len(x), classes), generator=generator)[: len(x)] % classes
     optimizer = torch.optim.Adam([x], learning_rate, betas=(0.5, 0.9))  # the betas of the authors' code
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        with _seen(model) as distances:
-            loss = prior.classes * F.cross_entropy(_logits(model, (x,)), wanted)
+        with _statistics_distances(model) as distances:
+            loss = prior.classes * F.cross_entropy(_logits(model, (x,)), labels)
         loss = loss + prior.statistics * torch.stack(distances).sum()
         loss = loss + prior.variation * _variation(x) + prior.energy * x.square().sum().sqrt()
         (x.grad,) = torch.autograd.grad(loss, x)
@@ -168,13 +201,13 @@ def _inverted(
 def statistics_gap(teacher: nn.Module, inputs: Tensor) -> float:
     """R_feature of a batch [B, …]: the distance of its batch-norm statistics from the remembered ones, over layers."""
     model = copy.deepcopy(teacher).eval()
-    with _seen(model) as distances:
+    with _statistics_distances(model) as distances:
         model(inputs)
     return float(torch.stack(distances).sum())
 
 
 @contextmanager
-def _seen(model: nn.Module) -> Iterator[list[Tensor]]:
+def _statistics_distances(model: nn.Module) -> Iterator[list[Tensor]]:
     """‖μ(x) − μ‖₂ + ‖σ²(x) − σ²‖₂ of what each batch norm is given, in the order of the calls (equation 4)."""
     distances: list[Tensor] = []
 
@@ -194,15 +227,15 @@ def _seen(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms that remember. Raises `InputError` where there are none."""
-    found = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not found:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
         others = sorted({type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__})
         raise InputError(
             "synthesis: the teacher has no batch norm with running statistics"
             + (f" (it has {', '.join(others)})" if others else "")
             + ", so nothing in it says what its inputs were; pass unlabelled inputs and use pseudo_labels"
         )
-    return found
+    return norms
 
 
 def _variation(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Views of samples: what a student, a teacher or a second augmentation is shown of the same sample."""
+"""Views of samples: what the teacher and the student see of the same sample."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pqk.data.structures import Inputs
 from pqk.errors import InputError
 
 ViewFunction = Callable[[Inputs], Inputs]
+"""all inputs that the data gives, each [B, …] -> those that one of the two sees"""
 
 
 @dataclass(frozen=True)
 class Views:
-    """What teacher and student see of one batch (`Task(views=…)`): functions of all that the data gives.
+    """What teacher and student see of one batch (`Task(views=…)`).
 
     The student is a rewritten copy of the teacher, so both views must have the same shapes and dtypes: a view may be
     cheaper (fewer bands or frames repeated in place, a lower resolution enlarged again, a sensor that is zero), not
@@ -25,7 +26,9 @@ class Views:
     """
 
     teacher: ViewFunction
+    """all inputs that the data gives, each [B, …] -> those of the teacher"""
     student: ViewFunction
+    """all inputs that the data gives -> those of the student"""
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,23 @@ class Take:
     """The view that is some of the inputs, by position: `Views(teacher=Take(0), student=Take(1))`."""
 
     first: int
+    """the position of the first one, from 0"""
     count: int = 1
+    """how many"""
 
     def __call__(self, inputs: Inputs) -> Inputs:
+        """Selects the inputs.
+
+        Raises:
+            InputError: there are not so many.
+        """
         if not 0 <= self.first <= self.first + self.count <= len(inputs):
             raise InputError(f"data: {self} of {len(inputs)} inputs; each view takes some of what the data gives")
         return inputs[self.first : self.first + self.count]
 
 
-class _Shown(Data):
-    """Another data's batches, each shown in another way."""
+class _ViewedData(Data):
+    """Another data's batches, each with other inputs."""
 
     def __init__(self, data: Data) -> None:
         self.data, self.samples, self.key_count = data, data.samples, data.key_count
@@ -60,27 +70,30 @@ class _Shown(Data):
 
     @abstractmethod
     def show(self, batch: Batch) -> Batch:
-        """What becomes of one batch."""
+        """The batch with other inputs."""
 
     def fingerprint(self) -> str:
-        """Of the data, and of what is shown of its first batch: functions do not say what they compute."""
+        """Identifies the data by its own fingerprint and a hash of what is shown of its first batch.
+
+        The views are functions, which do not say what they compute.
+        """
         batch = next(self.batches())
         return digest_of(self.data.fingerprint(), (*batch.inputs, *(batch.teacher_inputs or ())))
 
 
-class TwoViews(_Shown):
+class TwoViews(_ViewedData):
     """`data` as its `views` show it: batches have the student's inputs, and the teacher's as `teacher_inputs`."""
 
     def __init__(self, data: Data, views: Views) -> None:
         super().__init__(data)
-        self.shown = views
+        self.sides = views
 
     def show(self, batch: Batch) -> Batch:
-        student, teacher = self.shown.student(batch.inputs), self.shown.teacher(batch.inputs)
+        student, teacher = self.sides.student(batch.inputs), self.sides.teacher(batch.inputs)
         return Batch(student, batch.targets, batch.keys, teacher)
 
 
-class TeachersView(_Shown):
+class TeachersView(_ViewedData):
     """`data` as the teacher sees it: for scoring and calibrating the teacher itself."""
 
     def show(self, batch: Batch) -> Batch:

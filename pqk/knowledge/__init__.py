@@ -7,9 +7,21 @@ from typing import Annotated
 from pydantic import Field
 
 from pqk.knowledge.pairs import Pair, suggest_pairs
-from pqk.knowledge.sources import SOURCES, AnySource, FromModule, Source
+from pqk.knowledge.sources import (
+    FromArtifact,
+    FromAssistant,
+    FromEMA,
+    FromEnsemble,
+    FromExits,
+    FromModule,
+    FromOnnx,
+    FromPeer,
+    FromRandom,
+    FromShadow,
+    FromSnapshot,
+)
 from pqk.knowledge.teachers.base import FrozenTeacher, Teacher
-from pqk.knowledge.teachers.black_box import CallableTeacher, OnnxTeacher
+from pqk.knowledge.teachers.black_box import CallableTeacher, OnnxTeacher, logits_of_labels, logits_of_top_k
 from pqk.knowledge.teachers.ensemble import EMATeacher, EnsembleTeacher, UncertaintyTeacher
 from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher
 from pqk.knowledge.terms.base import Term, View
@@ -53,12 +65,57 @@ AnyTerm = Annotated[
     Field(discriminator="term"),
 ]  # fmt: skip
 
-TEACHERS = (
-    FrozenTeacher, CallableTeacher, OnnxTeacher, EnsembleTeacher, UncertaintyTeacher, EMATeacher, PeerTeacher,
-    ExitsTeacher, ShadowTeacher,
-)  # fmt: skip
-
 __all__ = [
-    "SOURCES", "TEACHERS", "TERMS", "AnySource", "AnyTerm", "FromModule", "Pair", "Source", "Teacher", "Term", "View",
-    "neuron_scores", "suggest_pairs", *(t.__name__ for t in (*TEACHERS, *TERMS)),
-]  # fmt: skip
+    "DIST",
+    "JSD",
+    "PKT",
+    "AttentionMaps",
+    "AttentionTransfer",
+    "CallableTeacher",
+    "CorrelationCongruence",
+    "CrossEntropy",
+    "DecoupledKD",
+    "DualSpace",
+    "EMATeacher",
+    "EnsembleTeacher",
+    "ExitsTeacher",
+    "FromArtifact",
+    "FromAssistant",
+    "FromEMA",
+    "FromEnsemble",
+    "FromExits",
+    "FromModule",
+    "FromOnnx",
+    "FromPeer",
+    "FromRandom",
+    "FromShadow",
+    "FromSnapshot",
+    "FrozenTeacher",
+    "HiddenCosine",
+    "Hint",
+    "KLDivergence",
+    "LabelSmoothing",
+    "LocalGeometry",
+    "LogitMSE",
+    "OnnxTeacher",
+    "Pair",
+    "PeerTeacher",
+    "RKDAngle",
+    "RKDDistance",
+    "ReverseKL",
+    "ShadowTeacher",
+    "SimilarityPreserving",
+    "SkewKL",
+    "SkewReverseKL",
+    "SortedULD",
+    "StandardizedKD",
+    "TaskNeurons",
+    "Teacher",
+    "Term",
+    "UncertaintyTeacher",
+    "View",
+    "logits_of_labels",
+    "logits_of_top_k",
+    "neuron_scores",
+    "suggest_pairs",
+]

@@ -61,7 +61,7 @@ class Distillation(Objective):
         self.teacher, self.masks = teacher, masks or {}
         self.gates = {i: gate_named(t.gate, gates or {}) for i, t in enumerate(terms) if t.gate}
         self.terms = [_tempered(t, teacher, task) for t in terms]
-        self.student_points = sorted({*teacher.watches, *(p[0] for t in self.terms if (p := t.points()))})
+        self.student_points = sorted({*teacher.student_points, *(p[0] for t in self.terms if (p := t.points()))})
         self.projectors = nn.ModuleDict()
         self._build_projectors(student, kept)
         self.balance = balancer(balance, len(self.terms))
@@ -79,7 +79,7 @@ class Distillation(Objective):
                 if points[1] not in teacher_features:
                     raise InputError(
                         f'distill: {type(term).__name__} compares the teacher\'s features at "{points[1]}", but '
-                        f"{self.teacher.featureless}"
+                        f"{self.teacher.no_feature_reason}"
                     )
                 s, t = features[points[0]], teacher_features[points[1]]
                 projector = term.projector(Place(s, t, kept(points[0]), student, self.teacher.module, self.task))

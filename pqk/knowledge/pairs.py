@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pqk.core.modes import evaluating
 from pqk.core.program import Example
 from pqk.data.structures import tensors, widened
 from pqk.errors import InputError
@@ -20,12 +21,16 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class Pair:
-    """Two points, and how alike their features are. `point` and `teacher_point` are fields of feature terms."""
+    """Two points, and how similar their features are. `point` and `teacher_point` are fields of feature terms."""
 
     point: str
+    """module path of the student"""
     teacher_point: str
+    """module path of the teacher"""
     student_shape: tuple[int, ...]
+    """of the student's feature, the batch first"""
     teacher_shape: tuple[int, ...]
+    """of the teacher's feature, the batch first"""
     cka: float
     """linear CKA, 0 to 1"""
     projector_kind: str
@@ -33,27 +38,37 @@ class Pair:
 
 
 def suggest_pairs(teacher: nn.Module, student: nn.Module, example: Example) -> list[Pair]:
-    """One pair for each stage of the student, in the order of its forward pass.
+    """Proposes where to compare two networks: one pair for each stage of the student, in the order of its forward pass.
 
     A stage is a run of features with the same positions (height and width, tokens, or none). Its last feature is the
-    student's point; the teacher's is the most similar one of the same positions, by linear CKA. Both models are run in
-    eval mode, without gradients, and left as they were; the student may be captured. With few positions, such as
-    vectors, the similarity says something only for an example of many more samples than the default two.
-    Raises `InputError` where no stages correspond.
+    student's point; the teacher's is the most similar one of the same positions, by linear CKA (Kornblith et al., ICML
+    2019, arXiv:1905.00414). Both models are run in eval mode, without gradients, and left as they were.
+
+    Args:
+        teacher: the trained network.
+        student: the network that learns; it may be captured.
+        example: inputs of both, each [B, …]. With few positions, such as vectors, the similarity says something only
+            for many more samples than two.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        InputError: no stages correspond.
     """
     students, teachers = _features(student, example), _features(teacher, example)
     stages = {_positions(f): path for path, f in students.items()}  # the last one of each
     pairs = []
     for positions, point in stages.items():
-        alike = {p: cka(students[point], f) for p, f in teachers.items() if _positions(f) == positions}
-        if alike:
+        similarity = {p: cka(students[point], f) for p, f in teachers.items() if _positions(f) == positions}
+        if similarity:
             # Of equally similar ones the student's own point, then the deepest.
-            best = max(reversed(alike), key=lambda p: (round(alike[p], 6), p == point))
-            pairs.append(_pair(point, best, students[point], teachers[best], alike[best]))
+            best = max(reversed(similarity), key=lambda p: (round(similarity[p], 6), p == point))
+            pairs.append(_pair(point, best, students[point], teachers[best], similarity[best]))
     if not pairs:
-        here, there = sorted({_positions(f) for f in students.values()}), {_positions(f) for f in teachers.values()}
+        sides = [sorted({_positions(f) for f in features.values()}) for features in (students, teachers)]
         raise InputError(
-            f"suggest_pairs: the student's features have positions {here} and the teacher's {sorted(there)}; none agree"
+            f"suggest_pairs: the student's features have positions {sides[0]} and the teacher's {sides[1]}; none agree"
         )
     return pairs
 
@@ -85,40 +100,35 @@ def _positions(feature: Tensor) -> tuple[int, ...]:
 
 def _features(model: nn.Module, example: Example) -> dict[str, Tensor]:
     """Module path -> its first output, in the order of the forward pass; of modules with one output the outermost."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            outputs, seen = (
-                tap(model, [*model.meta.get("points", {})])(*example)
-                if isinstance(model, fx.GraphModule)
-                else _called(model, example)
-            )
-    finally:
-        model.train(training)
-    answers = {id(t) for t in tensors(outputs)}
+    with evaluating(model), torch.no_grad():
+        outputs, features = (
+            tap(model, [*model.meta.get("points", {})])(*example)
+            if isinstance(model, fx.GraphModule)
+            else _module_outputs(model, example)
+        )
+    model_outputs = {id(t) for t in tensors(outputs)}
     names: dict[int, str] = {}
-    for path, t in seen.items():
-        if 2 <= t.dim() <= 4 and t.is_floating_point() and id(t) not in answers:
+    for path, t in features.items():
+        if 2 <= t.dim() <= 4 and t.is_floating_point() and id(t) not in model_outputs:
             names[id(t)] = min(names.get(id(t), path), path, key=lambda p: p.count("."))
-    return {path: widened(seen[path]) for path in names.values()}
+    return {path: widened(features[path]) for path in names.values()}
 
 
-def _called(model: nn.Module, example: Example) -> tuple[Any, dict[str, Tensor]]:
-    """(outputs, {path: output}) of all submodules that return a tensor."""
-    seen: dict[str, Tensor] = {}
+def _module_outputs(model: nn.Module, example: Example) -> tuple[Any, dict[str, Tensor]]:
+    """(outputs, {path: first output}) of all submodules that return a tensor."""
+    features: dict[str, Tensor] = {}
 
     def keeper(path: str) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
-            if path not in seen and isinstance(output, Tensor):
-                seen[path] = output
+            if path not in features and isinstance(output, Tensor):
+                features[path] = output
 
         return keep
 
     handles = [module.register_forward_hook(keeper(path)) for path, module in model.named_modules() if path]
     try:
-        return model(*example), seen
+        return model(*example), features
     finally:
         for handle in handles:
             handle.remove()

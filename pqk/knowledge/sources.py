@@ -1,4 +1,4 @@
-"""Who teaches, as a recipe says it: `teacher = { source = "ema", momentum = 0.99 }`. Listed in `SOURCES`."""
+"""Where a training's teacher comes from: `teacher = { source = "ema", momentum = 0.99 }`. Listed in `SOURCES`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeach
 
 
 @dataclass(frozen=True)
-class Given:
+class TeacherContext:
     """What a teacher can be made of, when a training begins."""
 
     teacher: nn.Module
     """the recipe's"""
     student: nn.Module
+    """the one that trains"""
     points: Sequence[str]
-    """where features are wanted"""
+    """module paths of the teacher whose outputs the terms compare"""
     precision: str
+    """"fp32", or "bf16" for bfloat16 autocast"""
     example: Inputs
+    """the task's example inputs"""
     earlier: Callable[[int], nn.Module] | None = None
     """the student that an earlier pass of the run left, by its number; None: there is no run"""
 
@@ -54,8 +57,18 @@ class Source(ABC):
         return None
 
     @abstractmethod
-    def make(self, given: Given) -> Teacher:
-        """The teacher. Raises `InputError` where there is none."""
+    def make(self, context: TeacherContext) -> Teacher:
+        """Makes the teacher.
+
+        Args:
+            context: what it can be made of.
+
+        Returns:
+            The teacher.
+
+        Raises:
+            InputError: there is none.
+        """
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -64,13 +77,13 @@ class FromModule(Source):
 
     source: Literal["module"] = "module"
 
-    def make(self, given: Given) -> Teacher:
-        return FrozenTeacher(given.teacher, given.points, given.precision)
+    def make(self, context: TeacherContext) -> Teacher:
+        return FrozenTeacher(context.teacher, context.points, context.precision)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromEMA(Source):
-    """The moving average of the student that trains."""
+    """The moving average of the student that trains (mean teacher: Tarvainen & Valpola, NeurIPS 2017)."""
 
     source: Literal["ema"] = "ema"
     momentum: float = Field(default=0.999, ge=0, lt=1)
@@ -82,83 +95,93 @@ class FromEMA(Source):
     def why_not_cached(self) -> Reason | None:
         return EMATeacher.uncacheable
 
-    def make(self, given: Given) -> Teacher:
+    def make(self, context: TeacherContext) -> Teacher:
         return EMATeacher(
-            given.student, given.points, momentum=self.momentum, warmup=self.warmup, precision=given.precision
+            context.student, context.points, momentum=self.momentum, warmup=self.warmup, precision=context.precision
         )
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromSnapshot(Source):
-    """The student as this training finds it, such as an earlier one left it, frozen."""
+    """A frozen copy of the student as it is when this training begins."""
 
     source: Literal["snapshot"] = "snapshot"
     restart: bool = False
-    """begin again from fresh weights: the next generation of a born-again network (Furlanello et al., ICML 2018)"""
+    """begin again from fresh weights: the next generation of a born-again network (Furlanello et al., ICML 2018,
+    arXiv:1805.04770)"""
     like_student: ClassVar[bool] = True
 
-    def make(self, given: Given) -> Teacher:
-        frozen = copy.deepcopy(given.student).requires_grad_(False)
+    def make(self, context: TeacherContext) -> Teacher:
+        frozen = copy.deepcopy(context.student).requires_grad_(False)
         if self.restart:
-            restart(given.student)
-        return FrozenTeacher(frozen, given.points, given.precision, students_view=True)
+            restart(context.student)
+        return FrozenTeacher(frozen, context.points, context.precision, students_view=True)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromRandom(Source):
-    """The recipe's teacher with fresh weights. A control: whoever gains by it does not gain by what a teacher knows."""
+    """The recipe's teacher with fresh weights, a control: what gains by it does not gain by what a teacher knows."""
 
     source: Literal["random"] = "random"
 
-    def make(self, given: Given) -> Teacher:
-        stranger = copy.deepcopy(given.teacher)
-        restart(stranger, "teacher")
-        return FrozenTeacher(stranger.requires_grad_(False), given.points, given.precision)
+    def make(self, context: TeacherContext) -> Teacher:
+        untrained = copy.deepcopy(context.teacher)
+        restart(untrained, "teacher")
+        return FrozenTeacher(untrained.requires_grad_(False), context.points, context.precision)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromOnnx(Source):
-    """An ONNX file with the task's inputs: a black box, of which the outputs are seen."""
+    """An ONNX file with the task's inputs: a black box that shows its outputs only."""
 
     source: Literal["onnx"] = "onnx"
     path: str = Field(min_length=1)
     """the file, from the folder in which pqk runs"""
 
-    def make(self, given: Given) -> Teacher:
-        return OnnxTeacher(self.path, given.example)
+    def make(self, context: TeacherContext) -> Teacher:
+        return OnnxTeacher(self.path, context.example)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromArtifact(Source):
-    """The student of an earlier compile, a black box: an assistant, or what was known before there was new data."""
+    """The student of an earlier compile, a black box: an assistant, or the model from before there was new data."""
 
     source: Literal["artifact"] = "artifact"
     path: str = Field(min_length=1)
     """the artifact's directory, from the folder in which pqk runs"""
 
-    def make(self, given: Given) -> Teacher:
-        return OnnxTeacher(deployed(Path(self.path)), given.example)
+    def make(self, context: TeacherContext) -> Teacher:
+        return OnnxTeacher(artifact_model(Path(self.path)), context.example)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromAssistant(Source):
-    """The student as an earlier pass of this recipe left it, frozen: of middle size, between a large teacher and a
-    small student (Mirzadeh et al. 2020, arXiv:1902.03393). A recipe prunes, distills, prunes on, distills from it."""
+    """The student as an earlier pass of this recipe left it, frozen.
+
+    It is of middle size, between a large teacher and a small student (Mirzadeh et al., AAAI 2020, arXiv:1902.03393). A
+    recipe prunes, distills, prunes on, distills from it.
+    """
 
     source: Literal["assistant"] = "assistant"
     after: int = Field(ge=0)
     """the number of the pass that left it, from 0; it must still be a module there"""
     like_student: ClassVar[bool] = True
 
-    def make(self, given: Given) -> Teacher:
-        if given.earlier is None:
+    def make(self, context: TeacherContext) -> Teacher:
+        if context.earlier is None:
             raise InputError("distill: an assistant is the student of an earlier pass, and there is no run here")
-        return FrozenTeacher(given.earlier(self.after).requires_grad_(False), given.points, given.precision)
+        return FrozenTeacher(context.earlier(self.after).requires_grad_(False), context.points, context.precision)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromPeer(Source):
-    """A second student that learns beside the first, each from the other (deep mutual learning)."""
+    """A second student that learns beside the first, each from the other.
+
+    Deep mutual learning: Zhang et al., CVPR 2018, arXiv:1706.00384.
+
+    Raises:
+        InputError: neither noise nor restart tells the peer from the student.
+    """
 
     source: Literal["peer"] = "peer"
     seed: int = Field(default=1, ge=0)
@@ -180,8 +203,8 @@ class FromPeer(Source):
     def why_not_cached(self) -> Reason | None:
         return PeerTeacher.uncacheable
 
-    def make(self, given: Given) -> Teacher:
-        peer = copy.deepcopy(given.student)
+    def make(self, context: TeacherContext) -> Teacher:
+        peer = copy.deepcopy(context.student)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
             if self.restart:
@@ -190,8 +213,8 @@ class FromPeer(Source):
                 for p in peer.parameters():
                     if p.dim() >= 2:
                         p.add_(self.noise * p.std() * torch.randn_like(p))
-        options = {"kd_weight": self.kd_weight, "temperature": self.temperature, "precision": given.precision}
-        return PeerTeacher(peer, given.points, **options)  # type: ignore[arg-type]
+        options = {"kd_weight": self.kd_weight, "temperature": self.temperature, "precision": context.precision}
+        return PeerTeacher(peer, context.points, **options)  # type: ignore[arg-type]
 
 
 AnyMember = Annotated[
@@ -202,8 +225,11 @@ AnyMember = Annotated[
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromExits(Source):
-    """Beside another teacher, the student's own output teaches small classifiers at its shallower points (be your own
-    teacher). What they learn reaches the layers below; they themselves are left behind."""
+    """Another teacher, and small classifiers at the student's shallower points that its own output teaches.
+
+    Be your own teacher: Zhang et al., ICCV 2019, arXiv:1905.08094. What the exits learn reaches the layers below; they
+    themselves are left behind.
+    """
 
     source: Literal["exits"] = "exits"
     points: tuple[str, ...] = Field(min_length=1)
@@ -220,17 +246,20 @@ class FromExits(Source):
     def why_not_cached(self) -> Reason | None:
         return self.teacher.why_not_cached()
 
-    def make(self, given: Given) -> Teacher:
+    def make(self, context: TeacherContext) -> Teacher:
         with torch.no_grad():
-            outputs, features = tap(given.student.eval(), self.points)(*given.example)
+            outputs, features = tap(context.student.eval(), self.points)(*context.example)
         exits = {point: exit_for(features[point], outputs, f'the exit at "{point}"') for point in self.points}
         weights = {"ce_weight": self.ce_weight, "kd_weight": self.kd_weight, "temperature": self.temperature}
-        return ExitsTeacher(self.teacher.make(given), exits, **weights)
+        return ExitsTeacher(self.teacher.make(context), exits, **weights)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromShadow(Source):
-    """A second head on the recipe's teacher, which teaches in its place and hears the student (SHAKE)."""
+    """A second head on the recipe's teacher, which teaches in its place and learns from teacher and student.
+
+    SHAKE: Li & Jin, NeurIPS 2022.
+    """
 
     source: Literal["shadow"] = "shadow"
     point: str = Field(min_length=1)
@@ -243,16 +272,20 @@ class FromShadow(Source):
     def why_not_cached(self) -> Reason | None:
         return ShadowTeacher.uncacheable
 
-    def make(self, given: Given) -> Teacher:
-        inner = FrozenTeacher(given.teacher, sorted({*given.points, self.point}), given.precision)
-        outputs, features = inner(Batch(given.example, None, None))
+    def make(self, context: TeacherContext) -> Teacher:
+        inner = FrozenTeacher(context.teacher, sorted({*context.points, self.point}), context.precision)
+        outputs, features = inner(Batch(context.example, None, None))
         head = exit_for(features[self.point], outputs, f'the shadow head at "{self.point}"')
         return ShadowTeacher(inner, self.point, head, student_weight=self.student_weight, temperature=self.temperature)
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FromEnsemble(Source):
-    """The weighted mean of several teachers."""
+    """The weighted mean of several teachers.
+
+    Raises:
+        InputError: the weights are not one for each member, negative, or all 0.
+    """
 
     source: Literal["ensemble"] = "ensemble"
     members: tuple[AnyMember, ...] = Field(min_length=1)
@@ -279,9 +312,9 @@ class FromEnsemble(Source):
             return "how far the members disagree is not kept with their answers"
         return next((reason for m in self.members if (reason := m.why_not_cached()) is not None), None)
 
-    def make(self, given: Given) -> Teacher:
+    def make(self, context: TeacherContext) -> Teacher:
         kind = UncertaintyTeacher if self.uncertainty else EnsembleTeacher
-        return kind([m.make(given) for m in self.members], self.weights, of=self.of, by=self.by)
+        return kind([m.make(context) for m in self.members], self.weights, of=self.of, by=self.by)
 
 
 SOURCES = (
@@ -295,7 +328,7 @@ AnySource = Annotated[
 ]  # fmt: skip
 
 
-def deployed(folder: Path) -> Path:
+def artifact_model(folder: Path) -> Path:
     """The `model.onnx` of an artifact. Raises `InputError` where there is none, or it is not the manifest's."""
     manifest, model = folder / "manifest.json", folder / "model.onnx"
     if not manifest.is_file() or not model.is_file():

@@ -19,11 +19,11 @@ class Tapped(nn.Module):
         self.model, self.points = model, [(path, _module_at(model, path)) for path in paths]
 
     def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        seen: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
 
         def keeper(path: str) -> Any:
             def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-                seen[path] = output[0] if isinstance(output, tuple) else output
+                features[path] = output[0] if isinstance(output, tuple) else output
 
             return keep
 
@@ -34,10 +34,10 @@ class Tapped(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        missing = [path for path, _ in self.points if path not in seen]
+        missing = [path for path, _ in self.points if path not in features]
         if missing:
             raise InputError(f'distill: module "{missing[0]}" was not called in a forward pass; choose another point')
-        return outputs, seen
+        return outputs, features
 
 
 class TappedGraph(nn.Module):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pqk.core.distributed import is_distributed, world_size
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.knowledge.terms.base import Term, View
@@ -21,9 +22,9 @@ LEAST, MOST = 0.01, 100.0
 
 def ramp(term: Term, progress: float, start: float) -> float:
     """The factor of a term's weight at `progress` (0 to 1) of the training, if it joined at `start`."""
-    risen = 1.0 if term.rise == 0 else (progress - start) / term.rise
-    left = 1.0 if term.fall == 0 else (1 - progress) / term.fall
-    return max(0.0, min(1.0, risen, left))
+    up = 1.0 if term.ramp_up == 0 else (progress - start) / term.ramp_up
+    down = 1.0 if term.ramp_down == 0 else (1 - progress) / term.ramp_down
+    return max(0.0, min(1.0, up, down))
 
 
 # ---- balancers
@@ -71,16 +72,16 @@ class GradientNorm(Balancer):
 
     def _update(self, losses: Mapping[int, Tensor], parameters: list[nn.Parameter]) -> None:
         norms = {i: float(self.factors[i]) * _norm(loss, parameters) for i, loss in losses.items()}
-        if torch.distributed.is_initialized():  # one student, so one balance
+        if is_distributed():  # one student, so one balance
             shared = torch.tensor([*norms.values()], device=self.factors.device)
             torch.distributed.all_reduce(shared)
-            norms = dict(zip(norms, (shared / torch.distributed.get_world_size()).tolist(), strict=True))
+            norms = dict(zip(norms, (shared / world_size()).tolist(), strict=True))
         norms = {i: n for i, n in norms.items() if math.isfinite(n) and n > 0}
         mean = sum(norms.values()) / max(1, len(norms))
         for i, norm in norms.items():
-            wanted = float(self.factors[i]) * mean / norm
-            moved = self.momentum * float(self.factors[i]) + (1 - self.momentum) * wanted
-            self.factors[i] = min(MOST, max(LEAST, moved))
+            balanced = float(self.factors[i]) * mean / norm
+            factor = self.momentum * float(self.factors[i]) + (1 - self.momentum) * balanced
+            self.factors[i] = min(MOST, max(LEAST, factor))
 
 
 class Learned(Balancer):
@@ -118,8 +119,8 @@ def _total(losses: Iterable[Tensor]) -> Tensor:
 
 def _norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
     """The Euclidean norm of the gradient of the mean loss."""
-    found = torch.autograd.grad(loss.mean(), parameters, retain_graph=True, allow_unused=True)
-    squares = [g.detach().float().square().sum() for g in found if g is not None]
+    gradients = torch.autograd.grad(loss.mean(), parameters, retain_graph=True, allow_unused=True)
+    squares = [g.detach().float().square().sum() for g in gradients if g is not None]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
@@ -131,10 +132,10 @@ Gate = Callable[[View], Tensor]
 
 def teacher_right(view: View) -> Tensor:
     """1 where the teacher's decision is the label, 0 where it is not. Raises `InputError` where there are no labels."""
-    decided = first_tensor(view.teacher).argmax(-1)
-    if not isinstance(view.targets, Tensor) or view.targets.shape != decided.shape:
+    decisions = first_tensor(view.teacher).argmax(-1)
+    if not isinstance(view.targets, Tensor) or view.targets.shape != decisions.shape:
         raise InputError('distill: the gate "teacher_right" needs one class label for each of the teacher\'s rows')
-    return (decided == view.targets).float().reshape(len(decided), -1).mean(1)
+    return (decisions == view.targets).float().reshape(len(decisions), -1).mean(1)
 
 
 def teacher_confidence(view: View) -> Tensor:

@@ -11,7 +11,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from pqk.errors import InputError, nearest
-from pqk.knowledge import SOURCES, TERMS
+from pqk.knowledge import TERMS
+from pqk.knowledge.sources import SOURCES
+
+RENAMED = {"terms": {"rise": "ramp_up", "fall": "ramp_down"}}
+"""field of a pass with a list of tables -> their keys that had another name once: recipes that say it go on working"""
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -53,11 +57,28 @@ def toml_value(text: str) -> Any:
 
 def parse(kind: type[Any], values: Any, where: str) -> Any:
     """`kind(**values)`, strictly: no "3" for 3. Raises `InputError` that says where and what."""
+    values = _renamed(values, where)
     try:
         # As JSON, where strictness is about values: lists and tables may fill tuples and dataclasses.
         return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error, kind)}") from error
+
+
+def _renamed(values: Any, where: str) -> Any:
+    """`values` with the present names of keys. Raises `InputError` where a table has a key under both names."""
+    if not isinstance(values, dict):
+        return values
+    values = dict(values)
+    for field, names in RENAMED.items():
+        entries = values.get(field)
+        if isinstance(entries, list):
+            for entry in (e for e in entries if isinstance(e, dict)):
+                for old, new in names.items():
+                    if old in entry and new in entry:
+                        raise InputError(f'{where}: {field}: "{old}" is "{new}" now, and both are given; keep one')
+            values[field] = [{names.get(k, k): v for k, v in e.items()} if isinstance(e, dict) else e for e in entries]
+    return values
 
 
 def explain(error: ValidationError, kind: type[Any]) -> str:

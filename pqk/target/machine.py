@@ -1,4 +1,4 @@
-"""What this machine is, said beside every number that was measured on it; nothing that identifies its owner."""
+"""Describes this machine for reports; nothing in it identifies its owner."""
 
 from __future__ import annotations
 
@@ -75,22 +75,22 @@ def cpu_model() -> str:
 
 def autocast(device: str, precision: str) -> torch.autocast:
     """bfloat16 autocast where `precision` is "bf16"; on a CPU without bfloat16 none, since float32 is faster there."""
-    wanted = precision == "bf16"
-    return torch.autocast(device, torch.bfloat16, enabled=wanted and not (device == "cpu" and _no_bf16()))
+    enabled = precision == "bf16" and not (device == "cpu" and bf16_is_slow())
+    return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
 
 @cache
-def _no_bf16() -> bool:
-    """Whether bfloat16 would be slower than float32 on this CPU; said once."""
+def bf16_is_slow() -> bool:
+    """Whether bfloat16 would be slower than float32 on this CPU; logged once."""
     flags = cpu_flags()
-    lacks = bool(flags) and not flags & set(BF16)
-    if lacks:
+    missing = bool(flags) and not flags & set(BF16)
+    if missing:
         log.warning(
             'precision "bf16": this CPU has no bfloat16 instructions (%s), without which it takes several times as '
             "long as float32; float32 is used",
             ", ".join(BF16),
         )
-    return lacks
+    return missing
 
 
 def peak_memory() -> int:

@@ -24,17 +24,32 @@ ISA_ORDER = {"x86-avx2": ("x86-avx2", "x86-vnni"), "x86-vnni": ("x86-vnni",)}
 
 @dataclass(frozen=True)
 class Target:
-    """What will run the student. `activation` and `weight` are its integer grids; weights are per output channel."""
+    """What will run the student, and the integers that its kernels compute exactly on."""
 
     name: str
+    """its name in recipes, such as "x86-avx2" """
     activation: Grid
+    """the integers of activations, one scale a tensor"""
     weight: Grid
+    """the integers of weights, one scale an output channel"""
     channel_multiple: int
+    """kernels are fastest at multiples of this many channels"""
     runtime: Literal["onnxruntime", "triton"]
+    """what executes the student"""
 
     @staticmethod
     def named(name: str) -> Target:
-        """The target of that name. Raises `InputError` naming the nearest known one."""
+        """Finds the target of that name.
+
+        Args:
+            name: one of `TARGETS`.
+
+        Returns:
+            The target.
+
+        Raises:
+            InputError: there is none; it names the nearest known one.
+        """
         for target in TARGETS:
             if target.name == name:
                 return target
@@ -42,7 +57,11 @@ class Target:
 
     @staticmethod
     def detect() -> Target:
-        """The target that this machine's CPU is. Raises `InputError` for a CPU without integer dot products."""
+        """Finds the target that this machine's CPU is.
+
+        Raises:
+            InputError: no target fits the CPU.
+        """
         return Target.named(machine_target())
 
     def why_not_measured(self) -> Reason | None:
@@ -56,17 +75,17 @@ class Target:
 
     def why_not_here(self) -> Reason | None:
         """Why the numbers of this target are not this machine's; None where they are."""
-        here = machine_target()
+        machine = machine_target()
         if self.name.startswith("cuda"):
             capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
             if capability is None:
-                return f"target {self.name} needs a CUDA device and this machine ({here}) has none"
+                return f"target {self.name} needs a CUDA device and this machine ({machine}) has none"
             have = 10 * capability[0] + capability[1]
             need = int(self.name.removeprefix("cuda-sm"))
             return None if have >= need else f"target {self.name} is newer than this machine's GPU (sm{have})"
-        if here in ISA_ORDER.get(self.name, (self.name,)):
+        if machine in ISA_ORDER.get(self.name, (self.name,)):
             return None
-        return f"target {self.name} is not this machine, which is {here}: the integer kernels differ"
+        return f"target {self.name} is not this machine, which is {machine}: the integer kernels differ"
 
 
 def cpu_flags() -> frozenset[str]:

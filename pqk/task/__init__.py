@@ -2,22 +2,8 @@
 
 from __future__ import annotations
 
-from pqk.data.structures import Outputs, concatenate, first_tensor, tensors, widened
-from pqk.task.metrics import METRICS, Metric, argmax, cross_entropy, named_metric, predict
-from pqk.task.task import TWO_VIEWS, Task
+from pqk.data.structures import first_tensor, tensors, widened
+from pqk.task.metrics import Metric, argmax, cross_entropy
+from pqk.task.task import Task
 
-__all__ = [
-    "METRICS",
-    "TWO_VIEWS",
-    "Metric",
-    "Outputs",
-    "Task",
-    "argmax",
-    "concatenate",
-    "cross_entropy",
-    "first_tensor",
-    "named_metric",
-    "predict",
-    "tensors",
-    "widened",
-]
+__all__ = ["Metric", "Task", "argmax", "cross_entropy", "first_tensor", "tensors", "widened"]

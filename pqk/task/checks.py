@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from pqk.data.data import Batch
-from pqk.data.structures import Inputs, Outputs
+from pqk.data.data import Batch, Data
+from pqk.data.structures import Inputs, Outputs, map_tensors
 from pqk.errors import InputError
-
-
-def check_labels(targets: Tensor, classes: int, what: str = "the") -> None:
-    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= classes):
-        raise InputError(
-            f"{what} data: labels run from {int(targets.min())} to {int(targets.max())} and the model has {classes} "
-            f"classes (0 to {classes - 1})"
-        )
+from pqk.task.metrics import Metric, check_labels
 
 
 def check_views(what: str, batch: Batch) -> None:
@@ -36,3 +34,42 @@ def try_forward(teacher: nn.Module, inputs: Inputs, what: str) -> Outputs:
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs)
         raise InputError(f"teacher: the {what} inputs ({shapes}) do not fit it: {error}") from error
+
+
+def check_all_labels(what: str, data: Data, classes: int) -> None:
+    """Raises `InputError` for a label that is no class.
+
+    Checks all labels; of a training loader only the first batch, as the others are checked during training.
+    """
+    stored = getattr(data, "targets", None)
+    batches: Iterator[Any] = (b.targets for b in data.batches()) if stored is None else iter([stored])
+    for labels in itertools.islice(batches, 1 if what == "train" else None):
+        if isinstance(labels, Tensor):
+            check_labels(labels, classes, what)
+
+
+def check_scores(
+    what: str, teacher: nn.Module, batch: Batch, loss: Callable[[Outputs, Any], Tensor], metric: Metric
+) -> None:
+    """Raises `InputError` where loss and metric cannot judge the teacher's outputs on two samples of `batch`.
+
+    Unlabelled data is judged by its metric alone, and only for evaluation.
+    """
+    outputs = try_forward(teacher, tuple(t[:2] for t in batch.inputs), what)
+    labelled = batch.targets is not None
+    if not labelled and what != "evaluation":
+        return
+    targets = map_tensors(lambda t: t[:2], batch.targets) if labelled else None
+    with torch.inference_mode():
+        try:
+            losses = loss(outputs, targets) if labelled else None
+            value = metric.function(outputs, targets)
+        except InputError:
+            raise
+        except Exception as error:
+            why = error if labelled else f"it has no targets, and {metric.name} asked for them ({error})"
+            raise InputError(f"{what} data: the task cannot score the teacher's output: {why}") from error
+    if labelled and (not isinstance(losses, Tensor) or losses.dim() == 0):
+        raise InputError("task: the loss must be per sample: a tensor [B]")
+    if not isinstance(value, float | int) or not math.isfinite(value):
+        raise InputError(f"task: the metric {metric.name} must be a finite number; on {what} data it is {value}")

@@ -13,17 +13,27 @@ from torch import Tensor
 from pqk.data.data import Data
 from pqk.data.structures import Outputs, concatenate, first_tensor, widened
 from pqk.errors import InputError, nearest
-from pqk.task.checks import check_labels
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how good outputs are; higher is better. `unit` "share" means 0 to 1."""
+    """A number that says how good outputs are; higher is better."""
 
     name: str
+    """what reports call it"""
     unit: str
+    """what it counts; "share" means 0 to 1, shown as a percentage"""
     function: Callable[[Outputs, Any], float]
     """(outputs of all samples, targets of all samples) -> value; tensors are concatenated over batches"""
+
+
+def check_labels(targets: Tensor, classes: int, what: str = "the") -> None:
+    """Raises `InputError`, naming the data as `what`, where a label is outside 0 to `classes` - 1."""
+    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= classes):
+        raise InputError(
+            f"{what} data: labels run from {int(targets.min())} to {int(targets.max())} and the model has {classes} "
+            f"classes (0 to {classes - 1})"
+        )
 
 
 def _accuracy(outputs: Outputs, targets: Tensor) -> float:
@@ -34,9 +44,17 @@ METRICS = (Metric("accuracy", "share", _accuracy),)
 
 
 def cross_entropy(outputs: Outputs, targets: Tensor) -> Tensor:
-    """Per-sample cross-entropy [B] of logits [B, C] against labels int64 [B], in float32 at least.
+    """Computes the cross-entropy of each sample, the default loss.
 
-    Raises `InputError` where a label is outside 0…C-1.
+    Args:
+        outputs: a model's outputs, of which the first tensor is logits [B, C].
+        targets: labels int64 [B].
+
+    Returns:
+        Losses [B], in float32 at least.
+
+    Raises:
+        InputError: a label is outside 0 to C - 1.
     """
     logits = widened(first_tensor(outputs))
     check_labels(targets, logits.shape[1])
@@ -44,7 +62,14 @@ def cross_entropy(outputs: Outputs, targets: Tensor) -> Tensor:
 
 
 def argmax(outputs: Outputs) -> Tensor:
-    """The default decision: int64 [B], or [B, …] for outputs with more axes."""
+    """Decides for the class with the largest logit, the default decision.
+
+    Args:
+        outputs: a model's outputs, of which the first tensor is logits [B, …, C].
+
+    Returns:
+        Classes int64 [B, …].
+    """
     return first_tensor(outputs).argmax(-1)
 
 
@@ -58,13 +83,13 @@ def named_metric(name: str) -> Metric:
 
 def predict(model: Callable[..., Outputs], data: Data, limit: int | None = None) -> tuple[Outputs, Any]:
     """Outputs and targets of all (or the first `limit`) samples, concatenated over batches, in the stored order."""
-    outputs, targets, seen = [], [], 0
+    outputs, targets, samples = [], [], 0
     with torch.inference_mode():
         for batch in data.batches():
             outputs.append(model(*batch.inputs))
             targets.append(batch.targets)
-            seen += len(batch.inputs[0])
-            if limit is not None and seen >= limit:
+            samples += len(batch.inputs[0])
+            if limit is not None and samples >= limit:
                 break
     return concatenate(outputs), concatenate(targets)
 

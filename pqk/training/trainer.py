@@ -1,4 +1,4 @@
-"""The one training loop: whatever stage the student is in, whatever the objective is.
+"""The one training loop, for every stage of the student and every objective.
 
 It runs under Hugging Face accelerate, so several processes, GPUs and mixed precision are a launch option. Everything
 that it draws is a function of (seed, pass, epoch), its checkpoints hold everything else, and so a run that was killed
@@ -7,30 +7,27 @@ ends in the same student, bit for bit.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from pydantic import Field
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
-from pqk.core.program import CONFIG
+from pqk.core.distributed import rank, world_size
 from pqk.core.run_context import RunContext
 from pqk.data.data import Batch, Data
 from pqk.data.structures import map_tensors
-from pqk.errors import InputError, PqkError
-from pqk.files import read_tensors, write_tensors
+from pqk.errors import PqkError
 from pqk.quant.fake_quant import bounded_steps
 from pqk.target.machine import autocast
+from pqk.training.checkpoint import Checkpoint, TrainingState
+from pqk.training.settings import Training, optimizer_for, rate
 
 log = logging.getLogger(__name__)
 
@@ -38,56 +35,16 @@ RETRIES = 3
 """how often a non-finite loss is answered by the last good state at a lower rate"""
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Training:
-    """How a student is trained; the fields that every training pass shares."""
-
-    epochs: float = Field(default=1.0, gt=0)
-    """epochs over the training data; a fraction is allowed"""
-    learning_rate: float = Field(default=0.05, gt=0)
-    """the peak learning rate"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd is with Nesterov momentum"""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """of sgd"""
-    weight_decay: float = Field(default=1e-4, ge=0)
-    """of weight matrices and filters only, never of biases, norms and quantizer scales"""
-    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
-    """cosine falls from the peak after the warm-up; one_cycle rises over the warm-up from 1/25 and falls to 1e-4"""
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    """share of the steps over which the rate rises"""
-    clip: float | None = Field(default=None, gt=0)
-    """gradients are scaled to at most this norm; by default not at all, and in `distill` after `capture` to 1.0"""
-    average: float = Field(default=0.0, ge=0)
-    """the student ends as the exponential moving average of its weights over this many epochs; 0: the last weights"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes forward passes in bfloat16 autocast, weights stay float32; on a CPU without bfloat16 instructions,
-    where that is slower, it is fp32, which is logged"""
-    checkpoint_seconds: float = Field(default=100.0, gt=0)
-    """a killed run loses at most this much"""
-
-    @property
-    def training_epochs(self) -> float:
-        """Epochs over the training data that the pass takes."""
-        return self.epochs
-
-    @property
-    def notes_losses(self) -> bool:
-        """Whether what the pass notes is about its training, of which a rehearsal says nothing."""
-        return True
-
-    def rehearsal(self, epochs: float) -> Any:
-        """The same training of at most so many epochs."""
-        return dataclasses.replace(self, epochs=min(self.epochs, epochs))
-
-
 @dataclass
 class TrainingLog:
-    """What happened: mean loss of each epoch, steps, and how often it went back to a lower rate."""
+    """What happened in a training."""
 
     losses: list[float] = field(default_factory=list)
+    """mean loss of each epoch"""
     steps: int = 0
+    """how many there were"""
     retries: int = 0
+    """how often it went back to a lower rate"""
 
 
 class Objective(nn.Module):
@@ -109,41 +66,13 @@ class Objective(nn.Module):
 
 
 def accelerator() -> Accelerator:
-    """The processes of this launch: one, or those of `accelerate launch` or `torchrun`.
+    """The Accelerator of this launch, over one process or over those of `accelerate launch` or `torchrun`.
 
-    Accelerate takes processes on a machine without an accelerator for strangers to each other unless it is told.
+    The first call sets up devices and, for several processes, torch's process group, which `pqk.core.distributed`
+    then reads; all later ones share that state. It is told whether there is an accelerator, because without one it does
+    not connect processes by itself.
     """
     return Accelerator(cpu=not torch.accelerator.is_available())
-
-
-def rate(training: Training, progress: float) -> float:
-    """The learning rate's factor at `progress` (0 to 1) of the training."""
-    if progress < training.warmup:
-        low = 0.04 if training.schedule == "one_cycle" else 0.0
-        return low + (1 - low) * (progress / training.warmup)
-    if training.schedule == "constant":
-        return 1.0
-    done = (progress - training.warmup) / (1 - training.warmup)
-    low = 1e-4 if training.schedule == "one_cycle" else 0.0
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def optimizer_for(training: Training, *modules: nn.Module) -> torch.optim.Optimizer:
-    """Decay for tensors of two or more axes only: never for biases, norms and scales (LSQ: no decay on s)."""
-    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-    if not parameters:
-        raise InputError("distill: the student has no trainable parameters")
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if training.optimizer == "adamw":
-        # Fused: one pass over each tensor; of an encoder's step, ten over its word table were the half.
-        return torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
-    return torch.optim.SGD(
-        groups, lr=training.learning_rate, momentum=training.momentum, nesterov=training.momentum > 0
-    )
 
 
 def fit(run: RunContext, student: nn.Module, data: Data, objective: Objective, training: Training) -> TrainingLog:
@@ -152,11 +81,11 @@ def fit(run: RunContext, student: nn.Module, data: Data, objective: Objective, t
     Raises `InputError` where a checkpoint exists and the data cannot be entered in the middle of an epoch, and
     `PqkError` when the loss is still not finite after three retries.
     """
-    return _Fit(run, student, data, objective, training).train()
+    return _Trainer(run, student, data, objective, training).train()
 
 
-class _Fit:
-    """The state of one training run, and how it is saved and restored."""
+class _Trainer:
+    """One training run: its steps, and what follows a loss that is not finite."""
 
     def __init__(
         self, run: RunContext, student: nn.Module, data: Data, objective: Objective, training: Training
@@ -170,14 +99,14 @@ class _Fit:
                     t.data = t.data.contiguous(memory_format=torch.channels_last)
         self.optimizer = optimizer_for(training, student, objective)
         self.average = {k: v.detach().clone() for k, v in student.state_dict().items()} if training.average else {}
-        self.step, self.factor, self.log, self.epoch_loss = 0, 1.0, TrainingLog(), [0.0, 0.0]
+        self.state = TrainingState()
         self.saved_at = time.monotonic()
-        self.path = None if run.scratch is None else run.scratch / "checkpoint.safetensors"
-        self.memory: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        path = None if run.scratch is None else run.scratch / "checkpoint.safetensors"
+        self.checkpoint = Checkpoint(path, data, student, objective, self.optimizer, self.average)
 
     def train(self) -> TrainingLog:
         self._restore()
-        if self.step == 0 or self.data.resume_reason is not None:
+        if self.state.step == 0 or self.data.resume_reason is not None:
             self._save()  # the state that a non-finite loss in this epoch goes back to
         home = next(self.student.parameters()).device
         # Not DDP, which would leave out projectors and trip over step sizes that freeze: `_reduce` does its work.
@@ -185,49 +114,49 @@ class _Fit:
         optimizer = self.accelerator.prepare(self.optimizer)
         self.objective.to(self.accelerator.device)
         with self.run.observer.task(self.run.scope, self.total) as advance:
-            advance(self.step, "")
-            while self.step < self.total:
+            advance(self.state.step, "")
+            while self.state.step < self.total:
                 if not self._epoch(model, optimizer, advance):
-                    failed = self.step
+                    failed = self.state.step
                     self._retry()
-                    advance(self.step - failed, "lower rate")
+                    advance(self.state.step - failed, "lower rate")
         if self.average:
             self.student.load_state_dict(self.average)
-        if self.accelerator.num_processes > 1:  # each process has seen other samples: batch norm's are those of rank 0
+        if world_size() > 1:  # each process has seen other samples: batch norm's are those of rank 0
             for t in self.student.buffers():
                 t.copy_(broadcast(t))
         # As a student loaded from its saved tensors: convolutions round differently in another memory format.
         self.student.to(device=home, memory_format=torch.contiguous_format).train(False)  # type: ignore[call-overload]
-        self.log.steps = self.step
-        return self.log
+        return TrainingLog(self.state.losses, self.state.step, self.state.retries)
 
     def _epoch(self, model: nn.Module, optimizer: Any, advance: Callable[[int, str], None]) -> bool:
         """Train to the end of the current epoch. False where a loss was not finite."""
-        epoch, start = divmod(self.step, len(self.data))
+        state = self.state
+        epoch, start = divmod(state.step, len(self.data))
         seed = self.run.seed_for("epoch", epoch)
-        state = torch.get_rng_state() if start else None
+        generator = torch.get_rng_state() if start else None
         set_seed(seed & 0xFFFFFFFF)
-        batches = self.data.batches(seed, epoch, start, state)
+        batches = self.data.batches(seed, epoch, start, generator)
         for batch in batches:
             model.train()
             loss, due = self._step(model, optimizer, batch)
             if not math.isfinite(loss):
                 return False
-            self.step += 1
-            self.epoch_loss[0] += loss
-            self.epoch_loss[1] += 1
-            advance(1, f"loss {self.epoch_loss[0] / self.epoch_loss[1]:.3f}")
-            if self.step >= self.total:
+            state.step += 1
+            state.epoch_loss[0] += loss
+            state.epoch_loss[1] += 1
+            advance(1, f"loss {state.epoch_loss[0] / state.epoch_loss[1]:.3f}")
+            if state.step >= self.total:
                 break
-            if due and self.step % len(self.data):
+            if due and state.step % len(self.data):
                 if not self._finite():
                     return False
                 self._save()
         if not self._finite():
             return False
-        self.log.losses.append(self.epoch_loss[0] / max(1.0, self.epoch_loss[1]))
-        log.info("%s epoch %d loss %.4f", self.run.scope, epoch + 1, self.log.losses[-1])
-        self.epoch_loss = [0.0, 0.0]
+        state.losses.append(state.epoch_loss[0] / max(1.0, state.epoch_loss[1]))
+        log.info("%s epoch %d loss %.4f", self.run.scope, epoch + 1, state.losses[-1])
+        state.epoch_loss = [0.0, 0.0]
         self.objective.end_epoch(self.student, epoch)
         self._save()
         return True
@@ -238,10 +167,10 @@ class _Fit:
 
     def _step(self, model: nn.Module, optimizer: Any, batch: Batch) -> tuple[float, bool]:
         """One step: the mean loss of all processes, and whether one of them finds that a checkpoint is due."""
-        progress = self.step / self.total
+        progress = self.state.step / self.total
         self.objective.begin(progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.training.learning_rate * self.factor * rate(self.training, progress)
+            group["lr"] = self.training.learning_rate * self.state.factor * rate(self.training, progress)
         batch = self._local(batch)
         with autocast(self.accelerator.device.type, self.training.precision):
             losses = self.objective(model, batch)
@@ -265,18 +194,18 @@ class _Fit:
     def _reduce(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gradients become their mean over the processes, in one message."""
         grads = [p.grad for p in parameters if p.grad is not None]
-        if self.accelerator.num_processes > 1 and grads:
+        if world_size() > 1 and grads:
             flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
             for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(mean.view_as(g))
 
     def _local(self, batch: Batch) -> Batch:
         """This process's part of a batch, on its device. Every process gets at least one sample."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        index, world = rank(), world_size()
         count = len(batch.inputs[0])
 
         def part(t: Tensor) -> Tensor:
-            t = t if world == 1 else t[rank % count :: world]
+            t = t if world == 1 else t[index % count :: world]
             t = t.to(self.accelerator.device)
             return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
@@ -285,7 +214,7 @@ class _Fit:
     def _average(self) -> None:
         """Exponential moving average with a horizon of `average` epochs, unbiased at the start."""
         horizon = self.training.average * len(self.data)
-        weight = max(1 / (self.step + 1), 1 / max(1.0, horizon))
+        weight = max(1 / (self.state.step + 1), 1 / max(1.0, horizon))
         for key, value in self.student.state_dict().items():
             mean = self.average[key]
             if mean.is_floating_point():
@@ -294,74 +223,25 @@ class _Fit:
                 mean.copy_(value)
 
     def _retry(self) -> None:
-        self.log.retries += 1
-        if self.log.retries > RETRIES:
+        """Go back to the last good state, at a quarter of the rate."""
+        retries, factor = self.state.retries + 1, self.state.factor
+        if retries > RETRIES:
             raise PqkError(
-                f"{self.run.scope}: the loss is not finite at step {self.step} of {self.total}, after {RETRIES} "
-                f"retries down to a learning rate of {self.training.learning_rate * self.factor:.2g}; lower "
+                f"{self.run.scope}: the loss is not finite at step {self.state.step} of {self.total}, after {RETRIES} "
+                f"retries down to a learning rate of {self.training.learning_rate * factor:.2g}; lower "
                 "learning_rate, set clip, or look for extreme values in the data"
             )
-        retries, factor = self.log.retries, self.factor / 4
         self._restore()
-        self.log.retries, self.factor = retries, factor
+        self.state.retries, self.state.factor = retries, factor / 4
         self._save()  # a run that is killed from here on goes on at the lower rate, too
-        log.warning("%s: non-finite loss; back to step %d at %.2g of the rate", self.run.scope, self.step, factor)
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from ((f"student/{k}", v) for k, v in self.student.state_dict().items())
-        yield from ((f"average/{k}", v) for k, v in self.average.items())
-        yield from ((f"objective/{k}", v) for k, v in self.objective.state_dict().items())
-        for i, state in self.optimizer.state_dict()["state"].items():
-            yield from ((f"optimizer/{i}/{k}", v) for k, v in state.items() if isinstance(v, Tensor))
+        log.warning(
+            "%s: non-finite loss; back to step %d at %.2g of the rate", self.run.scope, self.state.step, factor / 4
+        )
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()
-        meta = {
-            "step": self.step,
-            "factor": self.factor,
-            "losses": list(self.log.losses),
-            "retries": self.log.retries,
-            "epoch_loss": list(self.epoch_loss),
-        }
-        tensors = {**dict(self._tensors()), "rng": torch.get_rng_state()}
-        # Where an epoch cannot be entered in the middle, a retry goes back to its start, which no file may overwrite.
-        if self.path is None or (self.data.resume_reason is not None and self.step % len(self.data) == 0):
-            self.memory = ({k: v.detach().clone() for k, v in tensors.items()}, meta)
-        if self.path is not None and self.accelerator.is_main_process:
-            write_tensors(self.path, tensors, {"training": json.dumps(meta)})
+        self.checkpoint.save(self.state)
 
     def _restore(self) -> None:
         """Go to the last saved state, if there is one."""
-        if self.memory is not None:
-            tensors, meta = self.memory
-        elif self.path is not None and self.path.exists():
-            tensors, metadata = read_tensors(self.path)
-            meta = json.loads(metadata["training"])
-        else:
-            return
-        if meta["step"] % len(self.data) and self.data.resume_reason is not None:
-            raise InputError(
-                f"{self.run.scope}: cannot resume at step {meta['step']}, in the middle of an epoch: "
-                f"{self.data.resume_reason}"
-            )
-        parts: dict[str, dict[str, Tensor]] = {"student": {}, "average": {}, "objective": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            kind, _, name = key.partition("/")
-            if kind in parts:
-                parts[kind][name] = value
-        self.student.load_state_dict(parts["student"])
-        self.objective.load_state_dict(parts["objective"])
-        for key, mean in self.average.items():
-            mean.copy_(parts["average"][key])
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in parts["optimizer"].items():
-            index, _, name = key.partition("/")
-            p = parameters[int(index)]
-            # A copy, never the saved tensor itself, which may be needed again; in the parameter's memory format.
-            like = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value)
-            state.setdefault(int(index), {})[name] = like.copy_(value).detach()
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        torch.set_rng_state(tensors["rng"])
-        self.step, self.factor, self.epoch_loss = meta["step"], meta["factor"], list(meta["epoch_loss"])
-        self.log = TrainingLog(list(meta["losses"]), meta["step"], meta["retries"])
+        self.state = self.checkpoint.restore(self.run.scope) or self.state

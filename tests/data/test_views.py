@@ -20,7 +20,7 @@ from pqk.data.views import Take, TeachersView, TwoViews, Views
 from pqk.errors import InputError
 from pqk.knowledge import CallableTeacher, EMATeacher, KLDivergence, LogitMSE
 from pqk.knowledge.objective import Distillation
-from pqk.knowledge.sources import FromModule, FromSnapshot, Given
+from pqk.knowledge.sources import FromModule, FromSnapshot, TeacherContext
 from pqk.passes import Distill
 from pqk.recipe.recipe import Recipe
 from pqk.target.target import Target
@@ -117,7 +117,7 @@ def test_scores_and_calibration_are_on_the_right_view() -> None:
 def test_in_training_both_are_fed_theirs() -> None:
     both, teacher, student = task(), Net().eval(), Net()
     taught, trained = seen_by(teacher), seen_by(student)
-    given = Given(teacher, student, (), "fp32", both.example)
+    given = TeacherContext(teacher, student, (), "fp32", both.example)
     objective = Distillation((KLDivergence(),), both, student, FromModule().make(given))
     assert both.train is not None
     fit(RunContext(), student, both.train, objective, Training(epochs=1))
@@ -142,7 +142,7 @@ def test_who_was_the_student_sees_what_the_student_sees(who: str) -> None:
         teacher = EMATeacher(student)
         seen = seen_by(teacher.average)
     else:
-        teacher = FromSnapshot().make(Given(Net(), student, (), "fp32", task().example))
+        teacher = FromSnapshot().make(TeacherContext(Net(), student, (), "fp32", task().example))
         assert teacher.module is not None
         seen = seen_by(teacher.module)
     batch = next(task().evaluation.batches())
@@ -154,7 +154,7 @@ def test_who_was_the_student_sees_what_the_student_sees(who: str) -> None:
 def test_a_temperature_is_chosen_where_the_teacher_is_at_home() -> None:
     both, teacher = task(), Net().eval()
     seen = seen_by(teacher)
-    made = FromModule().make(Given(teacher, Net(), (), "fp32", both.example))
+    made = FromModule().make(TeacherContext(teacher, Net(), (), "fp32", both.example))
     Distillation((KLDivergence(teacher_top=0.5),), both, Net(), made)
     assert torch.equal(torch.cat(seen)[-32:], stored(2, 32).inputs[0])
 

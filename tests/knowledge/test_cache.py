@@ -100,9 +100,9 @@ def test_of_several_outputs_the_one_that_is_asked_for_is_kept(tmp_path: Path) ->
 
 def test_distill_asks_for_one_output_where_all_terms_name_it() -> None:
     one, other = (LogitMSE(output=name) for name in ("logits", "twice"))
-    asked = [Distill(terms=terms)._asked() for terms in ((one, CrossEntropy()), (one, other), (one, LogitMSE()))]
-    assert asked == ["logits", None, None]
-    assert Distill(terms=(LogitMSE(output="logits", gate="teacher_confidence"),))._asked() is None
+    pairs = ((one, CrossEntropy()), (one, other), (one, LogitMSE()))
+    assert [Distill(terms=terms).cached_output() for terms in pairs] == ["logits", None, None]
+    assert Distill(terms=(LogitMSE(output="logits", gate="teacher_confidence"),)).cached_output() is None
 
 
 def test_answers_that_are_not_there_or_damaged_are_computed(tmp_path: Path) -> None:
@@ -214,15 +214,15 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
 
 def test_who_is_second_maps_the_file_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is made between the look whether it is there and the making."""
-    path, blank = tmp_path / f"{KEY}.npy", cache._blank
+    path, blank = tmp_path / f"{KEY}.npy", cache.write_blank
     first: list[LogitCache] = []
 
     def slow(own: Path, rows: int, record: Any) -> None:
-        monkeypatch.setattr(cache, "_blank", blank)
+        monkeypatch.setattr(cache, "write_blank", blank)
         first.append(LogitCache(path, rows, (5,)))
         blank(own, rows, record)
 
-    monkeypatch.setattr(cache, "_blank", slow)
+    monkeypatch.setattr(cache, "write_blank", slow)
     second = LogitCache(path, 8, (5,))
     first[0].put(torch.tensor([3]), torch.ones(1, 5))
     assert second.get(torch.tensor([3, 4]))[1].tolist() == [True, False]
@@ -241,7 +241,7 @@ def test_a_full_disk_is_an_error_before_training(tmp_path: Path, monkeypatch: py
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache, "_blank", full)
+    monkeypatch.setattr(cache, "write_blank", full)
     with pytest.raises(InputError, match="No space left"):
         cache_for(tmp_path, Net(), images(), "fp32")
     assert not [*(tmp_path / "cache").iterdir()]

@@ -301,7 +301,7 @@ def test_a_fingerprint_is_of_names_shapes_and_values() -> None:
 
 
 def test_bfloat16_answers_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_no_bf16", lambda: False)
+    monkeypatch.setattr(machine, "bf16_is_slow", lambda: False)
     answer, _ = FrozenTeacher(Net(), precision="bf16")(next(images().batches()))
     live, _ = FrozenTeacher(Net())(next(images().batches()))
     assert answer.dtype == torch.float32 and 0 < float((answer - live).abs().max()) < 0.05

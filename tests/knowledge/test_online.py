@@ -33,7 +33,7 @@ from pqk.knowledge.sources import (
     FromModule,
     FromPeer,
     FromShadow,
-    Given,
+    TeacherContext,
 )
 from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher, exit_for
 from pqk.models.images import CropFlip
@@ -80,7 +80,7 @@ every = pytest.mark.parametrize("name", SOURCES)
 
 def made(name: str, student: nn.Module) -> Teacher:
     torch.manual_seed(5)
-    return SOURCES[name].make(Given(Net(7).eval().requires_grad_(False), student, (), "fp32", TASK.example))
+    return SOURCES[name].make(TeacherContext(Net(7).eval().requires_grad_(False), student, (), "fp32", TASK.example))
 
 
 def program(folder: Path | None = None) -> Program:
@@ -138,7 +138,7 @@ def test_both_hear_each_other_detached(name: str) -> None:
 
 def test_an_exit_trains_the_layers_below_it_and_no_others() -> None:
     student = Net()
-    teacher = FromExits(points=("low",)).make(Given(Net(7), student, (), "fp32", TASK.example))
+    teacher = FromExits(points=("low",)).make(TeacherContext(Net(7), student, (), "fp32", TASK.example))
     objective = Distillation([CrossEntropy()], TASK, student, teacher)
     with torch.no_grad():
         plain = Distillation([CrossEntropy()], TASK, student, FrozenTeacher(Net(7)))
@@ -266,7 +266,7 @@ def test_what_no_recipe_may_ask_for(line: str, message: str) -> None:
 
 
 def test_points_and_outputs_that_are_not_there() -> None:
-    given = Given(Net(7), Net(), (), "fp32", TASK.example)
+    given = TeacherContext(Net(7), Net(), (), "fp32", TASK.example)
     for source in (FromExits(points=("middle",)), FromShadow(point="middle")):
         with pytest.raises(InputError, match='no module "middle"'):
             source.make(given)
@@ -291,7 +291,7 @@ def test_an_assistant_is_the_student_of_an_earlier_pass(tmp_path: Path) -> None:
     distill = Distill(epochs=1, learning_rate=1e-9, teacher=FromAssistant(after=0), terms=(LogitMSE(),), warmup=0)
     original = FromAssistant.make
 
-    def make(self: FromAssistant, given: Given) -> Teacher:
+    def make(self: FromAssistant, given: TeacherContext) -> Teacher:
         teacher = original(self, given)
         assert teacher.module is not None
         seen.append(teacher.module)
@@ -311,24 +311,24 @@ def test_an_assistant_is_the_student_of_an_earlier_pass(tmp_path: Path) -> None:
     with pytest.raises(InputError, match='"01-capture", is in stage GRAPH'):
         Distill(teacher=FromAssistant(after=1)).apply(second, TASK)
     with pytest.raises(InputError, match="there is no run here"):
-        FromAssistant(after=0).make(Given(Net(7), Net(), (), "fp32", TASK.example))
+        FromAssistant(after=0).make(TeacherContext(Net(7), Net(), (), "fp32", TASK.example))
 
 
 def test_an_artifact_teaches_on_new_data_and_is_checked(tmp_path: Path) -> None:
     old = Net(9).eval()
     emit_onnx(old, TASK.example, tmp_path / "model.onnx", TASK.input_names)
     with pytest.raises(InputError, match="no finished artifact"):
-        FromArtifact(path=str(tmp_path)).make(Given(Net(7), Net(), (), "fp32", TASK.example))
+        FromArtifact(path=str(tmp_path)).make(TeacherContext(Net(7), Net(), (), "fp32", TASK.example))
     sealed = hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
     (tmp_path / "manifest.json").write_text(json.dumps({"files": {"model.onnx": {"sha256": sealed}}}))
-    teacher = FromArtifact(path=str(tmp_path)).make(Given(Net(7), Net(), (), "fp32", TASK.example))
+    teacher = FromArtifact(path=str(tmp_path)).make(TeacherContext(Net(7), Net(), (), "fp32", TASK.example))
     torch.testing.assert_close(teacher(BATCH)[0], old(*BATCH.inputs).detach(), rtol=0, atol=1e-5)
     done = Distill(epochs=1, teacher=FromArtifact(path=str(tmp_path))).apply(program(tmp_path / "work"), TASK)
     assert done.details["teacher"] == "cached"
     with (tmp_path / "model.onnx").open("ab") as f:
         f.write(b"\0")
     with pytest.raises(InputError, match="changed after its compile"):
-        FromArtifact(path=str(tmp_path)).make(Given(Net(7), Net(), (), "fp32", TASK.example))
+        FromArtifact(path=str(tmp_path)).make(TeacherContext(Net(7), Net(), (), "fp32", TASK.example))
 
 
 def test_the_best_on_a_label_answers_alone() -> None:

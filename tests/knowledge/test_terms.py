@@ -396,7 +396,7 @@ def test_labels_that_do_not_fit_are_refused(term: Term) -> None:
     [
         (JSD, {"beta": 0}), (JSD, {"beta": 1}), (SkewKL, {"skew": 1}), (DIST, {"temperature": 0}),
         (DecoupledKD, {"others": -1}), (LabelSmoothing, {"smoothing": 0}), (KLDivergence, {"teacher_top": 1}),
-        (KLDivergence, {"rise": 1.1}), (KLDivergence, {"gate": ""}), (RKDAngle, {"point": "p", "most": 2}),
+        (KLDivergence, {"ramp_up": 1.1}), (KLDivergence, {"gate": ""}), (RKDAngle, {"point": "p", "most": 2}),
         (CorrelationCongruence, {"point": "p", "order": 0}), (AttentionMaps, {"point": "p", "distance": "cosine"}),
         (RKDDistance, {}), (ReverseKL, {"alpha": 0.5}),
     ],
@@ -407,7 +407,13 @@ def test_impossible_fields_are_refused(kind: Any, fields: dict[str, Any]) -> Non
 
 
 REQUIRED = {"point": "layer2", "head": "fc"}
-SET: dict[str, Any] = {"rise": 0.25, "gate": "teacher_right", "output": "boxes", "heads": [0, 2], "mask": "foreground"}
+SET: dict[str, Any] = {
+    "ramp_up": 0.25,
+    "gate": "teacher_right",
+    "output": "boxes",
+    "heads": [0, 2],
+    "mask": "foreground",
+}
 
 
 SCHEMA = jsonschema.Draft202012Validator(json_schema())

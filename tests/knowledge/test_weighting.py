@@ -170,7 +170,7 @@ def test_a_static_balance_is_a_training_without_one_bit_for_bit() -> None:
 @settings(max_examples=50, deadline=None)
 @given(*[st.integers(0, 100).map(lambda percent: percent / 100)] * 4)
 def test_a_ramp_is_a_factor_that_rises_and_falls(rise: float, fall: float, progress: float, start: float) -> None:
-    term = KLDivergence(rise=rise, fall=fall)
+    term = KLDivergence(ramp_up=rise, ramp_down=fall)
     factor = ramp(term, progress, start)
     assert 0 <= factor <= 1
     if start + rise <= progress <= 1 - fall:
@@ -182,7 +182,7 @@ def test_a_ramp_is_a_factor_that_rises_and_falls(rise: float, fall: float, progr
 
 def test_terms_rise_after_they_have_joined() -> None:
     student = net().eval()
-    terms = CrossEntropy(), LogitMSE(rise=0.2, fall=0.1)
+    terms = CrossEntropy(), LogitMSE(ramp_up=0.2, ramp_down=0.1)
     ramped, plain = objective(student, *terms, start=0.5), objective(student, LogitMSE())
     wrapped = ramped.wrap(student)
     labels, full = objective(student, CrossEntropy())(wrapped, batch()), plain(wrapped, batch())

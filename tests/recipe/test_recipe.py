@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from pqk.errors import InputError
 from pqk.knowledge import AttentionTransfer, CrossEntropy, Hint, KLDivergence, LogitMSE
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
-from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec
+from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, parse_passes
 from pqk.recipe.schema import json_schema
 
-FILES = sorted((Path(__file__).parents[2] / "models").glob("*.toml"))
+MODELS_FOLDER = Path(__file__).parents[2] / "models"
+FILES = sorted(MODELS_FOLDER.glob("*.toml"))
 MODELS = [p for p in FILES if "[[variant]]" not in p.read_text()]  # the others are comparisons
 
 positive = st.floats(1e-6, 1e6)
@@ -127,6 +129,38 @@ def test_what_is_wrong_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^recipe: .*{message}|^recipe: {message}") as caught:
         Recipe.loads(text)
     assert "recipe: recipe" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_old_names_of_keys_go_on_working() -> None:
+    """In recipes and in settings; what is written has the present names."""
+    old, new = (
+        Recipe.loads(DISTILL + f'terms = [{{ term = "kl", {up} = 0.3, {down} = 0.1 }}, {{ term = "cross_entropy" }}]')
+        for up, down in (("rise", "fall"), ("ramp_up", "ramp_down"))
+    )
+    assert old == new and isinstance(old.passes[0], Distill)
+    assert (old.passes[0].terms[0].ramp_up, old.passes[0].terms[0].ramp_down) == (0.3, 0.1)
+    assert "ramp_up = 0.3" in old.dumps() and "rise" not in old.dumps()
+    changed = Recipe.loads(DISTILL).override(['distill.terms=[{ term = "kl", rise = 0.3 }]'])
+    assert isinstance(changed.passes[0], Distill) and changed.passes[0].terms == (KLDivergence(ramp_up=0.3),)
+    with pytest.raises(InputError, match='pass 1 "distill": terms: "rise" is "ramp_up" now, and both are given'):
+        Recipe.loads(DISTILL + 'terms = [{ term = "kl", rise = 0.3, ramp_up = 0.2 }]')
+
+
+def test_recipes_in_committed_results_are_readable() -> None:
+    """Under whatever names their keys had when they were written."""
+    texts = [json.loads(path.read_text()) for path in sorted((MODELS_FOLDER / "results").glob("*.json"))]
+    recipes = [t["recipe"] for t in texts if isinstance(t, dict) and isinstance(t.get("recipe"), str)]
+    assert recipes and all(Recipe.loads(text).passes for text in recipes)
+    compared = [t for t in texts if isinstance(t, dict) and "variants" in t and "recipe" in t]
+    assert compared
+    for document in compared:
+        recipe = Recipe.loads(document["recipe"])
+        for changes in document["variants"].values():
+            for place, value in changes.items():
+                if place == "pass":
+                    assert parse_passes(value, "pass")
+                else:
+                    recipe.change(place, value, place)
 
 
 def test_a_file_is_named(tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ def test_the_average_is_that_of_the_weights() -> None:
 @pytest.mark.parametrize("there", [True, False])
 def test_bfloat16_keeps_float32_weights(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is float32 altogether on a CPU that would be slower for it."""
-    monkeypatch.setattr(machine, "_no_bf16", lambda: not there)
+    monkeypatch.setattr(machine, "bf16_is_slow", lambda: not there)
     student, plain = net(), net()
     fit(RunContext(), plain, array(), Classify(), Training(epochs=0.4))
     fit(RunContext(), student, array(), Classify(), Training(epochs=0.4, precision="bf16"))
@@ -326,12 +326,12 @@ def test_bfloat16_keeps_float32_weights(there: bool, monkeypatch: pytest.MonkeyP
 def test_a_cpu_without_bfloat16_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for flags, said in (({"avx2"}, 1), ({"avx2", "avx512_bf16"}, 0), (set(), 0)):
         monkeypatch.setattr(machine, "cpu_flags", lambda flags=flags: frozenset(flags))
-        machine._no_bf16.cache_clear()
+        machine.bf16_is_slow.cache_clear()
         caplog.clear()
         enabled = [machine.autocast("cpu", "bf16")._enabled for _ in range(2)]
         assert enabled == [not said] * 2 and len(caplog.records) == said
         assert not machine.autocast("cpu", "fp32")._enabled
-    machine._no_bf16.cache_clear()
+    machine.bf16_is_slow.cache_clear()
 
 
 def test_a_training_learns(tmp_path: Path) -> None:
@@ -351,14 +351,16 @@ import json, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from pqk.core.run_context import Run, Journal
-from pqk.training.trainer import Training, fit, launched
+from pqk.core.journal import Journal
+from pqk.core.run_context import RunContext
+from pqk.training.trainer import Training, accelerator, fit
 import importlib.util
 spec = importlib.util.spec_from_file_location("law", {this!r}); law = importlib.util.module_from_spec(spec)
 sys.modules["law"] = law; spec.loader.exec_module(law)
-rank = launched().process_index
-assert launched().num_processes == 2
-run = Run(7, Path({out!r}), Journal(Path({out!r}) / "journal.jsonl") if rank == 0 else Journal()).enter("01-distill")
+rank = accelerator().process_index
+assert accelerator().num_processes == 2
+journal = Journal(Path({out!r}) / "journal.jsonl" if rank == 0 else None)
+run = RunContext(7, Path({out!r}), journal).enter("01-distill")
 decided = run.decide("rank", lambda: rank + 10)
 student, objective = law.net(), law.Classify(kill={kill})
 try:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pqk.core.distributed import world_size
 from pqk.data.data import Batch, Data, digest_of
 from pqk.data.structures import Inputs, map_tensors, widened
 from pqk.errors import Reason
@@ -42,16 +43,17 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 class Teacher(nn.Module, ABC):
-    """Answers batches: always in eval mode, never with a gradient, in float32 at least.
+    """What answers a training's batches: always in eval mode, never with a gradient, in float32 at least.
 
-    `cache`, if any, holds the answers that were given before.
+    A subclass computes an answer in `live`; calling the teacher gives it, or reads it from `cache`.
     """
 
     cache: LogitCache | None = None
-    featureless = "the teacher was made without that point; name it in its `points`"
+    """the answers that are kept, if any"""
+    no_feature_reason = "the teacher was made without that point; name it in its `points`"
     """why a feature is missing"""
-    watches: Sequence[str] = ()
-    """points of the student that its lessons look at"""
+    student_points: Sequence[str] = ()
+    """points of the student that its auxiliary loss looks at"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,10 +66,20 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def live(self, batch: Batch) -> TeacherAnswer:
-        """The answer to a batch, computed."""
+        """Computes the answer to a batch.
+
+        Args:
+            batch: inputs each [B, …]; `batch.for_teacher()` is what a teacher with its own view sees.
+
+        Returns:
+            (outputs, {point: feature}): tensors [B, …] in float32 at least.
+
+        Raises:
+            InputError: the teacher cannot answer it.
+        """
 
     def identity(self) -> str:
-        """A digest of everything that the answers depend on. Only asked for where they can be kept."""
+        """Identifies everything that the answers depend on; only asked for where they can be kept."""
         raise NotImplementedError
 
     def why_not_cached(self) -> Reason | None:
@@ -75,13 +87,17 @@ class Teacher(nn.Module, ABC):
         return None
 
     def check(self, example: Inputs) -> None:
-        """Raises `InputError` where it cannot answer these inputs."""
+        """Checks that it can answer inputs like these, each [B, …].
+
+        Raises:
+            InputError: it cannot.
+        """
 
     def begin(self, progress: float) -> None:
         """Called before each training step with the share of the training that is done, 0 to 1."""
 
     def auxiliary_loss(self, view: View) -> Tensor | None:
-        """What it learns itself beside the student: a loss [B] that is added to the student's; None: nothing."""
+        """The loss [B] of what it learns itself, which is added to the student's; None: nothing."""
         return None
 
     def train(self, mode: bool = True) -> Teacher:
@@ -89,7 +105,14 @@ class Teacher(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> TeacherAnswer:
-        """(outputs, {point: feature}) of a batch, without a gradient. Raises `InputError` where it cannot answer."""
+        """Answers a batch: with what `live` computes, or where all of it is kept, with that.
+
+        Returns:
+            (outputs, {point: feature}), without a gradient.
+
+        Raises:
+            InputError: it cannot answer it.
+        """
         # Whatever precision the student trains in: an answer is the same when it is kept.
         with torch.autocast(batch.inputs[0].device.type, enabled=False):
             if self.cache is None or batch.keys is None:
@@ -101,23 +124,27 @@ class Teacher(nn.Module, ABC):
             live, _ = self.live(batch)
             live = live if name is None else live[name]
             self.cache.put(batch.keys[~present.to(batch.keys.device)], live[~present.to(device)])
-            found = torch.where(present.view(-1, *[1] * (live.dim() - 1)).to(device), rows.to(device), live)
-            return (found if name is None else {name: found}), {}
+            whole = torch.where(present.view(-1, *[1] * (live.dim() - 1)).to(device), rows.to(device), live)
+            return (whole if name is None else {name: whole}), {}
 
 
-def asked(tapped: nn.Module, batch: Batch, precision: str = "fp32") -> TeacherAnswer:
-    """What a tapped model says, in float32 at least; "bf16": computed in bfloat16 autocast (`pqk.target.machine`)."""
+def run_tapped(tapped: nn.Module, batch: Batch, precision: str = "fp32") -> TeacherAnswer:
+    """Runs a tapped model on a batch; "bf16" computes in bfloat16 autocast, and the answer is float32 at least."""
     with autocast(batch.inputs[0].device.type, precision):
         outputs, features = tapped(*batch.inputs)
     return map_tensors(lambda t: widened(t) if t.is_floating_point() else t, outputs), features
 
 
 class FrozenTeacher(Teacher):
-    """A module in eval mode, without gradients, its buffers never touched; optionally cached.
+    """A module in eval mode, without gradients, its buffers never touched.
 
-    `precision` "bf16" computes its convolutions and matmuls in bfloat16 autocast (about twice as fast where the CPU
-    has the instructions); outputs are float32. `students_view`: where the two see different views, it sees that of the
-    student, which it once was.
+    Args:
+        model: the trained module; it is read only.
+        points: module paths whose outputs it shows as features.
+        precision: "fp32", or "bf16", which computes convolutions and matmuls in bfloat16 autocast (about twice as fast
+            where the CPU has the instructions); outputs are float32 either way.
+        cache: where its outputs are kept; not used where there are points.
+        students_view: where the two see different views, it sees that of the student, which it once was.
     """
 
     def __init__(
@@ -150,7 +177,7 @@ class FrozenTeacher(Teacher):
         device = batch.inputs[0].device
         if any(t.device != device for t in self._model[0].parameters()):
             self._model = [copy.deepcopy(self._model[0]).to(device)]  # the program's teacher stays where it is
-        return asked(self._model[0], batch if self.students_view else batch.for_teacher(), self.precision)
+        return run_tapped(self._model[0], batch if self.students_view else batch.for_teacher(), self.precision)
 
 
 def cache_for(
@@ -170,25 +197,25 @@ def cache_for(
         return "nothing is saved in this run"
     if data.key_count is None:
         return data.unkeyed_reason
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if world_size() > 1:
         return "several processes would write one file"
     batch, outputs = _probe(teacher, data)
-    named = output if isinstance(outputs, dict) and output in outputs else None
-    outputs = outputs if named is None else outputs[named]
+    name = output if isinstance(outputs, dict) and output in outputs else None
+    outputs = outputs if name is None else outputs[name]
     if not isinstance(outputs, Tensor):
         kind = type(outputs).__name__
         return f"the teacher's output is a {kind}; only single tensors are cached: let all terms name one as `output`"
     if outputs.dtype != torch.float32:
         return f"the teacher answers in {outputs.dtype}, and answers are kept in float32"
-    seen = digest_of("seen", (*batch.inputs, *(batch.teacher_inputs or ())))  # `prepare` shows in nothing else
-    key = f"{teacher.identity()} {data.fingerprint()} {precision} {seen}" + (f" {named}" if named else "")
+    inputs = digest_of("seen", (*batch.inputs, *(batch.teacher_inputs or ())))  # `prepare` shows in nothing else
+    key = f"{teacher.identity()} {data.fingerprint()} {precision} {inputs}" + (f" {name}" if name else "")
     key = hashlib.sha256(key.encode()).hexdigest()
     place.mkdir(parents=True, exist_ok=True)
     path = place / f"{key}.npy"
     size, free = 4 * data.key_count * (outputs[0].numel() + 2), shutil.disk_usage(place).free
     if not path.exists() and size > free / 2:
         return f"the answers would take {size / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free"
-    cache = LogitCache(path, data.key_count, outputs.shape[1:], named)
+    cache = LogitCache(path, data.key_count, outputs.shape[1:], name)
     if batch.keys is not None:
         cache.confirm(batch.keys, outputs, precision)
     return cache
@@ -196,7 +223,7 @@ def cache_for(
 
 @torch.no_grad()
 def _probe(teacher: Teacher, data: Data) -> tuple[Batch, Any]:
-    """A few training samples in their first view, with their labels, and what the teacher says of them."""
+    """A few training samples in their first view, with their labels, and the teacher's outputs on them."""
     with torch.random.fork_rng(devices=[]):
         batch = next(data.batches(0))
     few = map_tensors(lambda t: t[:PROBE], batch)

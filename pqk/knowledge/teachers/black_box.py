@@ -20,27 +20,32 @@ from pqk.knowledge.teachers.base import Teacher, TeacherAnswer
 
 
 class CallableTeacher(Teacher):
-    """Any function of the inputs: a service, another framework, a rule. Its answers are logits [B, …, C].
+    """Any function of the inputs: a service, another framework, a rule.
 
-    `logits_of_labels` and `logits_of_top_k` turn what such a box often gives instead. `identity`, any text that names
-    what answers, lets its answers be kept. Raises `InputError` for a torch module, which would be trained along.
+    Args:
+        function: inputs (tensors [B, …]) -> logits [B, …, C], or a tuple or dict of them; `logits_of_labels` and
+            `logits_of_top_k` make logits of what such a box often gives instead.
+        identity: any text that names what answers, which lets its answers be kept; None: they are not.
+
+    Raises:
+        InputError: the function is a torch module, which would be trained along.
     """
 
-    featureless = "the teacher is a black box, which shows nothing but its outputs; choose terms that compare those"
+    no_feature_reason = (
+        "the teacher is a black box, which shows nothing but its outputs; choose terms that compare those"
+    )
 
     def __init__(self, function: Callable[..., Outputs], identity: str | None = None) -> None:
         super().__init__()
         if isinstance(function, nn.Module):
             raise InputError("distill: a torch module is no black box; let a FrozenTeacher answer for it")
-        self.function, self.named = function, identity
+        self.function, self.name = function, identity
 
     def why_not_cached(self) -> Reason | None:
-        return (
-            "a function does not say what it computes; give the teacher an `identity`" if self.named is None else None
-        )
+        return "a function does not say what it computes; give the teacher an `identity`" if self.name is None else None
 
     def identity(self) -> str:
-        return f"callable {self.named}"
+        return f"callable {self.name}"
 
     def check(self, example: Inputs) -> None:
         answers = tensors(self.live(Batch(example, None, None))[0])
@@ -62,8 +67,12 @@ class CallableTeacher(Teacher):
 class OnnxTeacher(CallableTeacher):
     """A float ONNX file, run by ONNX Runtime on the CPU with as many threads as torch has.
 
-    Raises `InputError` for a file that cannot be run and, naming both sides, for one that takes other inputs than
-    `example` (each [B, …], in the model's order).
+    Args:
+        path: the file.
+        example: inputs like those that it will answer, each [B, …], in the model's order.
+
+    Raises:
+        InputError: the file cannot be run, takes other inputs than the example's, or takes one size of batch only.
     """
 
     def __init__(self, path: str | Path, example: Inputs) -> None:
@@ -82,11 +91,11 @@ class OnnxTeacher(CallableTeacher):
         def answer(*inputs: Tensor) -> Outputs:
             feeds = {n: np.ascontiguousarray(t.detach().cpu().numpy()) for n, t in zip(names, inputs, strict=True)}
             try:
-                found = [torch.from_numpy(a) for a in session.run(None, feeds)]
+                outputs = [torch.from_numpy(a) for a in session.run(None, feeds)]
             except Exception as error:  # as above
                 shapes = [tuple(t.shape) for t in inputs]
                 raise InputError(f"distill: the teacher {path} cannot take inputs {shapes}: {error}") from error
-            return found[0] if len(found) == 1 else tuple(found)
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
         super().__init__(answer)
 
@@ -94,7 +103,7 @@ class OnnxTeacher(CallableTeacher):
         return None
 
     def identity(self) -> str:
-        """Of the file, and of those that hold its larger tensors."""
+        """Identifies the file by a hash of its bytes and of those of the files that hold its larger tensors."""
         model = onnx.load(str(self.path), load_external_data=False)
         stored = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
         digest = hashlib.sha256()
@@ -105,8 +114,8 @@ class OnnxTeacher(CallableTeacher):
 
 def _check_inputs(path: Path, session: ort.InferenceSession, example: Inputs) -> None:
     """Raises `InputError` where the file's inputs are not the example's, or it takes one size of batch only."""
-    wanted = [(i.name, i.shape, i.type) for i in session.get_inputs()]
-    given = [(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in example]
+    own = [(i.name, i.shape, i.type) for i in session.get_inputs()]
+    tasks = [(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in example]
     types = {"float": "float32", "double": "float64"}
 
     def fits(shape: Sequence[int | str | None], kind: str, t: Tensor) -> bool:
@@ -115,9 +124,9 @@ def _check_inputs(path: Path, session: ort.InferenceSession, example: Inputs) ->
         same = len(shape) == t.dim() and all(not isinstance(n, int) or n == m for n, m in axes)
         return same and types.get(kind, kind) == str(t.dtype).removeprefix("torch.")
 
-    if len(wanted) != len(example) or not all(fits(s, k, t) for (_, s, k), t in zip(wanted, example, strict=True)):
-        raise InputError(f"distill: the teacher {path} takes {wanted}, and the task gives {given}")
-    fixed = [(name, shape) for name, shape, _ in wanted if shape and isinstance(shape[0], int)]
+    if len(own) != len(example) or not all(fits(s, k, t) for (_, s, k), t in zip(own, example, strict=True)):
+        raise InputError(f"distill: the teacher {path} takes {own}, and the task gives {tasks}")
+    fixed = [(name, shape) for name, shape, _ in own if shape and isinstance(shape[0], int)]
     if fixed:
         name, shape = fixed[0]
         raise InputError(
@@ -127,9 +136,18 @@ def _check_inputs(path: Path, session: ort.InferenceSession, example: Inputs) ->
 
 
 def logits_of_labels(labels: Tensor, classes: int, smoothing: float = 0.1) -> Tensor:
-    """Logits [B, classes] of a box that only decides: int64 [B], or [B, n] of n samples, of which the shares count.
+    """Makes logits for a black box that only decides.
 
-    `smoothing` of the probability goes to all classes alike. Raises `InputError` for labels that are no classes.
+    Args:
+        labels: int64 [B], or [B, n] of n decisions for each sample, of which the shares count.
+        classes: how many there are.
+        smoothing: share of the probability that goes to all classes alike, between 0 and 1.
+
+    Returns:
+        Logits float32 [B, classes], whose softmax are the smoothed shares.
+
+    Raises:
+        InputError: labels are not whole numbers from 0 to `classes` - 1, or `smoothing` is not between 0 and 1.
     """
     if labels.is_floating_point() or (labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
         raise InputError(f"distill: the teacher's labels must be whole numbers from 0 to {classes - 1}")
@@ -140,9 +158,18 @@ def logits_of_labels(labels: Tensor, classes: int, smoothing: float = 0.1) -> Te
 
 
 def logits_of_top_k(probabilities: Tensor, indices: Tensor, classes: int) -> Tensor:
-    """Logits [B, classes] of a box that gives its k most probable classes; the others share what is left alike.
+    """Makes logits for a black box that gives its k most probable classes; the others share the rest alike.
 
-    probabilities float [B, k], indices int64 [B, k]. Raises `InputError` where k is not less than `classes`.
+    Args:
+        probabilities: float [B, k].
+        indices: their classes, int64 [B, k].
+        classes: how many there are, more than k.
+
+    Returns:
+        Logits [B, classes] in the dtype of `probabilities`.
+
+    Raises:
+        InputError: the two shapes differ, or k is not less than `classes`.
     """
     k = probabilities.shape[-1]
     if probabilities.shape != indices.shape or k >= classes:
@@ -150,6 +177,6 @@ def logits_of_top_k(probabilities: Tensor, indices: Tensor, classes: int) -> Ten
             f"distill: top-k answers are probabilities {tuple(probabilities.shape)} and classes "
             f"{tuple(indices.shape)}; both must be [B, k] with k below {classes}"
         )
-    left = (1 - probabilities.double().sum(-1, keepdim=True)).clamp_min(1e-6) / (classes - k)
-    spread = left.expand(len(left), classes).scatter(-1, indices, probabilities.double().clamp_min(1e-12))
+    rest = (1 - probabilities.double().sum(-1, keepdim=True)).clamp_min(1e-6) / (classes - k)
+    spread = rest.expand(len(rest), classes).scatter(-1, indices, probabilities.double().clamp_min(1e-12))
     return spread.log().to(probabilities.dtype)

@@ -1,4 +1,4 @@
-"""A teacher's answers on disk: found by what they answer, and checked one by one when they are read.
+"""A teacher's answers on disk, by what they answer; each is checked when it is read.
 
 A file is named by a digest of everything that its answers depend on, so another teacher, other data, another
 augmentation or another view never finds it. Each answer carries a hash of the file's name, its own place and its
@@ -61,7 +61,7 @@ class LogitCache:
         self._hash = hashlib.blake2b(path.stem.encode(), digest_size=8)
 
     def get(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(answers [B, C…], which of them are there: bool [B]), on the CPU."""
+        """(answers [B, C…], which of them are present: bool [B]), on the CPU."""
         places = keys.cpu().numpy()
         records = self.array[places]
         answers = np.ascontiguousarray(records["answer"])
@@ -77,8 +77,8 @@ class LogitCache:
 
     def confirm(self, keys: Tensor, live: Tensor, precision: str) -> None:
         """Raises `InputError` where answers that are kept are not what this teacher gives for the same keys."""
-        kept, there = self.get(keys)
-        kept, live = kept[there], live.detach().float().cpu()[there]
+        kept, present = self.get(keys)
+        kept, live = kept[present], live.detach().float().cpu()[present]
         if not len(kept):
             return
         apart = float((kept - live).abs().max() / live.abs().max().clamp_min(1e-6))
@@ -90,13 +90,13 @@ class LogitCache:
             )
 
     def _checks(self, places: NDArray[np.int64], answers: NDArray[np.float32]) -> NDArray[np.uint64]:
-        found = np.empty(len(places), "<u8")
+        checks = np.empty(len(places), "<u8")
         for i, (place, answer) in enumerate(zip(places.tolist(), answers, strict=True)):
             h = self._hash.copy()
             h.update(place.to_bytes(8, "little"))
             h.update(answer.tobytes())
-            found[i] = int.from_bytes(h.digest(), "little")
-        return found
+            checks[i] = int.from_bytes(h.digest(), "little")
+        return checks
 
 
 def _create(path: Path, rows: int, record: np.dtype[np.void]) -> None:
@@ -105,7 +105,7 @@ def _create(path: Path, rows: int, record: np.dtype[np.void]) -> None:
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         # Written, not mapped: a full disk is then an error here and not a crash in the middle of the training.
-        write_whole(own, lambda p: _blank(p, rows, record))
+        write_whole(own, lambda p: write_blank(p, rows, record))
         try:
             path.hardlink_to(own)
         except FileExistsError:
@@ -116,8 +116,8 @@ def _create(path: Path, rows: int, record: np.dtype[np.void]) -> None:
         own.unlink(missing_ok=True)
 
 
-def _blank(path: Path, rows: int, record: np.dtype[np.void]) -> None:
-    """A .npy file of records that no answer matches."""
+def write_blank(path: Path, rows: int, record: np.dtype[np.void]) -> None:
+    """Writes a .npy file of records that no answer matches."""
     empty = np.zeros(1, record).tobytes()
     with path.open("wb") as f:
         np.lib.format.write_array_header_1_0(

@@ -15,7 +15,7 @@ from pqk.data.data import Batch
 from pqk.data.structures import Inputs, Outputs, first_tensor, map_tensors, tensors
 from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teachers.base import Teacher, TeacherAnswer, asked
+from pqk.knowledge.teachers.base import Teacher, TeacherAnswer, run_tapped
 from pqk.knowledge.terms.base import View
 
 LEAST_VARIANCE = 1e-8
@@ -69,14 +69,23 @@ WEIGHTINGS: tuple[Weighting, ...] = (confidence, surest, label_confidence, best_
 
 
 class EnsembleTeacher(Teacher):
-    """The weighted mean of several teachers, of their probabilities by default, as logits.
+    """The weighted mean of several teachers, as logits.
 
-    `weights`: one for each member, alike if None. `by` further weights them sample by sample: the name of one of
-    `WEIGHTINGS`, or a function. A mean of probabilities p̄ is given as log p̄ shifted by the mean log-normaliser of the
-    members, so that an ensemble of one is that one. Raises `InputError` for members or weights that do not fit.
+    A mean of probabilities p̄ is given as log p̄ shifted by the mean log-normaliser of the members, so that an ensemble
+    of one is that one.
+
+    Args:
+        members: teachers whose outputs have the same shapes, logits [B, …, C].
+        weights: one for each member, at least 0 and not all 0; None: alike.
+        of: "probabilities" or "logits", what the mean is taken of.
+        by: what further weights the members sample by sample: a name in `WEIGHTINGS` ("confidence", "surest",
+            "label_confidence", "best_on_label"), or a function of (first outputs [M, B, C], batch) to weights [M, B].
+
+    Raises:
+        InputError: there are no members, or the weights do not fit them.
     """
 
-    featureless = "an ensemble has no features of its own; compare outputs, or let one of its members teach alone"
+    no_feature_reason = "an ensemble has no features of its own; compare outputs, or let one of its members teach alone"
 
     def __init__(
         self,
@@ -122,12 +131,12 @@ class EnsembleTeacher(Teacher):
         for member in self._each():
             member.check(example)
         with torch.no_grad():
-            self._answers(Batch(example, None, None))
+            self._member_outputs(Batch(example, None, None))
 
     def live(self, batch: Batch) -> TeacherAnswer:
-        return self._mean(*self._answers(batch), batch), {}
+        return self._mean(*self._member_outputs(batch), batch), {}
 
-    def _answers(self, batch: Batch) -> tuple[list[Tensor], Outputs]:
+    def _member_outputs(self, batch: Batch) -> tuple[list[Tensor], Outputs]:
         """([M, …] for each output, the outputs of the first member). Raises `InputError` where shapes differ."""
         answers = [member(batch)[0] for member in self._each()]
         parts = [tensors(a) for a in answers]
@@ -165,9 +174,15 @@ class EnsembleTeacher(Teacher):
 class UncertaintyTeacher(EnsembleTeacher):
     """An ensemble that also says how far its members disagree (DEGU: Zhou et al. 2026, npj Artificial Intelligence).
 
-    With `target`, it answers (mean, log-variance over members), for a student with two outputs of that shape. Else its
-    answers are those of the ensemble, and the gate "teacher_agreement" scales terms by 1 − disagreement: for
-    probabilities the mutual information of class and member over log M, for logits v / (1 + v) of their variance v.
+    Its disagreement [B] is from 0 to 1: for probabilities the mutual information of class and member over log M, for
+    logits v / (1 + v) of their variance v.
+
+    Args:
+        members: as of an `EnsembleTeacher`.
+        args: as of an `EnsembleTeacher`.
+        target: answer (mean, log-variance over members), for a student with two outputs of that shape; else answers are
+            those of the ensemble, and the gate "teacher_agreement" scales terms by 1 − disagreement.
+        options: as of an `EnsembleTeacher`.
     """
 
     def __init__(self, members: Sequence[Teacher], *args: Any, target: bool = False, **options: Any) -> None:
@@ -178,7 +193,7 @@ class UncertaintyTeacher(EnsembleTeacher):
         return "how far the members disagree is not kept with their answers"
 
     def live(self, batch: Batch) -> TeacherAnswer:
-        answers, like = self._answers(batch)
+        answers, like = self._member_outputs(batch)
         mean, shares = self._mean(answers, like, batch), self._shares(answers, batch)
         z = answers[0]
         if not self.target:
@@ -223,11 +238,20 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 class EMATeacher(Teacher):
-    """The exponential moving average of the student that trains (mean teacher, Tarvainen & Valpola, NeurIPS 2017).
+    """The exponential moving average of the student that trains (mean teacher: Tarvainen & Valpola, NeurIPS 2017).
 
-    Before each step every tensor moves by 1 − momentum towards the student's, batch-norm statistics among them. With
-    `warmup`, the momentum is at most 1 − 1/(k + 1) in step k: at first the plain mean of all students so far. The
+    Before each step every tensor moves by 1 − momentum towards the student's, batch-norm statistics among them. The
     average is saved with the training, so a resumed one goes on with the same teacher.
+
+    Args:
+        student: the module that trains; the average begins as a copy of it.
+        points: module paths whose outputs it shows as features.
+        momentum: share of the average that stays in a step, at least 0 and below 1.
+        warmup: let the momentum be at most 1 − 1/(k + 1) in step k: at first the plain mean of all students so far.
+        precision: "fp32", or "bf16" for bfloat16 autocast.
+
+    Raises:
+        InputError: the momentum is outside its range.
     """
 
     uncacheable: ClassVar[str] = "the teacher is the student's moving average, which is another one in every step"
@@ -277,4 +301,4 @@ class EMATeacher(Teacher):
                 mean.copy_(new)
 
     def live(self, batch: Batch) -> TeacherAnswer:
-        return asked(self._tapped[0], batch, self.precision)
+        return run_tapped(self._tapped[0], batch, self.precision)

@@ -1,8 +1,8 @@
 """Teachers that learn beside the student: a peer, auxiliary exits, a shadow head.
 
 They own parameters, which train and are saved with the student's, and live outside it: nothing of them is exported.
-Both sides hear each other detached: no loss of the student's reaches a teacher's parameters, and what a teacher learns
-reaches the student's only where that is the point, at an auxiliary exit.
+Both sides learn from each other's detached outputs: no loss of the student's reaches a teacher's parameters, and what a
+teacher learns reaches the student's only where that is the point, at an auxiliary exit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pqk.data.data import Batch
 from pqk.data.structures import Inputs, first_tensor, widened
 from pqk.errors import InputError, Reason
 from pqk.knowledge.taps import tap
-from pqk.knowledge.teachers.base import Teacher, TeacherAnswer, asked
+from pqk.knowledge.teachers.base import Teacher, TeacherAnswer, run_tapped
 from pqk.knowledge.terms.base import View
 from pqk.knowledge.terms.response import KLDivergence
 
@@ -26,8 +26,8 @@ def divergence(student: Any, teacher: Any, view: View, temperature: float) -> Te
     return KLDivergence(temperature=temperature)(View(student, teacher, view.targets, {}, {}, view.task), None)
 
 
-def labelled(outputs: Any, view: View) -> Tensor | float:
-    """The task's loss [B]; nothing where there are no labels."""
+def task_loss(outputs: Any, view: View) -> Tensor | float:
+    """The task's loss [B]; 0 where there are no labels."""
     return 0.0 if view.targets is None else view.task.loss(outputs, view.targets)
 
 
@@ -35,6 +35,13 @@ class PeerTeacher(Teacher):
     """A second student that learns beside the first (deep mutual learning: Zhang et al., CVPR 2018, arXiv:1706.00384).
 
     It answers in eval mode, and learns T² KL(student ‖ peer) and the task's loss in a forward pass of its own.
+
+    Args:
+        peer: a module of the student's shape with other weights.
+        points: module paths whose outputs it shows as features.
+        kd_weight: weight of what it learns from the student, beside the task's loss.
+        temperature: T of that.
+        precision: "fp32", or "bf16" for bfloat16 autocast.
     """
 
     uncacheable: ClassVar[str] = "the teacher is a peer, which learns in every step"
@@ -66,13 +73,13 @@ class PeerTeacher(Teacher):
         return self
 
     def live(self, batch: Batch) -> TeacherAnswer:
-        return asked(self._tapped[0], batch, self.precision)
+        return run_tapped(self._tapped[0], batch, self.precision)
 
     def auxiliary_loss(self, view: View) -> Tensor | None:
         self.peer.train()
         outputs = self.peer(*view.inputs)
         self.peer.eval()
-        return labelled(outputs, view) + self.kd_weight * divergence(outputs, view.student, view, self.temperature)
+        return task_loss(outputs, view) + self.kd_weight * divergence(outputs, view.student, view, self.temperature)
 
 
 class Exit(nn.Module):
@@ -107,7 +114,7 @@ def exit_for(feature: Tensor, outputs: Any, where: str) -> Exit:
 
 
 class OnlineTeacher(Teacher):
-    """A teacher that answers as another one does, with something beside it that learns."""
+    """A teacher that answers as an inner one does, with parts of its own that learn."""
 
     def __init__(self, inner: Teacher) -> None:
         super().__init__()
@@ -118,8 +125,8 @@ class OnlineTeacher(Teacher):
         return self.inner.module
 
     @property
-    def featureless(self) -> str:  # type: ignore[override]
-        return self.inner.featureless
+    def no_feature_reason(self) -> str:  # type: ignore[override]
+        return self.inner.no_feature_reason
 
     def check(self, example: Inputs) -> None:
         self.inner.check(example)
@@ -137,6 +144,13 @@ class ExitsTeacher(OnlineTeacher):
 
     Each exit learns ce_weight · task loss + kd_weight · T² KL(student's output ‖ exit). Their gradient goes into the
     student below the point, and none to its output. The exits are left behind with the training.
+
+    Args:
+        inner: the teacher whose answers the terms get.
+        exits: module path of the student -> the classifier of its output (`exit_for`).
+        ce_weight: weight of the task's loss at each exit.
+        kd_weight: weight of what the student's output teaches each exit.
+        temperature: T of that.
     """
 
     def __init__(
@@ -149,7 +163,7 @@ class ExitsTeacher(OnlineTeacher):
         temperature: float = 3.0,
     ) -> None:
         super().__init__(inner)
-        self.watches = tuple(exits)
+        self.student_points = tuple(exits)
         self.exits = nn.ModuleList(exits.values())
         self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
 
@@ -161,10 +175,10 @@ class ExitsTeacher(OnlineTeacher):
 
     def auxiliary_loss(self, view: View) -> Tensor | None:
         total = self.inner.auxiliary_loss(view)
-        for point, head in zip(self.watches, self.exits, strict=True):
-            said = head(view.student_features[point])
-            loss = self.kd_weight * divergence(said, first_tensor(view.student), view, self.temperature)
-            loss = loss + self.ce_weight * labelled(said, view)
+        for point, head in zip(self.student_points, self.exits, strict=True):
+            logits = head(view.student_features[point])
+            loss = self.kd_weight * divergence(logits, first_tensor(view.student), view, self.temperature)
+            loss = loss + self.ce_weight * task_loss(logits, view)
             total = loss if total is None else total + loss
         return total
 
@@ -172,8 +186,15 @@ class ExitsTeacher(OnlineTeacher):
 class ShadowTeacher(OnlineTeacher):
     """A second head on the frozen teacher's features, which teaches in its place (SHAKE: Li & Jin, NeurIPS 2022).
 
-    The head learns T² KL(teacher ‖ shadow) and, as the student talks back, student_weight · T² KL(student ‖ shadow).
-    The teacher's backbone stays as it is. `inner` must show the feature at `point`.
+    The head learns T² KL(teacher ‖ shadow) and student_weight · T² KL(student ‖ shadow). The teacher's backbone stays
+    as it is.
+
+    Args:
+        inner: the frozen teacher; it must show the feature at `point`.
+        point: module path of the teacher whose output the head reads.
+        head: the head (`exit_for`).
+        student_weight: weight of what the student teaches the head, beside what the teacher does.
+        temperature: T of both.
     """
 
     uncacheable: ClassVar[str] = "the teacher's shadow head learns in every step"
@@ -184,22 +205,21 @@ class ShadowTeacher(OnlineTeacher):
         super().__init__(inner)
         self.point, self.head = point, head
         self.student_weight, self.temperature = student_weight, temperature
-        self._heard: list[tuple[Tensor, Tensor]] = []
-        """what the teacher said of the batch that was answered last: (feature, logits)"""
+        self._last: tuple[Tensor, Tensor] | None = None
+        """the inner teacher's (feature, logits) of the batch that was answered last, until they are learned from"""
 
     def why_not_cached(self) -> Reason | None:
         return self.uncacheable
 
     def live(self, batch: Batch) -> TeacherAnswer:
         outputs, features = self.inner(batch)
-        self._heard = [(features[self.point], first_tensor(outputs))]
+        self._last = features[self.point], first_tensor(outputs)
         return self.head(features[self.point]), features
 
     def auxiliary_loss(self, view: View) -> Tensor | None:
-        if not self._heard:  # no term has asked the teacher yet
+        if self._last is None:  # no term has asked the teacher yet
             return None
-        ((feature, logits),) = self._heard
-        self._heard = []
-        said = self.head(feature)
-        mimicry = divergence(said, logits, view, self.temperature)
-        return mimicry + self.student_weight * divergence(said, first_tensor(view.student), view, self.temperature)
+        (feature, logits), self._last = self._last, None
+        own = self.head(feature)
+        mimicry = divergence(own, logits, view, self.temperature)
+        return mimicry + self.student_weight * divergence(own, first_tensor(view.student), view, self.temperature)

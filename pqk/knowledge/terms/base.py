@@ -19,22 +19,36 @@ from pqk.task.task import Task
 
 @dataclass(frozen=True)
 class View:
-    """What a term sees of one batch. Teacher tensors are detached. Features by point name."""
+    """What a term sees of one batch."""
 
     student: Any
+    """the student's outputs: a tensor [B, …], or a tuple or dict of them"""
     teacher: Any
+    """the teacher's outputs, detached, float32 at least; None where no term asks for them"""
     targets: Any
+    """the labels: int64 [B, …] classes, or whatever the task's loss takes; None: the data has none"""
     student_features: Mapping[str, Tensor]
+    """module path -> what the module gave: [B, C, H, W], [B, N, D] or [B, D]"""
     teacher_features: Mapping[str, Tensor]
+    """the same of the teacher, detached"""
     task: Task
+    """whose loss a supervised term uses"""
     inputs: Inputs = ()
+    """the student's inputs, each [B, …]"""
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    """by name: which positions of a sample count"""
+    """name -> which positions of a sample count: [B, positions…], 0 where they do not"""
 
     def mask(self, name: str) -> Tensor:
-        """[B, positions…], 0 where a feature does not count: a mask of this training, or the model input of that name.
+        """Looks up a mask of this training, or else the model input of that name.
 
-        Raises `InputError`, naming the nearest known one, where there is neither.
+        Args:
+            name: of the mask, or of the input.
+
+        Returns:
+            [B, positions…], 0 where a feature does not count.
+
+        Raises:
+            InputError: there is neither; it names the nearest known one.
         """
         if name in self.masks:
             return self.masks[name]
@@ -64,13 +78,16 @@ class Place:
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Term(ABC):
-    """Returns a per-sample loss [B] in float32 at least, whose mean, times `weight`, is minimised."""
+    """A distillation loss: a value for each sample [B], in float32 at least, whose mean, times `weight`, is minimised.
+
+    A subclass is a frozen dataclass with a field `term`, its name in recipes, and is called with what one batch shows.
+    """
 
     weight: float = Field(default=1.0, ge=0)
     """factor of this term's loss"""
-    rise: float = Field(default=0.0, ge=0, le=1)
+    ramp_up: float = Field(default=0.0, ge=0, le=1)
     """share of the training over which the weight rises from 0, once the term has joined"""
-    fall: float = Field(default=0.0, ge=0, le=1)
+    ramp_down: float = Field(default=0.0, ge=0, le=1)
     """share of the training, at its end, over which the weight falls to 0"""
     gate: str | None = Field(default=None, min_length=1)
     """what scales this loss sample by sample: "teacher_right", "teacher_confidence", "student_doubt",
@@ -85,9 +102,32 @@ class Term(ABC):
         return None
 
     def projector(self, place: Place) -> nn.Module | None:
-        """The module that maps the student's feature to the teacher's shape. Trains along, and is never exported."""
+        """Builds the module that maps the student's feature to the teacher's shape.
+
+        It trains along, and is never exported.
+
+        Args:
+            place: both features on the task's example, and the models that they are of.
+
+        Returns:
+            The module; None where the features are compared as they are.
+
+        Raises:
+            InputError: this term cannot compare the two points.
+        """
         return None
 
     @abstractmethod
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
-        """Per-sample losses [B], in float32, or in float64 where the outputs are."""
+        """Computes the loss of a batch.
+
+        Args:
+            view: what the batch shows.
+            projector: what `projector` built, if anything.
+
+        Returns:
+            A loss for each sample [B], in float32, or in float64 where the outputs are.
+
+        Raises:
+            InputError: the outputs, features or labels are not such that the term can compare them.
+        """

@@ -37,11 +37,11 @@ class DualProjector(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class DualSpace(FeatureTerm):
-    """KL in the student's space, KL in the teacher's, and CE of what the first is read from (Zhang et al., EMNLP 2024).
+    """KL(W_s P f_t ‖ z_s) + CE(W_s P f_t, y) + KL(z_t ‖ W_t P' f_s): hidden states read by both models' heads.
 
-    Section 3.2: KL(W_s P f_t ‖ z_s) + CE(W_s P f_t, y) + KL(z_t ‖ W_t P' f_s), with the heads W frozen and the maps P
-    and P' learned. The points are the inputs of the heads (images are averaged over their positions); the first outputs
-    of the two models are theirs. Class counts may differ.
+    Zhang et al., EMNLP 2024, arXiv:2406.17328, section 3.2. The heads W are frozen and the maps P and P' learned. The
+    points are the inputs f of the heads ([B, D], [B, N, D], or [B, C, H, W], which is averaged over its positions); z
+    are the first outputs [B, …, C] of the two models, y labels int64 [B, …]. Class counts may differ.
     """
 
     term: Literal["dual_space"] = "dual_space"
@@ -62,10 +62,10 @@ class DualSpace(FeatureTerm):
         return DualProjector(*heads)
 
     def _head(self, whose: str, model: nn.Module, path: str, feature: Tensor) -> Head:
-        found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        weight = found.get(f"{path}.weight")
+        stored = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        weight = stored.get(f"{path}.weight")
         if weight is None or weight.dim() != 2:
-            known = [n.removesuffix(".weight") for n, t in found.items() if n.endswith("weight") and t.dim() == 2]
+            known = [n.removesuffix(".weight") for n, t in stored.items() if n.endswith("weight") and t.dim() == 2]
             raise InputError(f'{self.called}: the {whose} has no linear layer "{path}"{nearest(path, known)}')
         width = _hidden(feature).shape[-1]
         if weight.shape[1] != width:
@@ -73,7 +73,7 @@ class DualSpace(FeatureTerm):
                 f'{self.called}: the {whose}\'s head "{path}" reads {weight.shape[1]} channels and the feature has '
                 f"{width}; choose the point that it reads"
             )
-        return weight, found.get(f"{path}.bias")
+        return weight, stored.get(f"{path}.bias")
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         assert isinstance(projector, DualProjector)

@@ -1,4 +1,4 @@
-"""Feature knowledge: what the teacher computes on the way.
+"""Feature knowledge: terms that compare what two modules inside the models give.
 
 Features are images [B, C, H, W], tokens [B, N, D] or vectors [B, D]: one axis of channels, one of samples, the others
 are positions. A mask says which positions count: padding of tokens, the foreground of images.
@@ -69,13 +69,23 @@ class FeatureTerm(Term):
         return self.point, self.teacher_point or self.point
 
     def features(self, view: View, projector: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """(student, teacher); of the teacher the surviving channels, where `projector` selects them."""
+        """(student, teacher), in float32 at least; where `projector` selects channels, the teacher's surviving ones."""
         student, teacher = self.points()
         t = widened(view.teacher_features[teacher].detach())
         return widened(view.student_features[student]), projector(t) if isinstance(projector, Slice) else t
 
     def slice_at(self, place: Place) -> Slice | None:
-        """Which of the teacher's channels the student has; None: all. Raises `InputError` where it is not known."""
+        """Selects the teacher's channels that the student has.
+
+        Args:
+            place: both features on the task's example.
+
+        Returns:
+            The selection; None where the student has all channels.
+
+        Raises:
+            InputError: channels differ, and it is not known which survive.
+        """
         axis = channel_axis(place.student)
         if place.kept is None and place.student.shape[axis] == place.teacher.shape[channel_axis(place.teacher)]:
             return None
@@ -92,7 +102,11 @@ class FeatureTerm(Term):
         return f'{self.term} at "{self.point}"'  # type: ignore[attr-defined]
 
     def same_shape(self, s: Tensor, t: Tensor) -> None:
-        """Raises `InputError`, naming both sides, where the difference of the two would broadcast."""
+        """Checks that the difference of two features would not broadcast.
+
+        Raises:
+            InputError: their shapes differ; it names both.
+        """
         if s.shape != t.shape:
             raise InputError(
                 f"{self.called}: the features are {tuple(s.shape)} (student) and {tuple(t.shape)} (teacher); "
@@ -100,7 +114,11 @@ class FeatureTerm(Term):
             )
 
     def position_weights(self, view: View, feature: Tensor) -> Tensor | None:
-        """The mask at this feature's resolution, [B, positions…]; None where every position counts."""
+        """The mask at this feature's resolution, [B, positions…]; None where every position counts.
+
+        Raises:
+            InputError: the mask is not of these positions.
+        """
         if self.mask is None:
             return None
         mask = widened(view.mask(self.mask))
@@ -118,7 +136,10 @@ class FeatureTerm(Term):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Hint(FeatureTerm):
-    """mean (proj(f_s) − f_t)² (Romero et al., FitNets 2015, section 2.2)."""
+    """mean_c (proj(f_s) − f_t)² of features [B, C, H, W], [B, N, D] or [B, D], then the mean over positions.
+
+    Romero et al., FitNets, ICLR 2015, arXiv:1412.6550, section 2.2.
+    """
 
     term: Literal["hint"] = "hint"
     projector_kind: Literal["identity", "slice", "linear", "conv1x1", "mlp"] = "slice"
@@ -155,7 +176,10 @@ class Hint(FeatureTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class AttentionTransfer(FeatureTerm):
-    """mean (Q_s − Q_t)², Q = vec(mean_c f²) / ‖·‖₂ (Zagoruyko & Komodakis 2017, section 3.1). Any channel counts."""
+    """mean (Q_s − Q_t)², Q = vec(mean_c f²) / ‖·‖₂, of features of one resolution and any channel counts.
+
+    Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928, section 3.1. Features are [B, C, H, W], [B, N, D] or [B, D].
+    """
 
     term: Literal["attention_transfer"] = "attention_transfer"
     weight: float = Field(default=1000.0, ge=0)
@@ -178,9 +202,10 @@ class AttentionTransfer(FeatureTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class HiddenCosine(FeatureTerm):
-    """1 − cos(f_s, f_t), mean over real tokens (Sanh et al., DistilBERT 2019, section 3).
+    """1 − cos(f_s, f_t) over channels, mean over real tokens, of features [B, N, D], [B, D] or [B, C, H, W].
 
-    Its triple loss is 5 · kl (T = 2) + 2 · cross_entropy + 1 · hidden_cosine. Name the padding mask with `mask`.
+    Sanh et al., DistilBERT 2019, arXiv:1910.01108, section 3. Its triple loss is 5 · kl (T = 2) + 2 · cross_entropy +
+    1 · hidden_cosine. Name the padding mask with `mask`.
     """
 
     term: Literal["hidden_cosine"] = "hidden_cosine"
@@ -199,9 +224,10 @@ class HiddenCosine(FeatureTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class AttentionMaps(FeatureTerm):
-    """Attention head by head: MSE (Jiao et al., TinyBERT 2020, eq. 7) or KL (Wang et al., MiniLM 2020, eq. 4).
+    """MSE or KL of attention maps [B, heads, N, N], head by head.
 
-    The points are modules whose output is [B, heads, N, N], such as the softmax or the dropout behind it. Where heads
+    MSE: Jiao et al., TinyBERT 2020, arXiv:1909.10351, equation 7. KL: Wang et al., MiniLM 2020, arXiv:2002.10957,
+    equation 4. The points are modules with such an output, such as the softmax or the dropout behind it. Where heads
     were cut, those of the teacher that survive are compared; which these are is known to the compiler, or `heads`.
     """
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from pqk.core.modes import evaluating
 from pqk.core.program import CONFIG
 from pqk.data.structures import Inputs, first_tensor, widened
 from pqk.errors import InputError
@@ -23,20 +24,28 @@ from pqk.knowledge.terms.feature import FeatureTerm, Slice, channel_axis
 
 
 def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs]) -> Tensor:
-    """The score [C] ≥ 0 of every channel of the feature at module path `point`, on batches of model inputs.
+    """Scores every channel of a feature by how much the model's answer changes when it is removed.
 
-    The model is run in eval mode and left as it was. Raises `InputError` for a point that is missing, or on which the
-    model's answer does not depend, and where there are no samples.
+    The mean over samples of |Σ_positions activation · ∂ top logit / ∂ activation| (Molchanov et al., ICLR 2017,
+    arXiv:1611.06440, section 2.2). The model is run in eval mode and left as it was.
+
+    Args:
+        model: its first output is logits [B, …, C].
+        point: path of the module whose output is scored.
+        batches: model inputs, a tuple of tensors [B, …] each.
+
+    Returns:
+        Scores [channels], at least 0, in float32 or float64 as the feature.
+
+    Raises:
+        InputError: there is no such module, the answer does not depend on its output, or there are no samples.
     """
-    tapped, training, total, samples = tap(model, [point]), model.training, None, 0
-    model.eval()
-    try:
+    tapped, total, samples = tap(model, [point]), None, 0
+    with evaluating(model):
         for inputs in batches:
             score = _scores(tapped, point, inputs)
             total = score if total is None else total + score
             samples += len(inputs[0])
-    finally:
-        model.train(training)
     if total is None:
         raise InputError(f'task neurons at "{point}": there are no samples to score them on')
     return total / samples
@@ -66,8 +75,9 @@ def _scores(tapped: nn.Module, point: str, inputs: Inputs) -> Tensor:
 class TaskNeurons(FeatureTerm):
     """mean_i (1 − ρ_i)², ρ_i the correlation of the student's unit i with the teacher's i-th task neuron.
 
-    The teacher's units with the largest gradient × activation, as many as the student has, in their own order (Saadi &
-    Wang, Flex-KD, 2507.10155, section 3). Correlations are over the batch and its positions: the same for every sample.
+    Saadi & Wang, Flex-KD, arXiv:2507.10155, section 3. Task neurons are the teacher's units with the largest gradient ×
+    activation, as many as the student has, in their own order. Features are [B, C, H, W], [B, N, D] or [B, D];
+    correlations are over the batch and its positions: the same for every sample.
     """
 
     term: Literal["task_neurons"] = "task_neurons"
@@ -75,15 +85,15 @@ class TaskNeurons(FeatureTerm):
     """validation samples on which the teacher's units are scored"""
 
     def projector(self, place: Place) -> nn.Module | None:
-        wanted, there = (f.shape[channel_axis(f)] for f in (place.student, place.teacher))
-        if wanted > there:
+        width, teacher_width = (f.shape[channel_axis(f)] for f in (place.student, place.teacher))
+        if width > teacher_width:
             raise InputError(f"{self.called}: the student has more units than the teacher ({place})")
         if place.teacher_model is None:
             raise InputError(f"{self.called}: the teacher is a black box, and its units cannot be scored")
         scores = neuron_scores(
             place.teacher_model, self.points()[1], place.task.calibration(self.samples, teacher=True)
         )
-        return Slice(scores.topk(wanted).indices.sort().values.tolist())
+        return Slice(scores.topk(width).indices.sort().values.tolist())
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         s, t = self.features(view, projector)

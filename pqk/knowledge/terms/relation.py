@@ -27,7 +27,7 @@ NEAR = 1e-6
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class RelationTerm(FeatureTerm):
-    """A term that compares how two batches of vectors [B, D] lie."""
+    """A term that compares how two batches of vectors lie: features flattened to [B, D_s] and [B, D_t]."""
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         flat = []
@@ -40,14 +40,15 @@ class RelationTerm(FeatureTerm):
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Of [B, D_s] and [B, D_t]: [B]."""
+        """Computes the loss [B] of a student's batch [B, D_s] and a teacher's [B, D_t]."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class RKDDistance(RelationTerm):
-    """Smooth L1 of distances over their own mean (Park et al., CVPR 2019, equations 7 to 9).
+    """Smooth L1 of the distances [B, B] between samples, over their own mean.
 
-    Invariant to rotation, shift and scale of the student.
+    Park et al., CVPR 2019, arXiv:1904.05068, equations 7 to 9. Features are flattened to [B, D]; the loss is invariant
+    to rotation, shift and scale of the student.
     """
 
     term: Literal["rkd_distance"] = "rkd_distance"
@@ -60,9 +61,10 @@ class RKDDistance(RelationTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class RKDAngle(RelationTerm):
-    """Smooth L1 of the cosines at sample j between i and k (Park et al., CVPR 2019, equations 10 to 12).
+    """Smooth L1 of the cosines [B, B, B] at sample j between i and k.
 
-    Invariant to rotation, shift and scale of the student. B³ numbers: larger batches are taken in equal groups.
+    Park et al., CVPR 2019, arXiv:1904.05068, equations 10 to 12. Features are flattened to [B, D]; the loss is
+    invariant to rotation, shift and scale of the student. B³ numbers: larger batches are taken in equal groups.
     """
 
     term: Literal["rkd_angle"] = "rkd_angle"
@@ -79,7 +81,10 @@ class RKDAngle(RelationTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SimilarityPreserving(RelationTerm):
-    """‖G_t − G_s‖²_F / B², G the row-normalised Gram matrix (Tung & Mori, ICCV 2019, equations 1 to 4)."""
+    """‖G_t − G_s‖²_F / B², G the row-normalised Gram matrix [B, B] of features flattened to [B, D].
+
+    Tung & Mori, ICCV 2019, arXiv:1907.09682, equations 1 to 4.
+    """
 
     term: Literal["similarity_preserving"] = "similarity_preserving"
     weight: float = Field(default=3000.0, ge=0)
@@ -92,9 +97,10 @@ class SimilarityPreserving(RelationTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class CorrelationCongruence(RelationTerm):
-    """Mean squared difference of Gaussian kernels in Taylor form (Peng et al., ICCV 2019, equations 5 and 11).
+    """Mean squared difference of Gaussian kernels [B, B] in Taylor form.
 
-    Features have unit norm: k(x, y) = Σ_p exp(−2γ) (2γ)^p / p! · (x·y)^p, p = 0 … P.
+    Peng et al., ICCV 2019, arXiv:1904.01802, equations 5 and 11. Features [B, D] have unit norm: k(x, y) =
+    Σ_p exp(−2γ) (2γ)^p / p! · (x·y)^p, p = 0 … P.
     """
 
     term: Literal["correlation_congruence"] = "correlation_congruence"
@@ -117,9 +123,10 @@ class CorrelationCongruence(RelationTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class LocalGeometry(RelationTerm):
-    """KL(s ‖ t) of softmax(−distance) over each sample's nearest neighbours (Yang et al., CVPR 2020, equations 2 to 4).
+    """KL(s ‖ t) of softmax(−distance) over each sample's nearest neighbours, of features flattened to [B, D].
 
-    Neighbours are the teacher's; distances are over their own mean, so that the student's scale and shift are free.
+    Yang et al., CVPR 2020, arXiv:2003.10477, equations 2 to 4. Neighbours are the teacher's; distances are over
+    their own mean, so that the student's scale and shift are free.
     """
 
     term: Literal["local_geometry"] = "local_geometry"
@@ -135,7 +142,10 @@ class LocalGeometry(RelationTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class PKT(RelationTerm):
-    """KL of cosine similarities as probabilities, mean over pairs (Passalis & Tefas, ECCV 2018; as in RepDistiller)."""
+    """KL of cosine similarities as probabilities [B, B], mean over pairs, of features flattened to [B, D].
+
+    Passalis & Tefas, ECCV 2018, arXiv:1803.10837; the arithmetic is RepDistiller's.
+    """
 
     term: Literal["pkt"] = "pkt"
     weight: float = Field(default=30000.0, ge=0)

@@ -1,4 +1,4 @@
-"""Response knowledge: what the teacher says.
+"""Response knowledge: terms that compare the models' outputs.
 
 Every term takes logits [B, …, C] of each output, or of the one that `output` names, and averages over the axes between
 the first and the last. Probabilities are p = softmax(z / T) throughout, always by way of `log_softmax`.
@@ -41,66 +41,71 @@ def pick(value: Any, output: int | str | None) -> Any:
     if output is None or isinstance(value, Tensor) or value is None:
         return value
     if isinstance(output, str):
-        named = value if isinstance(value, Mapping) else getattr(value, "_asdict", dict)()
-        if output not in named:
-            raise InputError(f'distill: the model has no output "{output}"{nearest(output, map(str, named))}')
-        return named[output]
-    found = tensors(value)
-    if not -len(found) <= output < len(found):
-        raise InputError(f"distill: the model has {len(found)} outputs, and none of number {output}")
-    return found[output]
+        by_name = value if isinstance(value, Mapping) else getattr(value, "_asdict", dict)()
+        if output not in by_name:
+            raise InputError(f'distill: the model has no output "{output}"{nearest(output, map(str, by_name))}')
+        return by_name[output]
+    outputs = tensors(value)
+    if not -len(outputs) <= output < len(outputs):
+        raise InputError(f"distill: the model has {len(outputs)} outputs, and none of number {output}")
+    return outputs[output]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ResponseTerm(Term):
-    """A term that compares the models' outputs."""
+    """A term that compares the models' outputs: logits [B, …, C], of one or of several outputs."""
 
     output: int | str | None = None
     """the output that is compared, by number or by name; none: all of them"""
 
     def pairs(self, view: View, same_classes: bool = True) -> Pairs:
-        """(student, teacher) logits, each [B, …, C], float32 at least.
+        """Pairs (student, teacher) logits, each [B, …, C], float32 at least.
 
-        Raises `InputError`, naming both sides, where their number or shapes differ.
+        Raises:
+            InputError: their number or shapes differ; it names both.
         """
         students, teachers = (tensors(pick(o, self.output)) for o in (view.student, view.teacher))
         if len(students) != len(teachers):
             raise InputError(f"distill: the student has {len(students)} outputs and the teacher {len(teachers)}")
-        found = list(zip(students, teachers, strict=True))
-        for s, t in found:
+        pairs = list(zip(students, teachers, strict=True))
+        for s, t in pairs:
             if s.shape[:-1] != t.shape[:-1] or (same_classes and s.shape != t.shape):
                 raise InputError(
                     f"distill: the student's output is {tuple(s.shape)} and the teacher's {tuple(t.shape)}; this term "
                     f"compares them {'class by class' if same_classes else 'row by row'}"
                 )
-        return [(widened(s), widened(t.detach())) for s, t in found]
+        return [(widened(s), widened(t.detach())) for s, t in pairs]
 
     def labels(self, view: View, logits: list[Tensor]) -> list[Tensor]:
-        """The labels int64 [B, …] of each output. Raises `InputError` where there are none that fit."""
-        found = tensors(pick(view.targets, self.output))
+        """The labels int64 [B, …] of each output.
+
+        Raises:
+            InputError: there are none that fit.
+        """
+        labels = tensors(pick(view.targets, self.output))
         name = type(self).__name__
-        if not found:
+        if not labels:
             raise InputError(f"distill: {name} needs labels, and the training data has none; take the term out")
-        if len(found) != len(logits) or any(
-            y.shape != z.shape[:-1] or y.is_floating_point() for y, z in zip(found, logits, strict=True)
+        if len(labels) != len(logits) or any(
+            y.shape != z.shape[:-1] or y.is_floating_point() for y, z in zip(labels, logits, strict=True)
         ):
             raise InputError(
                 f"distill: {name} needs one class label for every row of logits; labels are "
-                f"{[tuple(y.shape) for y in found]}, logits {[tuple(z.shape) for z in logits]}; name one with `output`"
+                f"{[tuple(y.shape) for y in labels]}, logits {[tuple(z.shape) for z in logits]}; name one with `output`"
             )
-        for y, z in zip(found, logits, strict=True):
+        for y, z in zip(labels, logits, strict=True):
             if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < z.shape[-1]:
                 raise InputError(
                     f"distill: labels run from {int(y.min())} to {int(y.max())} and {name} has {z.shape[-1]} classes"
                 )
             if z.shape[-1] < 2:
                 raise InputError(f"distill: {name} tells one class from the others, and there is only one")
-        return [y.long() for y in found]
+        return [y.long() for y in labels]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class CrossEntropy(Term):
-    """The task's own loss against the labels; no teacher."""
+    """The task's own loss [B] against the labels, the cross-entropy of logits [B, C] by default; no teacher."""
 
     term: Literal["cross_entropy"] = "cross_entropy"
     needs_teacher: ClassVar[bool] = False
@@ -132,17 +137,24 @@ class Divergence(ResponseTerm):
         return per_sample(losses)
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """What becomes of logits before the temperature."""
+        """Logits as they are divided by the temperature.
+
+        Raises:
+            InputError: they cannot be scaled.
+        """
         return logits
 
     @abstractmethod
     def divergence(self, log_s: Tensor, log_t: Tensor) -> Tensor:
-        """Of log-probabilities [B, …, C]: [B, …]."""
+        """Computes the divergence [B, …] of log-probabilities [B, …, C]."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class KLDivergence(Divergence):
-    """T² · Σ_c p_t log(p_t / p_s), with p = softmax(z / T) (Hinton, Vinyals, Dean 2015, section 2)."""
+    """T² · Σ_c p_t log(p_t / p_s), p = softmax(z / T) of logits z [B, …, C].
+
+    Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2. The mean is over the axes between first and last.
+    """
 
     term: Literal["kl"] = "kl"
     temperature: float = Field(default=4.0, gt=0)
@@ -154,7 +166,10 @@ class KLDivergence(Divergence):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ReverseKL(Divergence):
-    """T² · KL(s ‖ t), which seeks a mode instead of covering all (Gu et al., MiniLLM 2024, section 2.1)."""
+    """T² · KL(p_s ‖ p_t) of logits [B, …, C], which seeks a mode instead of covering all.
+
+    Gu et al., MiniLLM, ICLR 2024, arXiv:2306.08543, section 2.1.
+    """
 
     term: Literal["reverse_kl"] = "reverse_kl"
 
@@ -164,7 +179,10 @@ class ReverseKL(Divergence):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class JSD(Divergence):
-    """β KL(t ‖ m) + (1−β) KL(s ‖ m), m = β t + (1−β) s (Agarwal et al., GKD 2024, equation 1)."""
+    """T² · (β KL(p_t ‖ m) + (1−β) KL(p_s ‖ m)), m = β p_t + (1−β) p_s, of logits [B, …, C].
+
+    Agarwal et al., GKD, ICLR 2024, arXiv:2306.13649, equation 1.
+    """
 
     term: Literal["jsd"] = "jsd"
     beta: float = Field(default=0.5, gt=0, lt=1)
@@ -177,7 +195,10 @@ class JSD(Divergence):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SkewKL(Divergence):
-    """KL(t ‖ λ t + (1−λ) s) (Ko et al., DistiLLM 2024, section 3.1): KL without its exploding gradients."""
+    """T² · KL(p_t ‖ λ p_t + (1−λ) p_s) of logits [B, …, C]: KL without its exploding gradients.
+
+    Ko et al., DistiLLM, ICML 2024, arXiv:2402.03898, section 3.1.
+    """
 
     term: Literal["skew_kl"] = "skew_kl"
     skew: float = Field(default=0.1, gt=0, lt=1)
@@ -189,7 +210,7 @@ class SkewKL(Divergence):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SkewReverseKL(Divergence):
-    """KL(s ‖ λ s + (1−λ) t) (Ko et al., DistiLLM 2024, section 3.1)."""
+    """T² · KL(p_s ‖ λ p_s + (1−λ) p_t) of logits [B, …, C] (Ko et al., DistiLLM, ICML 2024, section 3.1)."""
 
     term: Literal["skew_reverse_kl"] = "skew_reverse_kl"
     skew: float = Field(default=0.1, gt=0, lt=1)
@@ -206,7 +227,10 @@ def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class StandardizedKD(Divergence):
-    """KL of logits that are z-scored row by row (Sun et al., CVPR 2024, algorithm 1). Throws confidence away."""
+    """T² · KL(p_t ‖ p_s) of logits [B, …, C] that are z-scored row by row before the temperature.
+
+    Sun et al., CVPR 2024, arXiv:2403.01427, algorithm 1. It keeps which classes are alike and drops the confidence.
+    """
 
     term: Literal["standardized_kd"] = "standardized_kd"
     weight: float = Field(default=9.0, ge=0)
@@ -231,7 +255,10 @@ class StandardizedKD(Divergence):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class LogitMSE(ResponseTerm):
-    """mean_c (z_s − z_t)² (Kim et al., 2105.08919); centred: KD's limit for large T."""
+    """mean_c (z_s − z_t)² of logits z [B, …, C]; centred, it is the limit of `kl` for large T.
+
+    Kim et al., IJCAI 2021, arXiv:2105.08919; the limit: Hinton, Vinyals & Dean 2015, section 2.1.
+    """
 
     term: Literal["logit_mse"] = "logit_mse"
     centred: bool = False
@@ -248,9 +275,10 @@ class LogitMSE(ResponseTerm):
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class DecoupledKD(ResponseTerm):
-    """T² (a · TCKD + b · NCKD): target against the rest, and among the rest (Zhao et al., CVPR 2022, equation 7).
+    """T² (a · TCKD + b · NCKD): target against the rest, and among the rest, of logits [B, …, C].
 
-    The target is sliced out of the logits. The authors let it rise over the first 20 epochs: see `rise`.
+    Zhao et al., CVPR 2022, arXiv:2203.08679, equation 7. Labels are int64 [B, …]; the target is sliced out of the
+    logits. The authors ramp the term up over the first 20 epochs: see `ramp_up`.
     """
 
     term: Literal["decoupled_kd"] = "decoupled_kd"
@@ -281,10 +309,11 @@ def _decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class DIST(ResponseTerm):
-    """b (1 − ρ of rows) + g (1 − ρ of columns) of softmax(z / T), times T² (Huang et al., 2022, equations 8 to 10).
+    """T² · (b (1 − ρ of rows) + g (1 − ρ of columns)) of p = softmax(z / T), logits z [B, …, C].
 
-    ρ is Pearson's correlation; columns are what the batch says of one class, so batches should have at least 32
-    samples. A row or column in which the teacher says nothing (it is constant) teaches nothing.
+    Huang et al., NeurIPS 2022, arXiv:2205.10536, equations 8 to 10. ρ is Pearson's correlation; columns are what the
+    batch says of one class, so batches should have at least 32 samples. A row or column in which the teacher says
+    nothing (it is constant) teaches nothing.
     """
 
     term: Literal["dist"] = "dist"
@@ -314,9 +343,10 @@ def _uncorrelated(student: Tensor, teacher: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class LabelSmoothing(ResponseTerm):
-    """A control: KL from a teacher that knows the label and nothing else (Yuan et al., CVPR 2020, equation 9).
+    """KL(q ‖ softmax(z)) of logits z [B, …, C], q a teacher that knows the label int64 [B, …] and nothing else.
 
-    It tells "the teacher helps" from "smoothing helps": let `smoothing` be 1 − the teacher's mean top probability.
+    A control (Yuan et al., CVPR 2020, arXiv:1909.11723, equation 9): it tells "the teacher helps" from "smoothing
+    helps". Let `smoothing` be 1 − the teacher's mean top probability.
     """
 
     term: Literal["label_smoothing"] = "label_smoothing"
@@ -328,17 +358,18 @@ class LabelSmoothing(ResponseTerm):
         logits = [widened(z) for z in tensors(pick(view.student, self.output))]
         losses = []
         for z, y in zip(logits, self.labels(view, logits), strict=True):
-            taught = torch.full_like(z, math.log(self.smoothing / (z.shape[-1] - 1)))
-            taught.scatter_(-1, y.unsqueeze(-1), math.log1p(-self.smoothing))
-            losses.append(kl_rows(taught, F.log_softmax(z, -1)))
+            log_q = torch.full_like(z, math.log(self.smoothing / (z.shape[-1] - 1)))
+            log_q.scatter_(-1, y.unsqueeze(-1), math.log1p(-self.smoothing))
+            losses.append(kl_rows(log_q, F.log_softmax(z, -1)))
         return per_sample(losses)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SortedULD(ResponseTerm):
-    """L1 of the sorted probabilities, the shorter padded with zeros (Boizard et al., 2402.12030, equation 7).
+    """Σ_c |sorted p_s − sorted p_t|, p = softmax(z / T) of logits [B, …, C_s] and [B, …, C_t], padded with zeros.
 
-    For a teacher with other classes or another vocabulary. It is blind to *which* class: never use it alone.
+    For a teacher with other classes or another vocabulary (Boizard et al., arXiv:2402.12030, equation 7). It is blind
+    to *which* class: never use it alone.
     """
 
     term: Literal["sorted_uld"] = "sorted_uld"
