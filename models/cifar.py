@@ -6,7 +6,6 @@ held out here: it serves for calibration and for rankings by agreement with the 
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,17 +15,13 @@ import torch
 from torch import Tensor
 
 from pqk.data.data import ArrayData
+from pqk.data.folders import data_folder
 from pqk.errors import InputError
 from pqk.models.images import CropFlip, Normalize
 from pqk.task.task import Task
 
 # The public checkpoints were trained with ImageNet's constants, not CIFAR's.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def data_folder(data: str | Path | None = None) -> Path:
-    """The folder with the data sets: the argument, `PQK_DATA`, or `../shared/data`."""
-    return Path(data or os.environ.get("PQK_DATA") or "../shared/data")
 
 
 def load_split(path: Path, limit: int | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pqk.data.folders import data_folders
 from pqk.errors import InputError, nearest
 
 KINDS = ("classification", "regression", "embedding")
@@ -113,13 +113,12 @@ def find_directory(name: str | Path, data: Path | None = None) -> Path:
     """The folder `name`: as a path, in the data folder, or in a package. Raises `InputError` where it is nowhere."""
     package, _, inside = str(name).removeprefix("package:").partition("/")
     if str(name).startswith("package:"):
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
             raise InputError(f"encoder: no package {package} for directory {name}; install it")
-        places = [Path(found.submodule_search_locations[0]) / inside]
+        places = [Path(spec.submodule_search_locations[0]) / inside]
     else:
-        roots = [Path(), data, Path(os.environ["PQK_DATA"]) if "PQK_DATA" in os.environ else None]
-        places = [root / name for root in (*roots, Path("../shared/data")) if root is not None]
+        places = [folder / name for folder in (Path(), *data_folders(data))]
     for place in places:
         if (place / "config.json").is_file():
             return place

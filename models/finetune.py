@@ -1,4 +1,4 @@
-"""Fine-tune a text encoder honestly, and write it as a Hugging Face directory.
+"""Fine-tunes a text encoder, chosen on held-out texts, and writes it as a Hugging Face directory.
 
     python -m pqk.models.finetune banking77 --out minilm_banking77 [--data DATA]
 
@@ -30,7 +30,7 @@ from pqk.data.data import ArrayData, Batch
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError
 from pqk.models.encoder import TOKENIZER, Encoder, find_directory, load, load_tokenizer, positions
-from pqk.models.text import held_out, rows_of, targets_of
+from pqk.models.text import TextReader, held_out
 from pqk.models.text_data import TextData, TextSource, Tokens, column, read_table
 from pqk.task.metrics import METRICS, predict
 from pqk.training.trainer import Objective, Training, fit
@@ -103,10 +103,10 @@ class _Head(nn.Module):
 def first_states(model: Encoder, data: TextData) -> ArrayData:
     """The encoder's last state of the first token of every text, with its label."""
     inner: Any = model.model
-    found = [
+    batches = [
         (inner.bert(*b.inputs, token_type_ids=model.segment).last_hidden_state[:, 0], b.targets) for b in data.batches()
     ]
-    states, targets = (torch.cat(part) for part in zip(*found, strict=True))
+    states, targets = (torch.cat(part) for part in zip(*batches, strict=True))
     return ArrayData(states, targets, data.batch_size)
 
 
@@ -130,19 +130,15 @@ class _Finetuning:
         self.labels = _label_names(job, data)
         _, self.config = load(folder, "classification", self.labels, new_head=True)
         self.tokens = Tokens(load_tokenizer(folder, self.config), min(job.max_length, positions(self.config)))
-        self.train = self._read(job.train, "train")
+        self.reader = TextReader(self.tokens, self.config, root=data, batch_size=job.batch_size)
+        self.train = self.reader.read(job.train, "train")
         if job.dev is None:
             self.rest, self.dev = held_out(self.train, job.dev_share)
         else:
-            self.rest, self.dev = self.train, self._read(job.dev, "dev")
+            self.rest, self.dev = self.train, self.reader.read(job.dev, "dev")
         self.heads: dict[int, dict[str, Tensor]] = {}
         """texts in train -> the head that was trained alone on them"""
         self.notes_path = self.work / "log.json"
-
-    def _read(self, source: TextSource, what: str) -> TextData:
-        texts, labels = rows_of(source, self.data, "text", "label", None)
-        targets = targets_of("classification", self.config)(labels, what)
-        return TextData(self.tokens(texts, what), targets, self.job.batch_size, pad=self.config.pad_token_id or 0)
 
     def run(self) -> dict[str, Any]:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -157,7 +153,7 @@ class _Finetuning:
         scope = f"rate-{best:g}" if self.job.dev is not None else "whole"  # nothing was held out: it is trained already
         model, seconds = self._train(best, self.train, scope)
         notes |= {"rate": best, "seconds": seconds if scope == "whole" else notes["dev"][str(best)]["seconds"]}
-        notes["test"] = accuracy(model, self._read(self.job.test, "test"))
+        notes["test"] = accuracy(model, self.reader.read(self.job.test, "test"))
         notes["texts"] = {"train": self.train.samples, "dev": self.dev.samples, "notes": self.tokens.notes}
         log.info("rate %g: test %.4f", best, notes["test"])
         self._write(model, notes)
@@ -254,12 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--freeze-embeddings", action="store_true", default=None)
     parser.add_argument("--precision", choices=("fp32", "bf16"))
-    given = vars(parser.parse_args(arguments))
-    job, out, data, directory = (given.pop(name) for name in ("job", "out", "data", "directory"))
-    changed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    options = vars(parser.parse_args(arguments))
+    job, out, data, directory = (options.pop(name) for name in ("job", "out", "data", "directory"))
+    changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if v is not None}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        finetune(replace(JOBS[job], **changed), out, data, directory)
+        finetune(replace(JOBS[job], **changes), out, data, directory)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import zipfile
 import zlib
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.data.data import ArrayData
+from pqk.data.folders import data_folder
 from pqk.data.structures import Inputs
 from pqk.data.views import Take, Views
 from pqk.errors import InputError
@@ -138,7 +138,7 @@ def spoken_digits(
         cross_modal: the student sees the coarse view; else what the teacher sees.
         limit: use only so many recordings of each part.
     """
-    path = Path(data or os.environ.get("PQK_DATA") or "../shared/data") / "fsdd.npz"
+    path = data_folder(data) / "fsdd.npz"
     audio, labels, index = load_split(path, "train")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # as stored, it is by label
     shift = TimeShift(len(labels))

@@ -12,8 +12,9 @@ compress(teacher, task, out="student")  # a Hugging Face directory, too
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,48 +136,92 @@ def text_task(
     """
     if task not in KINDS:
         raise InputError(f'text: unknown task "{task}"{nearest(task, KINDS)}')
+    if views < 1:
+        raise InputError(f"text: views={views} must be at least 1")
     root = None if data is None else Path(data)
     folder = find_directory(directory, root)
     model, config = load(folder, task)
     tokens = Tokens(load_tokenizer(folder, config), min(max_length, positions(config)))
-    target = targets_of(task, config)
-
-    def made(source: Any, what: str, most: int | None = None) -> TextData:
-        texts, labels = rows_of(source, root, text, None if task == "embedding" else label, most)
-        targets = None if task == "embedding" else target(labels, what)
-        return TextData(tokens(texts, what), targets, batch_size, pad=config.pad_token_id or 0)
-
-    if views < 1:
-        raise InputError(f"text: views={views} must be at least 1")
-    known = None if train is None else made(train, "train", limit)
-    judged = made(evaluation, "evaluation", evaluation_limit)
-    if validation is not None:
-        held = made(validation, "validation")
-    elif known is not None:
-        known, held = held_out(known, validation_share)
-    else:
-        raise InputError("text: neither train nor validation; calibration needs some texts")
-    if known is not None and views > 1:
-        known = known.altered_by(Altered(views, tokens.tokenizer.mask_token_id))
+    reader = TextReader(tokens, config, task, root, text, label, batch_size)
+    parts = _read_parts(
+        reader, train, evaluation, validation, limit=limit, evaluation_limit=evaluation_limit, share=validation_share
+    )
+    if parts.train is not None and views > 1:
+        altered = parts.train.altered_by(Altered(views, tokens.tokenizer.mask_token_id))
+        parts = parts._replace(train=altered)
     if task == "embedding":
-        model = Encoder(model, task).eval()
-        held, judged = (d.subset(d.ids, embeddings(model, d)) for d in (held, judged))
+        parts = _with_embeddings(parts, Encoder(model, task).eval())
+    lengths = parts.validation.lengths[parts.validation.ids]
     return Task(
-        known, judged, held,
-        **_judgement(task, held),
-        example=_example(judged, example_length or int(held.lengths[held.ids].median())),
+        *parts,
+        **_judgement(task, parts.validation),
+        example=_example(parts.evaluation, example_length or int(lengths.median())),
         input_names=INPUTS,
         output_names=("sentence_embedding", "last_hidden_state") if task == "embedding" else ("logits",),
         dynamic_axes=FREE,
-        timed={f"{n} tokens": _filled(judged, n) for n in timed_lengths if n <= tokens.most},
+        timed={f"{n} tokens": _filled(parts.evaluation, n) for n in timed_lengths if n <= tokens.most},
         preprocessing={"tokenizer": "tokenizer.json", "max_length": tokens.most, "padding": "to the longest"},
         extra_files=HubFiles(folder, task),
         notes=tokens.notes,
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class TextReader:
+    """Reads texts and labels as data for one model, through its tokenizer."""
+
+    tokens: Tokens
+    config: Any
+    """the model's configuration of `transformers`: its labels and its padding token"""
+    task: str = "classification"
+    root: Path | None = None
+    """the folder that file names are looked up in"""
+    text: str = "text"
+    label: str = "label"
+    batch_size: int = 32
+
+    def read(self, source: TextSource | Sequence[TextSource], what: str, limit: int | None = None) -> TextData:
+        """The data of a source, called `what` in messages and notes; `limit` texts of it, drawn once and for all.
+
+        Raises `InputError` for files, columns and labels that do not fit.
+        """
+        label = None if self.task == "embedding" else self.label
+        texts, labels = rows_of(source, self.root, self.text, label, limit)
+        targets = None if label is None else targets_of(self.task, self.config)(labels, what)
+        return TextData(self.tokens(texts, what), targets, self.batch_size, pad=self.config.pad_token_id or 0)
+
+
+class _Parts(NamedTuple):
+    """In the order in which a `Task` takes them."""
+
+    train: TextData | None
+    evaluation: TextData
+    validation: TextData
+
+
+def _read_parts(
+    reader: TextReader, train: Any, evaluation: Any, validation: Any, *, limit: int | None,
+    evaluation_limit: int | None, share: float,
+) -> _Parts:  # fmt: skip
+    """The data of a task; `share` of train is held out where there is no validation data."""
+    train_data = None if train is None else reader.read(train, "train", limit)
+    evaluation_data = reader.read(evaluation, "evaluation", evaluation_limit)
+    if validation is not None:
+        return _Parts(train_data, evaluation_data, reader.read(validation, "validation"))
+    if train_data is None:
+        raise InputError("text: neither train nor validation; calibration needs some texts")
+    train_data, validation_data = held_out(train_data, share)
+    return _Parts(train_data, evaluation_data, validation_data)
+
+
+def _with_embeddings(parts: _Parts, model: Encoder) -> _Parts:
+    """With the model's own embeddings as the targets of all that is judged."""
+    validation, evaluation = (d.subset(d.ids, embeddings(model, d)) for d in (parts.validation, parts.evaluation))
+    return _Parts(parts.train, evaluation, validation)
+
+
 def _judgement(task: str, held: TextData) -> dict[str, Any]:
-    """Metric, loss and decision of a task."""
+    """Metric, loss and decision of a task, whose validation data is `held`."""
     if task == "classification":
         return {"metric": "accuracy", "loss": cross_entropy, "decision": argmax}
     if task == "embedding":
@@ -200,17 +245,18 @@ def rows_of(
     for one in source if several else [source]:
         what = str(one) if isinstance(one, str | Path) else "the table"
         table = read_table(one, root)
-        found = column(table, text, what)
-        rows: Sequence[int] = range(len(found))
+        all_texts = column(table, text, what)
+        rows: Sequence[int] = range(len(all_texts))
         if most is not None:
             share = most // len(source) if several else most
-            rows = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:share].sort().values.tolist()
-        texts += [found[i] for i in rows]
+            order = torch.randperm(len(all_texts), generator=torch.Generator().manual_seed(0))
+            rows = order[:share].sort().values.tolist()
+        texts += [all_texts[i] for i in rows]
         if label is not None:
-            named = column(table, label, what)
-            if len(named) != len(found):
-                raise InputError(f"text: {what} has {len(found)} texts and {len(named)} labels")
-            labels += [named[i] for i in rows]
+            all_labels = column(table, label, what)
+            if len(all_labels) != len(all_texts):
+                raise InputError(f"text: {what} has {len(all_texts)} texts and {len(all_labels)} labels")
+            labels += [all_labels[i] for i in rows]
     return texts, labels
 
 
@@ -218,7 +264,7 @@ def targets_of(task: str, config: Any) -> Callable[[Sequence[Any], str], Tensor]
     """How labels become targets: int64 classes of the head, or float32 scores."""
 
     def classes(labels: Sequence[Any], what: str) -> Tensor:
-        found = []
+        numbers = []
         for row, value in enumerate(labels, 1):
             by_name = config.label2id.get(value) if isinstance(value, str) else None
             try:
@@ -235,32 +281,30 @@ def targets_of(task: str, config: Any) -> Callable[[Sequence[Any], str], Tensor]
                     f"text: the label of row {row} of {what} is {number} and the head has {config.num_labels} (0 to "
                     f"{config.num_labels - 1}); fine-tune a model with as many"
                 )
-            found.append(number)
-        return torch.tensor(found, dtype=torch.int64)
+            numbers.append(number)
+        return torch.tensor(numbers, dtype=torch.int64)
 
     def scores(labels: Sequence[Any], what: str) -> Tensor:
         try:
-            found = torch.tensor([float(value) for value in labels], dtype=torch.float32)
+            values = torch.tensor([float(value) for value in labels], dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise InputError(f"text: a score of {what} is not a number: {error}") from error
-        if not bool(found.isfinite().all()):
+        if not bool(values.isfinite().all()):
             raise InputError(
-                f"text: the score of row {int((~found.isfinite()).nonzero()[0]) + 1} of {what} is not finite"
+                f"text: the score of row {int((~values.isfinite()).nonzero()[0]) + 1} of {what} is not finite"
             )
-        return found
+        return values
 
     return scores if task == "regression" else classes
 
 
-def held_out(known: TextData, share: float) -> tuple[TextData, TextData]:
+def held_out(data: TextData, share: float) -> tuple[TextData, TextData]:
     """(rest, held-out share), by a fixed permutation."""
-    count = max(1, round(known.samples * share))
-    if not 0 < share < 1 or count >= known.samples:
-        raise InputError(
-            f"text: validation_share={share} of {known.samples} texts leaves nothing to train or choose by"
-        )
-    order = known.ids[torch.randperm(known.samples, generator=torch.Generator().manual_seed(0))]
-    return known.subset(order[count:].sort().values), known.subset(order[:count].sort().values)
+    count = max(1, round(data.samples * share))
+    if not 0 < share < 1 or count >= data.samples:
+        raise InputError(f"text: validation_share={share} of {data.samples} texts leaves nothing to train or choose by")
+    order = data.ids[torch.randperm(data.samples, generator=torch.Generator().manual_seed(0))]
+    return data.subset(order[count:].sort().values), data.subset(order[:count].sort().values)
 
 
 def _example(data: TextData, length: int) -> tuple[Tensor, Tensor]:
@@ -283,13 +327,13 @@ def _filled(data: TextData, length: int) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def embeddings(model: Encoder, data: TextData) -> Tensor:
-    """What `model` says of every text of `data`: float32 [rows, D] by row; rows outside `ids` are zero."""
-    found: Tensor | None = None
+    """The embedding of every text of `data` by `model`: float32 [rows, D] by row; rows outside `ids` are zero."""
+    table: Tensor | None = None
     for batch in data.batches():
-        said = first_tensor(model(*batch.inputs))
-        if found is None:
-            found = said.new_zeros(len(data.tokens), said.shape[1])
+        rows = first_tensor(model(*batch.inputs))
+        if table is None:
+            table = rows.new_zeros(len(data.tokens), rows.shape[1])
         assert batch.keys is not None
-        found[batch.keys] = said
-    assert found is not None
-    return found
+        table[batch.keys] = rows
+    assert table is not None
+    return table

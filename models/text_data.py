@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pqk.data.data import Batch, Data, digest_of
+from pqk.data.folders import data_folders
 from pqk.errors import InputError, nearest
 from pqk.models.encoder import quietly
 
@@ -33,8 +33,7 @@ def read_table(source: TextSource, data: Path | None = None) -> Table:
     """
     if not isinstance(source, str | Path):
         return source
-    roots = [Path(), data, Path(os.environ["PQK_DATA"]) if "PQK_DATA" in os.environ else None, Path("../shared/data")]
-    path = next((p for root in roots if root is not None and (p := root / source).is_file()), None)
+    path = next((p for folder in (Path(), *data_folders(data)) if (p := folder / source).is_file()), None)
     if path is None:
         raise InputError(f"text: no file {source}; point --data or PQK_DATA at the folder that has it")
     lines = list(_lines(path))
@@ -172,7 +171,7 @@ class TextData(Data):
 
     @property
     def targets(self) -> Tensor | None:
-        """Of all samples, in the order of `ids`."""
+        """The targets of all samples, in the order of `ids`; None: unlabelled."""
         return None if self._targets is None else self._targets[self.ids]
 
     def __len__(self) -> int:

@@ -66,11 +66,11 @@ def kept_tokens(folder: Path, tokenizer: dict[str, Any], texts: Iterable[str]) -
     """The ids that stay, in order."""
     with quietly() as transformers:
         reader = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        found = reader(list(texts), truncation=False)["input_ids"]
+        sequences = reader(list(texts), truncation=False)["input_ids"]
     kept = {t["id"] for t in tokenizer["added_tokens"]}
     kept |= {i for token, i in tokenizer["model"]["vocab"].items() if len(token.removeprefix(CONTINUES)) <= 1}
     kept.add(tokenizer["model"]["vocab"][tokenizer["model"]["unk_token"]])
-    return sorted(kept.union(*found))
+    return sorted(kept.union(*sequences))
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
@@ -89,14 +89,14 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 def _write_tables(folder: Path, out: Path, kept: list[int], words: int) -> None:
     """Every safetensors file, with the rows of `kept` only in the tables of tokens."""
-    found = 0
+    tables = 0
     for path in sorted(folder.glob("*.safetensors")):
         tensors = load_file(path)
         for name, value in tensors.items():
             if name.endswith(TABLE) and len(value) == words:
-                tensors[name], found = value[torch.tensor(kept)].contiguous(), found + 1
+                tensors[name], tables = value[torch.tensor(kept)].contiguous(), tables + 1
         save_file(tensors, out / path.name, {"format": "pt"})
-    if not found:
+    if not tables:
         raise InputError(f"vocabulary: no *{TABLE} of {words} rows in the safetensors files of {folder}")
 
 
@@ -110,10 +110,10 @@ def _write_tokenizer(folder: Path, out: Path, tokenizer: dict[str, Any], new: di
     (out / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__)))
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        said = json.loads(settings.read_text())
-        if "added_tokens_decoder" in said:
-            said["added_tokens_decoder"] = {str(new[int(i)]): t for i, t in said["added_tokens_decoder"].items()}
-        _write_json(out / settings.name, said)
+        config = json.loads(settings.read_text())
+        if "added_tokens_decoder" in config:
+            config["added_tokens_decoder"] = {str(new[int(i)]): t for i, t in config["added_tokens_decoder"].items()}
+        _write_json(out / settings.name, config)
     for name in ("special_tokens_map.json",):
         if (folder / name).is_file():
             shutil.copy(folder / name, out / name)
@@ -149,11 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", default="text", help="the name of their column")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--data", type=Path, help="the folder with the texts")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        texts = [t for name in given.texts for t in column(read_table(name, given.data), given.text, name)]
-        trim_vocabulary(given.directory, given.out, texts, given.data)
+        texts = [t for name in options.texts for t in column(read_table(name, options.data), options.text, name)]
+        trim_vocabulary(options.directory, options.out, texts, options.data)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

@@ -149,7 +149,8 @@ def test_no_file_is_private() -> None:
 
 
 TEXT_OR_NOTHING = {
-    "installed", "compiler", "function", "matches", "stands_for", "_layer_of", "cached_output",  # a name, where there is one
+    "installed", "compiler", "function", "matches", "stands_for", "_layer_of",  # a name, where there is one
+    "cached_output",
     "corruption_warning", "reason",  # a sentence for the report
     "onnxruntime_dynamic", "optimum_ptq", "ptq",
 }  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pqk.data.folders import data_folders
 from pqk.errors import InputError, nearest
 from pqk.files import read_tensors
 from pqk.recipe.recipe import TaskSpec, TeacherSpec
@@ -37,8 +37,7 @@ def load_teacher(spec: TeacherSpec, data: Path | None = None, beside: Path | Non
 
 def find_weights(name: str, data: Path | None, beside: Path | None) -> Path:
     """The file `name` beside the recipe, in the data folder, or as a path. Raises `InputError` where it is nowhere."""
-    folders = [beside, data, Path(os.environ["PQK_DATA"]) if "PQK_DATA" in os.environ else None, Path("../shared/data")]
-    places = [folder / name for folder in folders if folder is not None]
+    places = [folder / name for folder in (beside, *data_folders(data)) if folder is not None]
     for path in [*places, Path(name)]:
         if path.is_file():
             return path
