@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import logging
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pqk.data.folders import data_folders
 from pqk.errors import InputError, nearest
+from pqk.quiet import quiet
 
 KINDS = ("classification", "regression", "embedding")
 INPUTS = ("input_ids", "attention_mask")
@@ -323,18 +324,13 @@ def _set_labels(config: Any, task: str, labels: int | Sequence[str] | None, fold
 @contextmanager
 def quietly() -> Iterator[Any]:
     """`transformers`, without its advice. Raises `InputError` where it is not installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             import transformers
         except ImportError as error:
             raise InputError(f"encoder: {error}; install it: pip install 'pqk[encoders]'") from error
-        before = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        try:
+        with quiet("transformers", level=logging.ERROR):  # after the import, which sets the level
             yield transformers
-        finally:
-            transformers.logging.set_verbosity(before)
 
 
 def _first_line(error: Exception) -> str:

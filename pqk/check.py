@@ -25,13 +25,14 @@ from pqk.bench.oracle import Oracle
 from pqk.bench.protocol import ratio_to
 from pqk.core.aten import quantized_tensors
 from pqk.core.costs import count_macs, count_parameters, float_bytes
+from pqk.core.modes import evaluating
+from pqk.core.onnxruntime_session import session
 from pqk.core.pipeline import verify
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Advance, Observer, Silent
 from pqk.core.run_context import RunContext
 from pqk.core.run_folder import scope_of
 from pqk.deploy.onnx_emitter import emit_onnx_for
-from pqk.deploy.onnxruntime_session import session
 from pqk.deploy.torch_emitter import emit_torch
 from pqk.errors import InputError, PqkError, first_line
 from pqk.passes.prune.blocks import find_blocks
@@ -311,14 +312,10 @@ def _cacheable_steps(task: Task) -> int | None:
 @torch.no_grad()
 def forward_seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
     """The fastest of three forward passes in eval mode; the mode is restored."""
-    modes = {m: m.training for m in model.modules()}
-    for m in modes:
-        m.training = False
     times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        model(*inputs)
-        times.append(time.perf_counter() - began)
-    for m, mode in modes.items():
-        m.training = mode
+    with evaluating(model):
+        for _ in range(3):
+            began = time.perf_counter()
+            model(*inputs)
+            times.append(time.perf_counter() - began)
     return min(times)

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from pqk.core.aten import HEAVY, root
 from pqk.core.graph import arguments, attribute, finish, move_points, operand, replace, shape
+from pqk.core.modes import evaluating
 from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.errors import InputError, Reason
 from pqk.passes.quantize.embeddings import call_quantizer, insert_table, table_of
@@ -242,11 +243,9 @@ def _insert_weight(student: fx.GraphModule, node: fx.Node, grid: Grid, learned: 
 def calibrate(student: nn.Module, task: Task, method: Method, percentile: float, samples: int) -> None:
     """Choose every range of a FAKE_QUANT student from `samples` validation inputs, and turn its quantizers on."""
     assert isinstance(student, fx.GraphModule)
-    was_training = student.training
-    student.eval()
     set_mode(student, "observe")
     called = [(n, attribute(student, str(n.target))) for n in student.graph.nodes if n.op == "call_module"]
-    with torch.no_grad():
+    with evaluating(student), torch.no_grad():
         for batch in task.calibration(samples):
             student(*batch)
         for _, module in called:
@@ -258,7 +257,6 @@ def calibrate(student: nn.Module, task: Task, method: Method, percentile: float,
             elif isinstance(module, BiasFakeQuant):
                 module.fit(attribute(student, str(operand(node).target)))
     set_mode(student, "on")
-    student.train(was_training)
 
 
 REWRITES: tuple[RewriteFunction, ...] = (insert_fake_quant,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 
-from pqk.deploy.onnxruntime_session import OnnxSource, session
+from pqk.core.onnxruntime_session import OnnxSource, session
 from pqk.errors import first_line
+from pqk.quiet import quiet
 from pqk.report.schema import VariantName
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ def compiled_contender(
     Weights are frozen into the code, which is what lets inductor choose its own layouts and fuse integer kernels.
     """
     try:
-        with torch_threads(threads), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # inductor's own modules deprecate themselves, at import and later
+        with torch_threads(threads), quiet(), torch.no_grad():  # inductor's modules deprecate themselves as they work
             from torch._inductor import config as inductor
 
             with inductor.patch(freezing=True):

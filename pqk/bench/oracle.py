@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from pqk.bench.protocol import fastest, ratio_to
+from pqk.core.onnxruntime_session import session
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx_for
-from pqk.deploy.onnxruntime_session import session
 from pqk.passes import Capture, Convert, Quantize
 from pqk.target.target import Target
 from pqk.task.task import Task

@@ -13,8 +13,7 @@ import importlib.metadata
 import os
 import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ import typer
 
 from pqk.core.distributed import is_first_launched
 from pqk.errors import InputError, ParityError, PqkError
+from pqk.quiet import quiet
 
 Work = Callable[[], Any]
 """what a command leaves to do; it makes a `pqk.console.Answer`"""
@@ -276,7 +276,9 @@ def run(arguments: Sequence[str]) -> int:
         work = typer.main.get_command(app).main(list(arguments), prog_name="pqk", standalone_mode=False)
         if not callable(work):  # help or the version was shown
             return int(work or 0)
-        with _quiet(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        # Other libraries' warnings are shown where Python was told to.
+        hushed = contextlib.nullcontext() if sys.warnoptions else quiet()
+        with hushed, contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             answer = work()
         from pqk.cli.console import write
 
@@ -300,15 +302,6 @@ def run(arguments: Sequence[str]) -> int:
         if not as_json:
             raise
         return _failed(f"{type(error).__name__}: {error}", 1, as_json)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without other libraries' warnings, unless Python was told which to show."""
-    with warnings.catch_warnings():
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
-        yield
 
 
 def _usage(error: Any) -> str:

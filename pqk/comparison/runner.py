@@ -31,6 +31,7 @@ from pqk.comparison.config import Comparison, RecipeVariant, epochs
 from pqk.comparison.markdown import to_markdown
 from pqk.comparison.results import ComparedRow, Result, best, rows_of, significance
 from pqk.core.journal import Journal
+from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.pipeline import load, run_passes
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Observer, Silent
@@ -38,7 +39,6 @@ from pqk.core.run_context import RunContext
 from pqk.core.run_folder import WORK, RunFolder
 from pqk.data.data import digest_of
 from pqk.deploy.onnx_emitter import emit_onnx_for
-from pqk.deploy.onnxruntime_session import OnnxModel, session
 from pqk.errors import InputError, PqkError
 from pqk.files import read_json, write_json, write_whole
 from pqk.knowledge.teachers.base import weights_fingerprint

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pqk.core.modes import evaluating
 from pqk.errors import InputError
 
 INTEGER_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -20,14 +21,8 @@ def count_macs(module: nn.Module, example: tuple[Tensor, ...]) -> int:
     """
     if not example or not example[0].ndim or not len(example[0]):
         raise InputError("counting MACs needs example inputs with at least one sample in the first dimension")
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(*example)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    with evaluating(module), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*example)
     return counter.get_total_flops() // (2 * len(example[0]))
 
 

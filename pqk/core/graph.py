@@ -11,14 +11,14 @@ Only tensor-valued nodes have a shape. `graph_module.meta["points"]` maps a modu
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, fx, nn
+
+from pqk.quiet import quiet
 
 FACTS = ("shape", "dtype", "layer")
 
@@ -140,17 +140,9 @@ def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-@contextlib.contextmanager
-def quiet_export() -> Iterator[None]:
-    """torch.export warns of its own internals, and logs and prints what it also raises."""
-    level = logging.getLogger("torch").level
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger("torch").setLevel(level)
+def quiet_export() -> AbstractContextManager[None]:
+    """Keeps torch.export quiet, which warns of its own internals, and logs and prints what it also raises."""
+    return quiet("torch", level=logging.CRITICAL, printing=True)
 
 
 def move_points(graph_module: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:

@@ -24,12 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
+from pqk.core.onnxruntime_session import session
 from pqk.core.pipeline import rebuild
 from pqk.core.program import Program, Rewrite
 from pqk.core.run_folder import RunFolder
 from pqk.data.structures import tensors
 from pqk.deploy.onnx_emitter import emit_onnx_for, names_of_outputs
-from pqk.deploy.onnxruntime_session import session
 from pqk.deploy.torch_emitter import emit_torch, load_student
 from pqk.deploy.tuning import NAME as TUNING
 from pqk.deploy.tuning import Tuning

@@ -6,11 +6,8 @@ integer kernels. Torch's exporter writes source paths and stack traces into the 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from pqk.data.structures import Outputs
 from pqk.deploy.onnx_ops import QUANTIZERS
 from pqk.errors import InputError
 from pqk.files import write_whole
+from pqk.quiet import quiet
 from pqk.task.axes import Axes, free_axes
 from pqk.task.task import Task
 
@@ -91,7 +89,7 @@ def emit_onnx(
     module.eval()
     names = list(output_names or _names_of_outputs(module, example))
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(level=logging.CRITICAL, printing=True), torch.no_grad():  # it prints, logs, and warns of itself
             program = torch.onnx.export(
                 module,
                 example,
@@ -127,19 +125,6 @@ def names_of_outputs(outputs: Outputs) -> list[str]:
     if isinstance(outputs, dict):
         return list(outputs)
     return ["logits"] if isinstance(outputs, Tensor) else [f"output_{i}" for i in range(len(outputs))]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints, logs, and warns of its own internals."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _anonymize(model: onnx.ModelProto) -> None:

@@ -16,8 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from pqk.core.onnxruntime_session import session
 from pqk.deploy.onnx_ops import MOVERS, PLUMBING, PRODUCTS, QUANTIZERS
-from pqk.deploy.onnxruntime_session import session
 
 Array = NDArray[Any]
 

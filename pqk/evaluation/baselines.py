@@ -10,13 +10,9 @@ static INT8 through PyTorch's exported graphs, run by `torch.compile`.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import tempfile
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +23,10 @@ from torch import fx, nn
 
 from pqk.bench.contenders import Feeds
 from pqk.bench.protocol import ratio_to
+from pqk.core.onnxruntime_session import session
 from pqk.data.structures import Inputs
-from pqk.deploy.onnxruntime_session import session
 from pqk.errors import InputError, first_line
+from pqk.quiet import quiet
 from pqk.target.machine import installed
 from pqk.target.target import Target, machine_target
 from pqk.task.axes import Axes, free_axes
@@ -64,7 +61,7 @@ def onnxruntime_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs], tar
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
-    with tempfile.TemporaryDirectory() as folder, quiet_logging():
+    with tempfile.TemporaryDirectory() as folder, quiet(level=logging.ERROR):
         prepared = Path(folder) / "prepared.onnx"
         try:
             quant_pre_process(teacher, prepared, skip_symbolic_shape=True)
@@ -93,7 +90,7 @@ def onnxruntime_dynamic(teacher: Path, out: Path, target: Target) -> str | None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with quiet_logging():
+    with quiet(level=logging.ERROR):
         try:
             quantize_dynamic(
                 teacher,
@@ -117,12 +114,7 @@ def optimum_ptq(teacher: Path, out: Path, calibration: Iterable[Inputs] | None, 
     if installed("optimum-onnx") is None:
         return "optimum is not installed: pip install 'pqk[encoders]'"
     static = calibration is not None
-    with (
-        quiet_logging(),
-        warnings.catch_warnings(),
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        warnings.simplefilter("ignore")
+    with quiet(level=logging.ERROR), tempfile.TemporaryDirectory() as folder:
         try:
             from onnxruntime.quantization import CalibrationMethod
             from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
@@ -167,10 +159,9 @@ def optimized_transformer(teacher: Path, out: Path, padded: Feeds, feeds: Feeds,
     fuse nothing, change the outputs, or make the session significantly slower.
     """
     tool = "onnxruntime.transformers.optimizer (bert)"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # among others for a folder that the tool leaves to the garbage collector
+    with quiet():  # it warns, among others, of a folder that the tool leaves to the garbage collector
         try:
-            with quiet_logging(), contextlib.redirect_stdout(io.StringIO()):
+            with quiet(level=logging.ERROR, printing=True):
                 from onnxruntime.transformers.optimizer import optimize_model
 
                 model = optimize_model(str(teacher), model_type="bert", opt_level=1, use_gpu=False)
@@ -213,8 +204,7 @@ def neural_compressor_ptq(
     """
     if installed("neural-compressor") is None:
         return None, "neural-compressor is not installed: pip install 'pqk[ptq]'"
-    with quiet_logging(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchao and the exporter deprecate a good part of themselves
+    with quiet(level=logging.ERROR):  # torchao and the exporter deprecate a good part of themselves
         try:
             from neural_compressor.torch.export import export
             from neural_compressor.torch.quantization import StaticQuantConfig, convert, prepare
@@ -229,14 +219,3 @@ def neural_compressor_ptq(
                 return convert(prepared), None
         except Exception as error:  # a missing torchao, an operator it does not know: the row is left out, with this
             return None, f"neural-compressor {installed('neural-compressor')}: {first_line(error)}"
-
-
-@contextmanager
-def quiet_logging() -> Iterator[None]:
-    """For a while only errors pass: third parties log their progress, and raise their loggers' levels on import."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pqk.bench.contenders import Contender, Feeds, Skipped, compiled_contender, onnxruntime_contender
 from pqk.core.costs import count_macs, count_parameters
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Pass, Program
-from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.errors import Reason
 from pqk.evaluation.diagnostics import Judged, answers
 from pqk.evaluation.settings import Evaluation

@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +38,7 @@ from pqk.errors import InputError, ParityError, first_line
 from pqk.gpu.autotune import measure_tuning, merge_tunings
 from pqk.gpu.device import Ceilings, Device
 from pqk.quant.noise import sqnr
+from pqk.quiet import quiet
 from pqk.recipe.factories import load_teacher
 from pqk.report.schema import LatencyRow, VariantName
 
@@ -178,15 +178,21 @@ def float32_products(kind: str) -> Iterator[None]:
 
 @contextmanager
 def at_its_best() -> Iterator[None]:
-    """Weights become constants of the compiled code, and cuDNN tries its algorithms. None may fall back to eager: each
-    precision and batch is a compile, more than dynamo allows by default."""
+    """Settings for torch's fastest code: weights are constants of the compiled code, and cuDNN tries its algorithms.
+
+    Dynamo's limit of compiles is raised, and reaching it is an error: each precision and batch is a compile, and by
+    default those past the limit would run eagerly, unnoticed.
+    """
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    with warnings.catch_warnings(), _setting(torch.backends.cudnn, "benchmark", True):
-        warnings.simplefilter("ignore")  # inductor's own modules deprecate themselves
-        with inductor.patch(freezing=True), dynamo.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True):
-            yield
+    with (
+        quiet(),  # inductor's own modules deprecate themselves
+        _setting(torch.backends.cudnn, "benchmark", True),
+        inductor.patch(freezing=True),
+        dynamo.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True),
+    ):
+        yield
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
+from pqk.core.onnxruntime_session import OnnxSource, session
 from pqk.deploy.onnx_ops import INTEGER, MACS, UNCOUNTED, Operands, Shape
-from pqk.deploy.onnxruntime_session import OnnxSource, session
 from pqk.errors import InputError
 
 

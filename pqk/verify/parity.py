@@ -18,8 +18,8 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
+from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.data.structures import tensors
-from pqk.deploy.onnxruntime_session import OnnxModel, session
 from pqk.deploy.qdq import AccumulatorTwin, Array, Layer, QdqFile
 from pqk.errors import InputError
 from pqk.report.schema import LayerParity, Parity

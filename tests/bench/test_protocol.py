@@ -25,7 +25,7 @@ from pqk.bench.contenders import (
 )
 from pqk.bench.protocol import PAUSE, TimingProtocol, fastest, interleave, measure, ratio_to, turn
 from pqk.bench.statistics import Ratio, bootstrap_ratio
-from pqk.deploy.onnxruntime_session import session
+from pqk.core.onnxruntime_session import session
 from pqk.errors import InputError
 
 

@@ -15,8 +15,8 @@ import torch
 from lowered import Encoder, int8_graph
 from torch import Tensor, fx
 
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.deploy.onnx_emitter import emit_onnx
-from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.deploy.torch_emitter import SAMPLES, emit_torch, foreign_records, load_student
 from pqk.errors import InputError
 from pqk.models.resnet import resnet

@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 
 from pqk import Recipe, compress
 from pqk.core.aten import quantized_tensors
+from pqk.core.onnxruntime_session import session
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData
 from pqk.deploy.onnx_emitter import emit_onnx
-from pqk.deploy.onnxruntime_session import session
 from pqk.errors import InputError
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.passes.convert.convert import DYNAMIC

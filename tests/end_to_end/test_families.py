@@ -23,10 +23,10 @@ from torch import nn
 
 from pqk.core.aten import quantized_tensors
 from pqk.core.costs import count_parameters
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx
-from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.files import read_json, write_json
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.passes.prune.blocks import find_blocks

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, load, numpy_helper, save
 from torch import nn
 
 from pqk.bench.statistics import Ratio
-from pqk.deploy.onnxruntime_session import session
+from pqk.core.onnxruntime_session import session
 from pqk.errors import InputError
 from pqk.evaluation import baselines
 from pqk.evaluation.baselines import (

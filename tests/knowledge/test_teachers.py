@@ -335,7 +335,7 @@ def test_an_onnx_file_with_other_inputs_is_refused(example: Any, message: str, t
 def test_an_onnx_file_must_run_and_take_any_batch(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     for name in ("bad.onnx", "missing.onnx"):
-        with pytest.raises(InputError, match=f"ONNX Runtime refuses the teacher .*{name}"):
+        with pytest.raises(InputError, match=f"the teacher cannot be run: ONNX Runtime .* refuses .*{name}"):
             OnnxTeacher(tmp_path / name, TASK.example)
     path = onnx_of(1, tmp_path).path
     model = onnx.load(str(path))

@@ -18,11 +18,11 @@ import torch
 from evaluations import TABLE
 
 from pqk import compress
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import RunContext
 from pqk.deploy.artifact import Artifact
 from pqk.deploy.onnx_emitter import emit_onnx
-from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.errors import InputError
 from pqk.models.encoder import Encoder, HubFiles, encoder, find_directory, load, load_tokenizer, positions
 from pqk.models.text import text_task

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pqk.deploy.onnxruntime_session import session
+from pqk.core.onnxruntime_session import session
 from pqk.files import read_json
 from pqk.models.cifar import MEAN, STD, load_split
 from pqk.models.images import Normalize

@@ -285,9 +285,9 @@ class Looked(nn.Module):
 
 def test_a_table_is_stored_and_looked_up_as_integers(tmp_path: Path) -> None:
     from pqk.core.aten import quantized_tensors
+    from pqk.core.onnxruntime_session import session
     from pqk.data.data import ArrayData
     from pqk.deploy.onnx_emitter import emit_onnx
-    from pqk.deploy.onnxruntime_session import session
     from pqk.task.task import Task
     from pqk.verify.parity import check_layers
 
@@ -331,8 +331,8 @@ def test_a_table_is_stored_and_looked_up_as_integers(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_an_encoder_of_any_length(tmp_path: Path) -> None:
     """Captured at one length, its INT8 file runs at another, with every linear layer in integers."""
+    from pqk.core.onnxruntime_session import OnnxModel
     from pqk.deploy.onnx_emitter import emit_onnx
-    from pqk.deploy.onnxruntime_session import OnnxModel
     from pqk.verify.coverage import integer_coverage
 
     family, model, _ = built("bert")

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from pqk.core.aten import QUANTIZE
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx
-from pqk.deploy.onnxruntime_session import OnnxModel
 from pqk.deploy.qdq import QdqFile
 from pqk.errors import InputError
 from pqk.passes import Capture, Convert, Quantize

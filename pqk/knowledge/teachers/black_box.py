@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pqk.core.onnxruntime_session import session
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, Outputs, map_tensors, tensors, widened
 from pqk.errors import InputError, Reason
@@ -77,22 +78,19 @@ class OnnxTeacher(CallableTeacher):
 
     def __init__(self, path: str | Path, example: Inputs) -> None:
         self.path = Path(path)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch needs the cores in between
         try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise InputError(f"distill: ONNX Runtime refuses the teacher {path}: {str(error).strip()}") from error
-        _check_inputs(self.path, session, example)
-        names = [i.name for i in session.get_inputs()]
+            # Without spinning: torch needs the cores in between.
+            onnx_session = session(self.path, threads=torch.get_num_threads(), spinning=False)
+        except InputError as error:
+            raise InputError(f"distill: the teacher cannot be run: {error}") from error
+        _check_inputs(self.path, onnx_session, example)
+        names = [i.name for i in onnx_session.get_inputs()]
 
         def answer(*inputs: Tensor) -> Outputs:
             feeds = {n: np.ascontiguousarray(t.detach().cpu().numpy()) for n, t in zip(names, inputs, strict=True)}
             try:
-                outputs = [torch.from_numpy(a) for a in session.run(None, feeds)]
-            except Exception as error:  # as above
+                outputs = [torch.from_numpy(a) for a in onnx_session.run(None, feeds)]
+            except Exception as error:  # onnxruntime's exceptions share no public base class
                 shapes = [tuple(t.shape) for t in inputs]
                 raise InputError(f"distill: the teacher {path} cannot take inputs {shapes}: {error}") from error
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -112,9 +110,9 @@ class OnnxTeacher(CallableTeacher):
         return f"onnx {digest.hexdigest()}"
 
 
-def _check_inputs(path: Path, session: ort.InferenceSession, example: Inputs) -> None:
+def _check_inputs(path: Path, onnx_session: ort.InferenceSession, example: Inputs) -> None:
     """Raises `InputError` where the file's inputs are not the example's, or it takes one size of batch only."""
-    own = [(i.name, i.shape, i.type) for i in session.get_inputs()]
+    own = [(i.name, i.shape, i.type) for i in onnx_session.get_inputs()]
     tasks = [(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in example]
     types = {"float": "float32", "double": "float64"}
 
