@@ -3,7 +3,7 @@
 A block is removable when its shortcut alone passes its input through: with its own parameters at zero, on the real
 activations that reach it, output equals input (`relu(x + 0) = x` holds where x came from a ReLU). A layer of a
 post-norm encoder puts out its input normalized once more, which is the same where the input came out of a norm: there
-the gains of norms are set to one and everything else to zero. What else it returns, as attention maps, must be None or
+the scales of norms are set to one and everything else to zero. What else it returns, as attention maps, must be None or
 read by nobody.
 """
 
@@ -32,30 +32,31 @@ NORMALIZED = 1e-3
 
 @dataclass
 class _Calls:
-    """What one forward pass showed of a module."""
+    """How one forward pass called a module: how often, and the last call's inputs and output."""
 
     times: int = 0
     arguments: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
     output: Any = None
     versions: tuple[int, ...] = ()
+    """of the output's tensors when they were returned"""
 
 
 @contextmanager
 def _watch(modules: dict[str, nn.Module]) -> Iterator[dict[str, _Calls]]:
     """Record calls of these modules, in the order in which they end."""
-    seen: dict[str, _Calls] = {}
+    calls: dict[str, _Calls] = {}
 
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            times = seen.pop(path, _Calls()).times + 1
-            seen[path] = _Calls(times, args, kwargs, output, tuple(t._version for t in tensors(output)))
+            times = calls.pop(path, _Calls()).times + 1
+            calls[path] = _Calls(times, args, kwargs, output, tuple(t._version for t in tensors(output)))
 
         return hook
 
     handles = [m.register_forward_hook(note(path), with_kwargs=True) for path, m in modules.items()]
     try:
-        yield seen
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
@@ -79,10 +80,10 @@ def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -
     candidates = {
         p: m for p, m in model.named_modules() if p and len(list(m.children())) and any(True for _ in m.parameters())
     }
-    with torch.no_grad(), _watch(candidates) as seen:
-        want = tensors(model(*inputs))
-    _forget_what_nobody_reads(model, inputs, want, {candidates[p]: calls for p, calls in seen.items()})
-    reasons: dict[str, str | None] = {p: _why_not_removed(candidates[p], seen[p]) for p in candidates if p in seen}
+    with torch.no_grad(), _watch(candidates) as calls:
+        outputs = tensors(model(*inputs))
+    _drop_unread_results(model, inputs, outputs, {candidates[p]: own for p, own in calls.items()})
+    reasons: dict[str, str | None] = {p: _why_not_removed(candidates[p], calls[p]) for p in candidates if p in calls}
     passing = [p for p, why in reasons.items() if why is None]
     innermost = _innermost(model, passing)
     kinds = {type(candidates[p]) for p in innermost}
@@ -95,27 +96,27 @@ def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -
         if pattern is not None:
             innermost.remove(block)
             declined[block] = f'kept by protect = "{pattern}"'
-    return [Block(p, _signature(candidates[p], seen[p]), _returns(seen[p].output)) for p in innermost], declined
+    return [Block(p, _signature(candidates[p], calls[p]), _returns(calls[p].output)) for p in innermost], declined
 
 
-def _forget_what_nobody_reads(
-    model: nn.Module, inputs: Inputs, want: list[Tensor], seen: dict[nn.Module, _Calls]
+def _drop_unread_results(
+    model: nn.Module, inputs: Inputs, outputs: list[Tensor], calls: dict[nn.Module, _Calls]
 ) -> None:
     """Note None for what a module returns beside its first tensor, where the model's outputs do not need it."""
-    for module, calls in seen.items():
-        x, _ = _hidden(calls)
-        output = calls.output
-        if calls.times != 1 or not isinstance(output, tuple) or not any(isinstance(t, Tensor) for t in output[1:]):
+    for module, own in calls.items():
+        x, _ = _hidden(own)
+        output = own.output
+        if own.times != 1 or not isinstance(output, tuple) or not any(isinstance(t, Tensor) for t in output[1:]):
             continue
         if not isinstance(x, Tensor) or not isinstance(output[0], Tensor) or output[0].shape != x.shape:
             continue
         handle = module.register_forward_hook(lambda m, args, out: (out[0], *[None] * (len(out) - 1)))
         try:
             with torch.no_grad():
-                got = tensors(model(*inputs))
-            if all(torch.equal(g, w) for g, w in zip(got, want, strict=True)):
-                calls.output = (output[0], *[None] * (len(output) - 1))
-        except Exception:  # whatever a model raises that misses it: then it is read
+                without = tensors(model(*inputs))
+            if all(torch.equal(one, other) for one, other in zip(without, outputs, strict=True)):
+                own.output = (output[0], *[None] * (len(output) - 1))
+        except Exception:  # whatever a model raises that misses a result: then it reads it
             continue
         finally:
             handle.remove()
@@ -147,8 +148,8 @@ def _hidden(calls: _Calls) -> tuple[Any, Any]:
     """The first input of a block, however it was passed, and its output or the tensor that heads the tuple of it."""
     inputs = (*calls.arguments, *calls.keywords.values())
     output = calls.output
-    alone = isinstance(output, tuple) and len(output) > 0 and all(part is None for part in output[1:])
-    return (inputs[0] if inputs else None), (output[0] if alone else output)
+    one_tensor = isinstance(output, tuple) and len(output) > 0 and all(part is None for part in output[1:])
+    return (inputs[0] if inputs else None), (output[0] if one_tensor else output)
 
 
 def _why_not_removed(module: nn.Module, calls: _Calls) -> Reason | None:
@@ -161,9 +162,9 @@ def _why_not_removed(module: nn.Module, calls: _Calls) -> Reason | None:
         return f"its input is passed by name, as {next(iter(calls.keywords))}"
     if x.shape != y.shape or x.dtype != y.dtype:
         return f"it changes its input from {[*x.shape[1:]]} to {[*y.shape[1:]]}"
-    for gain in (0.0, 1.0):
-        out = first_tensor(_silent(module, gain)(*calls.arguments, **calls.keywords))
-        if torch.equal(out, x) or (gain and torch.allclose(out, _normalized(module, x), atol=NORMALIZED)):
+    for norm_scale in (0.0, 1.0):
+        out = first_tensor(_zeroed(module, norm_scale)(*calls.arguments, **calls.keywords))
+        if torch.equal(out, x) or (norm_scale and torch.allclose(out, _normalized(module, x), atol=NORMALIZED)):
             return None
     return "its input does not pass through it when its own parameters are zero"
 
@@ -173,26 +174,26 @@ def _normalized(module: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-def _silent(module: nn.Module, gain: float) -> nn.Module:
-    """A copy whose parameters are zero, but for the gains of norms: layers of a gain and an offset."""
-    silent = copy.deepcopy(module).eval()
+def _zeroed(module: nn.Module, norm_scale: float) -> nn.Module:
+    """A copy whose parameters are zero, but for the scales of norms: layers of a scale and an offset."""
+    zeroed = copy.deepcopy(module).eval()
     with torch.no_grad():
-        for parameter in silent.parameters():
+        for parameter in zeroed.parameters():
             parameter.zero_()
-        for layer in silent.modules():
+        for layer in zeroed.modules():
             own = dict(layer.named_parameters())
             vectors = {*own} == {"weight", "bias"} and all(p.ndim == 1 for p in own.values())
             if "weight" in own and (vectors or isinstance(layer, nn.LayerNorm)):
-                own["weight"].fill_(gain)
-        for name, buffer in silent.named_buffers():
+                own["weight"].fill_(norm_scale)
+        for name, buffer in zeroed.named_buffers():
             if name.endswith("running_mean"):
                 buffer.zero_()
-    return silent.requires_grad_(False)
+    return zeroed.requires_grad_(False)
 
 
 @contextmanager
 def without_block(model: nn.Module, block: str, returns: int = 0) -> Iterator[nn.Module]:
-    """`model` with a block replaced by its shortcut (see `Skip`) for a while."""
+    """`model` with a block replaced by its shortcut (see `Skip`) within the context."""
     parent, _, name = block.rpartition(".")
     holder, module = model.get_submodule(parent), model.get_submodule(block)
     setattr(holder, name, Skip(returns))
@@ -204,7 +205,7 @@ def without_block(model: nn.Module, block: str, returns: int = 0) -> Iterator[nn
 
 @dataclass(frozen=True)
 class Edit:
-    """Something that could be left out: how to try it on a model, and which layers it touches."""
+    """A possible removal: how to try it on a model, and which layers it touches."""
 
     name: str
     trial: Callable[[nn.Module], AbstractContextManager[nn.Module]]
@@ -221,13 +222,13 @@ def edit_costs(
     returned then.
     """
     units = dict(_units(model, "", set(blocks)))
-    with _watch(units) as seen:
+    with _watch(units) as calls:
         model(*inputs)
-    order = {path: i for i, path in enumerate(seen)}
+    order = {path: i for i, path in enumerate(calls)}
     # a tensor that was changed in place after it was returned is not what the module returns
     stable = [
         p
-        for p, c in seen.items()
+        for p, c in calls.items()
         if c.times == 1 and c.versions and tuple(t._version for t in tensors(c.output)) == c.versions
     ]
     unit_of = {path: unit for unit in units for path, _ in model.get_submodule(unit).named_modules(prefix=unit)}
@@ -237,7 +238,7 @@ def edit_costs(
         with ExitStack() as stack:
             for path in stable:
                 if order[path] < first:
-                    stack.enter_context(_answering(units[path], seen[path].output))
+                    stack.enter_context(_returning(units[path], calls[path].output))
             stack.enter_context(edit.trial(model))
             costs.append(distance(model(*inputs), teacher))
     return costs
@@ -254,8 +255,8 @@ def _units(module: nn.Module, path: str, blocks: set[str]) -> Iterator[tuple[str
 
 
 @contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """`module` returning `output` whatever it is given."""
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Lets `module` return `output`, whatever its inputs."""
     module.forward = lambda *args, **kwargs: output
     try:
         yield

@@ -1,4 +1,4 @@
-"""What pruning has to reach, and how much of it a network spends."""
+"""The budget of a pruning, and how much of it a network spends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Missed(InputError):
 
 @dataclass(frozen=True)
 class Budget:
-    """`reference / value(student)` is to reach `goal`. Latencies are measured once for each architecture."""
+    """A goal for `reference / value(student)`. Latencies are measured once for each architecture."""
 
     kind: str
     goal: float
@@ -39,6 +39,7 @@ class Budget:
         return self.run.decide(f"latency/{digest(model)}", lambda: self.run.latency(model, "prune.latency_ratio"))
 
     def ratio(self, value: float) -> float:
+        """How many times less than the teacher `value` is."""
         return self.reference / max(value, 1e-12)
 
     def missed(self, reached: float, what: str) -> Missed:
@@ -52,6 +53,6 @@ class Budget:
 
 
 def digest(model: nn.Module) -> str:
-    """An architecture: everything that a latency depends on, and no weights."""
+    """Names an architecture by a hash of everything that a latency depends on: all but the weights."""
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     return hashlib.sha256(f"{model!r}{shapes}".encode()).hexdigest()[:16]

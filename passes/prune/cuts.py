@@ -37,7 +37,7 @@ class Cut(TypedDict):
 
 
 class Skip(nn.Identity):
-    """What is left of a removed block: its first input, whatever else it was called with.
+    """Stands where a block was removed: returns its first input, whatever else it is called with.
 
     `returns` is the length of the tuple that the block returned, of which all but the first were None; 0: a tensor.
     """
@@ -126,28 +126,28 @@ def kept_channels(plan: Iterable[Rewrite], module: str, dim: Dim = "out") -> lis
         for cut in step.arguments["cuts"] if step.function == cut_channels.__name__ else ():
             if cut["module"] == module and cut["dim"] == dim:
                 before = [*range(cut["of"])] if kept is None else kept
-                doomed = set(cut["indices"])
-                kept = [c for i, c in enumerate(before) if i not in doomed]
+                pruned = set(cut["indices"])
+                kept = [c for i, c in enumerate(before) if i not in pruned]
     return kept
 
 
 def _cut_layer(module: nn.Module, cut: Cut) -> None:
-    dim, doomed, channels = cut["dim"], set(cut["indices"]), channels_of(module, cut["dim"])
-    what = f'cutting {len(doomed)} {dim} channels of "{cut["module"]}" ({type(module).__name__})'
+    dim, pruned, channels = cut["dim"], set(cut["indices"]), channels_of(module, cut["dim"])
+    what = f'cutting {len(pruned)} {dim} channels of "{cut["module"]}" ({type(module).__name__})'
     if channels is None:
         raise InputError(f"{what}: this kind of layer has no channels that pqk can cut; put it in prune.ignore")
-    if channels != cut["of"] or not doomed < set(range(channels)):
+    if channels != cut["of"] or not pruned < set(range(channels)):
         raise InputError(
             f"{what}: it has {channels} channels and the plan was made for {cut['of']}; is this the teacher?"
         )
-    kept = [c for c in range(channels) if c not in doomed]
+    kept = [c for c in range(channels) if c not in pruned]
     with torch.no_grad():
         if isinstance(module, _ConvNd):
             _cut_conv(module, dim, kept, what)
         elif isinstance(module, nn.Linear):
             _cut_linear(module, dim, kept)
         elif hasattr(module, "cut_channels"):
-            module.cut_channels(dim, sorted(doomed))  # type: ignore[operator]
+            module.cut_channels(dim, sorted(pruned))  # type: ignore[operator]
         else:
             _cut_norm(module, kept, what)
 

@@ -1,9 +1,9 @@
 """Channel groups: which channels of which layers must be cut together, and the numerical proof that they may be.
 
 torch-pruning (Fang et al. 2023, arXiv:2301.12900) traces the dependencies. Its answer is not taken on trust: it is
-silent where it is wrong, so every group is held to a law before it is cut.
+silent where it is wrong, so every group is held to an invariant, the law of pruning, before it is cut.
 
-    Law: setting the doomed channels to zero where they are made and cutting them give the same output.
+    Law: setting the pruned channels to zero where they are made and cutting them give the same output.
 
 Where a layer norm reduces over the channels, zeros would still count in its mean and variance: there the reference is
 the model whose norms take their statistics over the channels that stay.
@@ -62,28 +62,30 @@ class ChannelGroup:
 
     @property
     def unit(self) -> int:
+        """Channels that go at once."""
         return len(self.units[0])
 
     @property
     def producers(self) -> list[str]:
+        """The layers that make these channels."""
         return [m.path for m in self.members if m.dim == "out"]
 
     def cuts(self, channels: Iterable[int]) -> list[Cut]:
         """The cuts that remove these channels of the group."""
-        doomed = sorted(channels)
-        found = []
+        pruned = sorted(channels)
+        cuts = []
         for m in self.members:
-            cut = Cut(module=m.path, dim=m.dim, indices=sorted({p for c in doomed for p in m.places[c]}), of=m.of)
+            cut = Cut(module=m.path, dim=m.dim, indices=sorted({p for c in pruned for p in m.places[c]}), of=m.of)
             if m.dim == "heads":  # its module is told also where its heads stay and only what is around them narrows
-                found.append(Cut(**cut, size=m.size))
+                cuts.append(Cut(**cut, size=m.size))
             elif cut["indices"]:
-                found.append(cut)
-        return found
+                cuts.append(cut)
+        return cuts
 
 
 @dataclass(frozen=True)
 class GroupCheck:
-    """What became of one group under the law: `reason` is None where it holds."""
+    """Whether one group obeys the law: `reason` says why not, None where it does."""
 
     name: str
     channels: int
@@ -95,8 +97,8 @@ def merge_cuts(cuts: Iterable[Cut]) -> list[Cut]:
     """Cuts of several groups as one for each side of each layer (two groups can meet in one, as in a concatenation)."""
     merged: dict[tuple[str, Dim], Cut] = {}
     for cut in cuts:
-        seen = merged.setdefault((cut["module"], cut["dim"]), {**cut, "indices": []})
-        seen["indices"] = sorted({*seen["indices"], *cut["indices"]})
+        both = merged.setdefault((cut["module"], cut["dim"]), {**cut, "indices": []})
+        both["indices"] = sorted({*both["indices"], *cut["indices"]})
     return list(merged.values())
 
 
@@ -123,20 +125,20 @@ def find_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             graph.build_dependency(shadow, list(example), lambda m, x: m(*x), output_transform=tensors, verbose=False)
-            found = list(graph.get_all_groups())
+            traced = list(graph.get_all_groups())
     except Exception as error:  # a tracer raises anything on a model that it does not know
         raise InputError(f"prune: torch-pruning cannot trace the model: {type(error).__name__}: {error}") from error
     names = {module: path for path, module in shadow.named_modules()}
     order = {path: i for i, path in enumerate(names.values())}
     attention = find_attention(model, example)
     whole = find_whole_tables(model, example)
-    made = {path for a in attention.values() for path in a.makers}
+    makers = {path for a in attention.values() for path in a.makers}
     groups = [_heads(path, a, model, ignore) for path, a in attention.items()]
-    for group in found:
+    for group in traced:
         members, bare = _members(graph, group, names)
-        if not any(m.dim == "out" and m.path in made for m in members):
+        if not any(m.dim == "out" and m.path in makers for m in members):
             members += _read_whole(members, whole, model)
-            groups.append(_describe((members + _around(members, attention), bare), model, ignore))
+            groups.append(_group(members + _around(members, attention), bare, model, ignore))
     return sorted(groups, key=lambda group: order[group.name])
 
 
@@ -153,7 +155,7 @@ def _heads(path: str, attention: AttentionLayer, model: nn.Module, ignore: Seque
 
 
 def _around(members: list[Member], attention: dict[str, AttentionLayer]) -> list[Member]:
-    """The attentions whose inputs have these channels: their heads stay and are told so."""
+    """The attentions whose inputs have these channels, as members none of whose heads goes."""
     read = {m.path for m in members if m.dim == "in"}
     nothing = tuple(() for _ in members[0].places)
     return [Member(p, "heads", a.heads, nothing, a.size) for p, a in attention.items() if read & {*a.makers}]
@@ -161,14 +163,14 @@ def _around(members: list[Member], attention: dict[str, AttentionLayer]) -> list
 
 def _read_whole(members: list[Member], whole: dict[str, str], model: nn.Module) -> list[Member]:
     """The embeddings whose whole tables layers of this group read: never called, they are not seen by the tracer."""
-    here = {m.path for m in members}
+    paths = {m.path for m in members}
     same = tuple((c,) for c in range(len(members[0].places)))
-    tables = {table for layer, table in whole.items() if layer in here} - here
+    tables = {table for layer, table in whole.items() if layer in paths} - paths
     return [Member(t, "out", channels_of(model.get_submodule(t), "out") or 0, same) for t in sorted(tables)]
 
 
 def _members(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[list[Member], list[str]]:
-    """A torch-pruning group as members, and what of it has no name: bare parameters."""
+    """A torch-pruning group as members, and its bare parameters, which belong to no layer."""
     width = graph.get_out_channels(group[0].dep.target.module)
     places: dict[tuple[str, Dim], list[list[int]]] = {}
     bare, parameters = [], []
@@ -195,8 +197,8 @@ def _members(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[list[
     return members + parameters, bare
 
 
-def _describe(traced: tuple[list[Member], list[str]], model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
-    members, bare = traced
+def _group(members: list[Member], bare: list[str], model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
+    """The group of these members, with its units or the reason why it cannot be cut."""
     name, channels = members[0].path, len(members[0].places)
     reason = _why_not_free(members, bare, model, ignore)
     units: tuple[tuple[int, ...], ...] = tuple((c,) for c in range(channels))
@@ -260,13 +262,13 @@ def _units(members: list[Member], model: nn.Module, channels: int) -> tuple[tupl
 def layer_of(model: nn.Module, path: str) -> nn.Module | None:
     """The layer of a member, the network itself for an empty path; None for a bare parameter."""
     parent, _, name = path.rpartition(".")
-    found = getattr(model.get_submodule(parent), name) if path else model
-    return found if isinstance(found, nn.Module) else None
+    layer = getattr(model.get_submodule(parent), name) if path else model
+    return layer if isinstance(layer, nn.Module) else None
 
 
 @contextmanager
 def masked(model: nn.Module, cuts: Iterable[Cut]) -> Iterator[nn.Module]:
-    """`model` with the doomed output channels of these cuts zero at every layer that makes or normalizes them."""
+    """`model` with the pruned output channels of these cuts zero at every layer that makes or normalizes them."""
     handles, saved, norms = [], [], {}
     for cut in cuts:
         if cut["dim"] == "values":
@@ -280,7 +282,7 @@ def masked(model: nn.Module, cuts: Iterable[Cut]) -> Iterator[nn.Module]:
             else:
                 handles.append(module.register_forward_hook(_zeroing(cut_axis(module), cut["indices"])))
     try:
-        with _NormsOfTheKept(norms):
+        with _NormsOverKept(norms):
             yield model
     finally:
         for handle in handles:
@@ -289,8 +291,8 @@ def masked(model: nn.Module, cuts: Iterable[Cut]) -> Iterator[nn.Module]:
             parameter.data = value
 
 
-class _NormsOfTheKept(TorchFunctionMode):
-    """Layer norms, told by their weight, whose statistics run over some channels; the others come out as zero."""
+class _NormsOverKept(TorchFunctionMode):
+    """Runs layer norms, recognized by their weight, over the kept channels; the others come out as zero."""
 
     def __init__(self, norms: dict[int, list[int]]) -> None:
         super().__init__()
@@ -304,10 +306,10 @@ class _NormsOfTheKept(TorchFunctionMode):
             return func(*args, **kwargs)
         values = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)) | kwargs
         bias = None if values.get("bias") is None else values["bias"][kept]
-        some = F.layer_norm(values["input"][..., kept], (len(kept),), weight[kept], bias, values.get("eps", 1e-5))
-        whole = torch.zeros_like(values["input"])
-        whole[..., kept] = some
-        return whole
+        normalized = F.layer_norm(values["input"][..., kept], (len(kept),), weight[kept], bias, values.get("eps", 1e-5))
+        output = torch.zeros_like(values["input"])
+        output[..., kept] = normalized
+        return output
 
 
 def _zeroing(axis: int, indices: Sequence[int]) -> Any:
@@ -318,24 +320,27 @@ def _zeroing(axis: int, indices: Sequence[int]) -> Any:
 
 
 def why_not_exact(model: nn.Module, example: tuple[Tensor, ...], cuts: Sequence[Cut]) -> Reason | None:
-    """Why these cuts may not be made: the law fails by this much, or they do not go through. `model` is unchanged."""
+    """Why these cuts may not be made: by how much the law fails, or why the cut network does not run.
+
+    `model` is unchanged.
+    """
     trial = copy.deepcopy(model).eval()
     try:
-        want = _masked_outputs(trial.double(), inputs := _floats(example, torch.float64), cuts)
+        zeroed = _masked_outputs(trial.double(), inputs := _floats(example, torch.float64), cuts)
     except (RuntimeError, TypeError):  # constants in float32 inside a forward do not mix with float64
-        want = _masked_outputs(trial.float(), inputs := _floats(example, torch.float32), cuts)
+        zeroed = _masked_outputs(trial.float(), inputs := _floats(example, torch.float32), cuts)
     try:
         with torch.no_grad():
-            got = tensors(cut_channels(trial, inputs, cuts=cuts)(*inputs))
+            cut = tensors(cut_channels(trial, inputs, cuts=cuts)(*inputs))
     except Exception as error:  # whatever the user's forward raises when a shape is not what it expects
         message = " ".join(str(error).split())[:160]
         return f"the network does not run without them ({type(error).__name__}: {message})"
-    for w, g in zip(want, got, strict=True):
-        if w.shape != g.shape:
-            return f"they are channels of the model's output, which would go from {[*w.shape]} to {[*g.shape]}"
-        off, scale = (float(t.abs().max()) if t.numel() else 0.0 for t in (w - g, w))
-        if not off <= TOLERANCE * scale:
-            return f"zeroing and cutting them differ by {off:.3g} (largest output {scale:.3g})"
+    for z, c in zip(zeroed, cut, strict=True):
+        if z.shape != c.shape:
+            return f"they are channels of the model's output, which would go from {[*z.shape]} to {[*c.shape]}"
+        error, scale = (float(t.abs().max()) if t.numel() else 0.0 for t in (z - c, z))
+        if not error <= TOLERANCE * scale:
+            return f"zeroing and cutting them differ by {error:.3g} (largest output {scale:.3g})"
     return None
 
 
@@ -349,7 +354,7 @@ def _masked_outputs(model: nn.Module, inputs: tuple[Tensor, ...], cuts: Sequence
 
 
 def check_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[str] = ()) -> list[GroupCheck]:
-    """Hold every channel group to the law, cutting about a quarter of each on a copy.
+    """Holds every channel group to the law, cutting about a quarter of each on a copy.
 
     Raises `InputError` where torch-pruning cannot trace the model.
     """
@@ -365,5 +370,5 @@ def why_not_cut(model: nn.Module, example: tuple[Tensor, ...], group: ChannelGro
         return group.reason
     if len(group.units) < 2:
         return "its channels can only go all together"
-    doomed = group.units[1::4]
-    return why_not_exact(model, example, group.cuts(c for unit in doomed for c in unit))
+    quarter = group.units[1::4]
+    return why_not_exact(model, example, group.cuts(c for unit in quarter for c in unit))

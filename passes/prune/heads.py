@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass
 class AttentionLayer:
-    """What one pass showed of an attention module: `heads` of `size` channels each."""
+    """An attention module's layers: `heads` of `size` channels each."""
 
     heads: int
     size: int
@@ -40,16 +40,23 @@ def find_attention(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, A
     for path, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(watch.entering(path)))
         handles.append(module.register_forward_hook(watch.leaving, always_call=True))
+    try:
+        _watch_pass(model, example, watch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: a for path, a in watch.attention.items() if a.makers and a.readers}
+
+
+def _watch_pass(model: nn.Module, example: tuple[Tensor, ...], watch: TorchFunctionMode) -> None:
+    """Run one forward pass in eval mode under `watch`, and give every module its own mode back."""
     modes = {m: m.training for m in model.modules()}
     try:
         with torch.no_grad(), watch:
             model.eval()(*example)
     finally:
-        for handle in handles:
-            handle.remove()
         for m, mode in modes.items():
             m.training = mode
-    return {path: a for path, a in watch.found.items() if a.makers and a.readers}
 
 
 class _Watch(TorchFunctionMode):
@@ -59,11 +66,13 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.linears = linears
         self.stack: list[str] = []
-        self.found: dict[str, AttentionLayer] = {}
-        self.made: dict[int, str] = {}
+        self.attention: dict[str, AttentionLayer] = {}
+        self.makers: dict[int, str] = {}
+        """id of a linear layer's output, whatever was done to it since -> that layer"""
         self.joined: dict[int, str] = {}
+        """id of a tensor of joined heads -> the attention module that joined them"""
         self.alive: list[Any] = []
-        """keeps every tensor that was seen: an id is of one object only as long as that lives"""
+        """every tensor of the pass: an id belongs to one object only as long as that lives"""
 
     def entering(self, path: str) -> Callable[..., None]:
         return lambda module, inputs: self.stack.append(path)
@@ -75,30 +84,30 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor) or not args or not isinstance(args[0], Tensor):
             return result
-        x, where = args[0], self.stack[-1] if self.stack else ""
+        x, module = args[0], self.stack[-1] if self.stack else ""
         self.alive += (x, result)
         if func is F.linear:
             path = self.linears.get(id(args[1]))
             if path is not None:
-                self.made[id(result)] = path
+                self.makers[id(result)] = path
                 if id(x) in self.joined:
-                    _note(self.found[self.joined[id(x)]].readers, path)
+                    _add(self.attention[self.joined[id(x)]].readers, path)
         elif result.shape == x.shape:
-            for origin in (self.made, self.joined):
+            for origin in (self.makers, self.joined):
                 if id(x) in origin:
                     origin.setdefault(id(result), origin[id(x)])
-        elif result.ndim == x.ndim + 1 and id(x) in self.made and result.shape[-2:].numel() == x.shape[-1]:
+        elif result.ndim == x.ndim + 1 and id(x) in self.makers and result.shape[-2:].numel() == x.shape[-1]:
             heads, size = result.shape[-2:]
-            seen = self.found.setdefault(where, AttentionLayer(heads, size))
-            if heads > 1 and (heads, size) == (seen.heads, seen.size):
-                _note(seen.makers, self.made[id(x)])
-        elif result.ndim == x.ndim - 1 and where in self.found and result.shape[-1] == x.shape[-2:].numel():
-            seen = self.found[where]
-            self.joined |= {id(result): where} if x.shape[-2:] == (seen.heads, seen.size) else {}
+            layer = self.attention.setdefault(module, AttentionLayer(heads, size))
+            if heads > 1 and (heads, size) == (layer.heads, layer.size):
+                _add(layer.makers, self.makers[id(x)])
+        elif result.ndim == x.ndim - 1 and module in self.attention and result.shape[-1] == x.shape[-2:].numel():
+            layer = self.attention[module]
+            self.joined |= {id(result): module} if x.shape[-2:] == (layer.heads, layer.size) else {}
         return result
 
 
-def _note(paths: list[str], path: str) -> None:
+def _add(paths: list[str], path: str) -> None:
     if path not in paths:
         paths.append(path)
 
@@ -107,10 +116,10 @@ def _note(paths: list[str], path: str) -> None:
 
 
 class FewerHeads(nn.Module):
-    """What the class of a cut attention module is too: in its forward views are read as what is there."""
+    """Base class that a cut attention module gains: its forward runs under `Regrouped`."""
 
     _heads: tuple[int, tuple[int, ...], int]
-    """how many it was built with, which of them are left, the size of one"""
+    """how many it was built with, which of them it still has, the size of one"""
 
 
 def _regrouped(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,15 +135,15 @@ SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Ten
 
 
 class Regrouped(TorchFunctionMode):
-    """Reads a view of [..., built * size] or [..., built, size] as one of the heads that there are now.
+    """Reads a view of [..., built * size] or [..., built, size] as one of the heads that are kept.
 
     What is added to their scores [..., now, T, T] and was made elsewhere for all that were built, as a table of
-    positions that all layers share, counts for those that are left.
+    positions that all layers share, counts for the kept ones.
     """
 
-    def __init__(self, built: int, left: tuple[int, ...], size: int) -> None:
+    def __init__(self, built: int, kept: tuple[int, ...], size: int) -> None:
         super().__init__()
-        self.built, self.left, self.now, self.size = built, left, len(left), size
+        self.built, self.kept, self.now, self.size = built, kept, len(kept), size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.view, Tensor.reshape, torch.reshape) and not kwargs and not isinstance(args[1], torch.dtype):
@@ -156,65 +165,62 @@ class Regrouped(TorchFunctionMode):
         return sizes
 
     def addend(self, x: Tensor, other: Tensor) -> Tensor:
-        """`x`, or its values for the heads that are left where `other` has no more than those."""
+        """`x`, or its values for the kept heads where `other` has no more than those."""
         if min(x.ndim, other.ndim) < 3 or self.now == self.built:
             return x
         if not (_is(x.shape[-3], self.built) and _is(other.shape[-3], self.now)):
             return x
-        return torch.cat([x.narrow(-3, head, 1) for head in self.left], -3)
+        return torch.cat([x.narrow(-3, head, 1) for head in self.kept], -3)
 
 
 def _is(size: Any, number: int) -> bool:
     return type(size) is int and size == number
 
 
-def cut_heads(module: nn.Module, doomed: Sequence[int], heads: int, size: int) -> None:
-    """Let an attention module of `heads` heads run without the `doomed` ones; its layers are cut on their own.
+def cut_heads(module: nn.Module, pruned: Sequence[int], heads: int, size: int) -> None:
+    """Lets an attention module of `heads` heads run without the `pruned` ones; its layers are cut on their own.
 
     Numbers that it keeps of its heads and of their width follow, and so do tables with a value for each head.
     """
-    left = [h for h in range(heads) if h not in set(doomed)]
+    kept = [h for h in range(heads) if h not in set(pruned)]
     if not isinstance(module, FewerHeads):
         kind = type(module)
         body = {"__module__": kind.__module__, "forward": _regrouped(kind.forward)}
         module.__class__ = type(kind.__name__, (FewerHeads, kind), body)
         module._heads = (heads, tuple(range(heads)), size)  # type: ignore[assignment]
     built, before, _ = module._heads  # type: ignore[misc]
-    module._heads = (built, tuple(before[h] for h in left), size)  # type: ignore[assignment]
+    module._heads = (built, tuple(before[h] for h in kept), size)  # type: ignore[assignment]
     for name, value in list(vars(module).items()):
         if type(value) is int and value == heads * size:
-            setattr(module, name, len(left) * size)
+            setattr(module, name, len(kept) * size)
         elif type(value) is int and value == heads and "head" in name and "size" not in name and "dim" not in name:
-            setattr(module, name, len(left))
+            setattr(module, name, len(kept))
     for name, table in list(module.named_parameters(recurse=False)):
         if table.ndim > 1 and table.shape[-1] == heads:
-            setattr(module, name, nn.Parameter(table.detach()[..., left].contiguous(), table.requires_grad))
+            setattr(module, name, nn.Parameter(table.detach()[..., kept].contiguous(), table.requires_grad))
 
 
 def find_whole_tables(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, str]:
-    """Linear layers and norms that one forward pass of `model` (unchanged) gives a whole table -> its embedding."""
-    modes = {m: m.training for m in model.modules()}
-    try:
-        with torch.no_grad(), _TableReads(model) as watch:
-            model.eval()(*example)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-    return watch.read
+    """Linear layers and norms that read a whole table in one forward pass of `model` (unchanged) -> its embedding."""
+    watch = _TableReads(model)
+    _watch_pass(model, example, watch)
+    return watch.readers
 
 
 class _TableReads(TorchFunctionMode):
+    """Notes which linear layers and norms read the whole table of which embedding."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         layers = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear | nn.LayerNorm | nn.Embedding)}
         self.tables = {_memory(m.weight): p for p, m in layers.items() if isinstance(m, nn.Embedding)}
         self.layers = {id(m.weight): p for p, m in layers.items() if not isinstance(m, nn.Embedding)}
-        self.read: dict[str, str] = {}
+        self.readers: dict[str, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.linear, F.layer_norm) and args and (table := self.tables.get(_memory(args[0]))) is not None:
-            given = (*args, *(kwargs or {}).values())
-            self.read |= {self.layers[id(t)]: table for t in given if id(t) in self.layers}
+            values = (*args, *(kwargs or {}).values())
+            self.readers |= {self.layers[id(v)]: table for v in values if id(v) in self.layers}
         return func(*args, **(kwargs or {}))
 
 

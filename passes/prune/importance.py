@@ -1,4 +1,4 @@
-"""How much each channel matters, and the ladder of ever narrower networks that follows from it."""
+"""How much each channel matters, and the schedule of ever narrower networks that follows from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.passes.prune.cuts import NORMS, Cut, Dim, is_depthwise
 from pqk.passes.prune.groups import ChannelGroup, Member, layer_of, merge_cuts
 from pqk.task.task import Task
@@ -23,7 +23,7 @@ Importance = Literal["magnitude", "taylor", "activation", "bn_scale"]
 
 @dataclass(frozen=True)
 class Narrowing:
-    """One step down the ladder: `group` loses `units` and is `width` channels wide; `lost` is their importance."""
+    """One step of the schedule: `group` loses `units` and is `width` channels wide; `lost` is their importance."""
 
     group: ChannelGroup
     units: tuple[int, ...]
@@ -35,9 +35,9 @@ class Narrowing:
         return self.group.cuts(c for u in self.units for c in self.group.units[u])
 
 
-def cuts_of(rungs: Sequence[Narrowing]) -> list[Cut]:
-    """The cuts of several rungs of one model's ladder, as one rewrite."""
-    return merge_cuts(cut for rung in rungs for cut in rung.cuts)
+def cuts_of(narrowings: Sequence[Narrowing]) -> list[Cut]:
+    """The cuts of several narrowings of one model's schedule, as one rewrite."""
+    return merge_cuts(cut for narrowing in narrowings for cut in narrowing.cuts)
 
 
 def gradients(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
@@ -46,16 +46,16 @@ def gradients(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
     Raises `InputError` for data without labels.
     """
     model = copy.deepcopy(model).eval().requires_grad_(True)
-    seen = 0
+    count = 0
     if not task.validation.labelled:
         raise InputError('prune: importance = "taylor" needs labelled validation data; use "activation" or "magnitude"')
     with torch.enable_grad():
         for batch in task.validation.batches():
             task.loss(model(*batch.inputs), batch.targets).sum().backward()
-            seen += len(batch.inputs[0])
-            if seen >= samples:
+            count += len(batch.inputs[0])
+            if count >= samples:
                 break
-    return {name: p.grad / seen for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad / count for name, p in model.named_parameters() if p.grad is not None}
 
 
 @torch.no_grad()
@@ -83,62 +83,120 @@ def input_energies(model: nn.Module, task: Task, samples: int) -> dict[str, Tens
     return {path: total / counts[path] for path, total in sums.items()}
 
 
-MEASURES: dict[Importance, Callable[[nn.Module, Task, int], dict[str, Tensor]]] = {
-    "taylor": gradients,
-    "activation": input_energies,
+@dataclass(frozen=True)
+class GroupLayers:
+    """The layers that make, normalize or read the channels of a group, each with its place in it."""
+
+    group: ChannelGroup
+    weighted: list[tuple[Member, nn.Module]]
+    """convolutions and linear layers"""
+    norms: list[tuple[Member, nn.Module]]
+    """those with a scale"""
+
+    @classmethod
+    def find(cls, model: nn.Module, group: ChannelGroup) -> GroupLayers:
+        """The layers of `group` in `model`; its heads and bare parameters have no part in importance."""
+        layers = [(m, layer_of(model, m.path)) for m in group.members if m.dim in ("out", "in")]
+        present = [(m, layer) for m, layer in layers if layer is not None]
+        return cls(
+            group,
+            weighted=[(m, layer) for m, layer in present if isinstance(layer, _ConvNd | nn.Linear)],
+            norms=[(m, layer) for m, layer in present if isinstance(layer, tuple(NORMS)) and _has_weight(layer)],
+        )
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.group.channels)
+
+
+def magnitude(layers: GroupLayers, measured: Mapping[str, Tensor]) -> Tensor:
+    """L2 norm of all weights that go with a channel, made or read (Fang et al. 2023, arXiv:2301.12900)."""
+    scores = layers.zeros()
+    for member, layer in layers.weighted:
+        scores += _gather(member, _per_channel(layer, member.dim, _squares(layer)))
+    return scores.sqrt()
+
+
+def taylor(layers: GroupLayers, measured: Mapping[str, Tensor]) -> Tensor:
+    """First-order change of the loss when the channel is zero: `|sum(weight * gradient)|`.
+
+    At the norm after the layer where there is one (Molchanov et al. 2019, arXiv:1906.10771).
+    """
+    scores = layers.zeros()
+    for member, maker in layers.norms or [(m, layer) for m, layer in layers.weighted if m.dim == "out"]:
+        change = torch.zeros(member.of)
+        for name, value in maker.named_parameters(recurse=False):
+            effect = value.detach() * measured.get(f"{member.path}.{name}", torch.zeros_like(value))
+            change += _per_channel(maker, member.dim, effect).cpu()
+        scores += _gather(member, change).abs()
+    return scores
+
+
+def activation(layers: GroupLayers, measured: Mapping[str, Tensor]) -> Tensor | Reason:
+    """The norm of what a channel adds to the layers that read it; needs no labels.
+
+    Its root mean square times that of their weights (Sun et al. 2023, "Wanda", arXiv:2306.11695, section 3, for whole
+    channels).
+    """
+    readers = [(m, layer) for m, layer in layers.weighted if m.dim == "in" and m.path in measured]
+    if not readers:
+        return 'no convolution or linear layer reads it, whose inputs importance = "activation" looks at'
+    scores = layers.zeros()
+    for member, layer in readers:
+        scores += _gather(member, _per_channel(layer, "in", _squares(layer)).cpu() * measured[member.path])
+    return scores.sqrt()
+
+
+def bn_scale(layers: GroupLayers, measured: Mapping[str, Tensor]) -> Tensor | Reason:
+    """Mean |scale| of the group's batch norms (Liu et al. 2017, arXiv:1708.06519)."""
+    norms = [(m, layer) for m, layer in layers.norms if isinstance(layer, _BatchNorm)]
+    if not norms:
+        return 'it has no batch norm, whose scale importance = "bn_scale" reads'
+    scores = layers.zeros()
+    for member, norm in norms:
+        scores += _gather(member, norm.weight.detach().abs()) / len(norms)
+    return scores
+
+
+@dataclass(frozen=True)
+class ImportanceCriterion:
+    """A way to tell what a channel is worth."""
+
+    score: Callable[[GroupLayers, Mapping[str, Tensor]], Tensor | Reason]
+    """the layers of a group and what was measured -> a score for each of its channels, or why there is none"""
+    measure: Callable[[nn.Module, Task, int], dict[str, Tensor]] | None = None
+    """what the criterion reads on about so many validation samples; None: it looks at weights alone"""
+
+
+CRITERIA: dict[Importance, ImportanceCriterion] = {
+    "magnitude": ImportanceCriterion(magnitude),
+    "taylor": ImportanceCriterion(taylor, gradients),
+    "activation": ImportanceCriterion(activation, input_energies),
+    "bn_scale": ImportanceCriterion(bn_scale),
 }
-"""what an importance that looks at data reads"""
 
 
 def unit_importance(
     model: nn.Module, group: ChannelGroup, kind: Importance, measured: Mapping[str, Tensor] | None = None
-) -> Tensor | str:
+) -> Tensor | Reason:
     """Importance of each unit of a group, float32 [units], mean 1; or why it has none.
 
-    - magnitude: L2 norm of all weights that go with a channel, made or read (Fang et al. 2023, arXiv:2301.12900).
-    - taylor: first-order change of the loss when the channel is zero: `|sum(weight * gradient)|`, at the norm after
-      the layer where there is one (Molchanov et al. 2019, arXiv:1906.10771); `measured` are the gradients.
-    - activation: the norm of what a channel adds to the layers that read it, its root mean square times that of their
-      weights (Sun et al. 2023, "Wanda", arXiv:2306.11695, section 3, of whole channels); needs no labels. `measured`
-      are the mean squares.
-    - bn_scale: mean |scale| of the group's batch norms (Liu et al. 2017, arXiv:1708.06519).
+    `measured` is what the criterion's `measure` gave for this model.
     """
-    found = [(m, layer_of(model, m.path)) for m in group.members]
-    layers = [(m, layer) for m, layer in found if layer is not None and m.dim in ("out", "in")]
-    norms = [(m, layer) for m, layer in layers if isinstance(layer, tuple(NORMS)) and _weight(layer) is not None]
-    weighted = [(m, layer) for m, layer in layers if isinstance(layer, _ConvNd | nn.Linear)]
-    scores, measured = torch.zeros(group.channels), measured or {}
-    if kind == "magnitude":
-        for member, layer in weighted:
-            scores += _gather(member, _per_channel(layer, member.dim, layer.weight.detach().square()))
-        scores = scores.sqrt()
-    elif kind == "activation":
-        readers = [(m, layer) for m, layer in weighted if m.dim == "in" and m.path in measured]
-        if not readers:
-            return 'no convolution or linear layer reads it, whose inputs importance = "activation" looks at'
-        for member, layer in readers:
-            weights = _per_channel(layer, "in", layer.weight.detach().square()).cpu()
-            scores += _gather(member, weights * measured[member.path])
-        scores = scores.sqrt()
-    elif kind == "bn_scale":
-        scales = [(m, layer) for m, layer in norms if isinstance(layer, _BatchNorm)]
-        if not scales:
-            return 'it has no batch norm, whose scale importance = "bn_scale" reads'
-        for member, norm in scales:
-            scores += _gather(member, norm.weight.detach().abs()) / len(scales)
-    else:
-        for member, maker in norms or [(m, layer) for m, layer in weighted if m.dim == "out"]:
-            change = torch.zeros(member.of)
-            for name, value in maker.named_parameters(recurse=False):
-                effect = value.detach() * measured.get(f"{member.path}.{name}", torch.zeros_like(value))
-                change += _per_channel(maker, member.dim, effect).cpu()
-            scores += _gather(member, change).abs()
+    scores = CRITERIA[kind].score(GroupLayers.find(model, group), measured or {})
+    if not isinstance(scores, Tensor):
+        return scores
     units = torch.stack([scores[list(unit)].sum() for unit in group.units])
     return units / units.mean().clamp_min(1e-30)
 
 
-def _weight(layer: nn.Module) -> Tensor | None:
-    return getattr(layer, "weight", None)
+def _has_weight(layer: nn.Module) -> bool:
+    return getattr(layer, "weight", None) is not None
+
+
+def _squares(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().square()
 
 
 def _gather(member: Member, scores: Tensor) -> Tensor:
@@ -175,13 +233,13 @@ def narrowing_schedule(
     for (group, importance), floor in zip(scored, floors, strict=True):
         order = importance.argsort(stable=True).tolist()
         step, width = math.lcm(multiple, group.unit), group.channels
-        lowest, gone = max(step, math.ceil(floor / step) * step), 0
+        lowest, cut = max(step, math.ceil(floor / step) * step), 0
         for narrower in range((width - 1) // step * step, lowest - 1, -step):
             count = (group.channels - narrower) // group.unit
-            units = tuple(order[gone:count])
+            units = tuple(order[cut:count])
             lost = float(importance[list(units)].sum()) * group.unit
             key = lost / (len(units) * group.unit) if scope == "global" else 1 - narrower / group.channels
             keyed.append((key, Narrowing(group, units, narrower, lost)))
-            gone = count
-    # stable, and keys rise within a group: a group's rungs stay in order
-    return [rung for _, rung in sorted(keyed, key=lambda entry: entry[0])]
+            cut = count
+    # stable, and keys rise within a group: a group's narrowings stay in order
+    return [narrowing for _, narrowing in sorted(keyed, key=lambda entry: entry[0])]

@@ -3,7 +3,7 @@
 Narrower is not faster: an INT8 convolution of 8 channels can be slower than the FP32 one. So the budget may be the
 measured latency of the deployed INT8 form; candidates are exported and timed.
 
-*Width* alone walks down a ladder of narrowings, least important first, and takes the first network (for latency: the
+*Width* alone follows a schedule of narrowings, least important first, and takes the first network (for latency: the
 least damaged of the timed ones) that meets the budget. *Depth* is greedy on data: of all blocks (and, with width, all
 next narrowings) the one goes that moves the outputs least away from the teacher's for what it saves; and again.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from pqk.data.data import Batch
 from pqk.errors import InputError, nearest
 from pqk.passes.prune.budget import UNITS, Budget
 from pqk.passes.prune.cuts import channels_of, cut_channels, drop_block
-from pqk.passes.prune.search import Depth, Width
+from pqk.passes.prune.search import DepthSearch, WidthSearch
 from pqk.passes.prune.settings import PruneSettings
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, fit
@@ -31,7 +31,11 @@ from pqk.training.trainer import Objective, Training, fit
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Prune(PruneSettings, Pass):
-    """Cut channels and residual blocks until the student is so many times smaller or faster than the teacher."""
+    """Cut channels and residual blocks until the student is so many times smaller or faster than the teacher.
+
+    Which channels must go together is traced as in Fang et al. 2023, "DepGraph: Towards Any Structural Pruning",
+    arXiv:2301.12900; what they are worth is `importance`. Heads go whole as in Michel et al. 2019, arXiv:1905.10650.
+    """
 
     name: ClassVar[str] = "prune"
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE})
@@ -51,34 +55,36 @@ class Prune(PruneSettings, Pass):
         return dataclasses.replace(self, steps=1, recovery_epochs=min(self.recovery_epochs, epochs))
 
     def apply(self, program: Program, task: Task) -> Program:
-        """Raises `InputError` where the budget cannot be met, measured, or the model not traced."""
-        program.student.eval()
-        for container in self.keep_blocks:
-            if container not in dict(program.student.named_modules()):
-                known = [n for n, m in program.student.named_modules() if n and any(m.children())]
-                raise InputError(
-                    f'prune: keep_blocks names "{container}", which is no module{nearest(container, known)}'
-                )
+        """Cuts the student until it meets the budget, in `steps`, with recovery after each where that is asked for.
+
+        Args:
+            program: the student to cut, a module, beside the teacher that the budget is relative to.
+            task: example inputs and validation data; training data too, where the student is to recover.
+
+        Returns:
+            The program with its plan of cuts, the reasons for what was not cut, and the ranking in its details.
+
+        Raises:
+            InputError: the budget cannot be met or measured, the model cannot be traced, `keep_blocks` names no
+                module, or there is no data for what was asked for.
+        """
+        student = program.student.eval()
+        self._check_containers(student)
         budget = self._budget(program, task)
-        before = self._costs(program.student, task)
-        start = budget.ratio(budget.value(program.student))
+        before = self._costs(student, task)
+        start = budget.ratio(budget.value(student))
         if start >= budget.goal:
-            return program.decline(self.name, [("*", f"the student already is {start:.3g} times less")])
-        ranking: list[dict[str, Any]] = []
-        refused: dict[str, str] = {}
+            ratio = f"its {budget.kind}_ratio is {start:.3g}, the goal {budget.goal:.4g}"
+            return program.decline(self.name, [("*", f"the student already meets the budget: {ratio}")])
+        search = (DepthSearch if self.depth else WidthSearch)(self, task, budget)
         for step in range(1, self.steps + 1):
             goal = start * (budget.goal / start) ** (step / self.steps)
-            cut = (
-                Depth(self, task, budget, refused, ranking)
-                if self.depth
-                else Width(self, task, budget, refused, ranking)
-            )
-            program = cut.reach(program, goal, step)
+            program = search.reach(program, goal, step)
             if self.recovery_epochs:
                 program = recover(self, program, task, step)
         reached = budget.ratio(budget.value(program.student))
-        there = dict(program.student.named_modules())
-        declined = [(layer, reason) for layer, reason in refused.items() if layer in there]
+        modules = dict(program.student.named_modules())
+        declined = [(layer, reason) for layer, reason in search.refused.items() if layer in modules]
         if reached < budget.goal and self.best_effort:
             declined.append(("*", f"{budget.kind}_ratio = {budget.goal:.4g} is out of reach: it is {reached:.3g}"))
         return program.decline(self.name, declined).note(
@@ -87,8 +93,17 @@ class Prune(PruneSettings, Pass):
             after=self._costs(program.student, task),
             widths=_widths(program),
             blocks_removed=[r.arguments["block"] for r in program.plan if r.function == drop_block.__name__],
-            ranking=ranking,
+            ranking=search.ranking,
         )
+
+    def _check_containers(self, student: nn.Module) -> None:
+        modules = dict(student.named_modules())
+        for container in self.keep_blocks:
+            if container not in modules:
+                known = [name for name, module in modules.items() if name and any(module.children())]
+                raise InputError(
+                    f'prune: keep_blocks names "{container}", which is no module{nearest(container, known)}'
+                )
 
     def _budget(self, program: Program, task: Task) -> Budget:
         kind = next(k for k in UNITS if getattr(self, f"{k}_ratio") is not None)
@@ -111,18 +126,20 @@ class Prune(PruneSettings, Pass):
 
 
 def _widths(program: Program) -> dict[str, list[int]]:
-    """Output channels of every layer that lost some and is left: [teacher, student]."""
+    """Output channels of every remaining layer that lost some: [teacher, student]."""
     cuts = [c for r in program.plan if r.function == cut_channels.__name__ for c in r.arguments["cuts"]]
     paths = [c["module"] for c in cuts if c["dim"] == "out"]
-    left = dict(program.student.named_modules())
+    modules = dict(program.student.named_modules())
     return {
-        p: [channels_of(program.teacher.get_submodule(p), "out") or 0, channels_of(left[p], "out") or 0]
+        p: [channels_of(program.teacher.get_submodule(p), "out") or 0, channels_of(modules[p], "out") or 0]
         for p in dict.fromkeys(paths)
-        if p in left
+        if p in modules
     }
 
 
 class _TaskLoss(Objective):
+    """The task's own loss, as recovery trains on it."""
+
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task

@@ -1,4 +1,4 @@
-"""How a prune reaches its budget: by width alone, down a ladder of narrowings, or by depth, greedily on data.
+"""Searches for what to cut: by width alone, along a schedule of narrowings, or by depth, greedily on data.
 
 Both measure through the run's journal, so that a resumed prune decides as it did.
 """
@@ -9,6 +9,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,23 +23,30 @@ from pqk.passes.prune.blocks import Block, Edit, Inputs, edit_costs, find_blocks
 from pqk.passes.prune.budget import UNITS, Budget, Missed, digest
 from pqk.passes.prune.cuts import Skip, cut_channels, drop_block
 from pqk.passes.prune.groups import ChannelGroup, find_groups, masked, why_not_cut, why_not_exact
-from pqk.passes.prune.importance import MEASURES, Narrowing, cuts_of, narrowing_schedule, unit_importance
+from pqk.passes.prune.importance import CRITERIA, Narrowing, cuts_of, narrowing_schedule, unit_importance
 from pqk.passes.prune.settings import PruneSettings
 from pqk.task.metrics import distance
 from pqk.task.task import Task
 
+CLOSE = 0.9
+"""share of the goal from which on an estimated latency is measured: the next removal may be the last"""
 
-class Width:
-    """Cuts channels until a goal is reached; holds what one step of the pass shares."""
 
-    def __init__(
-        self, config: PruneSettings, task: Task, budget: Budget, refused: dict[str, str], ranking: list[dict[str, Any]]
-    ) -> None:
-        self.config, self.task, self.budget, self.refused, self.ranking = config, task, budget, refused, ranking
-        self.savings: dict[str, float] = {}
+class WidthSearch:
+    """Cuts channels until a goal is reached; over the steps of a pass it collects what the report says of them."""
 
-    def rungs(self, program: Program, key: str, check: bool) -> list[Narrowing]:
-        """The ladder of the student. Groups that may not be cut are refused, with `check` those that fail the law."""
+    def __init__(self, config: PruneSettings, task: Task, budget: Budget) -> None:
+        self.config, self.task, self.budget = config, task, budget
+        self.refused: dict[str, str] = {}
+        """layer or block -> why it was not cut"""
+        self.ranking: list[dict[str, Any]] = []
+        """what was chosen, and among what"""
+
+    def schedule(self, program: Program, key: str, check: bool) -> list[Narrowing]:
+        """The narrowings of the student, in order; groups that may not be cut are refused.
+
+        `check` holds each group to the law first (see `groups`).
+        """
         config, student = self.config, program.student
         multiple = config.multiple or program.target.channel_multiple
         groups = []
@@ -65,16 +73,17 @@ class Width:
         kind, student = self.config.importance, program.student
 
         def measure() -> list[list[float] | str]:
-            measured = MEASURES[kind](student, self.task, self.config.samples) if kind in MEASURES else None
+            observe = CRITERIA[kind].measure
+            measured = None if observe is None else observe(student, self.task, self.config.samples)
             scores = (unit_importance(student, group, kind, measured) for group in groups)
             return [s if isinstance(s, str) else s.tolist() for s in scores]
 
-        return program.run.decide(f"importance/{key}/{_named((g.name, g.channels) for g in groups)}", measure)
+        return program.run.decide(f"importance/{key}/{_journal_key((g.name, g.channels) for g in groups)}", measure)
 
     def reach(self, program: Program, goal: float, step: int) -> Program:
         """Cut the least important channels that bring the student to `goal`. Raises `InputError` where none do."""
-        rungs = self.rungs(program, str(step), check=True)
-        if not rungs:
+        schedule = self.schedule(program, str(step), check=True)
+        if not schedule:
             if self.config.best_effort:
                 return program
             raise self.budget.missed(self.budget.value(program.student), "no channel group can be cut, and the student")
@@ -82,30 +91,30 @@ class Width:
         unit = UNITS[self.budget.kind]
 
         def ratio(count: int) -> float:
-            student = cut_channels(copy.deepcopy(program.student), self.task.example, cuts=cuts_of(rungs[:count]))
-            value, lost = self.budget.value(student), sum(r.lost for r in rungs[:count])
+            student = cut_channels(copy.deepcopy(program.student), self.task.example, cuts=cuts_of(schedule[:count]))
+            value, lost = self.budget.value(student), sum(narrowing.lost for narrowing in schedule[:count])
             considered.append({"narrowings": count, unit: value, "importance_lost": lost})
             return self.budget.ratio(value)
 
         if self.budget.kind == "latency":
-            count = self._timed(program.run.observer, len(rungs), ratio, goal)
+            count = self._fewest_timed(program.run.observer, len(schedule), ratio, goal)
         else:
-            count = _first(len(rungs), ratio, goal)
+            count = _fewest(len(schedule), ratio, goal)
         if count is None and self.config.best_effort:
             count = int(min(considered, key=lambda c: c[unit])["narrowings"])
         if count is None:
             raise self.budget.missed(min(c[unit] for c in considered), "the least that is allowed")
         self.ranking.append({"step": step, "chosen": count, "considered": considered})
-        cuts = cuts_of(rungs[:count])
+        cuts = cuts_of(schedule[:count])
         reason = why_not_exact(program.student, self.task.example, cuts)
         if reason is not None:
             raise InputError(f"prune: the groups may be cut one by one but not together: {reason}; ignore some of them")
         return program.rewrite(cut_channels, self.task.example, cuts=cuts)
 
-    def _timed(self, observer: Observer, rungs: int, ratio: Callable[[int], float], goal: float) -> int | None:
-        """The fewest rungs that meet the goal of those timed: latency does not fall with width, so all are."""
-        tried = min(rungs, self.config.candidates)
-        counts = sorted({round(rungs * i / tried) for i in range(1, tried + 1)})
+    def _fewest_timed(self, observer: Observer, most: int, ratio: Callable[[int], float], goal: float) -> int | None:
+        """The fewest narrowings that meet the goal of those timed: latency does not fall with width, so all are."""
+        candidates = min(most, self.config.candidates)
+        counts = sorted({round(most * i / candidates) for i in range(1, candidates + 1)})
         ratios = {}
         with observer.task("timing candidates", len(counts)) as advance:
             for count in counts:
@@ -114,87 +123,127 @@ class Width:
         return next((count for count in counts if ratios[count] >= goal), None)
 
 
-def _first(rungs: int, ratio: Callable[[int], float], goal: float) -> int | None:
-    """The fewest rungs that meet the goal, by bisection: what is counted falls with every rung."""
-    if ratio(rungs) < goal:
+def _fewest(most: int, ratio: Callable[[int], float], goal: float) -> int | None:
+    """The fewest narrowings that meet the goal, by bisection: what is counted falls with every one."""
+    if ratio(most) < goal:
         return None
-    low, high = 0, rungs
+    low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if ratio(middle) >= goal else (middle, high)
     return high
 
 
-class Depth(Width):
+@dataclass(frozen=True)
+class Removable:
+    """What could go from a student next: residual blocks, and the next narrowing of each channel group, by name."""
+
+    blocks: dict[str, Block]
+    narrowings: dict[str, Narrowing]
+
+    @property
+    def edits(self) -> list[Edit]:
+        """How to try each of them, blocks first."""
+        blocks = [Edit(path, _trial_without(block), (path,)) for path, block in self.blocks.items()]
+        return blocks + [
+            Edit(name, _trial_masked(narrowing), tuple(cut["module"] for cut in narrowing.cuts))
+            for name, narrowing in self.narrowings.items()
+        ]
+
+    def alike(self, block: str) -> list[str]:
+        """The blocks of this one's signature, itself among them."""
+        return [path for path, other in self.blocks.items() if other.signature == self.blocks[block].signature]
+
+
+@dataclass
+class Search:
+    """Where a search by depth stands: the student so far, what it is to reach, and the data that it is ranked on."""
+
+    program: Program
+    goal: float
+    value: float
+    """what the student spends, in the budget's unit; for a latency that is far from the goal an estimate"""
+    inputs: Inputs
+    answers: Any
+    """the teacher's outputs for `inputs`"""
+
+    @property
+    def student(self) -> nn.Module:
+        return self.program.student
+
+
+class DepthSearch(WidthSearch):
     """Removes residual blocks (with width also channels), one after the other: the least harm for what it saves."""
 
+    def __init__(self, config: PruneSettings, task: Task, budget: Budget) -> None:
+        super().__init__(config, task, budget)
+        self.savings: dict[str, float] = {}
+        """signature of a block, or a narrowing of one architecture -> what its removal saves"""
+
     def reach(self, program: Program, goal: float, step: int) -> Program:
+        """Remove what does least harm until the student is at `goal`. Raises `Missed` where all of it is not enough."""
+        self.savings.clear()  # each step measures the student that it begins with
         inputs = concatenate(list(self.task.calibration(self.config.samples)))
         with torch.no_grad():
-            teacher = program.teacher(*inputs)
-        value, round_ = self.budget.value(program.student), 0
-        start, done = self.budget.ratio(value), 0
+            answers = program.teacher(*inputs)
+        search = Search(program, goal, self.budget.value(program.student), inputs, answers)
+        start, done, round_ = self.budget.ratio(search.value), 0, 0
         with program.run.observer.task(f"{program.run.scope}: ranking", 100) as advance:
-            while self.budget.ratio(value) < goal:
+            while self.budget.ratio(search.value) < goal:
                 round_ += 1
                 try:
-                    program, saved = self._round(program, inputs, teacher, value, goal, f"{step}/{round_}")
+                    self._round(search, f"{step}/{round_}")
                 except Missed:
                     if self.config.best_effort:
                         break
                     raise
-                estimate = value - saved
-                # a latency is worth measuring when it may be the last one
-                close = self.budget.kind != "latency" or self.budget.ratio(estimate) >= 0.9 * goal
-                value = self.budget.value(program.student) if close else estimate
-                reached = self.budget.ratio(value)
+                reached = self.budget.ratio(search.value)
                 percent = min(100, max(done, round(100 * math.log(reached / start) / math.log(goal / start))))
                 advance(percent - done, f"{reached:.2f} of {goal:.2f} times")
                 done = percent
-        return program
+        return search.program
 
-    def _round(
-        self, program: Program, inputs: Inputs, teacher: Any, value: float, goal: float, key: str
-    ) -> tuple[Program, float]:
-        """Rank everything that could go and let the best go. Returns what that should save, too."""
-        head = tuple(t[:8] for t in inputs)
-        blocks, declined = find_blocks(program.student, head, self.config.protect)
-        self.refused.update(declined)
-        blocks = [b for b in blocks if not self._at_floor(program.student, b.path)]
-        returns = {b.path: b.returns for b in blocks}
-        edits = [Edit(b.path, _without(b), (b.path,)) for b in blocks]
-        rungs = _lowest(self.rungs(program, key, check=key.endswith("/1"))) if self.config.width else {}
-        edits += [Edit(n, _masked(r), tuple(c["module"] for c in r.cuts)) for n, r in rungs.items()]
-        if not edits:
-            raise self.budget.missed(self.budget.value(program.student), "with everything removable gone, the student")
-        signatures = {b.path: b.signature for b in blocks}
-        rows: list[dict[str, Any]] = [
-            {"name": e.name, "saved": self._saved(program, e, rungs, signatures, returns)} for e in edits
-        ]
+    def _round(self, search: Search, key: str) -> None:
+        """Rank everything that could go, and remove the best of it."""
+        removable = self._removable(search, key)
+        if not removable.edits:
+            raise self.budget.missed(self.budget.value(search.student), "with everything removable gone, the student")
+        names = [edit.name for edit in removable.edits]
+        rows: list[dict[str, Any]] = [{"name": n, "saved": self._saving(search, removable, n)} for n in names]
         if self.config.blocks == "every_other":
-            rows.sort(key=lambda row: alternation(program.student, row["name"]))
+            rows.sort(key=lambda row: alternation(search.student, row["name"]))
         else:
-            self._rank(program, rows, edits, [b.path for b in blocks], (inputs, teacher), key)
-        return self._remove(program, rows, rungs, returns, value, goal)
+            self._rank(search, removable, rows, key)
+        estimate = search.value - self._remove(search, rows, removable)
+        # a latency is worth measuring when it may be the last one
+        measured = self.budget.kind != "latency" or self.budget.ratio(estimate) >= CLOSE * search.goal
+        search.value = self.budget.value(search.student) if measured else estimate
+
+    def _removable(self, search: Search, key: str) -> Removable:
+        """What may go from the student; the reasons of all else are noted."""
+        batch = tuple(t[:8] for t in search.inputs)
+        blocks, declined = find_blocks(search.student, batch, self.config.protect)
+        self.refused.update(declined)
+        blocks = [b for b in blocks if not self._at_floor(search.student, b.path)]
+        narrowings: dict[str, Narrowing] = {}
+        if self.config.width:
+            for narrowing in self.schedule(search.program, key, check=key.endswith("/1")):
+                narrowings.setdefault(narrowing.group.name, narrowing)
+        return Removable({b.path: b for b in blocks}, narrowings)
 
     @staticmethod
-    def _rank(
-        program: Program,
-        rows: list[dict[str, Any]],
-        edits: list[Edit],
-        blocks: list[str],
-        data: tuple[Inputs, Any],
-        key: str,
-    ) -> None:
-        """Sort the rows of `edits` by the harm on data, which is (inputs, the teacher's outputs)."""
-        inputs, teacher = data
+    def _rank(search: Search, removable: Removable, rows: list[dict[str, Any]], key: str) -> None:
+        """Sort the rows, one for each edit, by the harm that the edit does to the outputs for what it saves."""
+        student, edits = search.student, removable.edits
 
         def measure() -> dict[str, Any]:
-            now = distance(program.student(*inputs), teacher)
-            return {"now": now, "costs": edit_costs(program.student, inputs, teacher, edits, blocks)}
+            now = distance(student(*search.inputs), search.answers)
+            costs = edit_costs(student, search.inputs, search.answers, edits, [*removable.blocks])
+            return {"now": now, "costs": costs}
 
+        measurements = _journal_key((e.name, e.touches) for e in edits)
         with torch.no_grad():
-            ranked = program.run.decide(f"rank/{key}/{_named((e.name, e.touches) for e in edits)}", measure)
+            ranked = search.program.run.decide(f"rank/{key}/{measurements}", measure)
         for row, cost in zip(rows, ranked["costs"], strict=True):
             row["distance"] = cost
         rows.sort(key=lambda row: _harm(row["distance"] - ranked["now"], row["saved"]))
@@ -205,75 +254,70 @@ class Depth(Width):
         fewest = self.config.keep_blocks.get(container)
         if fewest is None:
             return False
-        left = sum(not isinstance(child, Skip) for child in student.get_submodule(container).children())
-        if left <= fewest:
+        remaining = sum(not isinstance(child, Skip) for child in student.get_submodule(container).children())
+        if remaining <= fewest:
             self.refused[block] = f"keep_blocks leaves at least {fewest} in {container}"
-        return left <= fewest
+        return remaining <= fewest
 
-    def _saved(
-        self,
-        program: Program,
-        edit: Edit,
-        rungs: dict[str, Narrowing],
-        signatures: dict[str, str],
-        returns: dict[str, int],
-    ) -> float:
+    def _saving(self, search: Search, removable: Removable, name: str) -> float:
         """What an edit saves in the budget's unit; for blocks of one shape the mean over all of them, measured once.
 
         One block of many is worth no more than the noise of a measurement; all of them together are.
         """
-        signature = signatures.get(edit.name) or f"{edit.name}/{digest(program.student)}"
+        block = removable.blocks.get(name)
+        signature = f"{name}/{digest(search.student)}" if block is None else block.signature
         if signature not in self.savings:
-            student, alike = copy.deepcopy(program.student), [edit.name]
-            if edit.name in rungs:
-                student = cut_channels(student, self.task.example, cuts=rungs[edit.name].cuts)
+            student, count = copy.deepcopy(search.student), 1
+            if block is None:
+                student = cut_channels(student, self.task.example, cuts=removable.narrowings[name].cuts)
             else:
-                alike = [path for path, s in signatures.items() if s == signature]
-                for path in alike:
-                    student = drop_block(student, self.task.example, block=path, returns=returns[path])
-            before = self.budget.value(program.student)
-            self.savings[signature] = max((before - self.budget.value(student)) / len(alike), 1e-4 * before)
+                paths = removable.alike(name)
+                count = len(paths)
+                for path in paths:
+                    returns = removable.blocks[path].returns
+                    student = drop_block(student, self.task.example, block=path, returns=returns)
+            before = self.budget.value(search.student)
+            self.savings[signature] = max((before - self.budget.value(student)) / count, 1e-4 * before)
         return self.savings[signature]
 
-    def _remove(
-        self,
-        program: Program,
-        rows: list[dict[str, Any]],
-        rungs: dict[str, Narrowing],
-        returns: dict[str, int],
-        value: float,
-        goal: float,
-    ) -> tuple[Program, float]:
-        """Let the best rows go, until the goal is near. Narrowings go last and together: their indices are of now."""
-        gone: list[str] = []
+    def _remove(self, search: Search, rows: list[dict[str, Any]], removable: Removable) -> float:
+        """Remove the best rows, until the goal is near; returns what that should save.
+
+        Narrowings go last and together, since their indices are counted in the student as it is.
+        """
+        removed: list[str] = []
         narrowed: list[Narrowing] = []
         saved = 0.0
         for row in rows[: self.config.removals_per_ranking]:
             name = row["name"]
-            if _inside(name, gone) or (name not in rungs and self._at_floor(program.student, name)):
+            block = removable.blocks.get(name)
+            if _inside(name, removed) or (block is not None and self._at_floor(search.student, name)):
                 continue
-            if name in rungs:
-                narrowed.append(rungs[name])
+            if block is None:
+                narrowed.append(removable.narrowings[name])
             else:
-                gone.append(name)
-                wrap = {"returns": returns[name]} if returns[name] else {}
-                program = program.rewrite(drop_block, self.task.example, block=name, **wrap)
+                removed.append(name)
+                wrap = {"returns": block.returns} if block.returns else {}
+                search.program = search.program.rewrite(drop_block, self.task.example, block=name, **wrap)
             saved += row["saved"]
             self.ranking.append({"removed": name, "ranking": rows if not self.ranking else rows[:3]})
-            if self.budget.ratio(value - saved) >= goal:
+            if self.budget.ratio(search.value - saved) >= search.goal:
                 break
-        narrowed = [r for r in narrowed if not _inside(r.group.name, gone)]
-        cuts = [c for c in cuts_of(narrowed) if not _inside(c["module"], gone)]
-        reason = why_not_exact(program.student, self.task.example, cuts) if cuts else None
+        narrowed = [narrowing for narrowing in narrowed if not _inside(narrowing.group.name, removed)]
+        cuts = [cut for cut in cuts_of(narrowed) if not _inside(cut["module"], removed)]
+        if not cuts:
+            return saved
+        reason = why_not_exact(search.student, self.task.example, cuts)
         if reason is not None:
-            self.refused.update({r.group.name: reason for r in narrowed})
-            return program, 0.0
-        return program.rewrite(cut_channels, self.task.example, cuts=cuts) if cuts else program, saved
+            self.refused.update({narrowing.group.name: reason for narrowing in narrowed})
+            return 0.0
+        search.program = search.program.rewrite(cut_channels, self.task.example, cuts=cuts)
+        return saved
 
 
-def _named(things: Iterable[tuple[Any, ...]]) -> str:
-    """What a list of measurements is of: two prunes of one run may measure other groups and must not share them."""
-    return hashlib.sha256(repr(list(things)).encode()).hexdigest()[:16]
+def _journal_key(measurements: Iterable[tuple[Any, ...]]) -> str:
+    """Names a list of measurements: two prunes of one run may measure other groups and must not share them."""
+    return hashlib.sha256(repr(list(measurements)).encode()).hexdigest()[:16]
 
 
 def alternation(model: nn.Module, block: str) -> tuple[int, int]:
@@ -295,17 +339,9 @@ def _harm(cost: float, saved: float) -> float:
     return cost / saved if cost > 0 else cost * saved
 
 
-def _without(block: Block) -> Callable[[nn.Module], Any]:
+def _trial_without(block: Block) -> Callable[[nn.Module], Any]:
     return lambda model: without_block(model, block.path, block.returns)
 
 
-def _masked(rung: Narrowing) -> Callable[[nn.Module], Any]:
-    return lambda model: masked(model, rung.cuts)
-
-
-def _lowest(rungs: list[Narrowing]) -> dict[str, Narrowing]:
-    """The next rung of each group."""
-    found: dict[str, Narrowing] = {}
-    for rung in rungs:
-        found.setdefault(rung.group.name, rung)
-    return found
+def _trial_masked(narrowing: Narrowing) -> Callable[[nn.Module], Any]:
+    return lambda model: masked(model, narrowing.cuts)

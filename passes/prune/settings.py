@@ -1,4 +1,4 @@
-"""What a pruning is told: the fields that `prune` and the joint search share, and those of `prune` alone."""
+"""Settings of pruning: the fields that `prune` and the joint search share, and those of `prune` alone."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ class PruneSettings(WidthSettings):
     removals_per_ranking: int = Field(default=1, ge=1)
     """with depth: how many blocks (and narrowings) go before the rest is ranked again; more is faster and coarser"""
     candidates: int = Field(default=8, ge=1)
-    """networks timed on the ladder of widths, for a latency budget"""
+    """networks timed along the schedule of narrowings, for a latency budget"""
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneSettings:
-        given = [f"{kind}_ratio" for kind in UNITS if getattr(self, f"{kind}_ratio") is not None]
-        if len(given) != 1:
+        budgets = [f"{kind}_ratio" for kind in UNITS if getattr(self, f"{kind}_ratio") is not None]
+        if len(budgets) != 1:
             raise InputError(
                 f"prune: exactly one of {', '.join(f'{k}_ratio' for k in UNITS)} is the budget; "
-                f"{' and '.join(given) + ' are' if given else 'none is'} given"
+                f"{' and '.join(budgets) + ' are' if budgets else 'none is'} given"
             )
         if not (self.width or self.depth):
             raise InputError("prune: width and depth are both false, so nothing could be cut; set one of them")

@@ -1,4 +1,4 @@
-"""Which of the teacher's channels the output of a module still has, also where the module is a block or a whole stage.
+"""The teacher's channels that the output of a module still has, also where the module is a block or a whole stage.
 
 The plan names the layers that were cut. The output of a block is that of some layers in it behind element-wise
 operators and pooling, which autograd remembers: the walk back from it ends at those layers, and where all of them kept
@@ -34,8 +34,8 @@ def surviving_channels(program: Program, example: Example, point: str) -> Sequen
     layers = _layers(student, example, point)
     if not layers:  # channels mix there, as they do in a product of queries and keys
         return _heads(steps, point)
-    found = {None if k is None else tuple(k) for k in (kept_channels(steps, p) for p in layers)}
-    return found.pop() if len(found) == 1 else None
+    channels = {None if k is None else tuple(k) for k in (kept_channels(steps, p) for p in layers)}
+    return channels.pop() if len(channels) == 1 else None
 
 
 def _heads(steps: Sequence[Rewrite], point: str) -> Sequence[int] | None:
@@ -62,12 +62,12 @@ def _layers(student: nn.Module, example: Example, point: str) -> list[str]:
     layers = {
         node: p for p, node in outputs.items() if node and channels_of(student.get_submodule(p), "out") is not None
     }
-    reached, queue, seen = [], [outputs.get(point)], set()
+    reached, queue, visited = [], [outputs.get(point)], set()
     while queue:
         node = queue.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if node in layers:
             reached.append(layers[node])
         elif re.sub(r"(\dD)?(WithIndices)?Backward\d+$", "", node.name()) in SAME_CHANNELS:

@@ -59,7 +59,7 @@ def pruned(steps: int = 1) -> Program:
 def test_every_point_knows_its_surviving_channels(steps: int) -> None:
     """Layers, blocks, stages: the student's feature, pruned but not trained, is the masked teacher's at those channels.
 
-    By the law of pruning that is what a teacher computes in which every layer puts zero into its doomed channels.
+    By the law of pruning that is what a teacher computes in which every layer puts zero into its pruned channels.
     """
     done = pruned(steps)
     masked, narrowed = copy.deepcopy(done.teacher), set()

@@ -222,14 +222,14 @@ def test_kept_channels_compose_and_are_the_teachers() -> None:
     task = task_of(model, (3, 8, 8))
     program = Prune(parameters_ratio=3, multiple=2, steps=3).apply(program_of(model), task)
     cut = [p for p, m in program.student.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    found = 0
+    compared = 0
     for path in cut:
         kept = kept_channels(program.plan, path)
         layer, old = program.student.get_submodule(path), model.get_submodule(path)
         if kept is not None:
-            found += 1
+            compared += 1
             assert torch.equal(layer.running_mean, old.running_mean[kept])
-    assert found and kept_channels(program.plan, "linear") is None
+    assert compared and kept_channels(program.plan, "linear") is None
 
 
 class Residual(nn.Module):
@@ -251,8 +251,8 @@ def residuals() -> nn.Module:
 def test_depth_removes_the_useless_block_first_and_keeps_the_protected() -> None:
     model = trained(residuals())
     task = task_of(model, (3, 8, 8))
-    found, _ = find_blocks(model, (data((3, 8, 8), 8),))
-    assert [b.path for b in found] == ["1.0", "1.1", "1.2", "1.3"] and len({b.signature for b in found}) == 1
+    blocks, _ = find_blocks(model, (data((3, 8, 8), 8),))
+    assert [b.path for b in blocks] == ["1.0", "1.1", "1.2", "1.3"] and len({b.signature for b in blocks}) == 1
     program = Prune(depth=True, width=False, macs_ratio=1.2).apply(program_of(model), task)
     assert program.details["blocks_removed"] == ["1.1"]
     assert torch.equal(rebuilt(program, task)(task.example[0]), program.student(task.example[0]))
@@ -288,6 +288,16 @@ def test_a_container_keeps_its_blocks_also_when_many_go_at_once() -> None:
     most = replace(config, macs_ratio=50.0, best_effort=True).apply(program_of(model), task)
     assert len(most.details["blocks_removed"]) == 2
     assert any("out of reach" in d.reason for d in most.declined)
+
+
+def test_a_student_that_meets_the_budget_is_left_alone() -> None:
+    model = trained(resnet((1, 1), 16))
+    task = task_of(model, (3, 8, 8))
+    first = Prune(macs_ratio=2.0, multiple=4).apply(program_of(model), task)
+    second = Prune(macs_ratio=1.5, multiple=4).apply(first, task)
+    assert second.student is first.student and second.plan == first.plan
+    assert "already meets the budget: its macs_ratio is 2" in second.declined[-1].reason
+    assert second.declined[-1].reason.endswith("the goal 1.5")
 
 
 def test_best_effort_narrows_as_far_as_is_allowed() -> None:
@@ -406,20 +416,20 @@ def test_a_plan_for_another_network_is_refused() -> None:
         cut_channels(resnet((1,), 16), (), cuts=[Cut(module="conv1", dim="out", indices=[1], of=8)])
 
 
-def test_ladder_is_least_important_first_and_even_per_layer() -> None:
+def test_the_schedule_is_least_important_first_and_even_per_layer() -> None:
     model = trained(plain())
     groups = find_groups(model, (data((3, 16, 16), 2),))[:2]
     scores = [unit_importance(model, g, "magnitude") for g in groups]
-    rungs = narrowing_schedule(list(zip(groups, scores, strict=True)), 4, [4, 4], "global")  # type: ignore[arg-type]
-    means = [r.lost / len(r.units) for r in rungs]
-    assert means == sorted(means) and {(r.group.name, r.width) for r in rungs} == {
+    schedule = narrowing_schedule(list(zip(groups, scores, strict=True)), 4, [4, 4], "global")  # type: ignore[arg-type]
+    means = [narrowing.lost / len(narrowing.units) for narrowing in schedule]
+    assert means == sorted(means) and {(narrowing.group.name, narrowing.width) for narrowing in schedule} == {
         ("0", 12),
         ("0", 8),
         ("0", 4),
         ("3", 4),
     }
     even = narrowing_schedule(list(zip(groups, scores, strict=True)), 4, [4, 4], "per_layer")  # type: ignore[arg-type]
-    shares = [r.width / r.group.channels for r in even]
+    shares = [narrowing.width / narrowing.group.channels for narrowing in even]
     assert shares == sorted(shares, reverse=True)
 
 

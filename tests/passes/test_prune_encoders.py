@@ -46,9 +46,9 @@ def heads_of(model: nn.Module, example: tuple[Tensor, ...]) -> list[ChannelGroup
 
 def test_attention_is_found_by_what_a_pass_does() -> None:
     _, model, example = built("bert")
-    found = find_attention(model, example)
-    assert list(found) == [f"model.bert.encoder.layer.{i}.attention.self" for i in range(3)]
-    first = found["model.bert.encoder.layer.0.attention.self"]
+    attention = find_attention(model, example)
+    assert list(attention) == [f"model.bert.encoder.layer.{i}.attention.self" for i in range(3)]
+    first = attention["model.bert.encoder.layer.0.attention.self"]
     assert (first.heads, first.size) == (4, 8)
     assert [m.rpartition(".")[2] for m in first.makers] == ["query", "key", "value"]
     assert first.readers == ["model.bert.encoder.layer.0.attention.output.dense"]
@@ -61,8 +61,7 @@ def test_a_head_that_is_zero_and_a_head_that_is_gone_are_the_same(name: str) -> 
     assert len(groups) == 3
     for group in groups:
         assert group.reason is None and group.unit == 8 and len(group.units) == 4
-    doomed = [c for h in (0, 2) for c in groups[1].units[h]]
-    cuts = groups[1].cuts(doomed)
+    cuts = groups[1].cuts(c for h in (0, 2) for c in groups[1].units[h])
     with torch.no_grad():
         whole = model(*example)
         with masked(model, cuts):
@@ -144,11 +143,11 @@ def test_the_reference_of_a_norm_takes_its_statistics_over_the_kept() -> None:
     torch.manual_seed(0)
     model, x, kept = Normed(), torch.randn(5, 3), [0, 2, 3, 5, 6]
     nn.init.normal_(model.norm.weight)
-    doomed = [1, 4, 7]
+    pruned = [1, 4, 7]
     cuts = [
-        Cut(module="embed", dim="out", indices=doomed, of=8),
-        Cut(module="norm", dim="out", indices=doomed, of=8),
-        Cut(module="head", dim="in", indices=doomed, of=8),
+        Cut(module="embed", dim="out", indices=pruned, of=8),
+        Cut(module="norm", dim="out", indices=pruned, of=8),
+        Cut(module="head", dim="in", indices=pruned, of=8),
     ]
     with torch.no_grad():
         h = F.layer_norm(model.embed(x)[:, kept], (5,), model.norm.weight[kept], model.norm.bias[kept])
