@@ -49,8 +49,8 @@ KERNELS: tuple[ModuleType, ...] = (
 
 
 def on_cuda(op: str) -> Callable[..., Any] | None:
-    """What torch runs for the operator `pqk::…` on a CUDA device; None for one that is not in `KERNELS`."""
+    """The function that torch runs for the operator `pqk::…` on a CUDA device; None for one not in `KERNELS`."""
     space, _, name = op.partition("::")
-    ours = (getattr(module, name, None) for module in KERNELS if space == "pqk")
-    found = next((each for each in ours if isinstance(each, torch.library.CustomOpDef)), None)
-    return None if found is None else found._backend_fns["cuda"]
+    candidates = (getattr(module, name, None) for module in KERNELS if space == "pqk")
+    operator = next((each for each in candidates if isinstance(each, torch.library.CustomOpDef)), None)
+    return None if operator is None else operator._backend_fns["cuda"]

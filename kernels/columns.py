@@ -5,8 +5,11 @@
     int8_conv2d_into(buffer[..., b:c], …)           the launch of int8_conv2d, likewise
     int8_concat_into(buffer[..., c:d], q, …)        the launch of int8_concat for one input: requantized, written there
 
-The three write to their first argument and give nothing, which `torch.export` keeps as it is: in the order of the
+The three write to their first argument and return nothing, which `torch.export` keeps as it is: in the order of the
 graph, since each names what it changes (`mutates_args`). Whoever reads the buffer comes after them.
+
+Four ops in one file, against the rule of one op a file, because they are one mechanism: none has a kernel of its own,
+the three are launches of other files with another output, and they share its check.
 """
 
 from __future__ import annotations
@@ -130,17 +133,17 @@ for _op in (int8_linear_into, int8_conv2d_into, int8_concat_into):
 class Case:
     """A case of int8_linear or int8_conv2d, written behind `before` columns of `width`."""
 
-    of: int8_linear.Case | conv.Case
+    layer: int8_linear.Case | conv.Case
     before: int
     width: int
 
     def columns(self, device: str = "meta") -> Tensor:
-        """Where the case is written to."""
+        """The columns of a wider tensor that the case is written to."""
         shape: tuple[int, ...]
-        if isinstance(self.of, conv.Case):
-            shape, dtype = self.of.conv("meta").out_shape, self.of.conv("meta").out_dtype
+        if isinstance(self.layer, conv.Case):
+            shape, dtype = self.layer.conv("meta").out_shape, self.layer.conv("meta").out_dtype
         else:
-            shape, dtype = (self.of.m, self.of.n), self.of.out_dtype
+            shape, dtype = (self.layer.m, self.layer.n), self.layer.out_dtype
         whole = allocate((*shape[:-1], self.width), dtype, device)
         return whole[..., self.before : self.before + shape[-1]]
 
@@ -157,6 +160,6 @@ CASES = (
 def specialize(case: Case, device: str = "meta") -> Launch:
     """The launch of a case."""
     out = case.columns(device)
-    if isinstance(case.of, conv.Case):
-        return int8_conv2d.plan(case.of.conv(device), out=out)
-    return int8_linear.plan(**case.of.arguments(device), out=out)
+    if isinstance(case.layer, conv.Case):
+        return int8_conv2d.plan(case.layer.conv(device), out=out)
+    return int8_linear.plan(**case.layer.arguments(device), out=out)

@@ -1,7 +1,7 @@
 """int8_add: two quantized tensors, each with its own qparams, added and requantized in one pass over memory.
 
     y = (a - a_zero_point) * a_scale + (b - b_zero_point) * b_scale      float32, in this order
-    out = steps(y)                                                       see `_epilogue`
+    out = steps(y)                                                       see `epilogue`
 
 One launch takes the place of two dequantizes, the add, the activation and the quantize. A residual add right after a
 convolution or linear layer needs no launch at all: it is a step of that layer's epilogue.
@@ -11,48 +11,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pqk.errors import Reason
-from pqk.kernels.common.checks import allocate, example
-from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
+from pqk.kernels.common import binary
+from pqk.kernels.common.binary import Binary
+from pqk.kernels.common.checks import example
+from pqk.kernels.common.epilogue import epilogue
+from pqk.kernels.common.launch import Launch, output_of
 from pqk.kernels.common.triton import jit, tl
-from pqk.kernels.common.values import check_plain_steps, check_values, example_steps, load_values, values
+from pqk.kernels.common.values import example_steps, load_values
 
 
-@dataclass(frozen=True)
-class Add:
-    """The arguments of `pqk::int8_add`, in their order: `a` and `b` uint8 or int8, of one shape and contiguous.
-
-    `steps`, `params`, `out_dtype`: see `_epilogue`; no step may read a residual.
-    """
-
-    a: Tensor
-    b: Tensor
-    params: Tensor
-    steps: str
-    a_scale: float
-    a_zero_point: int
-    b_scale: float
-    b_zero_point: int
-    out_dtype: torch.dtype
-
-    def check(self) -> None:
-        """Raise `InputError` for arguments that no implementation takes."""
-        check_values("a", self.a, self.a_scale, self.a_zero_point, device=self.a.device)
-        check_values("b", self.b, self.b_scale, self.b_zero_point, device=self.a.device, shape=self.a.shape)
-        check_plain_steps(self.steps, self.params, self.out_dtype, self.a.device)
+class Add(Binary):
+    """The arguments of `pqk::int8_add`; `b` has the shape of `a`."""
 
 
 def reference(add: Add) -> Tensor:
     """The formula in plain torch, on any device. Raises `InputError` for arguments that do not fit each other."""
-    add.check()
-    y = values(add.a, add.a_scale, add.a_zero_point) + values(add.b, add.b_scale, add.b_zero_point)
-    return apply_steps(y, add.steps, add.params, None, add.out_dtype)
+    a, b = add.operands()
+    return add.finish(a + b)
 
 
 @jit
@@ -71,19 +51,7 @@ def int8_add_kernel(  # type: ignore[no-untyped-def]
 
 def plan(add: Add) -> Launch:
     """The launch; its output is `args["out_ptr"]`. The tensors may be on the `meta` device."""
-    elements = add.a.numel()
-    out = allocate(add.a.shape, add.out_dtype, add.a.device)
-    block = 1024 if elements < 1 << 20 else 4096
-    return Launch(
-        int8_add_kernel,
-        (cdiv(elements, block),),
-        {
-            "a_ptr": add.a, "b_ptr": add.b, "out_ptr": out, "params_ptr": add.params, "elements": elements,
-            "a_scale": float(add.a_scale), "a_zero_point": float(add.a_zero_point),
-            "b_scale": float(add.b_scale), "b_zero_point": float(add.b_zero_point),
-        },
-        {"STEPS": encode(add.steps), "BLOCK": block},
-    )  # fmt: skip
+    return binary.plan(add, int8_add_kernel)
 
 
 def run(add: Add) -> Tensor:
@@ -97,32 +65,7 @@ def why_not_supported(add: Add) -> Reason | None:
     return None
 
 
-@torch.library.custom_op("pqk::int8_add", mutates_args=(), device_types="cpu")
-def int8_add(
-    a: Tensor,
-    b: Tensor,
-    params: Tensor,
-    steps: str,
-    a_scale: float,
-    a_zero_point: int,
-    b_scale: float,
-    b_zero_point: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """See `Add`. → `out_dtype` of the shape of `a`. Raises `InputError`."""
-    return reference(Add(a, b, params, steps, a_scale, a_zero_point, b_scale, b_zero_point, out_dtype))
-
-
-@int8_add.register_kernel("cuda")
-def _(*arguments: Any) -> Tensor:
-    add = Add(*arguments)
-    return reference(add) if falls_back("int8_add", add.a.device, why_not_supported(add)) else run(add)
-
-
-@int8_add.register_fake
-def _(*arguments: Any) -> Tensor:
-    add = Add(*arguments)
-    return add.a.new_empty(add.a.shape, dtype=add.out_dtype)
+int8_add = binary.operator("int8_add", Add, reference, run, why_not_supported)
 
 
 @dataclass(frozen=True)

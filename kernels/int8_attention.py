@@ -3,7 +3,7 @@
     s   = (Σ_d (q - q_zero) (k - k_zero)) * score_scale + mask     exact int32 products; score_scale = s_q s_k / √D
     p   = rint(16256 * exp(s - m))                                 m: see below; p = 128 * high + low, two int8 digits
     y   = (Σ p w v / Σ p w - v_zero) * value_scale                 exact int32 products of high and low with v
-    out = steps(y)                                                 see `_epilogue`
+    out = steps(y)                                                 see `epilogue`
 
 Probabilities are rounded relative to the row's largest one, which is 127 * 128, and the weighted sum is divided by the
 sum of the *rounded* weights: they sum to exactly 1, a zero point of the values drops out by one subtraction, and a
@@ -54,7 +54,7 @@ class Attention:
     `q` [B, Sq, heads, D], `k`, `v` [B, Sk, heads, D]: all int8 or all uint8, D one of `HEADS` with stride 1, all other
     strides free, so that views of one packed [B, S, 3 * heads * D] will do (`unpack`). `mask` [B, Sk]: boolean (True
     is attended to), or float32 below +inf that is added to the scores (`MASKED` and less hides). `score_scale` is
-    s_q * s_k / √D. `steps`, `params`, `out_dtype`: see `_epilogue`; no step may read a residual.
+    s_q * s_k / √D. `steps`, `params`, `out_dtype`: see `epilogue`; no step may read a residual.
     """
 
     q: Tensor
@@ -99,8 +99,9 @@ def reference(a: Attention) -> Tensor:
     queries, keys, values = (t.float() - zero for t, zero in zip((a.q, a.k, a.v), a.zero_points, strict=True))
     scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) * queries.new_tensor(a.score_scale * LOG2E)
     if a.mask is not None:
-        seen, added = (a.mask, 0.0) if a.mask.dtype == torch.bool else (a.mask > MASKED, a.mask[:, None, None] * LOG2E)
-        scores = torch.where(seen[:, None, None], scores + added, -torch.inf)
+        plain = a.mask.dtype == torch.bool
+        visible, added = (a.mask, 0.0) if plain else (a.mask > MASKED, a.mask[:, None, None] * LOG2E)
+        scores = torch.where(visible[:, None, None], scores + added, -torch.inf)
     top = _running_maximum(scores)
     weights = torch.round(torch.exp2(scores - _finite(top)) * LEVELS) * torch.exp2(top - _finite(top[..., -1:]))
     total = weights.sum(-1).permute(0, 2, 1)[..., None]
@@ -118,7 +119,7 @@ def _running_maximum(scores: Tensor) -> Tensor:
 
 
 def _finite(top: Tensor) -> Tensor:
-    """A maximum that can be subtracted: 0 where nothing but masked keys was seen."""
+    """A maximum that can be subtracted: 0 where all keys so far are masked."""
     return torch.where(top == -torch.inf, 0, top)
 
 
@@ -204,7 +205,7 @@ def fits(config: Config, head: int, shared_memory: int) -> bool:
 
 
 def candidates(head: int, gpu: Gpu) -> list[Config]:
-    """What fits the GPU."""
+    """The configurations that fit the GPU."""
     return fitting(CONFIGS, gpu, lambda config, shared: fits(config, head, shared))
 
 
@@ -214,12 +215,12 @@ def choose(queries: int, pairs: int, head: int, gpu: Gpu) -> Config:
     Large blocks read the keys less often, but most of their rows should be used, and every processor should have a
     program.
     """
-    found = candidates(head, gpu)
-    for config in found[:-1]:
+    configs = candidates(head, gpu)
+    for config in configs[:-1]:
         busy = config.block_m <= 32 or pairs * cdiv(queries, config.block_m) >= gpu.processors
         if busy and 2 * queries > config.block_m:
             return config
-    return found[-1]
+    return configs[-1]
 
 
 def plan(a: Attention, config: Config | None = None) -> Launch:

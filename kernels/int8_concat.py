@@ -1,6 +1,6 @@
 """int8_concat: quantized tensors, each with its own qparams, side by side along the channels of one buffer.
 
-    out[..., first_i + c] = steps((input_i[..., c] - zero_point_i) * scale_i)        see `_epilogue`
+    out[..., first_i + c] = steps((input_i[..., c] - zero_point_i) * scale_i)        see `epilogue`
 
 with `first_i` the channels of the inputs before. A launch an input reads it once and writes its slice of the shared
 buffer once. Absorbed: the dequantize of each input, the concatenation as a copy of its own, an activation after it and
@@ -42,7 +42,7 @@ class Concat:
     """The arguments of `pqk::int8_concat`, in their order.
 
     `inputs`: uint8 or int8 [..., C_i], contiguous and alike but for C_i; `scales`, `zero_points`: one each.
-    `steps`, `params`, `out_dtype`: see `_epilogue`, the same for all inputs; no step may read a residual.
+    `steps`, `params`, `out_dtype`: see `epilogue`, the same for all inputs; no step may read a residual.
     """
 
     inputs: Sequence[Tensor]

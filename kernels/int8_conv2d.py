@@ -2,7 +2,7 @@
 
     acc[p, n] = Σ_k s8(x)[pixel(p, k)] * weight[n, k]       k = (ky, kx, c), p = (image, oy, ox)
     pixel(p, k) = image, oy * stride - padding + ky * dilation, ox * … + kx * …, c of the group; outside: the zero point
-    out = steps(float32(acc + bias[n]) * scale[n])           see `_epilogue`
+    out = steps(float32(acc + bias[n]) * scale[n])           see `epilogue`
 
 K = KH * KW * C / groups is one axis, cut into blocks wherever they fall: 3 channels of a first layer fill the tensor
 cores as well as 64 do (27 of 32 products are real, not 27 of 9 * 32). Padding, strides and taps are constants of the
@@ -20,9 +20,9 @@ from torch import Tensor
 from pqk.errors import InputError, Reason
 from pqk.kernels import int8_linear
 from pqk.kernels.common.checks import check_tensor
-from pqk.kernels.common.configs import Config, chosen, fitting
+from pqk.kernels.common.configs import Config, fitting
 from pqk.kernels.common.conv import Case, Conv, why_not_launched
-from pqk.kernels.common.epilogue import encode, epilogue, exact_dtype
+from pqk.kernels.common.epilogue import epilogue, exact_dtype
 from pqk.kernels.common.gpu import Gpu, gpu_of
 from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
 from pqk.kernels.common.strides import row_stride
@@ -146,7 +146,7 @@ def choose(conv: Conv, gpu: Gpu) -> Config:
 
     A model, for choosing only: programs run in waves of one a processor, each step of a program stages `block_m +
     block_n` rows of `block_k` bytes and waits as long as 16 bytes a row more would take. A measured choice is
-    remembered (`_configs`) or passed as `config=`.
+    remembered (`configs`) or passed as `config=`.
     """
     outputs = conv.weight.shape[0] // conv.groups
 
@@ -168,33 +168,22 @@ def plan(conv: Conv, config: Config | None = None, out: Tensor | None = None) ->
     """The launch. The tensors may be on the `meta` device; `out` may be channels of a wider contiguous tensor."""
     if pointwise(conv):
         weight = conv.weight.flatten(1)
-        epilogue_of_it = (conv.steps, conv.params, conv.residual, conv.out_dtype)
-        return int8_linear.plan(conv.x, weight, conv.bias, conv.scale, *epilogue_of_it, out=out, config=config)
+        after = (conv.steps, conv.params, conv.residual, conv.out_dtype)
+        return int8_linear.plan(conv.x, weight, conv.bias, conv.scale, *after, out=out, config=config)
     gpu, y = gpu_of(conv.x.device), conv.allocate() if out is None else out
-    c = config
-    if c is None:
-        c = chosen("int8_conv2d", conv.key, gpu, lambda: choose(conv, gpu), lambda: fitting(CONFIGS, gpu))
-    _, height, width, _ = conv.x.shape
-    _, out_height, out_width, channels = conv.out_shape
-    per_group = channels // conv.groups
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = conv.kernel, conv.stride, conv.padding, conv.dilation
+    c = config or conv.chosen("int8_conv2d", gpu, choose, CONFIGS)
+    per_group = conv.out_shape[3] // conv.groups
     _, residual_height, residual_width, residual_c = (0, 1, 1, 1) if conv.residual is None else conv.residual.shape
     return Launch(
         kernel=int8_conv2d_kernel,
         grid=(cdiv(conv.rows, c.block_m) * cdiv(per_group, c.block_n), conv.groups),
         args={
-            "x_ptr": conv.x, "weight_ptr": conv.weight, "bias_ptr": conv.bias, "scale_ptr": conv.scale,
-            "params_ptr": conv.params, "residual_ptr": conv.residual, "channels_ptr": conv.residual_channels,
-            "out_ptr": y,
-            "rows": conv.rows, "height": height, "width": width, "out_height": out_height, "out_width": out_width,
-            "zero_point": conv.zero_point,
+            **conv.launch_args(y), "channels_ptr": conv.residual_channels,
             "residual_height": residual_height, "residual_width": residual_width, "residual_c": residual_c,
         },
         constexprs={
-            "C": conv.weight.shape[3], "OUT": per_group, "GROUPS": conv.groups, "KH": kh, "KW": kw,
-            "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw, "RS": conv.residual_stride,
-            "WIDTH": row_stride(y), "STEPS": encode(conv.steps),
-            "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
+            **conv.launch_constants(c), "C": conv.weight.shape[3], "OUT": per_group, "GROUPS": conv.groups,
+            "RS": conv.residual_stride, "WIDTH": row_stride(y), "BLOCK_K": c.block_k,
         },
         num_warps=c.num_warps,
         num_stages=c.num_stages,
@@ -250,7 +239,7 @@ def int8_conv2d(
     residual_channels: Tensor | None = None,
     residual_stride: int = 1,
 ) -> Tensor:
-    """`x` uint8 or int8 [N, H, W, C] → `out_dtype` [N, OH, OW, O]; the arguments are those of `_conv.Conv`.
+    """`x` uint8 or int8 [N, H, W, C] → `out_dtype` [N, OH, OW, O]; the arguments are those of `conv.Conv`.
 
     Raises `InputError` for arguments that do not fit each other and for tensors that are not contiguous.
     """
@@ -267,8 +256,7 @@ def _(*arguments: Any, **named: Any) -> Tensor:
 
 @int8_conv2d.register_fake
 def _(*arguments: Any, **named: Any) -> Tensor:
-    conv = Conv(*arguments, **named)
-    return conv.x.new_empty(conv.out_shape, dtype=conv.out_dtype)
+    return Conv(*arguments, **named).empty()
 
 
 CASES = (

@@ -1,7 +1,7 @@
 """int8_depthwise_conv2d: a convolution of one input channel an output channel, in one launch.
 
     acc[p, n] = Σ_(ky, kx) s8(x)[pixel(p, ky, kx), n // M] * weight[n, ky, kx]       M = O / C outputs a channel
-    out = steps(float32(acc + bias[n]) * scale[n])                                    see `_epilogue`
+    out = steps(float32(acc + bias[n]) * scale[n])                                    see `epilogue`
 
 It has KH * KW products an output, far too few for a tensor core to be worth filling: the layer is as fast as its
 input is read. So products are ordinary int32 multiplications, a program reads whole runs of channels, and the taps
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pqk.errors import InputError, Reason
-from pqk.kernels.common.configs import Config, chosen, fitting
+from pqk.kernels.common.configs import Config, fitting
 from pqk.kernels.common.conv import Case, Conv, why_not_launched
-from pqk.kernels.common.epilogue import encode, epilogue
+from pqk.kernels.common.epilogue import epilogue
 from pqk.kernels.common.gpu import Gpu, gpu_of
 from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
 from pqk.kernels.common.triton import jit, tl
@@ -118,29 +118,20 @@ def choose(conv: Conv, gpu: Gpu) -> Config:
 
 def plan(conv: Conv, config: Config | None = None) -> Launch:
     """The launch; its output is `args["out_ptr"]`. The tensors may be on the `meta` device."""
-    gpu, c = gpu_of(conv.x.device), config
-    if c is None:
-        c = chosen("int8_depthwise_conv2d", conv.key, gpu, lambda: choose(conv, gpu), lambda: fitting(CONFIGS, gpu))
-    _, height, width, channels = conv.x.shape
-    _, out_height, out_width, outputs = conv.out_shape
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = conv.kernel, conv.stride, conv.padding, conv.dilation
+    c = config or conv.chosen("int8_depthwise_conv2d", gpu_of(conv.x.device), choose, CONFIGS)
+    channels, outputs = conv.x.shape[3], conv.out_shape[3]
     return Launch(
         kernel=int8_depthwise_conv2d_kernel,
         grid=(cdiv(conv.rows, c.block_m) * cdiv(outputs, c.block_n),),
         args={
-            "x_ptr": conv.x, "weight_ptr": conv.weight, "bias_ptr": conv.bias, "scale_ptr": conv.scale,
-            "params_ptr": conv.params, "residual_ptr": conv.residual, "out_ptr": conv.allocate(),
-            "rows": conv.rows, "height": height, "width": width, "out_height": out_height, "out_width": out_width,
-            "zero_point": conv.zero_point, "stride_wn": conv.weight.stride(0), "stride_wt": tap_stride(conv.weight),
+            **conv.launch_args(conv.allocate()),
+            "stride_wn": conv.weight.stride(0),
+            "stride_wt": tap_stride(conv.weight),
         },
-        constexprs={
-            "C": channels, "OUT": outputs, "KH": kh, "KW": kw,
-            "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw, "STEPS": encode(conv.steps),
-            "BLOCK_M": c.block_m, "BLOCK_N": c.block_n,
-        },
+        constexprs={**conv.launch_constants(c), "C": channels, "OUT": outputs},
         num_warps=c.num_warps,
         num_stages=c.num_stages,
-    )  # fmt: skip
+    )
 
 
 def tap_stride(weight: Tensor) -> int:
@@ -196,7 +187,7 @@ def int8_depthwise_conv2d(
 ) -> Tensor:
     """`x` uint8 or int8 [N, H, W, C], `weight` int8 [O, KH, KW, 1], `groups` C → `out_dtype` [N, OH, OW, O].
 
-    The arguments are those of `_conv.Conv`; the weight may lie in memory taps first (`taps_first`). Raises `InputError`
+    The arguments are those of `conv.Conv`; the weight may lie in memory taps first (`taps_first`). Raises `InputError`
     for arguments that do not fit each other and for activations that are not contiguous.
     """
     return reference(
@@ -212,8 +203,7 @@ def _(*arguments: Any, **named: Any) -> Tensor:
 
 @int8_depthwise_conv2d.register_fake
 def _(*arguments: Any, **named: Any) -> Tensor:
-    conv = Conv(*arguments, **named)
-    return conv.x.new_empty(conv.out_shape, dtype=conv.out_dtype)
+    return Conv(*arguments, **named).empty()
 
 
 CASES = (

@@ -1,8 +1,8 @@
 """int8_embedding: gather quantized rows, add position and type rows, layer norm, quantize: one pass, one launch.
 
     v[t] = words[ids[t]] + types[type_ids[t]] + positions[position_ids[t]]       float32, in this order
-    y = layer norm of v over the last axis (`_norm`), or v
-    out = steps(y)                                                               see `_epilogue`
+    y = layer norm of v over the last axis (`common.norm`), or v
+    out = steps(y)                                                               see `epilogue`
 
 An int8 table stands for `q * scale`, with one scale, one a row or one a column; a float32 table for itself. Positions
 default to a token's place in its sequence and types to 0, as in BERT (Devlin et al. 2019, section 3, figure 2). Only
@@ -41,7 +41,7 @@ class Embedding:
     `ids` int64 or int32 [..., T]. `words` [V, C], `positions` [P, C], `types` [Y, C]: int8, with a float32 scale []
     (one), [rows] or [1, C], or float32, without one; the last two may be None. `position_ids`, `type_ids`: int64 or
     int32 of the shape of `ids`, or None. `weight`, `bias`: float32 [C] or None, read where `normalize`. `steps`,
-    `params`, `out_dtype`: see `_epilogue`; no step may read a residual. `keep`: whether the second output is the float
+    `params`, `out_dtype`: see `epilogue`; no step may read a residual. `keep`: whether the second output is the float
     y before the steps. All contiguous.
     """
 
@@ -70,7 +70,7 @@ class Embedding:
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        """Of the second output, float32: that of the first, or [0]."""
+        """The second output's, which is float32: that of the first, or [0]."""
         return self.out_shape if self.keep else (0,)
 
     def check(self) -> None:
@@ -283,7 +283,7 @@ class Case:
     """A call that is tested, compiled ahead of time and traced."""
 
     shape: tuple[int, ...]
-    """of ids"""
+    """the shape of the ids"""
     columns: int
     words: int = 300
     dtype: torch.dtype = torch.int64
@@ -291,8 +291,8 @@ class Case:
     """what each scale of the int8 word table is for: "table", "row" or "column"; positions have no "row"s"""
     positions: torch.dtype | None = torch.int8
     types: torch.dtype | None = torch.float32
-    given: bool = False
-    """whether position and type ids are"""
+    with_ids: bool = False
+    """whether position and type ids are passed"""
     normalize: bool = True
     keep: bool = False
     steps: str = "quantize"
@@ -315,8 +315,8 @@ class Case:
         by = "table" if self.scales == "row" else self.scales
         positions, position_scale = table(self.shape[-1] + 2, self.positions, by)
         types, type_scale = table(2, self.types, "row")
-        position_ids = draw(self.shape[-1] + 2, torch.int32) if self.given and self.positions else None
-        type_ids = draw(2, self.dtype) if self.given and self.types else None
+        position_ids = draw(self.shape[-1] + 2, torch.int32) if self.with_ids and self.positions else None
+        type_ids = draw(2, self.dtype) if self.with_ids and self.types else None
         weight, bias = (
             example((self.columns,), torch.float32, device, seed + i) if self.normalize else None for i in (1, 2)
         )
@@ -329,7 +329,7 @@ class Case:
 
 
 CASES = (
-    Case((2, 16), 384, given=True),
+    Case((2, 16), 384, with_ids=True),
     Case((1, 128), 768, scales="column", keep=True, out_dtype=torch.uint8),
     Case((3, 5), 33, dtype=torch.int32, scales="table", positions=torch.float32, types=torch.int8),
     Case((4, 7), 130, positions=None, types=None, steps="", out_dtype=torch.float32),

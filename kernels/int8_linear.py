@@ -1,7 +1,7 @@
 """W8A8 linear: integers in, one launch, integers (or floats) out.
 
     acc[m, n] = Σ_k centred(x)[m, k] * w[n, k] + bias[n]          int32, exact
-    y[m, n]   = epilogue(float32(acc[m, n]) * scale[n])           see `_epilogue`
+    y[m, n]   = epilogue(float32(acc[m, n]) * scale[n])           see `epilogue`
 
 `centred` reads int8 as it is and uint8 less 128; `bias` has the zero point folded in (`fold_bias`), and
 `scale[n] = s_x * s_w[n]`. Both operands are read along K, as tensor cores want them for int8 (`mma.s8.s8.s32`; on
@@ -204,7 +204,7 @@ def blocks(config: Config, m: int, n: int) -> int:
 
 
 def candidates(m: int, n: int, k: int, gpu: Gpu) -> list[Config]:
-    """What is worth trying for a shape, from small to large blocks, each in the variant that suits it."""
+    """The configurations worth trying for a shape, from small to large blocks, each in the variant that suits it."""
     hopper = gpu.capability >= (9, 0) and m >= 64
     table = SKINNY if m <= 16 else HOPPER if hopper else TILED
     return [_variant(c, hopper, m, n, k, gpu.processors) for c in fitting(table, gpu)]
@@ -218,18 +218,18 @@ def _variant(config: Config, hopper: bool, m: int, n: int, k: int, processors: i
         return replace(config, persistent=True)
     if m > 64:
         return config
-    wanted = processors // max(1, blocks(config, m, n))
-    return replace(config, split_k=max(1, min(wanted, k // (4 * config.block_k), 16)))
+    parts = processors // max(1, blocks(config, m, n))
+    return replace(config, split_k=max(1, min(parts, k // (4 * config.block_k), 16)))
 
 
 def choose(m: int, n: int, k: int, gpu: Gpu) -> Config:
     """The largest blocks that still give every processor one; failing that the smallest.
 
-    A guess from the shape: a measured choice is remembered (`_configs`) or passed as `config=`.
+    A guess from the shape: a measured choice is remembered (`configs`) or passed as `config=`.
     """
-    found = candidates(m, n, k, gpu)
-    busy = [c for c in found if blocks(c, m, n) >= gpu.processors]
-    return busy[-1] if busy else found[0]
+    configs = candidates(m, n, k, gpu)
+    busy = [c for c in configs if blocks(c, m, n) >= gpu.processors]
+    return busy[-1] if busy else configs[0]
 
 
 def plan(
@@ -303,7 +303,7 @@ def run(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, steps: str, params: Tensor, residual: Tensor | None,
     out_dtype: torch.dtype, *, out: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """The kernel. Raises `InputError`, with the reason of `why_not_supported`, where it cannot run.
+    """The layer by its kernel. Raises `InputError`, with the reason of `why_not_supported`, where it cannot run.
 
     `out` [..., N] is written in place of a new tensor: columns of a wider one, which is how a concatenation costs
     nothing. It may share memory with no input.

@@ -1,7 +1,7 @@
 """int8_mul: the product of two quantized tensors, each with its own scale and zero point; the gate of an image.
 
     y = (a - a_zero_point) * a_scale * ((b - b_zero_point) * b_scale)
-    out = steps(y)                                                       see `_epilogue`
+    out = steps(y)                                                       see `epilogue`
 
 `b` has the shape of `a`, or, [N, 1, 1, C] beside [N, H, W, C], a value for each channel of a sample: the gate of
 squeeze and excitation (Hu et al. 2018, "Squeeze-and-Excitation Networks", section 3). One launch takes the place of
@@ -12,56 +12,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pqk.errors import Reason
-from pqk.kernels.common.checks import allocate, example
-from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
-from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
+from pqk.kernels.common import binary
+from pqk.kernels.common.binary import Binary
+from pqk.kernels.common.checks import example
+from pqk.kernels.common.epilogue import epilogue
+from pqk.kernels.common.launch import Launch, output_of
 from pqk.kernels.common.triton import jit, tl
-from pqk.kernels.common.values import check_plain_steps, check_values, example_steps, load_values, values
+from pqk.kernels.common.values import example_steps, load_values
 
 
-@dataclass(frozen=True)
-class Mul:
-    """The arguments of `pqk::int8_mul`, in their order.
-
-    `a` and `b`: uint8 or int8, contiguous, of one shape, or `b` [N, 1, …, C] beside `a` [N, …, C]. `steps`, `params`,
-    `out_dtype`: see `_epilogue`; no step may read a residual.
-    """
-
-    a: Tensor
-    b: Tensor
-    params: Tensor
-    steps: str
-    a_scale: float
-    a_zero_point: int
-    b_scale: float
-    b_zero_point: int
-    out_dtype: torch.dtype
+class Mul(Binary):
+    """The arguments of `pqk::int8_mul`; `b` has the shape of `a`, or is [N, 1, …, C] beside `a` [N, …, C]."""
 
     @property
     def gates(self) -> bool:
         """Whether `b` has one value for each channel of a sample."""
         return self.a.ndim > 2 and self.b.shape != self.a.shape
 
-    def check(self) -> None:
-        """Raise `InputError` for arguments that no implementation takes."""
-        a, device = self.a, self.a.device
-        shape = (len(a), *[1] * (a.ndim - 2), a.shape[-1]) if self.gates else a.shape
-        check_values("a", a, self.a_scale, self.a_zero_point, device=device)
-        check_values("b", self.b, self.b_scale, self.b_zero_point, device=device, shape=shape)
-        check_plain_steps(self.steps, self.params, self.out_dtype, device)
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        a = self.a
+        return (len(a), *[1] * (a.ndim - 2), a.shape[-1]) if self.gates else super().b_shape
 
 
 def reference(mul: Mul) -> Tensor:
     """The formula in plain torch, on any device. Raises `InputError` for arguments that do not fit each other."""
-    mul.check()
-    y = values(mul.a, mul.a_scale, mul.a_zero_point) * values(mul.b, mul.b_scale, mul.b_zero_point)
-    return apply_steps(y, mul.steps, mul.params, None, mul.out_dtype)
+    a, b = mul.operands()
+    return mul.finish(a * b)
 
 
 @jit
@@ -82,21 +64,9 @@ def int8_mul_kernel(  # type: ignore[no-untyped-def]
 
 
 def plan(mul: Mul) -> Launch:
-    """The launch. The tensors may be on the `meta` device."""
-    elements = mul.a.numel()
-    block = 1024 if elements < 1 << 20 else 4096
-    return Launch(
-        int8_mul_kernel,
-        (cdiv(elements, block),),
-        {
-            "a_ptr": mul.a, "b_ptr": mul.b, "out_ptr": allocate(mul.a.shape, mul.out_dtype, mul.a.device),
-            "params_ptr": mul.params, "elements": elements,
-            "sample": math.prod(mul.a.shape[1:]), "channels": mul.a.shape[-1] if mul.a.ndim else 1,
-            "a_scale": float(mul.a_scale), "a_zero_point": float(mul.a_zero_point),
-            "b_scale": float(mul.b_scale), "b_zero_point": float(mul.b_zero_point),
-        },
-        {"GATES": mul.gates, "STEPS": encode(mul.steps), "BLOCK": block},
-    )  # fmt: skip
+    """The launch; its output is `args["out_ptr"]`. The tensors may be on the `meta` device."""
+    sizes = {"sample": math.prod(mul.a.shape[1:]), "channels": mul.a.shape[-1] if mul.a.ndim else 1}
+    return binary.plan(mul, int8_mul_kernel, sizes, GATES=mul.gates)
 
 
 def run(mul: Mul) -> Tensor:
@@ -110,32 +80,7 @@ def why_not_supported(mul: Mul) -> Reason | None:
     return None
 
 
-@torch.library.custom_op("pqk::int8_mul", mutates_args=(), device_types="cpu")
-def int8_mul(
-    a: Tensor,
-    b: Tensor,
-    params: Tensor,
-    steps: str,
-    a_scale: float,
-    a_zero_point: int,
-    b_scale: float,
-    b_zero_point: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """See `Mul`. → `out_dtype` of the shape of `a`. Raises `InputError`."""
-    return reference(Mul(a, b, params, steps, a_scale, a_zero_point, b_scale, b_zero_point, out_dtype))
-
-
-@int8_mul.register_kernel("cuda")
-def _(*arguments: Any) -> Tensor:
-    mul = Mul(*arguments)
-    return reference(mul) if falls_back("int8_mul", mul.a.device, why_not_supported(mul)) else run(mul)
-
-
-@int8_mul.register_fake
-def _(*arguments: Any) -> Tensor:
-    mul = Mul(*arguments)
-    return mul.a.new_empty(mul.a.shape, dtype=mul.out_dtype)
+int8_mul = binary.operator("int8_mul", Mul, reference, run, why_not_supported)
 
 
 @dataclass(frozen=True)

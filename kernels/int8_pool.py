@@ -3,7 +3,7 @@
     max             y = (max_k q[k] - zero_point) * scale
     average         y = float32(Σ_k (q[k] - zero_point)) * scale / count
     global average  the same over all pixels of an image, count = H * W
-    out = steps(y)                                                       see `_epilogue`
+    out = steps(y)                                                       see `epilogue`
 
 `k` runs over the pixels of a window that lie in the image: padding never wins a maximum and adds nothing to a sum. The
 sums are exact integers, so the float arithmetic begins with one rounding, whatever the order they were made in. One
@@ -42,7 +42,7 @@ class Pool:
 
     `kind`: one of `KINDS`. `kernel`, `stride`, `padding` (both sides), `dilation` (of max only): [along H, along W];
     a global average reads none of the four, nor the two flags after them. `count_include_pad`: whether an average
-    divides by the window with its padding. `steps`, `params`, `out_dtype`: see `_epilogue`; no step may read a
+    divides by the window with its padding. `steps`, `params`, `out_dtype`: see `epilogue`; no step may read a
     residual.
     """
 
@@ -63,8 +63,8 @@ class Pool:
     @property
     def axes(self) -> list[tuple[int, int, int, int, int, int]]:
         """(size, out size, kernel, stride, padding, dilation) along H and along W."""
-        given = zip(self.x.shape[1:3], self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return [(size, out_size(size, k, s, p, d, self.ceil_mode), k, s, p, d) for size, k, s, p, d in given]
+        windows = zip(self.x.shape[1:3], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [(size, out_size(size, k, s, p, d, self.ceil_mode), k, s, p, d) for size, k, s, p, d in windows]
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:

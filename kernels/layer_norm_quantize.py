@@ -2,70 +2,22 @@
 
     v = x (+ residual),   y = (v - mean(v)) / sqrt(var(v) + eps) * weight + bias,   out = steps(y)
 
-over the last axis, in float32 (`_norm` has the order of operations). A second output keeps what a transformer goes on
-with: the float sum (before the norm: pre-norm blocks) or the float norm (after it: post-norm blocks such as BERT's),
-in the same launch. Ba et al. 2016, "Layer Normalization".
+over the last axis, in float32 (`common.norm` has the order of operations). A second output keeps what a transformer
+goes on with: the float sum (before the norm: pre-norm blocks) or the float norm (after it: post-norm blocks such as
+BERT's), in the same launch. Ba et al. 2016, "Layer Normalization".
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from pqk.kernels.common import norm as common
-from pqk.kernels.common.launch import Launch, falls_back
-from pqk.kernels.common.norm import Case, Norm, why_not_supported
+from pqk.kernels.common.launch import Launch
+from pqk.kernels.common.norm import Case, NormKernel
+from pqk.kernels.common.norm import why_not_supported as why_not_supported
 
-
-def reference(norm: Norm) -> tuple[Tensor, Tensor]:
-    """(out, kept) in plain torch, on any device. Raises `InputError` for arguments that do not fit each other."""
-    return common.reference(norm, centre=True)
-
-
-def plan(norm: Norm) -> Launch:
-    """The launch; its outputs are `args["out_ptr"]` and `args["kept_ptr"]`. Tensors may be on the `meta` device."""
-    return common.plan(norm, centre=True)
-
-
-def run(norm: Norm) -> tuple[Tensor, Tensor]:
-    """(out, kept) by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
-    return common.run("layer_norm_quantize", norm, centre=True)
-
-
-@torch.library.custom_op("pqk::layer_norm_quantize", mutates_args=(), device_types="cpu")
-def layer_norm_quantize(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    params: Tensor,
-    steps: str,
-    eps: float,
-    x_scale: float,
-    x_zero_point: int,
-    residual_scale: float,
-    residual_zero_point: int,
-    keep: str,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """See `norm.Norm`. → `out_dtype` of the shape of `x`; what `keep` names, a float, or [0]. Raises `InputError`."""
-    grids = (x_scale, x_zero_point, residual_scale, residual_zero_point)
-    return reference(Norm(x, residual, weight, bias, params, steps, eps, *grids, keep, out_dtype))
-
-
-@layer_norm_quantize.register_kernel("cuda")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    norm = Norm(*arguments)
-    norm.check()
-    return reference(norm) if falls_back("layer_norm_quantize", norm.x.device, why_not_supported(norm)) else run(norm)
-
-
-@layer_norm_quantize.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return common.empty(Norm(*arguments))
-
+KERNEL = NormKernel("layer_norm_quantize", centre=True)
+reference, plan, run = KERNEL.reference, KERNEL.plan, KERNEL.run
+layer_norm_quantize = KERNEL.operator()
 
 CASES = (
     Case((2, 16, 384), keep="norm"),

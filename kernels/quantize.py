@@ -185,12 +185,12 @@ def check(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dt
         raise InputError(f"out_dtype: {out_dtype}, must be int8 or uint8")
     limits = torch.iinfo(out_dtype)
     if not limits.min <= qmin <= zero_point <= qmax <= limits.max:
-        held = f"{limits.min} ≤ {qmin} ≤ {zero_point} ≤ {qmax} ≤ {limits.max}"
-        raise InputError(f"qmin ≤ zero_point ≤ qmax must hold within {out_dtype}: {held}")
+        bounds = f"{limits.min} ≤ {qmin} ≤ {zero_point} ≤ {qmax} ≤ {limits.max}"
+        raise InputError(f"qmin ≤ zero_point ≤ qmax must hold within {out_dtype}: {bounds}")
 
 
 def run(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dtype: torch.dtype) -> Tensor:
-    """The static kernel. Raises `InputError`, with the reason of `why_not_supported`, where it cannot run."""
+    """Static quantization by its kernel. Raises `InputError`, with the reason of `why_not_supported`."""
     check(x, scale, zero_point, qmin, qmax, out_dtype)
     if reason := why_not_supported(x, out_dtype):
         raise InputError(f"quantize_static: {reason}")
@@ -198,7 +198,7 @@ def run(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int, out_dtyp
 
 
 def run_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The dynamic kernel. Raises `InputError`, with the reason of `why_not_supported_dynamic`, where it cannot run."""
+    """Dynamic quantization by its kernel. Raises `InputError`, with the reason of `why_not_supported_dynamic`."""
     if reason := why_not_supported_dynamic(x):
         raise InputError(f"quantize_dynamic: {reason}")
     planned = plan_dynamic(x)

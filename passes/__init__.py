@@ -12,6 +12,8 @@ from pqk.passes.prune.prune import Prune
 from pqk.passes.quantize.quantize import Quantize
 
 PASSES: tuple[type[Pass], ...] = (Prune, JointSearch, Distill, Capture, Quantize, Convert, Fuse)
+PQK = JointSearch
+"""the name of the joint search in scripts from before it had its own; recipes call it `pqk`"""
 REWRITES: dict[str, RewriteFunction] = {f.__name__: f for p in PASSES for f in p.rewrites}
 
-__all__ = ["PASSES", "REWRITES", *(p.__name__ for p in PASSES)]
+__all__ = ["PASSES", "PQK", "REWRITES", *(p.__name__ for p in PASSES)]

@@ -1,4 +1,4 @@
-"""Checks of a kernel's arguments, and the tensors that it is given to write."""
+"""Checks of a kernel's arguments, and the allocation of its outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pqk.errors import InputError
 
 on_allocate: Callable[[Tensor], object] | None = None
-"""tests set this to fill what `allocate` gives with values that no kernel writes"""
+"""called with every tensor of `allocate`; see `allocations`"""
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -52,8 +52,8 @@ def check_tensor(
     """Raise `InputError` unless `tensor` has one of `dtypes`, is on `device`, of `shape` (-1: any) and aligned."""
     dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise InputError(f"{name}: dtype is {str(tensor.dtype).removeprefix('torch.')}, must be {wanted}")
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise InputError(f"{name}: dtype is {str(tensor.dtype).removeprefix('torch.')}, must be {allowed}")
     if device is not None and tensor.device != device:
         raise InputError(f"{name}: is on {tensor.device}, the other tensors are on {device}; move it")
     if shape is not None:
@@ -103,7 +103,7 @@ def check_number(name: str, value: float) -> None:
 
 @contextlib.contextmanager
 def allocations(hook: Callable[[Tensor], object]) -> Iterator[None]:
-    """Within it, `hook` sees every tensor that `allocate` gives, before the kernel does."""
+    """Calls `hook` within the context with every tensor that `allocate` returns, before the kernel writes it."""
     global on_allocate
     before, on_allocate = on_allocate, hook
     try:

@@ -1,4 +1,4 @@
-"""Which block sizes a launch gets: of those that fit the GPU the one that is known to be best, else a guess.
+"""The choice of a launch's block sizes: of those that fit the GPU the one that is known to be best, else a guess.
 
 A kernel that has a choice asks `chosen`. What is *known* is what was measured, or chosen when a student was compiled,
 for one shape on one kind of GPU; it holds for every student in the process, as it says nothing about their weights and
@@ -43,11 +43,11 @@ def fits(config: Config, shared: int) -> bool:
 
 
 def fitting(configs: Sequence[Config], gpu: Gpu, fits: Callable[[Config, int], bool] = fits) -> list[Config]:
-    """Those that `fits` lets a program on `gpu` have, in order. Raises `InputError` where there is none."""
-    found = [c for c in configs if fits(c, gpu.shared)]
-    if not found:
+    """The configurations that `fits` lets a program on `gpu` have, in order. Raises `InputError` where none fits."""
+    usable = [c for c in configs if fits(c, gpu.shared)]
+    if not usable:
         raise InputError(f"no configuration fits {gpu.shared} bytes of shared memory; the GPU is too small")
-    return found
+    return usable
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Choice:
     key: str
     gpu: Gpu
     config: Config
-    """what it got"""
+    """what was chosen"""
     candidates: tuple[Config, ...]
-    """what it could have got"""
+    """what there was to choose from"""
 
 
 _known: dict[tuple[Gpu, str, str], Config] = {}
@@ -78,13 +78,13 @@ def chosen(
 
 
 def remember(gpu: Gpu, op: str, key: str, config: Config) -> None:
-    """Let every later launch of `op` for `key` on `gpu` have `config`."""
+    """Gives `config` to every later launch of `op` for `key` on `gpu`."""
     _known[gpu, op, key] = config
 
 
 @contextlib.contextmanager
 def trying() -> Iterator[None]:
-    """What is remembered within it is forgotten after it."""
+    """Forgets at its end what was remembered within it."""
     global _known
     before, _known = _known, dict(_known)
     try:
@@ -95,7 +95,7 @@ def trying() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noting() -> Iterator[list[Choice]]:
-    """Within it the choices that come up are noted, in order, each as often as it does."""
+    """Notes the choices that come up within it, in order, each as often as it does."""
     global _noted
     before, _noted = _noted, []
     try:

@@ -1,15 +1,15 @@
-"""What the convolution kernels share: the arguments of a call, their checks, the taps of the reference, test cases.
+"""Shared by the convolution kernels: the arguments of a call, their checks, the taps of the reference, test cases.
 
 Layout is NHWC: activations [N, H, W, C], weights [O, KH, KW, C / groups], outputs [N, OH, OW, O], all contiguous. A
 tensor that is not is refused rather than copied: the copy would be a launch that nobody asked for.
 
 Activations are centred first: `s8(x) = x - 128` for uint8, `x` for int8, and the caller folds the zero point into the
-int32 `bias` (`_epilogue.fold_bias`). Padding reads the zero point, so that it adds nothing.
+int32 `bias` (`epilogue.fold_bias`). Padding reads the zero point, so that it adds nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -19,16 +19,19 @@ from torch.nn.functional import pad
 
 from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, check_scale, check_tensor, example
+from pqk.kernels.common.configs import Config, chosen, fitting
 from pqk.kernels.common.epilogue import (
     FLOATS,
     INTEGERS,
     apply_steps,
     centred,
     check_steps,
+    encode,
     program,
     reads_residual,
     scaled,
 )
+from pqk.kernels.common.gpu import Gpu
 from pqk.kernels.common.launch import TYPES, cdiv
 
 MAX_TERMS = (1 << 16) - 1
@@ -44,7 +47,7 @@ class Conv:
     """The arguments of `pqk::int8_conv2d` and `pqk::int8_depthwise_conv2d`, in their order.
 
     `x` [N, H, W, C] uint8 or int8; `weight` int8 [O, KH, KW, C / groups]; `bias` int32 [O], zero point folded in;
-    `scale` float32 [O], of x times that of the weight; `steps`, `params`, `residual`: see `_epilogue`; `zero_point` of
+    `scale` float32 [O], of x times that of the weight; `steps`, `params`, `residual`: see `epilogue`; `zero_point` of
     `x`, which padding reads; `stride`, `padding` (both sides), `dilation`: [along H, along W]. `out_dtype` int32, with
     no steps, gives the accumulators, bias added.
 
@@ -155,6 +158,33 @@ class Conv:
     def allocate(self) -> Tensor:
         """The output, not yet written."""
         return allocate(self.out_shape, self.out_dtype, self.x.device)
+
+    def empty(self) -> Tensor:
+        """A stand-in for the output, for tracing."""
+        return self.x.new_empty(self.out_shape, dtype=self.out_dtype)
+
+    def launch_args(self, out: Tensor) -> dict[str, Tensor | int | None]:
+        """The arguments that both kernels have, by their names there."""
+        _, height, width, _ = self.x.shape
+        _, out_height, out_width, _ = self.out_shape
+        return {
+            "x_ptr": self.x, "weight_ptr": self.weight, "bias_ptr": self.bias, "scale_ptr": self.scale,
+            "params_ptr": self.params, "residual_ptr": self.residual, "out_ptr": out,
+            "rows": self.rows, "height": height, "width": width, "out_height": out_height, "out_width": out_width,
+            "zero_point": self.zero_point,
+        }  # fmt: skip
+
+    def launch_constants(self, config: Config) -> dict[str, int]:
+        """The compile-time constants that both kernels have, by their names there."""
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = self.kernel, self.stride, self.padding, self.dilation
+        return {
+            "KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw,
+            "STEPS": encode(self.steps), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        }  # fmt: skip
+
+    def chosen(self, op: str, gpu: Gpu, choose: Callable[[Conv, Gpu], Config], configs: Sequence[Config]) -> Config:
+        """The configuration known for this shape, or that of `choose` among those of `configs` that fit the GPU."""
+        return chosen(op, self.key, gpu, lambda: choose(self, gpu), lambda: fitting(configs, gpu))
 
     def taps(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """`(ky, kx, pixels)` of each tap: the centred input pixel of every output pixel, [N, OH, OW, C] `dtype`."""

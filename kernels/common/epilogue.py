@@ -1,4 +1,4 @@
-"""What a kernel does to an accumulator on its way out, in registers: a short program of steps.
+"""The epilogue of a kernel: a short program of steps on an accumulator, in registers, before it is stored.
 
     y0 = float32(acc) * scale[n],   y = step_k(… step_2(step_1(y0)) …)
 
@@ -102,10 +102,10 @@ def check_steps(
         raise InputError(f'steps "{steps}": {len(names)} steps, at most {MAX_STEPS} fit')
     if "quantize" in names[:-1]:
         raise InputError(f'steps "{steps}": quantize must come last; a requantize leaves a float')
-    wanted = INTEGERS if names[-1:] == ("quantize",) else FLOATS
-    if out_dtype not in wanted:
-        last = "end in quantize" if wanted is INTEGERS else "do not end in quantize"
-        raise InputError(f'steps "{steps}" {last}: out_dtype {out_dtype} must be one of {[str(d) for d in wanted]}')
+    dtypes = INTEGERS if names[-1:] == ("quantize",) else FLOATS
+    if out_dtype not in dtypes:
+        last = "end in quantize" if dtypes is INTEGERS else "do not end in quantize"
+        raise InputError(f'steps "{steps}" {last}: out_dtype {out_dtype} must be one of {[str(d) for d in dtypes]}')
     if names.count("table") > 1:
         raise InputError(f'steps "{steps}": {names.count("table")} tables, there is room for one')
     rows = WITH_TABLE if "table" in names else len(names)

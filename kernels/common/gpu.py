@@ -29,7 +29,7 @@ def why_not_run(index: int) -> Reason | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a launch is planned for."""
+    """The properties of a GPU that a launch's plan depends on."""
 
     capability: tuple[int, int]
     """compute capability; an AMD GPU, which numbers otherwise, counts as the oldest"""
@@ -45,7 +45,7 @@ _absent = Gpu(OLDEST, 108, 163 * 1024)
 
 @contextlib.contextmanager
 def planning_for(gpu: Gpu) -> Iterator[None]:
-    """Within it, launches of tensors that are on no GPU are planned for this one."""
+    """Plans launches of tensors that are on no GPU for this one, within the context."""
     global _absent
     before, _absent = _absent, gpu
     try:
@@ -55,7 +55,7 @@ def planning_for(gpu: Gpu) -> Iterator[None]:
 
 
 def gpu_of(device: torch.device | str) -> Gpu:
-    """The GPU that tensors are on; for what is no CUDA device the one that is planned for."""
+    """The GPU of a device; for one that is no CUDA device the GPU that is planned for."""
     device = torch.device(device)
     if device.type != "cuda":
         return _absent

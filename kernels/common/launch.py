@@ -1,4 +1,4 @@
-"""What every kernel needs of Triton: an import that may fail, a launch that is described before it runs, and checks.
+"""Launches: described before they run, run on a GPU or in Triton's interpreter, and the fallback to a reference.
 
 A `Launch` is one kernel over one grid with its arguments and its compile-time constants. Each kernel module builds it
 in one place, `plan`, and three things read it: `launch` runs it (a GPU, or CPU tensors under `TRITON_INTERPRET=1`),
@@ -50,9 +50,9 @@ class Launch:
 
     def tensor(self, name: str = "out_ptr") -> Tensor:
         """An argument that is a tensor; the output where no other is named."""
-        found = self.args[name]
-        assert isinstance(found, Tensor)
-        return found
+        argument = self.args[name]
+        assert isinstance(argument, Tensor)
+        return argument
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +60,7 @@ class Launch:
 
 
 def launch(run: Launch) -> None:
-    """Run it on the device of its tensors. An empty grid runs nothing.
+    """Runs it on the device of its tensors. An empty grid runs nothing.
 
     Raises `InputError` where Triton is missing, and for tensors that are neither on a GPU nor interpreted.
     """
@@ -81,7 +81,7 @@ def launch(run: Launch) -> None:
 
 
 def output_of(run: Launch) -> Tensor:
-    """Run it and give its output."""
+    """Runs it and returns its output."""
     launch(run)
     return run.tensor()
 
@@ -91,7 +91,7 @@ _collected: list[Launch] | None = None
 
 @contextlib.contextmanager
 def collecting() -> Iterator[list[Launch]]:
-    """Within it launches are collected, in order, and not run: for what reads them, such as a compiler or a tracer."""
+    """Collects launches within it, in order, and does not run them: for a compiler or a tracer that reads them."""
     global _collected
     before, _collected = _collected, []
     try:
@@ -116,9 +116,9 @@ def signature(run: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[i
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attrs: dict[tuple[int], list[list[Any]]] = {}
-    given = {**run.args, **run.constexprs}
+    arguments = {**run.args, **run.constexprs}
     for i, name in enumerate(run.kernel.arg_names):
-        value = given[name]
+        value = arguments[name]
         if name in run.constexprs or value is None or (isinstance(value, int) and value == 1):
             types[name], constants[name] = "constexpr", value
             continue

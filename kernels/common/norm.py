@@ -1,9 +1,9 @@
-"""What the norm kernels share: the arguments of a call, the arithmetic of a row, one kernel for both norms.
+"""Shared by the norm kernels: the arguments of a call, the arithmetic of a row, one kernel for both norms.
 
     v = x (+ residual)
     layer norm   y = (v - mean(v)) * (1 / sqrt(mean((v - mean(v))²) + eps)) * weight + bias
     RMS norm     y = v * (1 / sqrt(mean(v²) + eps)) * weight (+ bias)
-    out = steps(y)                                                       see `_epilogue`
+    out = steps(y)                                                       see `epilogue`
 
 in float32; division and square root are IEEE's. A row stays in registers between the two reductions: it is read once
 and written once. Ba et al. 2016, "Layer Normalization"; Zhang and Sennrich 2019, "Root Mean Square Layer
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from pqk.errors import InputError, Reason
 from pqk.kernels.common.checks import allocate, check_tensor, example
 from pqk.kernels.common.epilogue import apply_steps, encode, epilogue
 from pqk.kernels.common.gpu import gpu_of
-from pqk.kernels.common.launch import Launch, cdiv, output_of
+from pqk.kernels.common.launch import Launch, cdiv, falls_back, output_of
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import (  # fmt: skip
     MAX_ROWS,
@@ -47,7 +49,7 @@ class Norm:
 
     `x` [..., C] and `residual`, of its shape: uint8, int8, or a float, contiguous; integers are read with their scale
     and zero point, which a float tensor does not use. `weight`, `bias`: float32 [C]; without them 1 and 0. `steps`,
-    `params`, `out_dtype`: see `_epilogue`; no step may read a residual. `keep`: one of `KEPT`.
+    `params`, `out_dtype`: see `epilogue`; no step may read a residual. `keep`: one of `KEPT`.
     """
 
     x: Tensor
@@ -66,12 +68,12 @@ class Norm:
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        """Of the second output: that of `x`, or [0]."""
+        """The second output's: that of `x`, or [0]."""
         return (0,) if self.keep == "nothing" else tuple(self.x.shape)
 
     @property
     def kept_dtype(self) -> torch.dtype:
-        """Of the second output: that of a float `x`, else float32."""
+        """The second output's: that of a float `x`, else float32."""
         return self.x.dtype if self.x.dtype.is_floating_point else torch.float32
 
     def check(self) -> None:
@@ -120,18 +122,6 @@ def normalized(v: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y if bias is None else y + bias
 
 
-def reference(norm: Norm, centre: bool) -> tuple[Tensor, Tensor]:
-    """The formula in plain torch, on any device: (out, kept). Raises `InputError`."""
-    norm.check()
-    v = values(norm.x, norm.x_scale, norm.x_zero_point)
-    if norm.residual is not None:
-        v = v + values(norm.residual, norm.residual_scale, norm.residual_zero_point)
-    y = normalized(v, norm.weight, norm.bias, norm.eps, centre)
-    out = apply_steps(y, norm.steps, norm.params, None, norm.out_dtype)
-    kept = {"nothing": v.new_empty(0), "sum": v, "norm": y}[norm.keep].to(norm.kept_dtype)
-    return out, kept.clone()  # ops may not return views of each other or of their inputs
-
-
 @jit
 def normalize(v, column, inside, columns, weight_ptr, bias_ptr, eps, CENTRE: tl.constexpr):  # type: ignore[no-untyped-def]
     """`normalized` of a block of rows: float32 `v` [R, C], 0 outside; `column` [1, C]; `inside` [R, C] or [1, C]."""
@@ -171,42 +161,97 @@ def norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def plan(norm: Norm, centre: bool) -> Launch:
-    """The launch; its outputs are `args["out_ptr"]` and `args["kept_ptr"]`. Tensors may be on the `meta` device."""
-    rows, columns = rows_of(norm.x.shape), norm.x.shape[-1]
-    height, width, warps = whole_rows(rows, columns, gpu_of(norm.x.device).processors)
-    return Launch(
-        norm_kernel,
-        (cdiv(rows, height),),
-        {
-            "x_ptr": norm.x, "residual_ptr": norm.residual, "weight_ptr": norm.weight, "bias_ptr": norm.bias,
-            "out_ptr": allocate(norm.x.shape, norm.out_dtype, norm.x.device),
-            "kept_ptr": allocate(norm.kept_shape, norm.kept_dtype, norm.x.device),
-            "params_ptr": norm.params, "rows": rows, "columns": columns, "eps": float(norm.eps),
-            "x_scale": float(norm.x_scale), "x_zero_point": float(norm.x_zero_point),
-            "residual_scale": float(norm.residual_scale), "residual_zero_point": float(norm.residual_zero_point),
-        },
-        {
-            "CENTRE": centre, "KEEP_SUM": norm.keep == "sum", "KEEP_NORM": norm.keep == "norm",
-            "STEPS": encode(norm.steps), "BLOCK_R": height, "BLOCK_C": width,
-        },
-        num_warps=warps,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class NormKernel:
+    """Reference, launch and registration of one of the two norms."""
 
+    name: str
+    """of the operator"""
+    centre: bool
+    """layer norm, else RMS norm"""
 
-def run(op: str, norm: Norm, centre: bool) -> tuple[Tensor, Tensor]:
-    """(out, kept) of `op` by the kernel. Raises `InputError` for arguments that it cannot run."""
-    norm.check()
-    if reason := why_not_supported(norm):
-        raise InputError(f"{op}: {reason}")
-    planned = plan(norm, centre)
-    return output_of(planned), planned.tensor("kept_ptr")
+    def reference(self, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(out, kept) in plain torch, on any device. Raises `InputError` for arguments that do not fit each other."""
+        norm.check()
+        v = values(norm.x, norm.x_scale, norm.x_zero_point)
+        if norm.residual is not None:
+            v = v + values(norm.residual, norm.residual_scale, norm.residual_zero_point)
+        y = normalized(v, norm.weight, norm.bias, norm.eps, self.centre)
+        out = apply_steps(y, norm.steps, norm.params, None, norm.out_dtype)
+        kept = {"nothing": v.new_empty(0), "sum": v, "norm": y}[norm.keep].to(norm.kept_dtype)
+        return out, kept.clone()  # ops may not return views of each other or of their inputs
 
+    def plan(self, norm: Norm) -> Launch:
+        """The launch; its outputs are `args["out_ptr"]` and `args["kept_ptr"]`. Tensors may be on the `meta` device."""
+        rows, columns = rows_of(norm.x.shape), norm.x.shape[-1]
+        height, width, warps = whole_rows(rows, columns, gpu_of(norm.x.device).processors)
+        return Launch(
+            norm_kernel,
+            (cdiv(rows, height),),
+            {
+                "x_ptr": norm.x, "residual_ptr": norm.residual, "weight_ptr": norm.weight, "bias_ptr": norm.bias,
+                "out_ptr": allocate(norm.x.shape, norm.out_dtype, norm.x.device),
+                "kept_ptr": allocate(norm.kept_shape, norm.kept_dtype, norm.x.device),
+                "params_ptr": norm.params, "rows": rows, "columns": columns, "eps": float(norm.eps),
+                "x_scale": float(norm.x_scale), "x_zero_point": float(norm.x_zero_point),
+                "residual_scale": float(norm.residual_scale), "residual_zero_point": float(norm.residual_zero_point),
+            },
+            {
+                "CENTRE": self.centre, "KEEP_SUM": norm.keep == "sum", "KEEP_NORM": norm.keep == "norm",
+                "STEPS": encode(norm.steps), "BLOCK_R": height, "BLOCK_C": width,
+            },
+            num_warps=warps,
+        )  # fmt: skip
 
-def empty(norm: Norm) -> tuple[Tensor, Tensor]:
-    """What (out, kept) will look like."""
-    x = norm.x
-    return x.new_empty(x.shape, dtype=norm.out_dtype), x.new_empty(norm.kept_shape, dtype=norm.kept_dtype)
+    def run(self, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(out, kept) by the kernel: on a GPU, or on CPU tensors under Triton's interpreter. Raises `InputError`."""
+        norm.check()
+        if reason := why_not_supported(norm):
+            raise InputError(f"{self.name}: {reason}")
+        planned = self.plan(norm)
+        return output_of(planned), planned.tensor("kept_ptr")
+
+    def operator(self) -> CustomOpDef:
+        """The operator `pqk::name`, its reference on a CPU and its kernel on a CUDA device.
+
+        It takes the arguments of `Norm` and returns `out_dtype` of the shape of `x`, and what `keep` names: a float, or
+        [0].
+        """
+
+        def on_cpu(
+            x: Tensor,
+            residual: Tensor | None,
+            weight: Tensor | None,
+            bias: Tensor | None,
+            params: Tensor,
+            steps: str,
+            eps: float,
+            x_scale: float,
+            x_zero_point: int,
+            residual_scale: float,
+            residual_zero_point: int,
+            keep: str,
+            out_dtype: torch.dtype,
+        ) -> tuple[Tensor, Tensor]:
+            grids = (x_scale, x_zero_point, residual_scale, residual_zero_point)
+            return self.reference(Norm(x, residual, weight, bias, params, steps, eps, *grids, keep, out_dtype))
+
+        op = torch.library.custom_op(f"pqk::{self.name}", on_cpu, mutates_args=(), device_types="cpu")
+
+        @op.register_kernel("cuda")
+        def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+            norm = Norm(*arguments)
+            norm.check()
+            fallback = falls_back(self.name, norm.x.device, why_not_supported(norm))
+            return self.reference(norm) if fallback else self.run(norm)
+
+        @op.register_fake
+        def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+            norm = Norm(*arguments)
+            out = norm.x.new_empty(norm.x.shape, dtype=norm.out_dtype)
+            return out, norm.x.new_empty(norm.kept_shape, dtype=norm.kept_dtype)
+
+        return op
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 TRITON_MISSING: str | None = None
-"""why there is no Triton here, else None"""
+"""why Triton is missing, else None"""
 
 
 class _Absent:
@@ -26,8 +26,6 @@ class _Absent:
 
 
 triton: Any = _Absent()
-
-
 tl: Any = triton
 try:
     triton, tl = import_module("triton"), import_module("triton.language")

@@ -1,4 +1,4 @@
-"""What the memory-bound kernels share: integers read as values, blocks of rows, the numbers of a case's epilogue.
+"""Shared by the memory-bound kernels: integers read as values, blocks of rows, the numbers of a case's epilogue.
 
 A tensor of integers stands for `(q - zero_point) * scale` in float32; a float tensor stands for itself. A row is what
 lies along the last axis.

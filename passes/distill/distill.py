@@ -21,19 +21,20 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG, Pass, Program, Stage
+from pqk.data.data import Data
 from pqk.data.structures import first_tensor
 from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence, LogitMSE, Term
 from pqk.knowledge.objective import why_not_learned
 from pqk.knowledge.sources import AnySource, FromModule, TeacherContext
-from pqk.knowledge.teachers.base import LogitCache, cache_for
+from pqk.knowledge.teachers.base import LogitCache, Teacher, cache_for
 from pqk.passes.distill.assistant import earlier_student
 from pqk.passes.distill.keep_best import CheckpointSelection, Criterion
 from pqk.passes.prune.survivors import surviving_channels
 from pqk.quant.fake_quant import quantizers
 from pqk.task.metrics import argmax
 from pqk.task.task import Task
-from pqk.training.trainer import Training, fit
+from pqk.training.trainer import Training, TrainingLog, fit
 
 CAPTURED_CLIP = 1.0
 """the gradient's norm after `capture`, where the recipe gives none"""
@@ -41,7 +42,11 @@ CAPTURED_CLIP = 1.0
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Distill(Training, Pass):
-    """Train the student against the teacher and the labels."""
+    """Train the student against the teacher and the labels.
+
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; under quantization Mishra and
+    Marr 2018, "Apprentice", arXiv:1711.05852. Each term names its own source.
+    """
 
     name: ClassVar[str] = "distill"
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE, Stage.GRAPH, Stage.FAKE_QUANT})
@@ -82,6 +87,7 @@ class Distill(Training, Pass):
             )
 
     def _counted(self) -> Sequence[Term]:
+        """The terms with a weight."""
         return [t for t in self.terms if t.weight > 0]
 
     def cached_output(self) -> str | None:
@@ -115,71 +121,98 @@ class Distill(Training, Pass):
         return dataclasses.replace(self, terms=tuple(t for t in terms if labelled or t.needs_teacher))
 
     def apply(self, program: Program, task: Task) -> Program:
+        """Trains the student in place, in whatever stage it is.
+
+        Args:
+            program: the student to train, beside the teacher of the recipe.
+            task: training data, and validation data where checkpoints are compared (`keep`).
+
+        Returns:
+            The program with losses, steps and how the teacher answered in its details.
+
+        Raises:
+            InputError: there is no training data, a setting does not suit the stage, or a term, the teacher or a frozen
+                path names what the networks do not have.
+            PqkError: the loss is still not finite after three retries at a lower rate.
+        """
         data = task.need_train("distill")
-        if program.stage == Stage.FAKE_QUANT and self.precision == "bf16":
+        self._check_stage(program.stage)
+        teacher, live = self._teacher_for(program, task, data)
+        with frozen_parameters(program.student, self.frozen):
+            log, kept_epoch = self._train(program, task, data, teacher)
+        notes = {} if kept_epoch is None else {"kept_epoch": kept_epoch}
+        answers = "cached" if live is None else f"live: {live}"
+        return program.note(losses=log.losses, steps=log.steps, retries=log.retries, teacher=answers, **notes)
+
+    def _check_stage(self, stage: Stage) -> None:
+        if stage == Stage.FAKE_QUANT and self.precision == "bf16":
             raise InputError("distill: quantization-aware training needs fp32: bfloat16 is coarser than the INT8 grid")
-        if program.stage != Stage.FAKE_QUANT and self.keep != "last":
+        if stage != Stage.FAKE_QUANT and self.keep != "last":
             raise InputError(f'distill: keep = "{self.keep}" compares converted students: it comes after `quantize`')
-        student = program.student
-        points = sorted({p[1] for t in self._counted() if (p := t.points())})
-        context = TeacherContext(
-            program.teacher,
-            student,
-            points,
-            self.teacher_precision,
-            task.example,
-            lambda number: earlier_student(program, task.example, number),
+
+    def _teacher_for(self, program: Program, task: Task, data: Data) -> tuple[Teacher, Reason | None]:
+        """The teacher, and why it answers every batch live; None where its answers are cached."""
+        teacher = self.teacher.make(
+            TeacherContext(
+                program.teacher,
+                program.student,
+                points=sorted({p[1] for t in self._counted() if (p := t.points())}),
+                precision=self.teacher_precision,
+                example=task.example,
+                earlier=lambda number: earlier_student(program, task.example, number),
+            )
         )
-        teacher = self.teacher.make(context)
-        cache: LogitCache | str | None = self.why_not_cached()
+        cache: LogitCache | Reason | None = self.why_not_cached()
         if cache is None:
             cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self.cached_output())
         teacher.cache = cache if isinstance(cache, LogitCache) else None
-        with still(student, self.frozen):
-            steps = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
+        return teacher, None if isinstance(cache, LogitCache) else cache
 
-            def on_progress(progress: float) -> None:
-                for scale in steps:
-                    scale.requires_grad_(progress < self.freeze_from)
+    def _train(self, program: Program, task: Task, data: Data, teacher: Teacher) -> tuple[TrainingLog, int | None]:
+        """Fit the student and leave it as the one to keep: the log, and its epoch where students were compared."""
+        student = program.student
+        step_sizes = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
 
-            objective = CheckpointSelection(
-                self.terms,
-                task,
-                student,
-                teacher,
-                start=self.teach_from,
-                kept=lambda p: None if self.teacher.like_student else surviving_channels(program, task.example, p),
-                on_progress=on_progress,
-                balance=self.balance,
-            )
-            objective.select(student, program.teacher, self.keep)
-            log = fit(program.run, student, data, objective, self._clipped(program.stage))
-            kept_epoch = objective.finish(student)
-            for scale in steps:  # that they were frozen is a state of this training: a later one learns them again
-                scale.requires_grad_(True)
-        cached = "cached" if isinstance(cache, LogitCache) else f"live: {cache}"
-        notes = {} if kept_epoch is None else {"kept_epoch": kept_epoch}
-        return program.note(losses=log.losses, steps=log.steps, retries=log.retries, teacher=cached, **notes)
+        def freeze(progress: float) -> None:
+            for scale in step_sizes:
+                scale.requires_grad_(progress < self.freeze_from)
+
+        objective = CheckpointSelection(
+            self.terms,
+            task,
+            student,
+            teacher,
+            start=self.teach_from,
+            kept=lambda p: None if self.teacher.like_student else surviving_channels(program, task.example, p),
+            on_progress=freeze,
+            balance=self.balance,
+        )
+        objective.select(student, program.teacher, self.keep)
+        log = fit(program.run, student, data, objective, self._clipped(program.stage))
+        kept_epoch = objective.finish(student)
+        for scale in step_sizes:  # that they were frozen is a state of this training: a later one learns them again
+            scale.requires_grad_(True)
+        return log, kept_epoch
 
     def _clipped(self, stage: Stage) -> Training:
         return self if stage == Stage.MODULE or self.clip is not None else replace(self, clip=CAPTURED_CLIP)
 
 
 @contextmanager
-def still(student: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    """No gradients for the parameters at these paths. Raises `InputError` for a path that has none."""
+def frozen_parameters(student: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Within it the parameters at these paths get no gradients. Raises `InputError` for a path that has none."""
     parameters = dict(student.named_parameters())
-    held = []
+    frozen = []
     for path in paths:
-        found = [p for name, p in parameters.items() if name == path or name.startswith(f"{path}.")]
-        if not found:
+        matches = [p for name, p in parameters.items() if name == path or name.startswith(f"{path}.")]
+        if not matches:
             known = {name.rpartition(".")[0] for name in parameters}
             raise InputError(f'distill: frozen = "{path}": the student has no parameters there{nearest(path, known)}')
-        held += [p for p in found if p.requires_grad]
-    for parameter in held:
+        frozen += [p for p in matches if p.requires_grad]
+    for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in held:
+        for parameter in frozen:
             parameter.requires_grad_(True)

@@ -1,8 +1,8 @@
-"""Which student of a quantization-aware training to keep: what will be deployed is compared, not what trains.
+"""Checkpoint selection for quantization-aware training, by the students' deployed form.
 
-Converted to integers a student has no learned step, no clamp in float and no unrounded bias left, so the best epoch is
-the best of that form. What is best so far lies in buffers of the objective, which checkpoints hold: a run that was
-killed keeps the same epoch.
+What is compared is what will be deployed, not what trains: converted to integers a student has no learned step, no
+clamp in float and no unrounded bias left, so the best epoch is the best of that form. What is best so far lies in
+buffers of the objective, which checkpoints hold: a run that was killed keeps the same epoch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from pqk.task.metrics import distance, predict
 from pqk.task.task import Task
 
 Criterion = Literal["last", "metric", "teacher"]
-
-
 Scorer = Callable[[nn.Module], list[float]]
-"""a student -> how good it is, higher is better, first things first"""
+"""a student -> its scores, higher is better, the most important score first"""
 
 
 def scorer(task: Task, teacher: nn.Module, criterion: Criterion) -> Scorer:
@@ -34,8 +32,8 @@ def scorer(task: Task, teacher: nn.Module, criterion: Criterion) -> Scorer:
     answers, _ = predict(teacher, task.validation)
 
     def score(student: nn.Module) -> list[float]:
-        twin = convert(copy.deepcopy(student), task.example)
-        outputs, targets = predict(twin, task.validation)
+        integer = convert(copy.deepcopy(student), task.example)
+        outputs, targets = predict(integer, task.validation)
         labelled = criterion == "metric" and targets is not None
         return [task.metric.function(outputs, targets) if labelled else 0.0, -distance(outputs, answers)]
 
@@ -43,14 +41,14 @@ def scorer(task: Task, teacher: nn.Module, criterion: Criterion) -> Scorer:
 
 
 class CheckpointSelection(Distillation):
-    """Distillation that remembers the best student of the start and of every epoch's end, where it is told to."""
+    """Distillation that, from `select` on, remembers the best student of the start and of every epoch's end."""
 
     best_score: Tensor
     """float64 [3]: the two of `scorer`, and the number of epochs it was trained for"""
     score: Scorer | None = None
 
     def select(self, student: nn.Module, teacher: nn.Module, criterion: Criterion) -> None:
-        """Compare from now on, beginning with `student` as it is; with "last" nothing is compared."""
+        """Starts the comparison with `student` as it is; with "last" nothing is compared."""
         if criterion == "last":
             return
         self.score = scorer(self.task, teacher, criterion)
@@ -70,7 +68,7 @@ class CheckpointSelection(Distillation):
                 kept.copy_(value)
 
     def finish(self, student: nn.Module) -> int | None:
-        """Make `student` the best one; returns the epochs that it was trained for, None where nothing was compared."""
+        """Loads the best student into `student`; returns how many epochs it had trained, None with "last"."""
         if self.score is None:
             return None
         state: dict[str, Any] = dict(zip(student.state_dict(), self.best.buffers(), strict=True))

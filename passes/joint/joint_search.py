@@ -7,7 +7,7 @@ arXiv:2106.14681. With weights W, a quantizer Q and a mask M of channels:
     phase 2   the teacher is f(x; Q(W)), with the pruned-away weights put back, the student f(x; Q(W⊙M)):
               L_s = ce_weight · CE + kd_weight · T² KL(p_t ‖ p_s), p_t detached;  L_t = CE;  they are minimised together
 
-Both are the same tensors (`_widths` tells how), so there is no second model in memory, and a step takes two forwards.
+Both are the same tensors (`slimmable` tells how), so there is no second model in memory, and a step takes two forwards.
 
 In the end the module takes the trained tensors, its channels are cut for good, and it is captured: batch norm is
 folded. It trained unfolded, with the weight's quantizer before it. Since Q has one step s_c for an output channel,
@@ -47,7 +47,11 @@ from pqk.training.trainer import Objective, Training, TrainingLog, fit
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class JointSearch(Training, WidthSettings, Pass):
-    """Prune, quantize and distill in one training: the network with its pruned channels put back is the teacher."""
+    """Prune, quantize and distill in one training: the network with its pruned channels put back is the teacher.
+
+    Kim, Chang and Kwak 2021, "PQK: Model Compression via Pruning, Quantization, and Knowledge Distillation",
+    arXiv:2106.14681.
+    """
 
     name: ClassVar[str] = "pqk"
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE})
@@ -90,7 +94,15 @@ class JointSearch(Training, WidthSettings, Pass):
         return self
 
     def pruning(self, share: float, ignore: Sequence[str] = ()) -> Prune:
-        """The pruning that takes the student `share` of the way to the budget (in powers)."""
+        """The pruning that takes the student `share` of the way to the budget, in powers of the ratio.
+
+        Args:
+            share: 1 for the whole budget; half of it, for a ratio of 4, is a ratio of 2.
+            ignore: layers that are not cut, beside those of the configuration.
+
+        Returns:
+            The configuration of that pruning.
+        """
         names = [f"{kind}_ratio" for kind in UNITS]
         ratios: dict[str, Any] = {n: r if (r := getattr(self, n)) is None else r**share for n in names}
         return Prune(
@@ -100,46 +112,73 @@ class JointSearch(Training, WidthSettings, Pass):
         )
 
     def apply(self, program: Program, task: Task) -> Program:
-        """Raises `InputError` where the budget cannot be met, the model not traced, or there is nothing to train on."""
+        """Trains the student in both phases, cuts what was masked, and captures it with its learned step sizes.
+
+        Args:
+            program: the student to compress, a module.
+            task: training data with labels, and validation data for ranges and importance.
+
+        Returns:
+            The program with a FAKE_QUANT student; its details hold the budget, the widths and the losses.
+
+        Raises:
+            InputError: the budget cannot be met, which is known before any training; the model cannot be traced; or
+                there is nothing to train on.
+            PqkError: the loss is still not finite after three retries at a lower rate.
+        """
         data = task.need_train("pqk")
         if self.precision == "bf16":
             raise InputError("pqk: quantization-aware training needs fp32: bfloat16 is coarser than the INT8 grid")
-        narrowing = _Narrowing(self, program, task)
-        widths, run = narrowing.widths, program.run
-        first = fit(run, widths.graph, data, _Narrow(narrowing), self._training(self.phase1))
-        narrowing.mask(self.rounds)  # a phase that was finished before a kill did not come by here
+        rounds = PruningRounds(self, program, task)
+        widths, run = rounds.widths, program.run
+        first = fit(run, widths.graph, data, SlimPhase(rounds), self.training_of(self.phase1))
+        rounds.mask(self.rounds)  # a phase that was finished before a kill did not come by here
         widths.widen()
         scales = [q.scale for q in quantizers(widths.graph).values() if q.scale.requires_grad]
-        both = _Both(self, task, widths, scales)
-        second = fit(run.enter(f"{run.scope}-phase2"), widths.graph, data, both, self._training(1 - self.phase1))
-        return self._finish(narrowing, task, (first, second))
+        both = MutualPhase(self, task, widths, scales)
+        second = fit(run.enter(f"{run.scope}-phase2"), widths.graph, data, both, self.training_of(1 - self.phase1))
+        return self.finish(rounds, task, (first, second))
 
-    def _training(self, share: float) -> Training:
+    def training_of(self, share: float) -> Training:
+        """The training of a phase that has `share` of the epochs."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Training)}
         return Training(**{**shared, "epochs": self.epochs * share})
 
-    def _quantize(self) -> Quantize:
+    def quantize(self) -> Quantize:
+        """The quantization of the captured graph."""
         return Quantize(calibration=self.calibration, samples=self.samples, float_layers=self.float_layers)
 
-    def _finish(self, narrowing: _Narrowing, task: Task, logs: Sequence[TrainingLog]) -> Program:
-        """Cut for good, capture, quantize, and carry the learned steps over."""
-        widths, slim, details = narrowing.widths, narrowing.student(self.rounds), narrowing.details
-        program = dataclasses.replace(narrowing.program, student=copy.deepcopy(slim))
-        program = self._quantize().apply(Capture().apply(program, task), task)
+    def finish(self, rounds: PruningRounds, task: Task, logs: Sequence[TrainingLog]) -> Program:
+        """Cuts the trained network for good, captures and quantizes it, and carries the learned steps over.
+
+        Args:
+            rounds: the channels that have gone, and the graph that was trained.
+            task: example inputs and validation data.
+            logs: of the trainings, for the record.
+
+        Returns:
+            The program with the FAKE_QUANT student.
+
+        Raises:
+            PqkError: the captured graph has quantizers that the trained one has not.
+        """
+        widths, slim, details = rounds.widths, rounds.student(self.rounds), rounds.details
+        program = dataclasses.replace(rounds.program, student=copy.deepcopy(slim))
+        program = self.quantize().apply(Capture().apply(program, task), task)
         assert isinstance(program.student, fx.GraphModule)
-        left = carry(widths, program.student, slim, lambda layer: narrowing.kept(layer, self.rounds))
-        if left:
-            raise PqkError(f"pqk: quantizers {left} of the deployed graph are not in the one that was trained")
-        noted = {key: details[key] for key in ("budget", "before", "after", "widths") if key in details}
+        untrained = carry(widths, program.student, slim, lambda layer: rounds.kept(layer, self.rounds))
+        if untrained:
+            raise PqkError(f"pqk: quantizers {untrained} of the deployed graph are not in the one that was trained")
+        pruned = {key: details[key] for key in ("budget", "before", "after", "widths") if key in details}
         return program.note(
             losses=[loss for log in logs for loss in log.losses],
             steps=sum(log.steps for log in logs),
             retries=sum(log.retries for log in logs),
-            **noted,
+            **pruned,
         )
 
 
-class _Narrowing:
+class PruningRounds:
     """The mask of phase 1: which channels have gone after each round, as the plan of cuts that will be made."""
 
     def __init__(self, config: JointSearch, program: Program, task: Task) -> None:
@@ -151,12 +190,12 @@ class _Narrowing:
         captured = Capture().apply(dataclasses.replace(program, student=copy.deepcopy(self.module)), task)
         assert isinstance(captured.student, fx.GraphModule)
         points = dict(captured.student.meta["points"])
-        quantize = config._quantize()
+        quantize = config.quantize()
         quantized = quantize.apply(captured, task).student
         assert isinstance(quantized, fx.GraphModule)
         groups = [g for g in find_groups(self.module, task.example, config.ignore) if g.reason is None]
-        blind = {g.producers[0]: reason for g in groups if (reason := self._why_not_narrowed(g)) is not None}
-        paths = dict.fromkeys(path for g in groups if g.producers[0] not in blind for path in g.producers)
+        unmasked = {g.producers[0]: reason for g in groups if (reason := self._why_not_masked(g)) is not None}
+        paths = dict.fromkeys(path for g in groups if g.producers[0] not in unmasked for path in g.producers)
         self.widths, declined = two_widths(
             quantized,
             self.module,
@@ -165,13 +204,13 @@ class _Narrowing:
             lambda quantizer, weight: quantizer.calibrate(weight, quantize.calibration, quantize.percentile),
         )
         hidden = [p for p in paths if self.widths.norms.get(p, p) not in self.widths.masks]
-        blind |= dict.fromkeys(hidden, "not cut: its output is no value of the captured graph that could be masked")
-        self.ignore = [*blind]
-        self.program = program.decline(config.name, [*declined, *blind.items()])
+        unmasked |= dict.fromkeys(hidden, "not cut: its output is no value of the captured graph that could be masked")
+        self.ignore = [*unmasked]
+        self.program = program.decline(config.name, [*declined, *unmasked.items()])
         if config.rounds > 1:
             self._pruned(self.program, self.module, 1.0, "feasible")
 
-    def _why_not_narrowed(self, group: ChannelGroup) -> Reason | None:
+    def _why_not_masked(self, group: ChannelGroup) -> Reason | None:
         """Why masking the channels of a group is not cutting them."""
         if any(m.dim == "values" for m in group.members):
             return "not cut: a bare parameter has these channels, which a mask of layers' outputs does not reach"
@@ -212,29 +251,29 @@ class _Narrowing:
         self.widths.narrow(lambda path: self.kept(path, rounds))
 
 
-class _Narrow(Objective):
+class SlimPhase(Objective):
     """Phase 1: the slim network on the labels; how many rounds of channels have gone is saved with the training."""
 
     rounds: Tensor
 
-    def __init__(self, narrowing: _Narrowing) -> None:
+    def __init__(self, pruning: PruningRounds) -> None:
         super().__init__()
-        self.narrowing, self.task = narrowing, narrowing.task
+        self.pruning, self.task = pruning, pruning.task
         self.register_buffer("rounds", torch.zeros((), dtype=torch.long))
 
     def begin(self, progress: float) -> None:
-        rounds = self.narrowing.config.rounds
+        rounds = self.pruning.config.rounds
         due = min(rounds, int(progress * rounds) + 1)
         if int(self.rounds) != due:
-            self.narrowing.mask(due)
+            self.pruning.mask(due)
             self.rounds.fill_(due)
 
     def forward(self, student: nn.Module, batch: Batch) -> Tensor:
-        self.narrowing.widths.show("slim")
+        self.pruning.widths.show("slim")
         return self.task.loss(student(*batch.inputs), batch.targets)
 
 
-class _Both(Objective):
+class MutualPhase(Objective):
     """Phase 2: L_s + L_t, two forwards over the same weights. The divergence detaches the teacher."""
 
     def __init__(self, config: JointSearch, task: Task, widths: Widths, scales: Sequence[Tensor]) -> None:

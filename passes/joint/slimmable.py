@@ -30,11 +30,11 @@ from pqk.quant.qparams import TINY
 
 WidthName = Literal["full", "slim"]
 KeptChannels = Callable[[str], Sequence[int] | None]
-"""module path -> the output channels that are left there; None: all"""
+"""module path -> the output channels that it still has; None: all"""
 
 
 class Mask(nn.Module):
-    """Zero in the channels that have gone, in the slim width. `kept` is a bool [C] buffer."""
+    """Puts zero into the channels that have gone, in the slim width. `kept` is a bool [C] buffer."""
 
     kept: Tensor
 
@@ -52,7 +52,7 @@ class Mask(nn.Module):
 
 
 class TwoWidths(nn.Module):
-    """A module for each width: `slim` is the one given, `full` a copy of it."""
+    """A module for each width: `slim` is the original, `full` a copy of it."""
 
     def __init__(self, slim: nn.Module) -> None:
         super().__init__()
@@ -81,10 +81,10 @@ class Widths:
     def narrow(self, kept: KeptChannels) -> None:
         """Mask what has gone."""
         for path, mask in self.masks.items():
-            left = kept(path)
-            mask.kept.fill_(left is None)
-            if left is not None:
-                mask.kept[list(left)] = True
+            channels = kept(path)
+            mask.kept.fill_(channels is None)
+            if channels is not None:
+                mask.kept[list(channels)] = True
 
     def widen(self) -> None:
         """Let the full width begin with the statistics and ranges of the slim one."""
@@ -93,19 +93,19 @@ class Widths:
                 module.full.load_state_dict(module.slim.state_dict())
 
     def quantizers(self) -> dict[str, ActivationFakeQuant | WeightFakeQuant]:
-        """Those of the slim width, by the names that they have in the deployed graph."""
+        """The quantizers of the slim width, by the names that they have in the deployed graph."""
         own = quantizers(self.graph).items()
         return {name.removesuffix(".slim"): q for name, q in own if not name.endswith(".full")}
 
     def trained(self, module: nn.Module) -> nn.Module:
         """A copy of `module`, which the graph was made of, with the trained tensors and the slim width's statistics."""
         module = copy.deepcopy(module)
-        there = module.state_dict()
+        tensors = module.state_dict()
         with torch.no_grad():
             for name, value in self.graph.state_dict().items():
                 name = name.replace(".slim.", ".")
-                if name in there:
-                    there[name].copy_(value)  # in place: layers that share a weight go on sharing it
+                if name in tensors:
+                    tensors[name].copy_(value)  # in place: layers that share a weight go on sharing it
         return module.eval()
 
 
@@ -118,8 +118,8 @@ def two_widths(
 ) -> tuple[Widths, list[tuple[str, str]]]:
     """The training graph, made of a calibrated FAKE_QUANT graph of `module` (which is changed).
 
-    `points` are the captured graph's, before quantizers came in; `paths` the modules whose channels may go. Also gives
-    `(module, reason)` for tensors of the graph that are no parameters of the module and therefore stand still.
+    `points` are the captured graph's, before quantizers came in; `paths` the modules whose channels may go. Also
+    returns `(module, reason)` for tensors of the graph that are no parameters of the module and therefore do not train.
     """
     nodes = {n.name: n for n in graph.graph.nodes}
     modules = dict(module.named_modules())
@@ -135,7 +135,7 @@ def two_widths(
         if isinstance(quantizer, ActivationFakeQuant):
             attach(graph, name, TwoWidths(quantizer))
     widths = Widths(finish(graph), norms, masks)
-    return widths, _hold_still(widths, modules)
+    return widths, _freeze_foreign(widths, modules)
 
 
 def _layer_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
@@ -206,8 +206,8 @@ def _called(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return attribute(graph, str(node.target)) if node.op == "call_module" else None
 
 
-def _hold_still(widths: Widths, modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
-    """Freeze the parameters of the graph that are none of the module's: they could not be carried back."""
+def _freeze_foreign(widths: Widths, modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
+    """Freezes the parameters of the graph that are none of the module's: they could not be carried back."""
     declined = []
     own = {f"{path}.{name}".lstrip(".") for path, m in modules.items() for name, _ in m.named_parameters(recurse=False)}
     inside = tuple(f"{path}." for path in (*widths.quantizers(), *widths.norms.values()))
@@ -219,13 +219,16 @@ def _hold_still(widths: Widths, modules: Mapping[str, nn.Module]) -> list[tuple[
 
 
 def carry(widths: Widths, student: fx.GraphModule, slim: nn.Module, kept: KeptChannels) -> list[str]:
-    """Give the deployed graph's quantizers what those of the same name have learned; returns the names without one.
+    """Copies to the deployed graph's quantizers what those of the same name have learned.
+
+    Returns the names of those that have none of that name.
+
 
     `slim` is the sliced module that `student` was captured from. Folding its batch norm multiplies the weights of
     output channel c by g_c = gamma_c / sqrt(var_c + eps), so the channel's step is multiplied by |g_c|: the integers
     stay, and those of a channel with g_c < 0 change their sign, for which the symmetric grid has room.
     """
-    learned, layers, left = widths.quantizers(), dict(slim.named_modules()), []
+    learned, layers, unmatched = widths.quantizers(), dict(slim.named_modules()), []
     weights = {str(n.target): str(operand(n).target) for n in student.graph.nodes if n.op == "call_module"}
     with torch.no_grad():
         for name, quantizer in quantizers(student).items():
@@ -239,20 +242,20 @@ def carry(widths: Widths, student: fx.GraphModule, slim: nn.Module, kept: KeptCh
                 channels = kept(layer)
                 scale = old.qparams().scale
                 scale = scale if channels is None else scale[list(channels)]
-                quantizer.scale.copy_((scale * _gain(widths, slim, layer)).clamp(min=TINY))
+                quantizer.scale.copy_((scale * _norm_factor(widths, slim, layer)).clamp(min=TINY))
             else:
-                left.append(name)
+                unmatched.append(name)
         for node in student.graph.nodes:
             if isinstance(bias := _called(student, node), BiasFakeQuant):
                 bias.fit(attribute(student, str(operand(node).target)))
-    return left
+    return unmatched
 
 
-def _gain(widths: Widths, slim: nn.Module, layer: str) -> Tensor | float:
+def _norm_factor(widths: Widths, slim: nn.Module, layer: str) -> Tensor | float:
     """|g_c| of the batch norm behind `layer`, float32 [C]; 1 without one."""
     if layer not in widths.norms:
         return 1.0
     norm = slim.get_submodule(widths.norms[layer])
     assert isinstance(norm, _BatchNorm) and norm.running_var is not None
-    gain = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
-    return (gain if norm.weight is None else gain * norm.weight.detach().double().abs()).float()
+    factor = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
+    return (factor if norm.weight is None else factor * norm.weight.detach().double().abs()).float()

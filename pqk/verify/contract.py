@@ -65,8 +65,8 @@ def compare_ends(fake_quant: nn.Module, deployed: ModelFunction, task: Task, *, 
     if expected_decisions.is_floating_point():
         raise InputError(
             f"parity: the task's decision is {expected_decisions.dtype}, which cannot agree exactly; pass "
-            "Task(decision=…) that returns integers or booleans, such as the class, the token or whether a threshold is "
-            "passed"
+            "Task(decision=…) that returns integers or booleans, such as the class, the token or whether a threshold "
+            "is passed"
         )
     agreement = float((expected_decisions == decisions).double().mean())
     delta = None

@@ -22,9 +22,9 @@ OPS = torch.ops.pqk
 
 
 def reference(case: Case) -> Tensor:
-    if isinstance(case.of, _conv.Case):
-        return int8_conv2d.reference(case.of.conv())
-    return int8_linear.reference(**case.of.arguments("cpu"))
+    if isinstance(case.layer, _conv.Case):
+        return int8_conv2d.reference(case.layer.conv())
+    return int8_linear.reference(**case.layer.arguments("cpu"))
 
 
 def whole(out: Tensor, width: int) -> Tensor:

@@ -96,7 +96,7 @@ def test_known_rows() -> None:
 @pytest.mark.parametrize("bad", [-1, 1 << 30])
 def test_an_id_outside_its_table(field: str, table: str, bad: int) -> None:
     """The reference names it. The kernel, which cannot, reads nothing for it: as if that row were zeros."""
-    e = Case((2, 3), 8, 20, given=True, normalize=False, steps="", out_dtype=F32).arguments("cpu")
+    e = Case((2, 3), 8, 20, with_ids=True, normalize=False, steps="", out_dtype=F32).arguments("cpu")
     ids = getattr(e, field).clone()
     ids[1, 2] = bad
     spoiled = replace(e, **{field: ids})
@@ -114,7 +114,7 @@ def test_an_id_outside_its_table(field: str, table: str, bad: int) -> None:
 
 def test_what_has_no_tokens_gives_no_rows() -> None:
     for f, shape in product((reference, run), ((0,), (3, 0), (0, 4))):
-        e = Case(shape, 8, given=True).arguments("cpu")
+        e = Case(shape, 8, with_ids=True).arguments("cpu")
         out, kept = f(replace(e, keep=True))
         assert out.shape == kept.shape == (*shape, 8) and f(e)[1].shape == (0,)
 
@@ -131,7 +131,7 @@ def test_offsets_have_64_bits() -> None:
 
 
 def case(**changes: Any) -> Embedding:
-    return replace(Case((2, 3), 8, given=True).arguments("cpu"), **changes)
+    return replace(Case((2, 3), 8, with_ids=True).arguments("cpu"), **changes)
 
 
 REFUSALS = [

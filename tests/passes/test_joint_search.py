@@ -26,7 +26,7 @@ from pqk.errors import InputError
 from pqk.models.resnet import resnet
 from pqk.passes import REWRITES, JointSearch
 from pqk.passes.joint import joint_search as module_of_the_pass
-from pqk.passes.joint.joint_search import _Both, _Narrow, _Narrowing
+from pqk.passes.joint.joint_search import MutualPhase, PruningRounds, SlimPhase
 from pqk.passes.joint.slimmable import Mask
 from pqk.quant.fake_quant import WeightFakeQuant, quantizers, set_mode
 from pqk.target.target import Target
@@ -93,37 +93,36 @@ CONFIG = JointSearch(epochs=2, rounds=2, macs_ratio=2.0, multiple=4, samples=64)
 
 
 @functools.cache
-def narrowed(name: str) -> _Narrowing:
+def narrowed(name: str) -> PruningRounds:
     """Phase 1 is over; the full width has begun with what the slim one learned. Not to be changed: copy it."""
-    narrowing = _Narrowing(CONFIG, program(name), TASK)
-    fit(RunContext(), narrowing.widths.graph, data(192), _Narrow(narrowing), CONFIG._training(0.5))
-    narrowing.widths.widen()
-    return narrowing
+    rounds = PruningRounds(CONFIG, program(name), TASK)
+    fit(RunContext(), rounds.widths.graph, data(192), SlimPhase(rounds), CONFIG.training_of(0.5))
+    rounds.widths.widen()
+    return rounds
 
 
-def fresh(name: str) -> _Narrowing:
+def fresh(name: str) -> PruningRounds:
     return copy.deepcopy(narrowed(name))
 
 
-def answers(narrowing: _Narrowing, width: Any) -> Tensor:
-    narrowing.widths.show(width)
+def answers(rounds: PruningRounds, width: Any) -> Tensor:
+    rounds.widths.show(width)
     with torch.no_grad():
-        return narrowing.widths.graph.eval()(*SOME)
+        return rounds.widths.graph.eval()(*SOME)
 
 
-def gone(narrowing: _Narrowing) -> list[tuple[Tensor, int, list[int]]]:
+def gone(rounds: PruningRounds) -> list[tuple[Tensor, int, list[int]]]:
     """(weight, axis, indices) of all weights that go with pruned channels."""
-    found, graph = [], narrowing.widths.graph
-    for path, layer in narrowing.module.named_modules():
+    weights, graph = [], rounds.widths.graph
+    for path, layer in rounds.module.named_modules():
         if not isinstance(layer, nn.Conv2d | nn.Linear):
             continue
         weight = graph.get_parameter(f"{path}.weight")
-        left = narrowing.kept(path, CONFIG.rounds)
-        if left is not None:
-            found.append((weight, 0, sorted(set(range(len(weight))) - set(left))))
-    convolution = next(m for p, m in narrowing.module.named_modules() if isinstance(m, nn.Conv2d))
-    assert found and convolution is not None
-    return found
+        kept = rounds.kept(path, CONFIG.rounds)
+        if kept is not None:
+            weights.append((weight, 0, sorted(set(range(len(weight))) - set(kept))))
+    assert weights
+    return weights
 
 
 names = pytest.mark.parametrize("name", ["resnet", "plain"])
@@ -132,24 +131,24 @@ names = pytest.mark.parametrize("name", ["resnet", "plain"])
 @names
 def test_the_masked_student_is_the_sliced_one(name: str) -> None:
     """In float as far as floats go; quantized, the weights are the same integers and the outputs a rounding away."""
-    narrowing = fresh(name)
-    assert any(not bool(m.kept.all()) for m in narrowing.widths.masks.values())
-    masked = answers(narrowing, "slim")
-    done = CONFIG._finish(narrowing, TASK, ())
+    rounds = fresh(name)
+    assert any(not bool(m.kept.all()) for m in rounds.widths.masks.values())
+    masked = answers(rounds, "slim")
+    done = CONFIG.finish(rounds, TASK, ())
     student = done.student.eval()
     with torch.no_grad():
         sliced = student(*SOME)
     # A bias's rounding moves few activations by a step.
     assert float((masked - sliced).abs().mean()) < 0.02 * float(masked.std())
     same, total = 0, 0
-    slim, learned = narrowing.student(CONFIG.rounds), narrowing.widths.quantizers()
+    slim, learned = rounds.student(CONFIG.rounds), rounds.widths.quantizers()
     for path, layer in slim.named_modules():
         quantizer = quantizers(student).get(f"quantizers.{path.replace('.', '_')}_weight")
         if quantizer is None or not isinstance(layer, nn.Conv2d | nn.Linear):
             continue
-        old, kept = learned[f"quantizers.{path.replace('.', '_')}_weight"], narrowing.kept(path, CONFIG.rounds)
+        old, kept = learned[f"quantizers.{path.replace('.', '_')}_weight"], rounds.kept(path, CONFIG.rounds)
         assert isinstance(quantizer, WeightFakeQuant)
-        norm = slim.get_submodule(narrowing.widths.norms[path]) if path in narrowing.widths.norms else None
+        norm = slim.get_submodule(rounds.widths.norms[path]) if path in rounds.widths.norms else None
         sign = torch.ones(len(layer.weight)) if norm is None else norm.weight.sign()  # type: ignore[union-attr,operator]
         steps = old.qparams().scale if kept is None else old.qparams().scale[kept]
         wide = [-1] + [1] * (layer.weight.dim() - 1)
@@ -159,45 +158,45 @@ def test_the_masked_student_is_the_sliced_one(name: str) -> None:
         same, total = same + int((before == after).sum()), total + after.numel()
         assert norm is None or bool((sign < 0).any())
     assert total > 500 and same >= 0.999 * total
-    for model in (narrowing.widths.graph, student):
+    for model in (rounds.widths.graph, student):
         set_mode(model, "off")
     with torch.no_grad():
-        torch.testing.assert_close(answers(narrowing, "slim"), student(*SOME), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answers(rounds, "slim"), student(*SOME), rtol=1e-4, atol=1e-4)
 
 
 @names
 def test_pruned_weights_are_the_teachers_alone(name: str) -> None:
     """Perturbed, they change the teacher and not a bit of the student."""
-    narrowing = fresh(name)
-    before = {width: answers(narrowing, width) for width in ("full", "slim")}
+    rounds = fresh(name)
+    before = {width: answers(rounds, width) for width in ("full", "slim")}
     with torch.no_grad():
-        for weight, axis, indices in gone(narrowing):
+        for weight, axis, indices in gone(rounds):
             weight.index_fill_(axis, torch.tensor(indices), 3.0)
-        for path, mask in narrowing.widths.masks.items():  # and those that read pruned channels
-            for reader, axis in readers(narrowing, path):
+        for path, mask in rounds.widths.masks.items():  # and those that read pruned channels
+            for reader, axis in readers(rounds, path):
                 reader.index_fill_(axis, (~mask.kept).nonzero().flatten(), 3.0)
-    assert torch.equal(answers(narrowing, "slim"), before["slim"])
-    assert not torch.allclose(answers(narrowing, "full"), before["full"])
+    assert torch.equal(answers(rounds, "slim"), before["slim"])
+    assert not torch.allclose(answers(rounds, "full"), before["full"])
 
 
-def readers(narrowing: _Narrowing, path: str) -> list[tuple[Tensor, int]]:
+def readers(rounds: PruningRounds, path: str) -> list[tuple[Tensor, int]]:
     """The weights whose inputs are the channels of `path`, in the networks of this file."""
     after = {"layer1.0.bn1": "layer1.0.conv2", "layer2.0.bn1": "layer2.0.conv2", "hidden.1": "head",
              "point.0": "hidden.0", "depthwise.1": "point.0"}  # fmt: skip
-    return [(narrowing.widths.graph.get_parameter(f"{after[path]}.weight"), 1)] if path in after else []
+    return [(rounds.widths.graph.get_parameter(f"{after[path]}.weight"), 1)] if path in after else []
 
 
 @names
 def test_the_students_loss_gives_pruned_weights_no_gradient(name: str) -> None:
     """Nor the teacher anything: its norms and ranges hear of L_t alone."""
-    narrowing = fresh(name)
-    widths, batch = narrowing.widths, next(data(32).batches())
-    objective = _Both(CONFIG, TASK, widths, ())
+    rounds = fresh(name)
+    widths, batch = rounds.widths, next(data(32).batches())
+    objective = MutualPhase(CONFIG, TASK, widths, ())
     for which in (1, 0):
         widths.graph.train().zero_grad()
         objective.losses(widths.graph, batch)[which].mean().backward()
-        grads = [w.grad.index_select(a, torch.tensor(i)) for w, a, i in gone(narrowing) if w.grad is not None]
-        grads += [w.grad[:, ~widths.masks[p].kept] for p in widths.masks for w, _ in readers(narrowing, p)]  # type: ignore[index]
+        grads = [w.grad.index_select(a, torch.tensor(i)) for w, a, i in gone(rounds) if w.grad is not None]
+        grads += [w.grad[:, ~widths.masks[p].kept] for p in widths.masks for w, _ in readers(rounds, p)]  # type: ignore[index]
         assert len(grads) > 3 and [bool((g != 0).any()) for g in grads if g.numel()].count(True) == (
             0 if which else sum(bool(g.numel()) for g in grads)
         )
@@ -206,8 +205,8 @@ def test_the_students_loss_gives_pruned_weights_no_gradient(name: str) -> None:
 
 
 def test_statistics_of_the_two_widths_are_apart() -> None:
-    narrowing = fresh("resnet")
-    widths, batch = narrowing.widths, next(data(32).batches())
+    rounds = fresh("resnet")
+    widths, batch = rounds.widths, next(data(32).batches())
     state = {k: v.clone() for k, v in widths.graph.state_dict().items()}
     widths.show("full")
     widths.graph.train()(*batch.inputs)
@@ -216,26 +215,26 @@ def test_statistics_of_the_two_widths_are_apart() -> None:
 
 
 def test_rounds_only_take_away() -> None:
-    narrowing = fresh("resnet")
-    costs = [count_macs(narrowing.student(i), TASK.example) for i in range(CONFIG.rounds + 1)]
+    rounds = fresh("resnet")
+    costs = [count_macs(rounds.student(i), TASK.example) for i in range(CONFIG.rounds + 1)]
     assert costs[0] > costs[1] > costs[2] and 2 * costs[2] <= costs[0] and 1.41 * costs[1] <= costs[0]
-    for path in narrowing.widths.masks:
-        left = [narrowing.kept(path, i) for i in range(CONFIG.rounds + 1)]
-        sets = [set(range(1000)) if kept is None else set(kept) for kept in left]
+    for path in rounds.widths.masks:
+        kept_by_round = [rounds.kept(path, i) for i in range(CONFIG.rounds + 1)]
+        sets = [set(range(1000)) if kept is None else set(kept) for kept in kept_by_round]
         assert sets[2] <= sets[1] <= sets[0]
-    narrowing.mask(1)  # a training that goes back to an earlier state shows its mask
-    path, mask = next((p, m) for p, m in narrowing.widths.masks.items() if narrowing.kept(p, 1) != narrowing.kept(p, 2))
-    kept = narrowing.kept(path, 1)
+    rounds.mask(1)  # a training that goes back to an earlier state shows its mask
+    path, mask = next((p, m) for p, m in rounds.widths.masks.items() if rounds.kept(p, 1) != rounds.kept(p, 2))
+    kept = rounds.kept(path, 1)
     assert mask.kept.nonzero().flatten().tolist() == (kept if kept is not None else [*range(len(mask.kept))])
 
 
 def test_a_norm_that_follows_no_layer_stands_still_and_says_so() -> None:
-    narrowing = fresh("plain")
-    said = {d.layer: d.reason for d in narrowing.program.declined if d.pass_name == "pqk"}
-    assert any("before" in layer for layer in said) and all("not trained" in reason for reason in said.values())
-    trained = narrowing.widths.trained(narrowing.module)
-    assert torch.equal(trained.before[1].weight, narrowing.module.before[1].weight)  # type: ignore[union-attr,index]
-    assert not torch.equal(trained.first[1].weight, narrowing.module.first[1].weight)  # type: ignore[union-attr,index]
+    rounds = fresh("plain")
+    reasons = {d.layer: d.reason for d in rounds.program.declined if d.pass_name == "pqk"}
+    assert any("before" in layer for layer in reasons) and all("not trained" in reason for reason in reasons.values())
+    trained = rounds.widths.trained(rounds.module)
+    assert torch.equal(trained.before[1].weight, rounds.module.before[1].weight)  # type: ignore[union-attr,index]
+    assert not torch.equal(trained.first[1].weight, rounds.module.first[1].weight)  # type: ignore[union-attr,index]
 
 
 def test_what_is_infinite_is_masked_too() -> None:
@@ -256,9 +255,9 @@ class Killed(Exception):
 @pytest.mark.parametrize(
     ("phase", "at"),
     [
-        pytest.param(_Narrow, 0.3, marks=pytest.mark.full),
-        (_Narrow, 0.7),
-        pytest.param(_Both, 0.5, marks=pytest.mark.full),
+        pytest.param(SlimPhase, 0.3, marks=pytest.mark.full),
+        (SlimPhase, 0.7),
+        pytest.param(MutualPhase, 0.5, marks=pytest.mark.full),
     ],
 )
 def test_a_killed_run_ends_in_the_same_student(
@@ -330,6 +329,14 @@ def test_the_artifact_has_the_sliced_size(tmp_path: Path) -> None:
     with torch.no_grad():
         want = torch.from_numpy(artifact.run(TASK.example[0]))
         torch.testing.assert_close(again(*TASK.example), want, rtol=0, atol=0.05 * float(want.std()))
+
+
+def test_the_name_of_older_scripts_is_the_same_pass() -> None:
+    from pqk.passes import PQK
+
+    assert PQK is JointSearch and PQK.name == "pqk"
+    (joint, _) = Recipe.loads(RECIPE).passes
+    assert isinstance(joint, PQK)
 
 
 @pytest.mark.parametrize(
