@@ -1,4 +1,4 @@
-# The front doors: `make demo`, `make test`, `make test-full`.
+# The front doors: `make demo`, `make test`, `make test-fast`, `make test-full`.
 # The first use creates .venv and installs into it; a later one installs only if these two files have changed.
 # PIP_FLAGS goes to pip: where the index would give torch's CUDA build (several GB), name that of the CPU build.
 
@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 INSTALL = .venv/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
 REQUIREMENTS = pyproject.toml constraints.txt
 
-.PHONY: demo test test-full check clean
+.PHONY: demo test test-fast test-full check clean
 
 demo: .venv/demo.stamp
 	rm -rf out/digits
@@ -15,6 +15,10 @@ demo: .venv/demo.stamp
 
 test: check
 	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2
+
+# No compile, no interpreter, no subprocess, no lint: what a contributor runs between two edits.
+test-fast: .venv/test.stamp
+	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2 -m "not full and not slow"
 
 test-full: check
 	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2 -m "full or not full" --summary out/test_full.json

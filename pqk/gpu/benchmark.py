@@ -315,8 +315,7 @@ def in_turn(contenders: Sequence[Contender], timing: TimingProtocol) -> list[Lat
         baseline = rivals[int(np.median(interleave(rivals, replace(timing, rounds=3)), axis=(1, 2)).argmin())]
     rows = measure(contenders, baseline, timing)
     if baseline is None:
-        empty = {"ratio": None, "ratio_low": None, "ratio_high": None, "significant": False}
-        rows = [row.model_copy(update=empty) for row in rows]
+        rows = [row.without_ratio() for row in rows]
     return rows
 
 

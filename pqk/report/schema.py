@@ -79,6 +79,10 @@ class LatencyRow(Part):
     significant: bool = False
     """whether the interval leaves 1 out"""
 
+    def without_ratio(self) -> LatencyRow:
+        """The same times, where there is no baseline that they could be held against."""
+        return self.model_copy(update={"ratio": None, "ratio_low": None, "ratio_high": None, "significant": False})
+
     @property
     def verdict(self) -> str:
         """`4.3x (4.2 to 4.4)`, or that there is no significant speed-up."""

@@ -197,17 +197,18 @@ def test_bootstrap_known_answers() -> None:
     assert bootstrap_ratio(np.arange(1.0, 12.0), seed=3) == bootstrap_ratio(np.arange(1.0, 12.0), seed=3)
 
 
-def test_a_turn_keeps_warming_up_while_calls_get_faster() -> None:
-    """The first 10 calls are five times slower; with 8 warm ones timing must not start inside them."""
-    count = 0
+def test_a_turn_keeps_warming_up_while_calls_get_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first 6 calls are ten times slower; with 8 warm ones timing must not start inside them."""
+    clock, count = Clock(), 0
+    simulate(clock, monkeypatch)
 
     def call() -> None:
         nonlocal count
         count += 1
-        time.sleep(0.01 if count <= 6 else 0.001)
+        clock.sleep(0.01 if count <= 6 else 0.001)
 
-    assert np.median(turn(call, TimingProtocol(burst=3, pause=0.0, warm=8))) < 4
-    assert count >= 2 * 8 + 3
+    assert turn(call, TimingProtocol(burst=3, pause=0.0, warm=8)) == pytest.approx([1.0] * 3)
+    assert count == 2 * 8 + 3
 
 
 def test_quick_forms() -> None:
