@@ -281,6 +281,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.mark.slow
 def test_importing_pqk_is_free() -> None:
     """The package is lazy: nothing heavy is there until a name is used."""
     code = "import json, sys, pqk; dir(pqk); print(json.dumps(sorted(sys.modules)))"
@@ -298,6 +299,7 @@ def test_every_public_name_is_there() -> None:
         pqk.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_kernels_import_without_triton() -> None:
     code = "\n".join(
         [
@@ -317,6 +319,7 @@ def test_no_folder_is_left_out_of_the_package() -> None:
     assert {name for path in SOURCES if path.stem == "__init__" for name in [module_of(path)]} == listed
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_everything(tmp_path: Path) -> None:
     """Built from a copy, as building leaves folders beside the sources."""
     source = tmp_path / "source"

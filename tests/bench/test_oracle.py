@@ -17,6 +17,8 @@ from pqk.passes import Capture, Convert, Quantize
 from pqk.passes.capture.capture import capture
 from pqk.target.target import Target
 
+pytestmark = pytest.mark.slow
+
 Operators = collections.Counter[str]
 
 

@@ -28,6 +28,8 @@ from pqk.bench.statistics import Ratio, bootstrap_ratio
 from pqk.core.onnxruntime_session import session
 from pqk.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 def stack(layers: int, channels: int = 16, size: int = 16) -> bytes:
     """An FP32 ONNX file of `layers` 3x3 convolutions."""

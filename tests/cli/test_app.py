@@ -24,6 +24,8 @@ from pqk.errors import ParityError
 from pqk.passes import PASSES
 from pqk.report.schema import SCHEMA_PATH
 
+pytestmark = pytest.mark.slow
+
 TOY = Path(__file__).parents[1] / "support" / "toy.py"
 RECIPE = """
 [teacher]

@@ -34,6 +34,8 @@ from pqk.recipe.factories import load_task, load_teacher
 from pqk.recipe.recipe import Recipe
 from pqk.target.target import Target
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 [teacher]
 factory = "toy:teacher"

@@ -34,7 +34,6 @@ from pqk.models.images import CropFlip
 from pqk.passes import REWRITES, Capture, Convert, Distill, Prune, Quantize
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.training import trainer as train
 
 TERMS = (CrossEntropy(weight=0.1), KLDivergence(weight=0.9, temperature=2))
 QAT = Distill(epochs=1.5, learning_rate=0.01, terms=TERMS, average=0.5, checkpoint_seconds=1e-9)
@@ -136,12 +135,13 @@ def test_a_run_killed_between_passes_is_the_same(whole: tuple[Path, Program], tm
     assert_same(resumed(tmp_path), whole[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3, 6, 10])
 def test_a_run_killed_in_training_is_the_same(
     whole: tuple[Path, Program], tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In recovery, distillation and quantization-aware training (2, 3, 4, 4 steps), at the ends of epochs and amid."""
-    original, count = train._Fit._step, 0
+    original, count = torch.optim.SGD.step, 0
 
     def step(self: Any, *arguments: Any) -> Any:
         nonlocal count
@@ -151,11 +151,12 @@ def test_a_run_killed_in_training_is_the_same(
         return original(self, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train._Fit, "_step", step)
+        patch.setattr(torch.optim.SGD, "step", step)
         resumed(tmp_path)
     assert_same(resumed(tmp_path), whole[1])
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_is_the_same(
     whole: tuple[Path, Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +189,7 @@ law.resumed(Path({folder!r}), law.SLOW)
 SLOW: tuple[Pass, ...] = (replace(QAT, epochs=10.0),)
 
 
+@pytest.mark.slow
 def test_kill_9_in_training(tmp_path: Path) -> None:
     (tmp_path / "killed").mkdir()
     script = SCRIPT.format(this=__file__, folder=str(tmp_path / "killed"))
@@ -291,6 +293,7 @@ def test_a_legal_order_says_where_it_ends() -> None:
     assert check_order(PASSES) == Stage.INT8 and check_order([]) == Stage.MODULE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["save_file", "mkdir"])
 def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(
     tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch

@@ -38,6 +38,7 @@ def test_a_decision_is_measured_once_and_replayed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_half_a_line_is_dropped_and_measured_again(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "journal.jsonl"

@@ -57,6 +57,7 @@ def teacher() -> nn.Module:
 # ---- inputs
 
 
+@pytest.mark.slow
 def test_statistics_move_to_those_that_the_teacher_remembers(teacher: nn.Module) -> None:
     """More steps, nearer; real data is nearer than noise, which is what the measure is worth."""
     x, _ = real()
@@ -68,6 +69,7 @@ def test_statistics_move_to_those_that_the_teacher_remembers(teacher: nn.Module)
     torch.testing.assert_close(made[150].inputs[0].mean((0, 2, 3)), x.mean((0, 2, 3)), atol=0.05, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_the_classes_are_drawn_evenly_and_the_label_is_the_teachers(teacher: nn.Module) -> None:
     made = synthesize(teacher, torch.zeros(2, 3, 6, 6), 50, 150, batch_size=20)
     assert made.targets is not None and (made.samples, made.batch_size) == (50, 20)
@@ -84,6 +86,7 @@ def test_a_seed_is_one_data_set_and_the_teacher_is_untouched(teacher: nn.Module)
     assert all(p.requires_grad and p.grad is None for p in teacher.parameters()) and not teacher._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_each_part_of_the_prior_does_what_it_says(teacher: nn.Module) -> None:
     def made(steps: int = 40, **weights: float) -> Tensor:
         alone = Prior(**{"classes": 0.0, "statistics": 0.0, "variation": 0.0, "energy": 0.0, **weights})

@@ -192,6 +192,7 @@ def test_views_that_no_copy_of_the_teacher_can_take_are_refused(shown: Views, me
         Task(stored(0, 8), stored(1, 8), stored(2, 8), views=shown).check(Net())
 
 
+@pytest.mark.slow
 def test_the_report_judges_each_on_its_own_view_and_says_so(tmp_path: Path) -> None:
     passes = "".join(f'[[pass]]\nname = "{name}"\n' for name in ("capture", "quantize", "convert"))
     recipe = Recipe.loads(f'[target]\nname = "arm-dotprod"\n{passes}')  # not this machine: nothing is timed

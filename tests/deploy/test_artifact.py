@@ -26,6 +26,8 @@ from pqk.passes import Capture, Convert, Distill, Prune, Quantize
 from pqk.recipe.recipe import Recipe, TeacherSpec
 from pqk.task.task import Task
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS: dict[str, Any] = {"blocks": [2, 1], "width": 16, "classes": 4}
 
 

@@ -27,6 +27,8 @@ from pqk.passes.quantize.placement import named_layers, placement
 from pqk.passes.quantize.quantize import calibrate, insert_fake_quant
 from pqk.target.target import Target
 
+pytestmark = pytest.mark.slow
+
 INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
 MOVEMENT = {"Reshape", "Transpose", "Slice", "Pad", "Squeeze", "Unsqueeze", "Gather", "MaxPool", "NhwcMaxPool"}
 FREE = {"QuantizeLinear", "DequantizeLinear", *MOVEMENT}

@@ -22,6 +22,8 @@ from pqk.errors import InputError
 from pqk.models.resnet import resnet
 from pqk.passes.fuse.fuse import fuse, launches
 
+pytestmark = pytest.mark.slow
+
 Made = tuple[fx.GraphModule, fx.GraphModule, Path, Tensor]
 Spoiled = Callable[[dict[str, bytes]], object]
 

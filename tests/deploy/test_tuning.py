@@ -26,7 +26,7 @@ from pqk.kernels.common.triton import INTERPRETED, TRITON_MISSING
 from pqk.passes import Fuse
 from pqk.passes.fuse.fuse import fuse, launches
 
-pytestmark = pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))]
 HERE = gpu_of("cpu")
 KEY = "m=1 n=10 k=64 i8"
 

@@ -75,7 +75,7 @@ def undeployed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module._Rehearsal, "_deploy", lambda rehearsal: None)
 
 
-pytestmark = pytest.mark.usefixtures("untimed")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("untimed")]
 
 
 def rehearse(toy: Any, text: str, task: Task | None = None, **teacher: Any) -> Findings:

@@ -31,6 +31,8 @@ from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.recipe.recipe import Recipe
 from pqk.task.task import Task
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(
     passes=(
         Prune(macs_ratio=1.3, multiple=4),

@@ -35,6 +35,8 @@ from pqk.task.task import Task
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.parity import check_parity
 
+pytestmark = pytest.mark.slow
+
 
 def drawn(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -35,6 +35,8 @@ from pqk.target.target import Target
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.parity import check_layers
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 DEFAULT = ("bert", "vit")
 """families of the default run; the others take their minutes in `make test-full`"""

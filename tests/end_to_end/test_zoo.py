@@ -28,6 +28,8 @@ from pqk.passes.prune.groups import check_groups
 from pqk.recipe.recipe import TargetSpec
 from pqk.target.target import TARGETS
 
+pytestmark = pytest.mark.slow
+
 SMALLER = 1.2
 FLOAT_LAYERS = {
     "transposed": {"1.0"},

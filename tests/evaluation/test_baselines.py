@@ -24,6 +24,8 @@ from pqk.target.machine import installed
 from pqk.target.target import Target
 from pqk.verify.coverage import integer_coverage
 
+pytestmark = pytest.mark.slow
+
 
 def network(path: Path) -> Path:
     weight = np.random.default_rng(0).normal(size=(16, 8, 3, 3)).astype(np.float32)

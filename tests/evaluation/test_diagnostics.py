@@ -28,6 +28,8 @@ from pqk.report.markdown import to_markdown
 from pqk.report.schema import AttributionRow, VariantName
 from pqk.task.task import Task
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 4
 
 

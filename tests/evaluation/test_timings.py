@@ -20,6 +20,8 @@ from pqk.evaluation.table import NEURAL_COMPRESSOR
 from pqk.evaluation.timings import elsewhere
 from pqk.evaluation.variants import Missing, Subject
 
+pytestmark = pytest.mark.slow
+
 NET, X = nn.Conv2d(16, 16, 3, padding=1).eval(), torch.zeros(1, 16, 16, 16)
 
 

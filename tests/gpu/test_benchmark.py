@@ -54,6 +54,8 @@ from pqk.recipe.recipe import Recipe, TeacherSpec
 from pqk.report.schema import LatencyRow
 from pqk.task.task import Task
 
+pytestmark = pytest.mark.slow
+
 SHORT = TimingProtocol(rounds=5, burst=2, warm=2, pause=0.0)
 
 

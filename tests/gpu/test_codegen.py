@@ -18,6 +18,8 @@ from pqk.kernels.common.gpu import planning_for
 from pqk.kernels.common.launch import Launch
 from pqk.kernels.common.triton import TRITON_MISSING
 
+pytestmark = pytest.mark.slow
+
 needs_triton = pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))
 MATMULS = ("int8_linear", "int8_conv2d", "int8_attention")
 WORKERS = 2

@@ -24,9 +24,10 @@ from pqk.kernels.common import triton
 from pqk.models.resnet import resnet
 from pqk.passes.fuse.fuse import fuse, launches
 
-pytestmark = pytest.mark.skipif(
-    not triton.INTERPRETED, reason=triton.TRITON_MISSING or "Triton is not interpreted here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not triton.INTERPRETED, reason=triton.TRITON_MISSING or "Triton is not interpreted here"),
+]
 
 
 def sealed(folder: Path, net: nn.Module, x: torch.Tensor) -> Path:

@@ -17,9 +17,10 @@ from pqk.kernels.common.gpu import planning_for
 from pqk.kernels.common.launch import Launch
 from pqk.kernels.common.triton import jit, tl
 
-pytestmark = pytest.mark.skipif(
-    not triton.INTERPRETED, reason=triton.TRITON_MISSING or "Triton is not interpreted here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not triton.INTERPRETED, reason=triton.TRITON_MISSING or "Triton is not interpreted here"),
+]
 
 
 @jit

@@ -17,6 +17,8 @@ from pqk.kernels.common.conv import Conv
 from pqk.kernels.common.launch import launch
 from pqk.kernels.common.triton import INTERPRETED
 
+pytestmark = pytest.mark.slow
+
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
 OPS = torch.ops.pqk
 

@@ -27,7 +27,10 @@ from pqk.kernels.int8_concat import Concat
 from pqk.kernels.int8_pool import Pool
 from pqk.quant.qparams import Grid, QParams, dequantize, quantize
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device"),
+]
 U8, S8 = torch.uint8, torch.int8
 MODULES = (int8_add, int8_mul, int8_concat, int8_pool)
 CASES = [
@@ -304,7 +307,7 @@ def test_what_the_kernels_do_not_take_has_a_reason() -> None:
     assert "32-bit index" in str(int8_concat.why_not_supported(concat(inputs=rows, params=params)))
     with pytest.raises(InputError, match="32-bit index"):
         int8_concat.run(concat(inputs=rows, params=params))
-    assert all(m.supports(c.arguments()) is None for m in MODULES for c in m.CASES)
+    assert all(m.why_not_supported(c.arguments()) is None for m in MODULES for c in m.CASES)
 
 
 # ---- the operators

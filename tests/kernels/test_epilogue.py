@@ -34,6 +34,8 @@ from pqk.kernels.common.launch import Launch, launch
 from pqk.kernels.common.triton import INTERPRETED, jit, tl
 from pqk.quant import qparams
 
+pytestmark = pytest.mark.slow
+
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
 CPU = torch.device("cpu")
 UINT8 = (0.1, 3.0, 0.0, 255.0)

@@ -34,7 +34,10 @@ from pqk.kernels.int8_attention import (
 from pqk.quant.qparams import Grid, dequantize, quantize
 from pqk.quant.qparams import choose as choose_qparams
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels run on CPU tensors under TRITON_INTERPRET=1 only")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not INTERPRETED, reason="kernels run on CPU tensors under TRITON_INTERPRET=1 only"),
+]
 INT8, UINT8 = Grid("int8", -127, 127, symmetric=True), Grid("uint8", 0, 255, symmetric=False)
 
 

@@ -30,6 +30,8 @@ from pqk.kernels.common.epilogue import fold_bias
 from pqk.kernels.common.gpu import Gpu
 from pqk.kernels.common.launch import collecting
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHOLE = {int8_conv2d: Config(1024, 64, 128, 4, 1), int8_depthwise_conv2d: Config(256, 128, 1, 4, 1)}
 """blocks that hold a whole case, which no GPU would take"""
@@ -336,7 +338,7 @@ def test_one_device(module: ModuleType, name: str) -> None:
 @pytest.mark.parametrize("module", WHOLE, ids=label)
 def test_what_the_kernels_do_not_take(module: ModuleType) -> None:
     def reason(case: Case, **given_: bool) -> str:
-        return module.supports(case.conv("meta"), **given_) or ""
+        return module.why_not_supported(case.conv("meta"), **given_) or ""
 
     one = module is int8_depthwise_conv2d
     assert reason(Case((1, 8, 8, 8), 8, groups=8 if one else 1)) == ""

@@ -21,7 +21,10 @@ from pqk.kernels.common.norm import MAX_COLUMNS
 from pqk.kernels.common.triton import INTERPRETED
 from pqk.kernels.int8_embedding import Case, Embedding, reference, run, why_not_supported
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device"),
+]
 CASES = [
     pytest.param(case, marks=[pytest.mark.full] if programs(int8_embedding.specialize(case)) > 32 else [])
     for case in int8_embedding.CASES

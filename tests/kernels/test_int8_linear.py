@@ -29,6 +29,8 @@ from pqk.kernels.common.launch import Launch, launch, signature
 from pqk.kernels.common.triton import INTERPRETED, TRITON_MISSING
 from pqk.kernels.int8_linear import CASES, CONFIGS, Case, choose
 
+pytestmark = pytest.mark.slow
+
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
 TILED = Config(16, 16, 32, 4, 2, group_m=2)
 VARIANTS = {"tiled": TILED, "persistent": replace(TILED, persistent=True), "split_k": replace(TILED, split_k=3)}

@@ -24,7 +24,10 @@ from pqk.kernels.common.triton import INTERPRETED
 from pqk.kernels.common.values import MAX_ROWS
 from pqk.quant.qparams import Grid, QParams, quantize
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: Triton, and no CUDA device"),
+]
 MODULES = (layer_norm_quantize, rms_norm_quantize)
 CASES = [
     pytest.param(module, case, marks=[pytest.mark.full] if programs(module.specialize(case)) > 32 else [])
@@ -196,9 +199,9 @@ def test_bad_input_is_refused_by_kernel_and_reference(norm: Norm, message: str) 
 def test_what_the_kernels_do_not_take_has_a_reason() -> None:
     long, many = torch.empty(2, MAX_COLUMNS + 1), torch.empty(MAX_ROWS + 1, 1, device="meta")
     for module in MODULES:
-        assert "does not stay in registers" in str(module.supports(floats(long)))
-        assert "32-bit index" in str(module.supports(floats(many)))
-        assert module.supports(floats(long[:, :-1])) is None
+        assert "does not stay in registers" in str(module.why_not_supported(floats(long)))
+        assert "32-bit index" in str(module.why_not_supported(floats(many)))
+        assert module.why_not_supported(floats(long[:, :-1])) is None
         with pytest.raises(InputError, match="registers"):
             module.run(floats(long))
 

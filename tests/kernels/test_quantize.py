@@ -22,6 +22,8 @@ from pqk.kernels.common.triton import INTERPRETED
 from pqk.kernels.quantize import Case, quantize_dynamic, quantize_static
 from pqk.quant import qparams
 
+pytestmark = pytest.mark.slow
+
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
 
 

@@ -196,6 +196,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_file(tmp_path: Path) -> None:
     """They make it at the same time, and map the same one."""
     command = [sys.executable, "-c", WRITER, str(tmp_path)]

@@ -389,6 +389,7 @@ def test_nothing_of_a_term_is_in_the_student_or_its_graph(term: Term) -> None:
     assert {n for n, _ in graph.named_parameters()} <= keys
 
 
+@pytest.mark.slow
 def test_terms_go_through_pruning_capture_and_quantization(tmp_path: Path) -> None:
     """One list of terms for every stage; narrow students need no other one."""
     terms = (
@@ -463,6 +464,7 @@ def test_the_most_alike_point_of_a_stage_is_proposed() -> None:
     assert (first.point, first.teacher_point) == ("layer1", "layer1.0") and first.cka == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_every_suggestion_can_be_trained_on() -> None:
     (x,) = IMAGES.inputs
     teacher, student = small(seed=1).eval(), small(width=2)

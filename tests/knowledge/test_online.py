@@ -314,6 +314,7 @@ def test_an_assistant_is_the_student_of_an_earlier_pass(tmp_path: Path) -> None:
         FromAssistant(after=0).make(TeacherContext(Net(7), Net(), (), "fp32", TASK.example))
 
 
+@pytest.mark.slow
 def test_an_artifact_teaches_on_new_data_and_is_checked(tmp_path: Path) -> None:
     old = Net(9).eval()
     emit_onnx(old, TASK.example, tmp_path / "model.onnx", TASK.input_names)

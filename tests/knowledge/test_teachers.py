@@ -116,6 +116,7 @@ MAKERS: dict[str, Callable[[nn.Module, Path], Teacher]] = {
 every = pytest.mark.parametrize("name", MAKERS)
 
 
+@pytest.mark.slow
 @every
 def test_no_teacher_gets_a_gradient_or_trains(name: str, tmp_path: Path) -> None:
     """Also where the student is its own teacher; and only the average changes during a training."""
@@ -158,6 +159,7 @@ def test_kept_answers_are_the_live_ones(name: str, tmp_path: Path) -> None:
     assert len(calls) == 6  # two views of three batches; the other two epochs are read
 
 
+@pytest.mark.slow
 def test_a_cache_is_of_these_members_these_weights_and_this_file(tmp_path: Path) -> None:
     def path(teacher: nn.Module) -> Path:
         cache = cache_for(tmp_path, teacher, data(), "fp32")
@@ -472,6 +474,7 @@ def test_a_recipe_says_who_teaches(source: Any, terms: tuple[Term, ...], said: s
     assert Recipe.loads(recipe.dumps()) == recipe
 
 
+@pytest.mark.slow
 def test_every_source_teaches_a_quantized_student(tmp_path: Path) -> None:
     whole = program(tmp_path)
     onnx_of(1, tmp_path)

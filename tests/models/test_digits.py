@@ -18,6 +18,8 @@ from pqk.recipe.factories import find_weights, load_task, load_teacher
 from pqk.recipe.recipe import Recipe
 from pqk.task.task import Task
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[2] / "models" / "digits.toml"
 
 

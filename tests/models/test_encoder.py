@@ -34,6 +34,8 @@ from pqk.recipe.recipe import Recipe
 from pqk.target.target import Target
 from pqk.task.task import Task
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 AXES = (("batch", "sequence"), ("batch", "sequence"))

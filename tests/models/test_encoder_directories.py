@@ -13,6 +13,8 @@ from families import FAMILIES, TEXT, Family
 from pqk.models.encoder import SHIFTED, HubFiles, encoder, load, load_tokenizer, positions
 from pqk.models.text import text_task
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 WORDS = ("<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(92)))

@@ -17,6 +17,8 @@ from pqk.models.encoder import encoder
 from pqk.models.finetune import FinetuneJob, accuracy, finetune
 from pqk.models.text import text_task
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 

@@ -13,6 +13,8 @@ from pqk.files import read_json
 from pqk.models.cifar import MEAN, STD, load_split
 from pqk.models.images import Normalize
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[2] / "models" / "results"
 
 

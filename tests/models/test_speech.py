@@ -32,6 +32,8 @@ from pqk.models.speech import (
 from pqk.recipe.factories import load_teacher
 from pqk.recipe.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[2] / "models" / "speech_fsdd.toml"
 
 

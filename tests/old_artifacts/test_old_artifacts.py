@@ -31,6 +31,8 @@ from pqk import Artifact
 from pqk.bench.artifact import benchmark
 from pqk.bench.protocol import QUICK
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).with_name("artifacts")
 
 

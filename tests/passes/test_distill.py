@@ -150,6 +150,7 @@ def test_it_trains_every_stage_and_leaves_the_teacher_alone(tmp_path: Path) -> N
     assert len([*(tmp_path / "cache").glob("*.npy")]) == 1  # of all three
 
 
+@pytest.mark.slow
 def test_scales_stand_still_from_where_they_should() -> None:
     start = program(small())
     start = replace(Capture().apply(start, task()), stage=Stage.GRAPH)
@@ -201,6 +202,7 @@ def calibrated(deep: tuple[int, ...] = (2, 2, 2)) -> tuple[Program, Task]:
     return replace(Quantize(samples=64).apply(graph, own), stage=Stage.FAKE_QUANT), own
 
 
+@pytest.mark.slow
 def test_a_short_training_does_not_lose_a_calibrated_student(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen steps. At a rate of 0.01 at most two of 64 answers get worse; at 0.05, the default, the loss stays where
     it is without clipped gradients and bounded steps at least twice that."""
@@ -219,6 +221,7 @@ def test_a_short_training_does_not_lose_a_calibrated_student(monkeypatch: pytest
     assert stable < 0.14 and trained(0.05, clip=1e9)[1] > 2 * stable
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_from_capture_on_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float | None] = []
 
@@ -234,6 +237,7 @@ def test_gradients_are_clipped_from_capture_on_only(monkeypatch: pytest.MonkeyPa
     assert seen == [None, 7.0, 1.0, 7.0, 1.0, 7.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["metric", "teacher"])
 def test_the_best_converted_student_is_kept(keep: Any) -> None:
     """What comes out is worth, as integers, the best of the start and every epoch, and is that very student."""
@@ -253,6 +257,7 @@ def test_the_best_converted_student_is_kept(keep: Any) -> None:
     assert 1 <= done.details["kept_epoch"] <= 3 and score(done.student) > spoiled
 
 
+@pytest.mark.slow
 def test_a_killed_training_keeps_the_same_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, own = calibrated((1, 1))
     config = Distill(epochs=3, learning_rate=0.05, keep="teacher", checkpoint_seconds=1e-9)

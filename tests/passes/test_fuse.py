@@ -74,6 +74,7 @@ def lowered(request: Any) -> tuple[fx.GraphModule, fx.GraphModule, list[tuple[st
     return graph, *fuse(graph), x
 
 
+@pytest.mark.slow
 def test_a_resnet_is_one_launch_a_layer(lowered: Any) -> None:
     graph, fused, declined, x = lowered
     convolutions = sum(n.target is torch.ops.aten.conv2d.default for n in graph.graph.nodes)
@@ -221,6 +222,7 @@ class Rooted(nn.Module):
         return x + self.up(x)
 
 
+@pytest.mark.slow
 def test_an_rms_norm_is_a_launch() -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 12)
@@ -374,6 +376,7 @@ def test_bytes_are_each_tensor_of_a_launch_once() -> None:
     assert traffic(fused, (x,)).bytes == 8 * quantized + 8 * (20 + 20) + 5 * 20 + 5 * 4 + 5 * 4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_fuses_again(tmp_path: Path) -> None:
     network = NETWORKS["residual"]
     teacher = network.teacher().requires_grad_(False)
@@ -458,6 +461,7 @@ def test_an_attention_of_small_heads_is_left_to_torch() -> None:
     assert any("heads of size 8" in reason for _, reason in declined)
 
 
+@pytest.mark.slow
 def test_an_encoder_survives_its_file(tmp_path: Path) -> None:
     graph, x = encoder("cuda-sm80")
     fused, _ = fuse(graph)
@@ -511,6 +515,7 @@ def embedded(net: nn.Module, target: str = "x86-avx2", axes: Any = None) -> tupl
     return int8_graph(net, *inputs, target=target, axes=axes), inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "target", "axes"),
     [
@@ -536,6 +541,7 @@ def test_an_embedding_with_its_norm_is_one_launch(order: str, target: str, axes:
         torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(want.abs().max()))
 
 
+@pytest.mark.slow
 def test_who_reads_the_norm_gets_floats_of_the_same_launch() -> None:
     graph, x = embedded(Embedded(also="norm"), axes=LENGTH)
     fused, declined = fuse(graph)
@@ -573,6 +579,7 @@ def test_an_embedding_survives_its_file(tmp_path: Path) -> None:
     assert launches(student, x)[0][:2] == ("norm", "pqk::int8_embedding")
 
 
+@pytest.mark.slow
 def test_a_bert_of_any_length(tmp_path: Path) -> None:
     """Of Hugging Face, its mask and all: the embedding is the first launch, the masked softmax stays in registers."""
     pytest.importorskip("transformers")

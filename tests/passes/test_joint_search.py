@@ -33,6 +33,8 @@ from pqk.target.target import Target
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, fit
 
+pytestmark = pytest.mark.slow
+
 
 class Plain(nn.Module):
     """Biases before batch norms, a depthwise layer, no batch norm, and one that follows no layer: [B, 3, 8, 8] -> 4."""

@@ -319,6 +319,7 @@ def test_depth_and_width_compete() -> None:
     assert torch.equal(rebuilt(program, task)(task.example[0]), program.student(task.example[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [{"depth": True, "width": False}, {"ignore": ("layer2.*",)}])
 def test_a_second_prune_with_other_groups_measures_its_own(first: dict[str, Any]) -> None:
     """Two prunes that share a run and its journal: what the first one measured is not what the second one asks for."""
@@ -344,6 +345,7 @@ def staircase(calls: list[int]) -> Callable[[nn.Module], float]:
     return measure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [False, True])
 def test_latency_budget_is_measured_and_a_journal_replays_it(depth: bool) -> None:
     model = trained(resnet((3, 3), 16))

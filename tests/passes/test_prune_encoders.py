@@ -29,6 +29,8 @@ from pqk.passes.prune.search import alternation
 from pqk.passes.quantize.embeddings import LEAST, TableFakeQuant
 from pqk.target.target import Target
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 
 

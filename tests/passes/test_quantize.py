@@ -187,6 +187,7 @@ def test_a_copy_borrows_from_itself(net: Any) -> None:
     assert id(activation) in ours and id(weight) in ours
 
 
+@pytest.mark.slow
 def test_the_plan_and_the_tensors_give_the_student_back(net: Any) -> None:
     module, program, x = net
     plan = [type(step)(step.function, json.loads(json.dumps(step.arguments))) for step in program.plan]
@@ -285,6 +286,7 @@ def test_what_is_sensitive_is_journaled_and_replayed(monkeypatch: pytest.MonkeyP
     assert list(run.journal.decisions) == ["03-quantize/sensitivity"]
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_faster_in_float_stays_there_and_the_decision_is_replayed(net: Any) -> None:
     module, _, x = net
     asked = []

@@ -90,6 +90,7 @@ def test_the_float_network_stays_and_the_quantized_one_hears_more() -> None:
     assert heard[1] > heard[0] + 6, heard
 
 
+@pytest.mark.slow
 def test_what_the_residual_stream_reads_is_not_smoothed() -> None:
     x, model = inputs(), layer(pre=False)
     graph = capture(copy.deepcopy(model), (x[:2],))

@@ -59,6 +59,7 @@ ENDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], int]] = {
 """what reads the last sum, and how many reshapes are left: into rows, and out of them"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [None, LENGTH], ids=["fixed", "free"])
 @pytest.mark.parametrize("name", ENDS)
 def test_rows_are_the_same_bits_and_two_reshapes(name: str, axes: Any) -> None:

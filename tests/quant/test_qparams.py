@@ -187,6 +187,7 @@ def test_the_custom_ops_are_sound() -> None:
     torch.library.opcheck(torch.ops.pqk.dequantize.default, (q, torch.rand(4), zeros, 0), test_utils=checks)
 
 
+@pytest.mark.slow
 def test_importing_twice_registers_the_ops_once() -> None:
     """In a process of its own: the second registration replaces the first, and goes when its module is collected. In
     this one, whatever called the operators afterwards would crash, some time later."""

@@ -60,6 +60,7 @@ def schema() -> Any:
     return jsonschema.validators.validator_for(found := json_schema())(found)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(recipes)
 def test_a_recipe_survives_toml(recipe: Recipe) -> None:

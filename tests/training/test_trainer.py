@@ -109,6 +109,7 @@ def folder(path: Path) -> RunContext:
     return RunContext(7, path).enter("01-distill")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("make", [array, loader])
 def test_killed_anywhere_is_the_same_student(tmp_path: Path, make: Callable[[], Data], optimizer: str) -> None:
@@ -385,6 +386,7 @@ def launch(out: Path, kill: int | None = None) -> None:
     assert done.returncode == 0, done.stderr[:3000]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_student(tmp_path: Path) -> None:
     """Both end with the same tensors, and decisions are those of rank 0."""
     import json

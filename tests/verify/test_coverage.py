@@ -14,6 +14,8 @@ from pqk.core.costs import count_macs
 from pqk.errors import InputError
 from pqk.verify.coverage import integer_coverage
 
+pytestmark = pytest.mark.slow
+
 FEEDS = {"input": np.random.default_rng(0).normal(size=(3, 8, 10, 10)).astype(np.float32)}
 MACS = {"a": 16 * 10 * 10 * 8 * 9, "b": 16 * 5 * 5 * 4 * 9, "fc": 16 * 10}
 

@@ -26,6 +26,8 @@ from pqk.verify.contract import compare_ends, divergence_of, why_not_at_the_ends
 from pqk.verify.interpreters import Recorder, Ties
 from pqk.verify.parity import check_layers, check_parity
 
+pytestmark = pytest.mark.slow
+
 CHANNELS, CLASSES, SIZE = 16, 10, 8
 NAMES = ("input", "conv", "add", "pool")
 
