@@ -54,7 +54,7 @@ def _computed(root: fx.GraphModule, node: fx.Node, numbers: dict[fx.Node, Tensor
         arguments[source] = value
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: arguments[n])
     with torch.no_grad():
-        result: Tensor = node.target(*args, **kwargs)
+        result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
     return result
 
 

@@ -143,9 +143,9 @@ class ConvolutionRule(WeightedRule):
         moved_residual = residual_shortcut(root, match.ending)
         if moved_residual is None:
             return as_end(match, launch(root, "int8_conv2d", match, size, **keywords, **epilogue(match, size)))
+        keywords |= epilogue(match, size, nhwc(moved_residual.source))
         keywords |= {"residual_channels": moved_residual.channels, "residual_stride": moved_residual.stride}
-        ending = epilogue(match, size, nhwc(moved_residual.source))
-        return as_end(match, launch(root, "int8_conv2d", match, size, **keywords, **ending))
+        return as_end(match, launch(root, "int8_conv2d", match, size, **keywords))
 
 
 def residual_shortcut(root: fx.GraphModule, ending: Ending) -> Shortcut | None:
