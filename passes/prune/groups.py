@@ -338,9 +338,9 @@ def why_not_exact(model: nn.Module, example: tuple[Tensor, ...], cuts: Sequence[
     for z, c in zip(zeroed, cut, strict=True):
         if z.shape != c.shape:
             return f"they are channels of the model's output, which would go from {[*z.shape]} to {[*c.shape]}"
-        error, scale = (float(t.abs().max()) if t.numel() else 0.0 for t in (z - c, z))
-        if not error <= TOLERANCE * scale:
-            return f"zeroing and cutting them differ by {error:.3g} (largest output {scale:.3g})"
+        off, scale = (float(t.abs().max()) if t.numel() else 0.0 for t in (z - c, z))
+        if not off <= TOLERANCE * scale:
+            return f"zeroing and cutting them differ by {off:.3g} (largest output {scale:.3g})"
     return None
 
 
