@@ -362,7 +362,7 @@ class Case:
     """the residual is one row, the same for all"""
 
     def arguments(self, device: str = "meta") -> dict[str, Any]:
-        """What the op takes. Scales are such that the outputs fill their grid."""
+        """The op's arguments, with scales that let the outputs fill their grid."""
         rows = () if self.every_row else (self.m,)
         return {
             "x": example((self.m, self.k), self.x_dtype, device, 1),

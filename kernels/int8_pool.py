@@ -104,7 +104,7 @@ class Pool:
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """How many windows fit; in ceil mode the last may reach past the padded image, but begins in it."""
+    """The number of windows that fit; in ceil mode the last may reach past the padded image, but begins in it."""
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     out = (cdiv(room, stride) if ceil_mode else room // stride) + 1
     return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out

@@ -1,1 +1,1 @@
-"""What several kernels share: launches, argument checks, epilogues, tile configurations."""
+"""Shared by several kernels: launches, argument checks, epilogues, tile configurations."""

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory: evenly spaced rows, the bytes it reaches, and whether it shares them."""
+"""A tensor's layout in memory: evenly spaced rows, the bytes it reaches, and whether it shares them."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def check_plain_steps(steps: str, params: Tensor, out_dtype: torch.dtype, device
 
 
 def rows_of(shape: Sequence[int]) -> int:
-    """How many rows a tensor of `shape` has: the product of all axes but the last."""
+    """The number of rows in a tensor of `shape`: the product of all axes but the last."""
     return math.prod(shape[:-1])
 
 

@@ -238,7 +238,7 @@ def carry(widths: Widths, student: fx.GraphModule, slim: nn.Module, kept: KeptCh
             elif isinstance(quantizer, WeightFakeQuant) and isinstance(old, WeightFakeQuant):
                 layer = weights[name].rpartition(".")[0]
                 if layer not in layers:
-                    continue  # made by capture, it stood still: its step is the one that suits its weight
+                    continue  # made by capture, it did not train: its step is the one that suits its weight
                 channels = kept(layer)
                 scale = old.qparams().scale
                 scale = scale if channels is None else scale[list(channels)]

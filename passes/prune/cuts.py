@@ -59,7 +59,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def channels_of(module: nn.Module, dim: Dim) -> int | None:
-    """How many input or output channels a layer has; None for a layer whose channels cannot be cut."""
+    """The number of a layer's input or output channels; None for a layer whose channels cannot be cut."""
     if isinstance(module, _ConvNd) or hasattr(module, "cut_channels"):
         return module.out_channels if dim == "out" else module.in_channels  # type: ignore[return-value]
     if isinstance(module, nn.Linear):

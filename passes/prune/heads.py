@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pqk.core.modes import evaluating
+
 
 @dataclass
 class AttentionLayer:
@@ -41,22 +43,12 @@ def find_attention(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, A
         handles.append(module.register_forward_pre_hook(watch.entering(path)))
         handles.append(module.register_forward_hook(watch.leaving, always_call=True))
     try:
-        _watch_pass(model, example, watch)
+        with evaluating(model), torch.no_grad(), watch:
+            model(*example)
     finally:
         for handle in handles:
             handle.remove()
     return {path: a for path, a in watch.attention.items() if a.makers and a.readers}
-
-
-def _watch_pass(model: nn.Module, example: tuple[Tensor, ...], watch: TorchFunctionMode) -> None:
-    """Run one forward pass in eval mode under `watch`, and give every module its own mode back."""
-    modes = {m: m.training for m in model.modules()}
-    try:
-        with torch.no_grad(), watch:
-            model.eval()(*example)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
 
 
 class _Watch(TorchFunctionMode):
@@ -202,8 +194,8 @@ def cut_heads(module: nn.Module, pruned: Sequence[int], heads: int, size: int) -
 
 def find_whole_tables(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, str]:
     """Linear layers and norms that read a whole table in one forward pass of `model` (unchanged) -> its embedding."""
-    watch = _TableReads(model)
-    _watch_pass(model, example, watch)
+    with evaluating(model), torch.no_grad(), _TableReads(model) as watch:
+        model(*example)
     return watch.readers
 
 

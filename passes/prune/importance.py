@@ -1,4 +1,4 @@
-"""How much each channel matters, and the schedule of ever narrower networks that follows from it."""
+"""The importance of channels, and the schedule of ever narrower networks that follows from it."""
 
 from __future__ import annotations
 

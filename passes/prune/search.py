@@ -136,14 +136,14 @@ def _fewest(most: int, ratio: Callable[[int], float], goal: float) -> int | None
 
 @dataclass(frozen=True)
 class Removable:
-    """What could go from a student next: residual blocks, and the next narrowing of each channel group, by name."""
+    """Candidates for removal from a student: residual blocks, and the next narrowing of each channel group, by name."""
 
     blocks: dict[str, Block]
     narrowings: dict[str, Narrowing]
 
     @property
     def edits(self) -> list[Edit]:
-        """How to try each of them, blocks first."""
+        """A trial of each candidate, blocks first."""
         blocks = [Edit(path, _trial_without(block), (path,)) for path, block in self.blocks.items()]
         return blocks + [
             Edit(name, _trial_masked(narrowing), tuple(cut["module"] for cut in narrowing.cuts))
@@ -157,7 +157,7 @@ class Removable:
 
 @dataclass
 class Search:
-    """Where a search by depth stands: the student so far, what it is to reach, and the data that it is ranked on."""
+    """State of a search by depth: the student so far, what it is to reach, and the data that it is ranked on."""
 
     program: Program
     goal: float
@@ -220,7 +220,7 @@ class DepthSearch(WidthSearch):
         search.value = self.budget.value(search.student) if measured else estimate
 
     def _removable(self, search: Search, key: str) -> Removable:
-        """What may go from the student; the reasons of all else are noted."""
+        """The candidates for removal; why everything else may not go is noted in `refused`."""
         batch = tuple(t[:8] for t in search.inputs)
         blocks, declined = find_blocks(search.student, batch, self.config.protect)
         self.refused.update(declined)
@@ -321,7 +321,7 @@ def _journal_key(measurements: Iterable[tuple[Any, ...]]) -> str:
 
 
 def alternation(model: nn.Module, block: str) -> tuple[int, int]:
-    """When a block's turn comes if every other one goes: places 1, 3, 5 …, then 2, 6, 10 …, then 4, 12 …, at last 0.
+    """Sort key of a block where every other one goes: places 1, 3, 5 …, then 2, 6, 10 …, then 4, 12 …, at last 0.
 
     What has gone keeps its place in its container, so the turns do not depend on how far one has come.
     """

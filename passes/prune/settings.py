@@ -19,7 +19,7 @@ from pqk.passes.prune.importance import Importance
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class WidthSettings:
-    """Which budget, and how channels compete for it."""
+    """The budget of a pruning, and how channels compete for it."""
 
     macs_ratio: float | None = Field(default=None, gt=1)
     """budget: the teacher's multiply-accumulates over the student's"""

@@ -44,8 +44,8 @@ def test_a_launch_writes_its_columns_and_no_other(case: Case) -> None:
     launch(planned)
     want, last = reference(case), case.before + out.shape[-1]
     assert_matches(want, out.contiguous())
-    left = torch.cat([room[..., : case.before], room[..., last:]], -1).view(torch.uint8)
-    assert left.numel() and bool((left == POISON).all())
+    others = torch.cat([room[..., : case.before], room[..., last:]], -1).view(torch.uint8)
+    assert others.numel() and bool((others == POISON).all())
 
 
 def conv_arguments() -> tuple[tuple[Any, ...], Conv]:
@@ -71,8 +71,8 @@ def test_the_operators_fill_one_buffer(body: str) -> None:
     other = int8_concat.Case((2, 5, 5), (3,), (torch.uint8,)).arguments("cpu")
     buffer = OPS.concat_buffer(conv.x, [5, 5, 9], torch.uint8)
     call("int8_conv2d_into", buffer[..., :6], *arguments)
-    given = (other.inputs[0], other.params, other.steps, other.scales[0], other.zero_points[0], torch.uint8)
-    call("int8_concat_into", buffer[..., 6:], *given)
+    concat = (other.inputs[0], other.params, other.steps, other.scales[0], other.zero_points[0], torch.uint8)
+    call("int8_concat_into", buffer[..., 6:], *concat)
     assert torch.equal(buffer, torch.cat([want, int8_concat.reference(other)], -1))
     linear = int8_linear.Case(4, 6, 32).arguments("cpu")
     rows = OPS.concat_buffer(linear["x"], [8], torch.int8).zero_()

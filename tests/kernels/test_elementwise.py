@@ -318,10 +318,10 @@ def test_the_operator_is_the_reference_and_its_fake_tells_the_shape(module: Modu
     name = module.__name__.rpartition(".")[2]
     arguments = module.CASES[-1].arguments("cpu")
     operator = getattr(torch.ops.pqk, name).default
-    given = tuple(vars(arguments).values())
-    got = operator(*given)
+    values = tuple(vars(arguments).values())
+    got = operator(*values)
     assert torch.equal(got, module.reference(arguments))
-    assert_alike(faked(operator, given), got)
+    assert_alike(faked(operator, values), got)
 
 
 @pytest.mark.parametrize("module", MODULES)

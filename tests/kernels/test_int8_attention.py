@@ -45,8 +45,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **cha
     """Float outputs; scores of a few units; zero points in the middle."""
     steps, params = program()
     zero = 128 if q.dtype == torch.uint8 else 0
-    made = Attention(q, k, v, mask, params, steps, 3e-3 / q.shape[-1] ** 0.5, 0.02, zero, zero, zero, torch.float32)
-    return dataclasses.replace(made, **changes)
+    scale = 3e-3 / q.shape[-1] ** 0.5
+    plain = Attention(q, k, v, mask, params, steps, scale, 0.02, zero, zero, zero, torch.float32)
+    return dataclasses.replace(plain, **changes)
 
 
 def drawn(batch: int, queries: int, keys: int, heads: int, head: int, dtype: torch.dtype = torch.int8) -> list[Tensor]:
@@ -264,8 +265,8 @@ def test_an_additive_mask_is_added_to_the_scores() -> None:
 def test_a_row_without_keys_is_zero(kind: str) -> None:
     """The first sample has nothing to attend to; the second is as it would be alone. Zero is then quantized."""
     q, k, v = drawn(2, 5, 70, 1, 32)
-    seen = torch.tensor([[False], [True]]).expand(2, 70)
-    mask = seen if kind == "bool" else torch.zeros(2, 70).masked_fill(~seen, -torch.inf)
+    visible = torch.tensor([[False], [True]]).expand(2, 70)
+    mask = visible if kind == "bool" else torch.zeros(2, 70).masked_fill(~visible, -torch.inf)
     got = agree(attention(q, k, v, mask, v_zero_point=9))
     assert bool((got[0] == 0).all())
     assert torch.equal(got[1:], poisoned_run(attention(q[1:], k[1:], v[1:], v_zero_point=9)))

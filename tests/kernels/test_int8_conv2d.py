@@ -90,8 +90,8 @@ def test_the_reference_is_a_convolution_of_values(module: ModuleType, case: Case
 def test_the_cases_leave_no_corner_out() -> None:
     cases = [case for _, case in EVERY]
     for name, plain in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)), ("kernel", (3, 3))):
-        seen = {getattr(c, name) for c in cases}
-        assert seen - {plain} and plain in seen, name
+        values = {getattr(c, name) for c in cases}
+        assert values - {plain} and plain in values, name
     assert {c.dtype for c in cases} == set(DTYPES)
     assert any(1 < c.groups < c.x[3] for c in cases) and any(c.out > c.groups == c.x[3] for c in cases)
     assert {c.x[3] for c in int8_conv2d.CASES} >= {3, 16, 32, 64}
@@ -164,8 +164,8 @@ def test_a_shortcut_is_strided_and_padded_as_it_is_read() -> None:
     """The padded half-size copy, which is not made, would give the same; what padding adds is the integer 0."""
     conv = Case((2, 3, 5, 4), 8, epilogue="residual", shortcut=True).conv(DEVICE)
     assert conv.residual is not None and conv.residual.shape == (2, 6, 10, 4)
-    made = pad(conv.residual[:, ::2, ::2], (2, 2))
-    truth = int8_conv2d.reference(replace(conv, residual=made, residual_channels=None, residual_stride=1))
+    padded = pad(conv.residual[:, ::2, ::2], (2, 2))
+    truth = int8_conv2d.reference(replace(conv, residual=padded, residual_channels=None, residual_stride=1))
     assert torch.equal(int8_conv2d.reference(conv), truth)
     assert_matches(truth, run(int8_conv2d, conv))
     assert_matches(truth, run(int8_conv2d, conv, Config(16, 16, 32, 2, 2)))

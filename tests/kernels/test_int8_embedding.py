@@ -180,8 +180,8 @@ def test_the_operator_is_the_reference_and_its_fake_tells_the_shape() -> None:
     operator = torch.ops.pqk.int8_embedding.default
     for keep in (False, True):
         arguments = replace(int8_embedding.CASES[2].arguments("cpu"), keep=keep)
-        given = tuple(vars(arguments).values())
-        for got, expected, fake in zip(operator(*given), reference(arguments), faked(operator, given), strict=True):
+        values = tuple(vars(arguments).values())
+        for got, expected, fake in zip(operator(*values), reference(arguments), faked(operator, values), strict=True):
             assert torch.equal(got, expected)
             assert_alike(fake, got)
 

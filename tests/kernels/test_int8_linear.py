@@ -301,8 +301,8 @@ def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "pqk.kernels"):
         assert all(launches.falls_back("some_op", device, "the GPU is too old") for _ in range(3))
         assert launches.falls_back("some_op", device) == (TRITON_MISSING is not None)
-    said = [r.getMessage() for r in caplog.records if "too old" in r.getMessage()]
-    assert said == ["some_op runs its reference on this device: the GPU is too old"]
+    messages = [r.getMessage() for r in caplog.records if "too old" in r.getMessage()]
+    assert messages == ["some_op runs its reference on this device: the GPU is too old"]
 
 
 def test_a_kernel_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,8 +211,8 @@ def test_the_operator_is_the_reference_and_its_fake_tells_the_shapes(module: Mod
     operator = getattr(torch.ops.pqk, module.__name__.rpartition(".")[2]).default
     for keep, residual in (("nothing", None), ("sum", S8)):
         norm = Case((3, 9), torch.float16, residual, keep=keep).arguments("cpu")
-        given = tuple(vars(norm).values())
-        for got, expected, fake in zip(operator(*given), module.reference(norm), faked(operator, given), strict=True):
+        values = tuple(vars(norm).values())
+        for got, expected, fake in zip(operator(*values), module.reference(norm), faked(operator, values), strict=True):
             assert torch.equal(got, expected)
             assert_alike(fake, got)
 
