@@ -240,8 +240,8 @@ class HubFiles:
 def layer_weights(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[int, str, tuple[int, ...]]]:
     """(layer, name within it, shape) of every weight that stands in a numbered layer."""
     for key, shape in shapes.items():
-        if (found := LAYER.search(key)) is not None:
-            yield int(found[1]), found[2], shape
+        if (match := LAYER.search(key)) is not None:
+            yield int(match[1]), match[2], shape
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -271,21 +271,21 @@ def _need_safetensors(folder: Path) -> None:
 def _refuse_decoders(config: Any, folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BIDIRECTIONAL
 
-    said = f"{folder} is a {config.model_type} ({', '.join(config.architectures or [])})"
+    kind = f"{folder} is a {config.model_type} ({', '.join(config.architectures or [])})"
     if config.is_encoder_decoder:
-        raise InputError(f"encoder: {said}, an encoder and a decoder; only encoders can be compiled")
+        raise InputError(f"encoder: {kind}, an encoder and a decoder; only encoders can be compiled")
     if getattr(config, "is_decoder", False) or config.model_type not in BIDIRECTIONAL:
-        raise InputError(f"encoder: {said}, which is not a bidirectional text encoder such as BERT; it cannot be used")
+        raise InputError(f"encoder: {kind}, which is not a bidirectional text encoder such as BERT; it cannot be used")
 
 
 def _refuse_other_pooling(folder: Path) -> None:
-    """Sentence-transformers say in a file of their own what an embedding is made of."""
+    """Raises `InputError` where sentence-transformers' own file says that an embedding is no mean over tokens."""
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return
     try:
-        said = json.loads(path.read_text())
-        modes = {k for k, v in said.items() if k.startswith("pooling_mode_") and v}
+        pooling = json.loads(path.read_text())
+        modes = {k for k, v in pooling.items() if k.startswith("pooling_mode_") and v}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"encoder: {path} is not readable: {_first_line(error)}") from error
     if modes - {"pooling_mode_mean_tokens"}:

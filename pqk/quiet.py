@@ -28,10 +28,11 @@ def quiet(*loggers: str, level: int | None = None, printing: bool = False) -> It
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
-            if level is not None and not loggers:
-                logging.disable(level - 1)
-            for name in loggers if level is not None else ():
-                logging.getLogger(name).setLevel(level)
+            if level is not None:
+                if not loggers:
+                    logging.disable(level - 1)
+                for name in loggers:
+                    logging.getLogger(name).setLevel(level)
             yield
         finally:
             logging.disable(disabled)

@@ -71,12 +71,12 @@ def measure_tuning(student: fx.GraphModule, inputs: tuple[Tensor, ...], device: 
     return Tuning(gpu, True, _table(best))
 
 
-def merge_tunings(found: Sequence[Tuning]) -> Tuning:
+def merge_tunings(tunings: Sequence[Tuning]) -> Tuning:
     """All of them, of one GPU, as one; there is at least one."""
     choices: dict[str, dict[str, Config]] = {}
-    for op, table in (pair for each in found for pair in each.choices.items()):
+    for op, table in (pair for each in tunings for pair in each.choices.items()):
         choices[op] = choices.get(op, {}) | table
-    return Tuning(found[0].gpu, all(each.measured for each in found), choices)
+    return Tuning(tunings[0].gpu, all(each.measured for each in tunings), choices)
 
 
 def _milliseconds(choice: Choice, config: Config, call: Any, time: Timer) -> float:
@@ -91,7 +91,7 @@ def _milliseconds(choice: Choice, config: Config, call: Any, time: Timer) -> flo
 
 def _choices(student: fx.GraphModule, inputs: tuple[Tensor, ...], gpu: Gpu) -> Iterator[tuple[Choice, LaunchedOp]]:
     """Each choice that comes up once, with an operator that it came up in."""
-    seen: set[tuple[str, str]] = set()
+    keys: set[tuple[str, str]] = set()
     if TRITON_MISSING is not None:
         return
     for called in launches(student, inputs):
@@ -101,8 +101,8 @@ def _choices(student: fx.GraphModule, inputs: tuple[Tensor, ...], gpu: Gpu) -> I
         with planning_for(gpu), noting() as noted, collecting(), torch.no_grad():
             kernel(*called.arguments.values())
         for choice in noted:
-            if (choice.op, choice.key) not in seen:
-                seen.add((choice.op, choice.key))
+            if (choice.op, choice.key) not in keys:
+                keys.add((choice.op, choice.key))
                 yield choice, called
 
 

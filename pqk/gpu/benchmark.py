@@ -138,9 +138,9 @@ def rotation(input_bytes: int, l2_bytes: int, most: int = COPIES) -> Rotation:
 
     Between two uses of a copy lie the `copies - 1` others and `copies` times the ballast.
     """
-    wanted = 2 * l2_bytes
-    copies = min(most, max(2, 1 + -(-wanted // max(1, input_bytes))))
-    missing = max(0, wanted - (copies - 1) * input_bytes)
+    traffic = 2 * l2_bytes
+    copies = min(most, max(2, 1 + -(-traffic // max(1, input_bytes))))
+    missing = max(0, traffic - (copies - 1) * input_bytes)
     return Rotation(copies, -(-missing // copies))
 
 
@@ -207,14 +207,14 @@ def _setting(place: Any, name: str, value: object) -> Iterator[None]:
 
 def teachers(device: Device, teacher: nn.Module, inputs: Inputs) -> list[Contender | Skipped]:
     """The teacher through `torch.compile` in each of `PRECISIONS`; its floating-point inputs come in that dtype."""
-    found: list[Contender | Skipped] = []
+    contenders: list[Contender | Skipped] = []
     for name, (dtype, products) in PRECISIONS.items():
         module = copy.deepcopy(teacher).eval().to(device.name, dtype)
         cast = tuple(x.to(device.name, dtype if x.is_floating_point() else x.dtype) for x in inputs)
         with at_its_best(), float32_products(products):
             compiled: Any = torch.compile(module, dynamic=False)
-            found.append(contender(device, "teacher_fp32", f"torch.compile, {name}", compiled, cast))
-    return found
+            contenders.append(contender(device, "teacher_fp32", f"torch.compile, {name}", compiled, cast))
+    return contenders
 
 
 @dataclass(frozen=True)
@@ -301,9 +301,9 @@ def benchmark(
 
 def _tuned(artifact: Artifact, cpu: Any, device: Device, batches: Sequence[int]) -> Tuning:
     """What is fastest on the device, by measurement; from now on the process runs so."""
-    found = merge_tunings([measure_tuning(cpu, example_on(artifact, batch), device) for batch in batches])
-    found.install()
-    return found
+    tuning = merge_tunings([measure_tuning(cpu, example_on(artifact, batch), device) for batch in batches])
+    tuning.install()
+    return tuning
 
 
 def in_turn(contenders: Sequence[Contender], timing: TimingProtocol) -> list[LatencyRow]:

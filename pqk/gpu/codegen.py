@@ -118,24 +118,24 @@ def compile_all(
     distinct = list({each.key: each for each in jobs}.values())
     shares = [distinct[i::workers] for i in range(workers)]
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        found = dict(
+        results = dict(
             pair for share in pool.map(lambda s: dict(_compiled(s, advance)), shares) for pair in share.items()
         )
-    return [found[each.key] for each in jobs]
+    return [results[each.key] for each in jobs]
 
 
 def _compiled(jobs: Sequence[CompileJob], advance: Callable[[int], None] | None) -> Iterator[tuple[str, Code | str]]:
     """Results by key. A compiler that dies takes its process along; the next process goes on behind the culprit."""
-    left = list(jobs)
-    while left:
-        with worker("pqk.gpu.codegen", [asdict(each) for each in left], interpreted=False) as (lines, died):
+    queue = list(jobs)
+    while queue:
+        with worker("pqk.gpu.codegen", [asdict(each) for each in queue], interpreted=False) as (lines, died):
             for line in lines:
                 result = json.loads(line)
-                yield left.pop(0).key, Code(**result) if isinstance(result, dict) else str(result)
+                yield queue.pop(0).key, Code(**result) if isinstance(result, dict) else str(result)
                 if advance is not None:
                     advance(1)
-            if left:
-                yield left.pop(0).key, died()
+            if queue:
+                yield queue.pop(0).key, died()
                 if advance is not None:
                     advance(1)
 
@@ -148,18 +148,18 @@ def worker(module: str, request: Any, *, interpreted: bool) -> Iterator[tuple[It
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpreted else {}
-    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
-        json.dump(request, asked)
-        asked.seek(0)
+    with tempfile.TemporaryFile("w+") as question, tempfile.TemporaryFile("w+") as errors:
+        json.dump(request, question)
+        question.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
-            stdin=asked, stdout=subprocess.PIPE, stderr=said, text=True, env=environment,
+            stdin=question, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
         )  # fmt: skip
 
         def died() -> str:
             code = process.wait()
-            said.seek(0)
-            words = said.read().strip().splitlines()
+            errors.seek(0)
+            words = errors.read().strip().splitlines()
             return f"python -m {module} ended with exit code {code}: {' '.join(words[-3:]) or 'it said nothing'}"
 
         assert process.stdout is not None
@@ -229,17 +229,17 @@ def read_nvidia(cubin: bytes) -> dict[str, Any]:
 def read_amd(assembly: str) -> dict[str, Any]:
     """The same of AMD's assembly text, from the metadata that LLVM puts at its end."""
 
-    def noted(name: str) -> int:
-        found = re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)
-        if found is None:
+    def number_of(name: str) -> int:
+        match = re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)
+        if match is None:
             raise PqkError(f"the assembly does not say its {name}")
-        return int(found[1])
+        return int(match[1])
 
     count = Counter(re.findall(r"^\s+(v_s?mfma\w+)", assembly, re.MULTILINE))
     return {
         "matrix": dict(sorted(count.items())),
-        "registers": noted("vgpr_count"),  # accumulation registers are among them
-        "spills": noted("vgpr_spill_count"),  # scalar registers spill to lanes of vector ones, not to memory
+        "registers": number_of("vgpr_count"),  # accumulation registers are among them
+        "spills": number_of("vgpr_spill_count"),  # scalar registers spill to lanes of vector ones, not to memory
     }
 
 

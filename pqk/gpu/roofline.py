@@ -95,10 +95,10 @@ ARCHES: tuple[Arch, ...] = (
 
 def arch_named(name: str) -> Arch:
     """Raises `InputError` for one that is not in `ARCHES`."""
-    found = next((a for a in ARCHES if a.name == name), None)
-    if found is None:
+    arch = next((a for a in ARCHES if a.name == name), None)
+    if arch is None:
         raise InputError(f'there is no architecture "{name}" among those compiled for{nearest(name, names())}')
-    return found
+    return arch
 
 
 def names() -> list[str]:
@@ -110,8 +110,8 @@ def occupancy(arch: Arch, warps: int, registers: int, shared: int, tensor_memory
 
     `warps` a program, `registers` a lane, `shared` in bytes, `tensor_memory` in columns, all a program's.
     """
-    given = -(-max(registers, 1) // GRANULE) * GRANULE
-    by_registers = SCHEDULERS * (REGISTERS // given)
+    allocated = -(-max(registers, 1) // GRANULE) * GRANULE
+    by_registers = SCHEDULERS * (REGISTERS // allocated)
     fit = [arch.programs, min(arch.warps, by_registers) // warps]
     if (each := shared + arch.shared_reserved) > 0:
         fit.append(arch.shared_core // each if shared <= arch.shared else 0)

@@ -55,10 +55,10 @@ class Planned:
 
 
 def _looks(run: Launch) -> Any:
-    given = [
+    arguments = [
         [n, [list(v.shape), v.stride(), str(v.dtype)] if isinstance(v, Tensor) else v] for n, v in run.args.items()
     ]
-    return [run.name, run.grid, run.num_warps, run.num_stages, given, sorted(run.constexprs.items())]
+    return [run.name, run.grid, run.num_warps, run.num_stages, arguments, sorted(run.constexprs.items())]
 
 
 # Planning and tracing, where Triton is interpreted
@@ -66,7 +66,7 @@ def _looks(run: Launch) -> Any:
 
 def of_cases(arches: Sequence[str]) -> list[Planned]:
     """Every case of every kernel."""
-    found = []
+    rows = []
     for module in KERNELS:
         stem = module.__name__.rpartition(".")[2]
         for i, case in enumerate(module.CASES):
@@ -74,18 +74,18 @@ def of_cases(arches: Sequence[str]) -> list[Planned]:
             for name in arches:
                 with _planning(name):
                     plans[name] = (module.specialize(case, "cpu"),)
-            found.append(Planned((f"case {i}",), stem, plans))
-    return found
+            rows.append(Planned((f"case {i}",), stem, plans))
+    return rows
 
 
 def of_student(called: Sequence[LaunchedOp], arches: Sequence[str]) -> list[Planned]:
     """What the operators of a fused student, as they were called, launch on each architecture; those alike once."""
-    alike: dict[str, Planned] = {}
+    rows: dict[str, Planned] = {}
     for each in called:
         each_planned = Planned((each.layer,), each.op, {name: planned(each, name) for name in arches})
-        seen = alike.get(each_planned.key)
-        alike[each_planned.key] = each_planned if seen is None else replace(seen, layers=(*seen.layers, each.layer))
-    return list(alike.values())
+        equal = rows.get(each_planned.key)
+        rows[each_planned.key] = each_planned if equal is None else replace(equal, layers=(*equal.layers, each.layer))
+    return list(rows.values())
 
 
 def planned(called: LaunchedOp, arch: str) -> tuple[Launch, ...]:
@@ -121,13 +121,13 @@ def _trace_all(request: dict[str, Any]) -> Iterator[Any]:
 
 def _traced(row: Planned) -> dict[str, Any]:
     traffic: dict[str, Any] = {}
-    seen: dict[str, Any] = {}
+    traces: dict[str, Any] = {}
     for name, runs in row.plans.items():
-        looks = json.dumps([_looks(r) for r in runs])
-        if looks not in seen:
+        key = json.dumps([_looks(r) for r in runs])
+        if key not in traces:
             reason = why_not_traced(runs) if runs else f"{row.op} is not a kernel of pqk"
-            seen[looks] = reason if reason is not None else asdict(trace(runs))
-        traffic[name] = seen[looks]
+            traces[key] = reason if reason is not None else asdict(trace(runs))
+        traffic[name] = traces[key]
     jobs = {name: [asdict(job(r, name)) for r in runs] for name, runs in row.plans.items()}
     grids = {name: [list(r.grid) for r in runs] for name, runs in row.plans.items()}
     return {"layers": row.layers, "op": row.op, "jobs": jobs, "grids": grids, "traffic": traffic}
@@ -190,7 +190,7 @@ def _rows(request: dict[str, Any], observer: Observer) -> list[dict[str, Any]]:
     return rows
 
 
-def _layer(row: dict[str, Any], found: Mapping[str, Code | str]) -> dict[str, Any]:
+def _layer(row: dict[str, Any], results: Mapping[str, Code | str]) -> dict[str, Any]:
     """One entry of the document: an operator, and on each architecture its code, traffic and prediction."""
     on = {}
     for name, jobs in row["jobs"].items():
@@ -198,14 +198,14 @@ def _layer(row: dict[str, Any], found: Mapping[str, Code | str]) -> dict[str, An
         traffic = Traffic(**traced) if isinstance(traced, dict) else None
         codes = []
         for each, grid in zip(jobs, row["grids"][name], strict=True):
-            made = found[CompileJob(**each).key]
-            code = made if isinstance(made, Code) else None
+            result = results[CompileJob(**each).key]
+            code = result if isinstance(result, Code) else None
             codes.append(
                 {
                     "kernel": each["kernel"].partition(":")[2],
                     "grid": grid,
                     "warps": each["num_warps"],
-                    "reason": None if code else made,
+                    "reason": None if code else result,
                     "shared_limit": arch.shared,
                     "integer": code.integer if code else [],
                     **(asdict(code) if code else {}),
@@ -223,29 +223,29 @@ def _layer(row: dict[str, Any], found: Mapping[str, Code | str]) -> dict[str, An
 
 def problems(layer: Mapping[str, Any]) -> list[str]:
     """The bars that a layer of the document misses: no spills, no wasted traffic, integer products in matrix units."""
-    found = []
-    for name, there in layer["on"].items():
-        where, traffic = f"{layer['op']} ({layer['layers'][0]}), {name}", there["traffic"]
-        for code in there["launches"]:
+    texts = []
+    for name, entry in layer["on"].items():
+        where, traffic = f"{layer['op']} ({layer['layers'][0]}), {name}", entry["traffic"]
+        for code in entry["launches"]:
             if code["reason"] is not None:
-                found.append(f"{where}: did not compile: {code['reason']}")
+                texts.append(f"{where}: did not compile: {code['reason']}")
                 continue
             if code["spills"]:
-                found.append(f"{where}: {code['spills']} spills; choose smaller blocks or more warps")
+                texts.append(f"{where}: {code['spills']} spills; choose smaller blocks or more warps")
             if code["shared"] > code["shared_limit"]:
-                found.append(f"{where}: {code['shared']} bytes of shared memory; a program has {code['shared_limit']}")
+                texts.append(f"{where}: {code['shared']} bytes of shared memory; a program has {code['shared_limit']}")
             elif not code["occupancy"]:
-                found.append(
+                texts.append(
                     f"{where}: no program fits on a core: {code['registers']} registers, {code['warps']} warps"
                 )
         if traffic and traffic["ratio"] > MOST_TRAFFIC:
-            found.append(f"{where}: moves {traffic['ratio']:.2f} times its tensors; at most {MOST_TRAFFIC}")
+            texts.append(f"{where}: moves {traffic['ratio']:.2f} times its tensors; at most {MOST_TRAFFIC}")
         if traffic and traffic["stray"]:
-            found.append(f"{where}: {traffic['stray']} accesses outside of its tensors")
-        compiled = all(code["reason"] is None for code in there["launches"])
-        if traffic and compiled and traffic["int8_macs"] and not any(code["integer"] for code in there["launches"]):
-            found.append(f"{where}: integer products without an integer matrix instruction")
-    return found
+            texts.append(f"{where}: {traffic['stray']} accesses outside of its tensors")
+        compiled = all(code["reason"] is None for code in entry["launches"])
+        if traffic and compiled and traffic["int8_macs"] and not any(code["integer"] for code in entry["launches"]):
+            texts.append(f"{where}: integer products without an integer matrix instruction")
+    return texts
 
 
 if __name__ == "__main__":

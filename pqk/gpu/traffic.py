@@ -201,8 +201,8 @@ class _Record:
 
     def touch(self, into: list[Sectors], pointers: Any, mask: Any) -> None:
         """Note an access; `pointers` and `mask` are handles of the interpreter."""
-        wanted = np.broadcast_to(True if mask is None else mask.data, pointers.data.shape)
-        addresses = pointers.data[wanted].astype(np.int64)
+        active = np.broadcast_to(True if mask is None else mask.data, pointers.data.shape)
+        addresses = pointers.data[active].astype(np.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         self.issued += size * addresses.size
         row = np.searchsorted(self.inside[:, 0], addresses, side="right") - 1

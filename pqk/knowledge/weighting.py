@@ -161,9 +161,9 @@ def teacher_agreement(view: View) -> Tensor:
 GATES: tuple[Callable[[View], Tensor], ...] = (teacher_right, teacher_confidence, student_doubt, teacher_agreement)
 
 
-def gate_named(name: str, given: Mapping[str, Gate]) -> Gate:
+def gate_named(name: str, own: Mapping[str, Gate]) -> Gate:
     """A gate given in Python, or one of `GATES`. Raises `InputError` naming the nearest known one."""
-    known: dict[str, Gate] = {**{g.__name__: g for g in GATES}, **given}
+    known: dict[str, Gate] = {**{g.__name__: g for g in GATES}, **own}
     if name not in known:
         raise InputError(f'distill: unknown gate "{name}"{nearest(name, known)}')
     return known[name]

@@ -50,7 +50,7 @@ class ActivationFakeQuant(nn.Module):
         self.scale = nn.Parameter(torch.ones(()), requires_grad=learned)
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.mode: Mode = "on"
-        self.seen: list[Tensor] = []
+        self.samples: list[Tensor] = []
         self.stride = 1
         self.extent: tuple[Tensor, Tensor] | None = None
 
@@ -80,10 +80,10 @@ class ActivationFakeQuant(nn.Module):
         if self.extent is not None:
             low, high = torch.minimum(low, self.extent[0]), torch.maximum(high, self.extent[1])
         self.extent = (low, high)
-        self.seen.append(flat[:: self.stride].clone())
-        while sum(map(len, self.seen)) > SAMPLE:
+        self.samples.append(flat[:: self.stride].clone())
+        while sum(map(len, self.samples)) > SAMPLE:
             # strides stay odd, which does not lock onto one channel or column
-            self.seen = [torch.cat(self.seen)[::3]]
+            self.samples = [torch.cat(self.samples)[::3]]
             self.stride *= 3
 
     def calibrate(self, method: Method, percentile: float) -> None:
@@ -95,11 +95,11 @@ class ActivationFakeQuant(nn.Module):
         if method == "minmax":
             qparams = from_range(*self.extent, self.grid)
         else:
-            qparams = choose(torch.cat([*self.seen, torch.stack(self.extent)]), self.grid, method, None, percentile)
+            qparams = choose(torch.cat([*self.samples, torch.stack(self.extent)]), self.grid, method, None, percentile)
         with torch.no_grad():
             self.zero_point.copy_(qparams.zero_point)
             self.scale.copy_(qparams.scale.clamp(max=self.limit(int(qparams.zero_point))))
-        self.seen, self.stride, self.extent, self.mode = [], 1, None, "on"
+        self.samples, self.stride, self.extent, self.mode = [], 1, None, "on"
 
     def qparams(self) -> QParams:
         """What rounds: the scale as it is used, within its bounds."""

@@ -1,4 +1,9 @@
-"""The custom operators of the INT8 graph: quantize, dequantize, and their dynamic forms."""
+"""The custom operators of the INT8 graph: quantize, dequantize, and their dynamic forms.
+
+They are registered in a package that kernels may import, so that a saved `student.pt2` loads wherever the kernels do:
+`pqk::quantize` and `pqk::dequantize`, and for ranges that are found at run time `pqk::quantize_dynamic_linear` and
+`pqk::matmul_integer_to_float`.
+"""
 
 from __future__ import annotations
 

@@ -3,10 +3,6 @@
 Rounding is half to even and clamping comes after the zero point is added, as ONNX QuantizeLinear defines both, so the
 fake-quantized student, the INT8 graph and the runtime compute the same integers. `x / scale` is a true division
 everywhere: a multiplication by the reciprocal lands on the other side of a tie now and then.
-
-The custom ops of the INT8 graph are registered here, on the floor that kernels may import, so that a saved
-`student.pt2` loads wherever the kernels do: `pqk::quantize` and `pqk::dequantize`, and for ranges that are found at run
-time `pqk::quantize_dynamic_linear` and `pqk::matmul_integer_to_float`.
 """
 
 from __future__ import annotations
@@ -102,7 +98,7 @@ U8 = Grid("uint8", 0, 255, symmetric=False)
 def dynamic_qparams(x: Tensor) -> QParams:
     """The qparams [] that cover the values `x` at hand, as ONNX DynamicQuantizeLinear and ONNX Runtime define them.
 
-    Zeros alone have scale 1.
+    An all-zero tensor gets scale 1.
     """
     low, high = (end.float() for end in torch.aminmax(x.detach()))
     low, high = low.clamp(max=0), high.clamp(min=0)

@@ -93,55 +93,55 @@ def fusion_section(report: Report) -> list[str]:
         ["launches", str(fusion.launches_before), str(fusion.launches_after)],
         ["bytes moved", str(fusion.bytes_before), str(fusion.bytes_after)],
     ]
-    left = [[d.layer, d.reason] for d in fusion.left_out]
+    rows_left_out = [[d.layer, d.reason] for d in fusion.left_out]
     return [
         "## Fusion",
         f"`student.pt2`, {fusion.size_bytes} bytes; counted for one sample, not timed.",
         markdown_table(("", "INT8 graph", "fused"), rows),
-        *([markdown_table(("left out", "reason"), left, texts=2)] if left else []),
+        *([markdown_table(("left out", "reason"), rows_left_out, texts=2)] if rows_left_out else []),
         *([contract(fusion.parity)] if fusion.parity != report.parity else []),
     ]
 
 
 def diagnostics_section(report: Report) -> list[str]:
     """Whether distillation worked; nothing in reports of earlier versions."""
-    found = report.diagnostics
-    if found is None:
+    diagnostics = report.diagnostics
+    if diagnostics is None:
         return []
     parts = [
-        "\n".join(f"- **Warning**: {text}." for text in found.warnings),
-        "\n".join(_findings(found)),
-        _calibrations(found),
-        "" if found.robustness is None else _robust(found.robustness),
-        _controls(found),
-        "\n".join(f"- No {name.replace('_', ' ')}: {why}." for name, why in _gathered(found.reasons)),
+        "\n".join(f"- **Warning**: {text}." for text in diagnostics.warnings),
+        "\n".join(_findings(diagnostics)),
+        _calibrations(diagnostics),
+        "" if diagnostics.robustness is None else _robust(diagnostics.robustness),
+        _controls(diagnostics),
+        "\n".join(f"- No {name.replace('_', ' ')}: {why}." for name, why in _gathered(diagnostics.reasons)),
     ]
     return ["## Diagnostics", *(part for part in parts if part)]
 
 
-def _findings(found: Diagnostics) -> list[str]:
+def _findings(diagnostics: Diagnostics) -> list[str]:
     """A line for each part that is a few numbers."""
     lines = []
-    if (t := found.teacher) is not None:
+    if (t := diagnostics.teacher) is not None:
         lines.append(f"- Teacher: mean top probability {percent(t.top)}, entropy {percent(t.entropy)} of a guess's.")
-    if (f := found.fidelity) is not None:
+    if (f := diagnostics.fidelity) is not None:
         churn = "" if f.lost is None else f"; {percent(f.lost)} only the teacher has right, {percent(f.won)} only it"
         lines.append(
-            f"- Student and teacher, {found.samples} samples: {percent(f.agreement)} decided alike, KL {f.kl:.4f}"
+            f"- Student and teacher, {diagnostics.samples} samples: {percent(f.agreement)} decided alike, KL {f.kl:.4f}"
             f"{churn}. Least alike: {_least(f.agreement_per_class)}."
         )
-    if (n := found.negative_transfer) is not None:
+    if (n := diagnostics.negative_transfer) is not None:
         alone = f"no control: {n.control_reason}" if n.control is None else f"without the teacher {percent(n.control)}"
         lines.append(
             f"- The teacher is wrong on {n.samples} samples; the student says the same on {percent(n.copied)} of them "
             f"({alone})."
         )
-    if (c := found.capacity_gap) is not None:
+    if (c := diagnostics.capacity_gap) is not None:
         lines.append(
             f"- Gain of distillation: {span(c.gain)}, from a teacher of {c.teacher_parameters} parameters to a student "
             f"of {c.student_parameters}."
         )
-    if (b := found.break_even) is not None:
+    if (b := diagnostics.break_even) is not None:
         lines.append(
             f"- The {b.compile_seconds:.0f} s of the passes have paid after {b.queries:,} queries, each "
             f"{b.saved_ms:.3f} ms shorter."
@@ -157,8 +157,8 @@ def span(interval: Interval | None) -> str:
 
 
 def _least(shares: tuple[float | None, ...], most: int = 3) -> str:
-    there = sorted((share, label) for label, share in enumerate(shares) if share is not None)
-    return ", ".join(f"class {label} ({percent(share)})" for share, label in there[:most])
+    classes = sorted((share, label) for label, share in enumerate(shares) if share is not None)
+    return ", ".join(f"class {label} ({percent(share)})" for share, label in classes[:most])
 
 
 def _gathered(reasons: dict[str, str]) -> list[tuple[str, str]]:
@@ -166,20 +166,20 @@ def _gathered(reasons: dict[str, str]) -> list[tuple[str, str]]:
     names: dict[str, list[str]] = {}
     for name, why in reasons.items():
         names.setdefault(why, []).append(name)
-    return [(", ".join(found), why) for why, found in names.items()]
+    return [(", ".join(group), why) for why, group in names.items()]
 
 
-def _calibrations(found: Diagnostics) -> str:
-    teacher = None if found.teacher is None else found.teacher.calibration
-    both = {"teacher": teacher, "student": found.calibration}
-    there = {name: c for name, c in both.items() if c is not None}
-    if not there:
+def _calibrations(diagnostics: Diagnostics) -> str:
+    teacher = None if diagnostics.teacher is None else diagnostics.teacher.calibration
+    both = {"teacher": teacher, "student": diagnostics.calibration}
+    networks = {name: c for name, c in both.items() if c is not None}
+    if not networks:
         return ""
     header = ("", "accuracy", "ECE", "NLL", "best temperature", "ECE then", "NLL then")
-    rows = [[name, percent(c.accuracy), percent(c.ece), f"{c.nll:.4f}", *_tempered(c)] for name, c in there.items()]
-    notes = [f"No temperature for the {name}: {c.reason}." for name, c in there.items() if c.reason]
-    said = "Temperatures are those of validation data; dividing the last layer's weights and biases by one applies it."
-    return "\n\n".join([markdown_table(header, rows), " ".join([said, *notes])])
+    rows = [[name, percent(c.accuracy), percent(c.ece), f"{c.nll:.4f}", *_tempered(c)] for name, c in networks.items()]
+    notes = [f"No temperature for the {name}: {c.reason}." for name, c in networks.items() if c.reason]
+    note = "Temperatures are those of validation data; dividing the last layer's weights and biases by one applies it."
+    return "\n\n".join([markdown_table(header, rows), " ".join([note, *notes])])
 
 
 def _tempered(c: Calibration) -> list[str]:
@@ -188,20 +188,20 @@ def _tempered(c: Calibration) -> list[str]:
     return [f"{c.temperature:.3f}", percent(c.ece_after), "–" if c.nll_after is None else f"{c.nll_after:.4f}"]
 
 
-def _robust(found: Robustness) -> str:
+def _robust(robustness: Robustness) -> str:
     header = ("corruption", "what", "teacher", "student", "teacher loses", "student loses", "more than the teacher")
-    rows = [["none", "", percent(found.teacher), percent(found.student), "", "", ""]]
-    for r in found.rows:
+    rows = [["none", "", percent(robustness.teacher), percent(robustness.student), "", "", ""]]
+    for r in robustness.rows:
         drops = [span(r.teacher_drop), span(r.student_drop), span(r.excess)]
         rows.append([r.corruption, r.what, percent(r.teacher), percent(r.student), *drops])
-    said = f"On {found.samples} samples; losses are shares of the network's own accuracy."
-    return f"{markdown_table(header, rows, texts=2)}\n\n{said}"
+    note = f"On {robustness.samples} samples; losses are shares of the network's own accuracy."
+    return f"{markdown_table(header, rows, texts=2)}\n\n{note}"
 
 
-def _controls(found: Diagnostics) -> str:
-    if not found.controls:
+def _controls(diagnostics: Diagnostics) -> str:
+    if not diagnostics.controls:
         return ""
-    rows = [[TITLES[c.variant], percent(c.accuracy), span(c.difference)] for c in found.controls]
+    rows = [[TITLES[c.variant], percent(c.accuracy), span(c.difference)] for c in diagnostics.controls]
     return markdown_table(("control", "accuracy", "the student has more"), rows)
 
 

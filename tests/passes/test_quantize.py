@@ -342,11 +342,11 @@ def test_observing_keeps_a_bounded_sample_and_the_exact_extent(method: str, monk
     for seed in range(20):
         quantizer(torch.randn(400, generator=torch.Generator().manual_seed(seed)))
     quantizer(torch.tensor([-9.0, 12.0]))
-    assert sum(map(len, quantizer.seen)) <= 1000
+    assert sum(map(len, quantizer.samples)) <= 1000
     quantizer.calibrate(method, 99.0)  # type: ignore[arg-type]
     width = float(quantizer.scale.detach()) * 255
     assert {"minmax": 20.9, "percentile": 3, "mse": 3}[method] < width < {"percentile": 12}.get(method, 21.1)
-    assert quantizer.mode == "on" and not quantizer.seen
+    assert quantizer.mode == "on" and not quantizer.samples
 
 
 def test_calibrating_without_data_is_an_error() -> None:

@@ -10,9 +10,9 @@ import copy
 import hashlib
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,37 @@ class FrozenTeacher(Teacher):
         if any(t.device != device for t in self._model[0].parameters()):
             self._model = [copy.deepcopy(self._model[0]).to(device)]  # the program's teacher stays where it is
         return run_tapped(self._model[0], batch if self.students_view else batch.for_teacher(), self.precision)
+
+
+class ChangingTeacher(Teacher):
+    """A teacher whose weights change in every step: its answers are never kept, and it is part of the checkpoint.
+
+    A subclass keeps its model as an attribute, gives it as `module`, and calls `tap_module` when it is there.
+    """
+
+    uncacheable: ClassVar[str]
+    """why its answers are not kept"""
+
+    def __init__(self, points: Sequence[str], precision: str) -> None:
+        super().__init__()
+        self.points, self.precision = points, precision
+        self._tapped: list[nn.Module] = []
+
+    def tap_module(self) -> None:
+        """Shows the features of `module` at the points."""
+        assert self.module is not None
+        self._tapped = [tap(self.module, self.points)]  # in a list: no part of the teacher's own modules
+
+    def why_not_cached(self) -> Reason | None:
+        return self.uncacheable
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ChangingTeacher:
+        super()._apply(fn, recurse)
+        self.tap_module()  # a tapped graph holds buffers of its own
+        return self
+
+    def live(self, batch: Batch) -> TeacherAnswer:
+        return run_tapped(self._tapped[0], batch, self.precision)
 
 
 def cache_for(

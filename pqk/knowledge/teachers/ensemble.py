@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, Outputs, first_tensor, map_tensors, tensors
 from pqk.errors import InputError, Reason, nearest
-from pqk.knowledge.taps import tap
-from pqk.knowledge.teachers.base import Teacher, TeacherAnswer, run_tapped
+from pqk.knowledge.teachers.base import ChangingTeacher, Teacher, TeacherAnswer
 from pqk.knowledge.terms.base import View
 
 LEAST_VARIANCE = 1e-8
@@ -237,7 +236,7 @@ def _entropy(p: Tensor) -> Tensor:
 # ---- the student as its own teacher
 
 
-class EMATeacher(Teacher):
+class EMATeacher(ChangingTeacher):
     """The exponential moving average of the student that trains (mean teacher: Tarvainen & Valpola, NeurIPS 2017).
 
     Before each step every tensor moves by 1 − momentum towards the student's, batch-norm statistics among them. The
@@ -265,27 +264,19 @@ class EMATeacher(Teacher):
         warmup: bool = True,
         precision: str = "fp32",
     ) -> None:
-        super().__init__()
+        super().__init__(points, precision)
         if not 0 <= momentum < 1:
             raise InputError(f"distill: the teacher's momentum={momentum} must be at least 0 and below 1")
-        self.momentum, self.warmup, self.points, self.precision = momentum, warmup, points, precision
+        self.momentum, self.warmup = momentum, warmup
         self._student = [student]  # hidden: it is no part of the teacher
         self.average = copy.deepcopy(student).eval().requires_grad_(False)
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self._tapped = [tap(self.average, points)]
+        self.tap_module()
 
     @property
     def module(self) -> nn.Module | None:
         return self.average
-
-    def why_not_cached(self) -> Reason | None:
-        return self.uncacheable
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EMATeacher:
-        super()._apply(fn, recurse)
-        self._tapped = [tap(self.average, self.points)]  # a tapped graph holds buffers of its own
-        return self
 
     @torch.no_grad()
     def begin(self, progress: float) -> None:
@@ -299,6 +290,3 @@ class EMATeacher(Teacher):
                 mean.lerp_(new, 1 - momentum)
             else:
                 mean.copy_(new)
-
-    def live(self, batch: Batch) -> TeacherAnswer:
-        return run_tapped(self._tapped[0], batch, self.precision)

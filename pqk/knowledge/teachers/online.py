@@ -7,7 +7,7 @@ teacher learns reaches the student's only where that is the point, at an auxilia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, first_tensor, widened
 from pqk.errors import InputError, Reason
-from pqk.knowledge.taps import tap
-from pqk.knowledge.teachers.base import Teacher, TeacherAnswer, run_tapped
+from pqk.knowledge.teachers.base import ChangingTeacher, Teacher, TeacherAnswer
 from pqk.knowledge.terms.base import View
 from pqk.knowledge.terms.response import KLDivergence
 
@@ -31,7 +30,7 @@ def task_loss(outputs: Any, view: View) -> Tensor | float:
     return 0.0 if view.targets is None else view.task.loss(outputs, view.targets)
 
 
-class PeerTeacher(Teacher):
+class PeerTeacher(ChangingTeacher):
     """A second student that learns beside the first (deep mutual learning: Zhang et al., CVPR 2018, arXiv:1706.00384).
 
     It answers in eval mode, and learns T² KL(student ‖ peer) and the task's loss in a forward pass of its own.
@@ -55,25 +54,13 @@ class PeerTeacher(Teacher):
         temperature: float = 1.0,
         precision: str = "fp32",
     ) -> None:
-        super().__init__()
-        self.peer, self.points, self.precision = peer.eval(), points, precision
-        self.kd_weight, self.temperature = kd_weight, temperature
-        self._tapped = [tap(self.peer, points)]
+        super().__init__(points, precision)
+        self.peer, self.kd_weight, self.temperature = peer.eval(), kd_weight, temperature
+        self.tap_module()
 
     @property
     def module(self) -> nn.Module | None:
         return self.peer
-
-    def why_not_cached(self) -> Reason | None:
-        return self.uncacheable
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PeerTeacher:
-        super()._apply(fn, recurse)
-        self._tapped = [tap(self.peer, self.points)]  # a tapped graph holds buffers of its own
-        return self
-
-    def live(self, batch: Batch) -> TeacherAnswer:
-        return run_tapped(self._tapped[0], batch, self.precision)
 
     def auxiliary_loss(self, view: View) -> Tensor | None:
         self.peer.train()
