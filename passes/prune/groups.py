@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from pqk.data.structures import tensors
 from pqk.errors import InputError, Reason
 from pqk.passes.prune.cuts import Cut, Dim, channels_of, cut_axis, cut_channels, is_depthwise
 from pqk.passes.prune.heads import AttentionLayer, find_attention, find_whole_tables
+from pqk.quiet import quiet
 
 TOLERANCE = 1e-4
 """largest error of the law, relative to the largest output; a wrong mapping is off by whole channels"""
@@ -122,8 +122,7 @@ def find_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[
     shadow.requires_grad_(True)
     graph = torch_pruning.DependencyGraph()
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.enable_grad():
             graph.build_dependency(shadow, list(example), lambda m, x: m(*x), output_transform=tensors, verbose=False)
             traced = list(graph.get_all_groups())
     except Exception as error:  # a tracer raises anything on a model that it does not know
