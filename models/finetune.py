@@ -120,10 +120,12 @@ def finetune(job: FinetuneJob, out: Path, data: Path | None = None, directory: s
         raise InputError(f"finetune: {out} is there already; choose another folder")
     if len(job.rates) < 1 or min(job.rates) <= 0:
         raise InputError(f"finetune: rates={job.rates} must be positive")
-    return _Finetuning(job, out, data, find_directory(directory, data)).run()
+    return Finetuning(job, out, data, find_directory(directory, data)).run()
 
 
-class _Finetuning:
+class Finetuning:
+    """One fine-tuning: the rates that are tried on held-out texts, and the encoder that the best one gives."""
+
     def __init__(self, job: FinetuneJob, out: Path, data: Path | None, folder: Path) -> None:
         self.job, self.out, self.folder, self.data = job, out, folder, data
         self.work = out.with_name(f".{out.name}.work")
@@ -145,13 +147,13 @@ class _Finetuning:
         notes = self._notes()
         for rate in self.job.rates:
             if str(rate) not in notes["dev"]:
-                model, seconds = self._train(rate, self.rest, f"rate-{rate:g}")
+                model, seconds = self.train(rate, self.rest, f"rate-{rate:g}")
                 notes["dev"][str(rate)] = {"accuracy": accuracy(model, self.dev), "seconds": seconds}
                 self._note(notes)
                 log.info("rate %g: dev %.4f in %.0f s", rate, notes["dev"][str(rate)]["accuracy"], seconds)
         best = max(self.job.rates, key=lambda r: notes["dev"][str(r)]["accuracy"])
         scope = f"rate-{best:g}" if self.job.dev is not None else "whole"  # nothing was held out: it is trained already
-        model, seconds = self._train(best, self.train, scope)
+        model, seconds = self.train(best, self.train, scope)
         notes |= {"rate": best, "seconds": seconds if scope == "whole" else notes["dev"][str(best)]["seconds"]}
         notes["test"] = accuracy(model, self.reader.read(self.job.test, "test"))
         notes["texts"] = {"train": self.train.samples, "dev": self.dev.samples, "notes": self.tokens.notes}
@@ -160,7 +162,7 @@ class _Finetuning:
         shutil.rmtree(self.work)
         return notes
 
-    def _train(self, rate: float, data: TextData, scope: str) -> tuple[Encoder, float]:
+    def train(self, rate: float, data: TextData, scope: str) -> tuple[Encoder, float]:
         """The model trained at this rate, in eval mode, and the seconds that this process spent on it."""
         job = self.job
         torch.manual_seed(job.seed)  # of the new head

@@ -101,14 +101,16 @@ def check(teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer | N
 
     Raises `InputError` where teacher and task do not fit each other; everything later is a finding.
     """
-    rehearsal = _Rehearsal(teacher, task, recipe, observer or Silent())
+    rehearsal = Rehearsal(teacher, task, recipe, observer or Silent())
     try:
         return rehearsal.run()
     finally:
         rehearsal.oracle.folder.cleanup()
 
 
-class _Rehearsal:
+class Rehearsal:
+    """One rehearsal of a recipe, and what it has found so far."""
+
     def __init__(self, teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer) -> None:
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
         task.check(self.teacher)
@@ -142,7 +144,7 @@ class _Rehearsal:
                 if row.problem is not None and p.result_stage(self.program.stage) != self.program.stage:
                     break
         if self.program.stage == Stage.INT8:
-            self._deploy()
+            self.deploy()
         elif not any(p.problem for p in self.found.passes):
             self.found.problems.append(
                 f"recipe: it leaves the student in stage {self.program.stage}; an artifact needs INT8: end it with "
@@ -227,7 +229,7 @@ class _Rehearsal:
         batch = next(self.task.validation.batches())
         return len(self.task.validation) * forward_seconds(self.program.student, batch.inputs)
 
-    def _deploy(self) -> None:
+    def deploy(self) -> None:
         """Emit the student, hold its layers to the parity contract, and time it in turn with the teacher."""
         task, graph = self.task, self.program.student
         assert isinstance(graph, torch.fx.GraphModule)

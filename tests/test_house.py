@@ -172,6 +172,14 @@ def test_reasons_are_named_so() -> None:
     assert not offenders(misnamed)
 
 
+def test_tests_replace_nothing_private() -> None:
+    """A test passes a smaller object instead: what is private may be renamed without breaking it."""
+    patched = re.compile(r"""setattr\([^()]*?(?:["'](?:[\w.]*\.)?_(?!_)\w*["']|\b\w*\._\w+,)""")
+    texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))}
+    found = [f"{path.relative_to(ROOT)}: {m.group(0)}" for path, text in texts.items() for m in patched.finditer(text)]
+    assert not found
+
+
 def test_a_name_has_one_meaning() -> None:
     """No two classes, and no class and type alias, share a name; `Case` is part of every kernel's fixed form."""
     where: dict[str, list[str]] = {}

@@ -60,7 +60,7 @@ def _open(
     return recipe, recipe.teacher, recipe.task
 
 
-def _loaded(teacher: TeacherSpec, task: TaskSpec, data: Path | None, recipe: Path) -> tuple[Any, Any]:
+def load_sources(teacher: TeacherSpec, task: TaskSpec, data: Path | None, recipe: Path) -> tuple[Any, Any]:
     if data is not None and not data.is_dir():
         raise InputError(f"--data {data}: there is no such folder")
     beside = recipe.resolve().parent
@@ -82,7 +82,7 @@ def compress(
     as_json: bool,
 ) -> CommandAnswer:
     recipe, teacher_spec, task_spec = _open(path, settings, target, seed)
-    teacher, task = _loaded(teacher_spec, task_spec, data, path)
+    teacher, task = load_sources(teacher_spec, task_spec, data, path)
     artifact = compile_student(
         teacher,
         task,
@@ -126,7 +126,7 @@ def compare(
     recipe = comparison.recipe
     if recipe.teacher is None or recipe.task is None:
         raise InputError(f"{path}: it needs a [teacher] and a [task] table, as recipes have them")
-    teacher, task = _loaded(recipe.teacher, recipe.task, data, path)
+    teacher, task = load_sources(recipe.teacher, recipe.task, data, path)
     chosen = "" if seeds is None else f" --seeds {','.join(map(str, seeds))}"
     command = f"pqk compare {path}{'' if data is None else ' --data DATA'} --out {out}{chosen}"
     document = run_cells(teacher, task, comparison, out, resume=resume, observer=observer(as_json), command=command)
@@ -145,7 +145,7 @@ def check(
     from pqk.check import check as rehearse
 
     recipe, teacher_spec, task_spec = _open(path, settings, target, seed)
-    teacher, task = _loaded(teacher_spec, task_spec, data, path)
+    teacher, task = load_sources(teacher_spec, task_spec, data, path)
     shows: Observer = observer(as_json)
     found = rehearse(teacher, task, recipe, shows)
     document = {"recipe": str(path), **asdict(found)}

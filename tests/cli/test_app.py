@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toy_recipe import RECIPE
 
 from pqk import files
 from pqk.cli import app as cli
@@ -27,29 +28,6 @@ from pqk.report.schema import SCHEMA_PATH
 pytestmark = pytest.mark.slow
 
 TOY = Path(__file__).parents[1] / "support" / "toy.py"
-RECIPE = """
-[teacher]
-factory = "toy:teacher"
-weights = "toy.safetensors"
-[task]
-factory = "toy:task"
-[target]
-name = "x86-avx2"
-[[pass]]
-name = "prune"
-macs_ratio = 1.5
-multiple = 8
-[[pass]]
-name = "distill"
-epochs = 1
-[[pass]]
-name = "capture"
-[[pass]]
-name = "quantize"
-samples = 64
-[[pass]]
-name = "convert"
-"""
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 from safetensors.torch import save_file
+from toy_recipe import RECIPE
 
 from pqk.cli import app as cli
 from pqk.comparison import runner as module
@@ -36,28 +37,6 @@ from pqk.target.target import Target
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-[teacher]
-factory = "toy:teacher"
-weights = "toy.safetensors"
-[task]
-factory = "toy:task"
-[target]
-name = "x86-avx2"
-[[pass]]
-name = "prune"
-macs_ratio = 1.5
-multiple = 8
-[[pass]]
-name = "distill"
-[[pass]]
-name = "capture"
-[[pass]]
-name = "quantize"
-samples = 64
-[[pass]]
-name = "convert"
-"""
 TABLES = """
 [screen]
 seeds = [0, 1]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from toy_recipe import PASSES
 
 from pqk import check as module
 from pqk.bench.statistics import Ratio
@@ -22,25 +23,7 @@ from pqk.core.progress import Silent
 from pqk.recipe.recipe import Recipe
 from pqk.task.task import Task
 
-RECIPE = """
-[target]
-name = "x86-avx2"
-[[pass]]
-name = "prune"
-macs_ratio = 1.5
-multiple = 8
-[[pass]]
-name = "distill"
-epochs = 5
-[[pass]]
-name = "capture"
-[[pass]]
-name = "quantize"
-samples = 64
-float_layers = ["head"]
-[[pass]]
-name = "convert"
-"""
+RECIPE = PASSES.replace("epochs = 1", "epochs = 5").replace("samples = 64", 'samples = 64\nfloat_layers = ["head"]')
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +55,7 @@ def untimed(sound: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def undeployed(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is found before the student is exported, which takes most of a rehearsal of a toy."""
-    monkeypatch.setattr(module._Rehearsal, "_deploy", lambda rehearsal: None)
+    monkeypatch.setattr(module.Rehearsal, "deploy", lambda rehearsal: None)
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("untimed")]
@@ -126,7 +109,7 @@ def test_more_epochs_take_longer_and_the_rehearsal_does_not(toy: Any) -> None:
 
 def test_cached_answers_of_the_teacher_cost_nothing(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps see every view once; the teacher is then read from the cache."""
-    rehearsal = module._Rehearsal(toy.teacher(), toy.task(), Recipe.loads(RECIPE), Silent())
+    rehearsal = module.Rehearsal(toy.teacher(), toy.task(), Recipe.loads(RECIPE), Silent())
     monkeypatch.setattr(module, "forward_seconds", lambda model, inputs: 1.0)
     distill = rehearsal.recipe.passes[1]
     assert rehearsal._cached(distill, 10) == 10 - 4
@@ -221,7 +204,6 @@ def test_the_command_says_it_in_words_and_exits_with_two(
     assert cli.run(["check", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "expected latency" in shown and "nothing stands in the way" in shown and "GB at the highest" in shown
-    monkeypatch.setattr(module._Rehearsal, "_deploy", lambda rehearsal: None)
     path.write_text(head + RECIPE.replace("macs_ratio = 1.5", "macs_ratio = 1000"))
     assert cli.run(["check", str(path), "--json"]) == 2
     document = json.loads(capsys.readouterr().out)

@@ -294,7 +294,7 @@ def test_the_command_warns_in_words(
     worse = report.model_copy(update={"diagnostics": report.diagnostics.model_copy(update={"warnings": (said,)})})
     monkeypatch.setattr(Artifact, "report", property(lambda self: worse))
     monkeypatch.setattr(commands, "compile_student", lambda *a, **k: full)
-    monkeypatch.setattr(commands, "_loaded", lambda *a, **k: (None, None))
+    monkeypatch.setattr(commands, "load_sources", lambda *a, **k: (None, None))
     recipe = tmp_path / "recipe.toml"
     head = '[teacher]\nfactory = "a:b"\n[task]\nfactory = "a:c"\n'
     recipe.write_text(replace(RECIPE, teacher=None).dumps() + head)

@@ -52,15 +52,15 @@ def test_a_killed_run_goes_on(job: FinetuneJob, tmp_path: Path, monkeypatch: pyt
     base = tiny.directory(tmp_path / "base", "Model")
     whole = finetune(job, tmp_path / "whole", directory=base)
     trained: list[str] = []
-    train = module._Finetuning._train
+    train = module.Finetuning.train
 
-    def stopping(self: module._Finetuning, rate: float, data: module.TextData, scope: str) -> object:
+    def stopping(self: module.Finetuning, rate: float, data: module.TextData, scope: str) -> object:
         trained.append(scope)
         if len(trained) == 2:
             raise KeyboardInterrupt
         return train(self, rate, data, scope)
 
-    monkeypatch.setattr(module._Finetuning, "_train", stopping)
+    monkeypatch.setattr(module.Finetuning, "train", stopping)
     with pytest.raises(KeyboardInterrupt):
         finetune(job, tmp_path / "out", directory=base)
     assert not (tmp_path / "out").exists()
