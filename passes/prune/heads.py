@@ -51,12 +51,6 @@ def find_attention(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, A
     return {path: a for path, a in watch.attention.items() if a.makers and a.readers}
 
 
-def _watch_pass(model: nn.Module, example: tuple[Tensor, ...], watch: TorchFunctionMode) -> None:
-    """Run one forward pass in eval mode under `watch`, and give every module its own mode back."""
-    with evaluating(model), torch.no_grad(), watch:
-        model(*example)
-
-
 class _Watch(TorchFunctionMode):
     """Follows the outputs of linear layers to where they are split into heads, and the joined heads to their reader."""
 
