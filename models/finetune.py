@@ -147,13 +147,13 @@ class Finetuning:
         notes = self._notes()
         for rate in self.job.rates:
             if str(rate) not in notes["dev"]:
-                model, seconds = self.train(rate, self.rest, f"rate-{rate:g}")
+                model, seconds = self.train_at(rate, self.rest, f"rate-{rate:g}")
                 notes["dev"][str(rate)] = {"accuracy": accuracy(model, self.dev), "seconds": seconds}
                 self._note(notes)
                 log.info("rate %g: dev %.4f in %.0f s", rate, notes["dev"][str(rate)]["accuracy"], seconds)
         best = max(self.job.rates, key=lambda r: notes["dev"][str(r)]["accuracy"])
         scope = f"rate-{best:g}" if self.job.dev is not None else "whole"  # nothing was held out: it is trained already
-        model, seconds = self.train(best, self.train, scope)
+        model, seconds = self.train_at(best, self.train, scope)
         notes |= {"rate": best, "seconds": seconds if scope == "whole" else notes["dev"][str(best)]["seconds"]}
         notes["test"] = accuracy(model, self.reader.read(self.job.test, "test"))
         notes["texts"] = {"train": self.train.samples, "dev": self.dev.samples, "notes": self.tokens.notes}
@@ -162,7 +162,7 @@ class Finetuning:
         shutil.rmtree(self.work)
         return notes
 
-    def train(self, rate: float, data: TextData, scope: str) -> tuple[Encoder, float]:
+    def train_at(self, rate: float, data: TextData, scope: str) -> tuple[Encoder, float]:
         """The model trained at this rate, in eval mode, and the seconds that this process spent on it."""
         job = self.job
         torch.manual_seed(job.seed)  # of the new head

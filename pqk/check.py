@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pqk.bench.measure import ratio_to
 from pqk.bench.oracle import Oracle
-from pqk.bench.protocol import ratio_to
 from pqk.core.aten import quantized_tensors
 from pqk.core.costs import count_macs, count_parameters, float_bytes
 from pqk.core.modes import evaluating
@@ -42,10 +42,10 @@ from pqk.report.schema import LayerParity
 from pqk.target.machine import peak_memory
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.verify.contract import divergence_of
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.fused_parity import check_launches
 from pqk.verify.parity import check_layers
+from pqk.verify.verdict import divergence_of
 
 STEPS = 6
 """training steps that are timed; the first two warm up"""

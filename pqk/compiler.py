@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from pqk.bench.oracle import Oracle
+from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process, wait_for_all
-from pqk.core.journal import Journal
 from pqk.core.pipeline import check_order, run_passes
 from pqk.core.program import Program, Stage
 from pqk.core.progress import Observer, Silent

@@ -113,7 +113,7 @@ def test_every_package_has_its_place_in_the_order() -> None:
 def test_the_order_refuses_what_it_should() -> None:
     assert not allowed("pqk.training.trainer", "pqk.passes.prune")
     assert not allowed("pqk.knowledge.terms.base", "pqk.cli.app")
-    assert not allowed("pqk.passes.prune.prune", "pqk.bench.protocol")
+    assert not allowed("pqk.passes.prune.prune", "pqk.bench.measure")
     assert not allowed("pqk.passes.prune.prune", "pqk.core.pipeline")
     assert not allowed("pqk.kernels.int8_linear", "pqk.core.graph")
     assert not allowed("pqk.models.resnet", "pqk.passes.prune")

@@ -159,7 +159,7 @@ class Distill(Training, Pass):
                 points=sorted({p[1] for t in self._counted() if (p := t.points())}),
                 precision=self.teacher_precision,
                 example=task.example,
-                earlier=lambda number: earlier_student(program, task.example, number),
+                earlier=lambda number: earlier_student(program, number),
             )
         )
         cache: LogitCache | Reason | None = self.why_not_cached()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pqk.bench.contenders import Contender, onnxruntime_contender
-from pqk.bench.protocol import TimingProtocol, measure
+from pqk.bench.measure import TimingProtocol, measure
 from pqk.core.run_folder import RunFolder
 from pqk.deploy.artifact import Artifact
 from pqk.errors import InputError

@@ -17,7 +17,7 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from pqk.bench.protocol import fastest, ratio_to
+from pqk.bench.measure import fastest, ratio_to
 from pqk.core.onnxruntime_session import session
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_context import RunContext

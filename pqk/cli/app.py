@@ -25,7 +25,7 @@ from pqk.errors import InputError, ParityError, PqkError
 from pqk.quiet import quiet
 
 Work = Callable[[], Any]
-"""what a command leaves to do; it makes a `pqk.console.Answer`"""
+"""what a command leaves to do; it makes a `pqk.cli.console.CommandAnswer`"""
 
 app = typer.Typer(
     name="pqk",

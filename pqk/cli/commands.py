@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from pqk.bench.artifact import benchmark as benchmark_artifact
-from pqk.bench.protocol import TimingProtocol
+from pqk.bench.measure import TimingProtocol
 from pqk.cli import views as describe
 from pqk.cli.console import CommandAnswer, clock, listed, observer, table
 from pqk.cli.doctor import examine
@@ -24,9 +24,9 @@ from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_json
 from pqk.recipe.factories import load_task, load_teacher
-from pqk.recipe.parsing import plain
 from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec
 from pqk.recipe.schema import json_schema
+from pqk.recipe.strict import plain
 from pqk.report.schema import LatencyRow, Report, schema_text
 from pqk.report.text import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent
 from pqk.target.machine import machine_fingerprint

@@ -15,7 +15,7 @@ from pqk.core.run_folder import scope_of
 from pqk.knowledge import TERMS
 from pqk.knowledge.sources import SOURCES
 from pqk.passes import PASSES
-from pqk.recipe.parsing import documentation
+from pqk.recipe.strict import documentation
 from pqk.report.schema import LatencyRow, Report
 from pqk.report.text import percent
 

@@ -35,9 +35,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pqk.core.pipeline import check_order
 from pqk.core.program import CONFIG, Stage
 from pqk.errors import InputError, nearest
-from pqk.recipe.parsing import documentation, parse, read_text
 from pqk.recipe.recipe import Recipe, parse_passes
 from pqk.recipe.schema import json_schema
+from pqk.recipe.strict import documentation, parse, read_text
 
 NAME = r"^[^\s|][^\n|]*$"
 

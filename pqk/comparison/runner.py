@@ -25,12 +25,12 @@ from typing import Any
 
 from torch import nn
 
+from pqk.bench.measure import ratio_to
 from pqk.bench.oracle import Oracle
-from pqk.bench.protocol import ratio_to
 from pqk.comparison.config import Comparison, RecipeVariant, epochs
 from pqk.comparison.markdown import to_markdown
 from pqk.comparison.results import ComparedRow, Result, best, rows_of, significance
-from pqk.core.journal import Journal
+from pqk.core.decisions import Journal
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.pipeline import load, run_passes
 from pqk.core.program import Pass, Program, Stage
@@ -43,8 +43,8 @@ from pqk.errors import InputError, PqkError
 from pqk.files import read_json, write_json, write_whole
 from pqk.knowledge.teachers.base import weights_fingerprint
 from pqk.passes import REWRITES
-from pqk.recipe.parsing import plain
 from pqk.recipe.recipe import why_not_for_target
+from pqk.recipe.strict import plain
 from pqk.target.machine import machine_fingerprint, usable_cores
 from pqk.target.target import Target
 from pqk.task.task import Task

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from types import ModuleType
 
-from pqk.core.journal import Json
+from pqk.core.decisions import Json
 
 
 def is_distributed() -> bool:

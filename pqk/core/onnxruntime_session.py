@@ -59,7 +59,7 @@ class OnnxModel:
 
 
 def restructured(like: Outputs, values: Iterator[Tensor]) -> Outputs:
-    """`values` in the structure of `like`, in the order of `pqk.task.tensors`."""
+    """`values` in the structure of `like`, in the order of `pqk.data.structures.tensors`."""
     if isinstance(like, Tensor):
         return next(values)
     if isinstance(like, dict):

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from torch import nn
 
+from pqk.core.decisions import Journal, Json
 from pqk.core.distributed import from_main
-from pqk.core.journal import Journal, Json
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_folder import RunFolder
 from pqk.errors import InputError

@@ -71,10 +71,6 @@ class RunFolder:
         """Whether the result of a pass is saved."""
         return (self.of_pass(index, pass_name) / "program.json").exists()
 
-    def finished_pass(self, index: int) -> Path | None:
-        """The folder of the finished pass of that number, whatever its name; None where there is none."""
-        return next((path.parent for path in sorted(self.path.glob(f"{index:02d}-*/program.json"))), None)
-
     def checkpoints(self, scope: str) -> Path:
         """Where a running pass keeps its checkpoints."""
         return self.path / f"{scope}.partial"

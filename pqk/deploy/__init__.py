@@ -1,1 +1,1 @@
-"""What ships, and how it is opened: the ONNX and torch emitters, the artifact, ONNX Runtime sessions."""
+"""What ships, and how it is opened: the ONNX and torch emitters, the artifact, its files' layers."""

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from pqk.bench.contenders import Feeds
-from pqk.bench.protocol import ratio_to
+from pqk.bench.measure import ratio_to
 from pqk.core.onnxruntime_session import session
 from pqk.data.structures import Inputs
 from pqk.errors import InputError, first_line

@@ -1,4 +1,4 @@
-"""Whether distillation worked, for the report: `diagnostics.py` on what teacher, student and controls say.
+"""Whether distillation worked, for the report: `answer_statistics.py` on what teacher, student and controls say.
 
 All of it is about classifications, logits [B, C]: of another task every part is null with its reason, except when the
 compile time has paid. The student is what is deployed; nothing here trains.
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from pqk.data.data import Batch, Data
 from pqk.data.structures import Inputs, Outputs, concatenate, map_tensors, tensors
-from pqk.evaluation.corruptions import CORRUPTIONS
-from pqk.evaluation.statistics import (
+from pqk.evaluation.answer_statistics import (
     best_temperature,
     break_even,
     calibration,
@@ -28,6 +27,7 @@ from pqk.evaluation.statistics import (
     negative_transfer,
     teacher_health,
 )
+from pqk.evaluation.corruptions import CORRUPTIONS
 from pqk.report.diagnostics import (
     BreakEven,
     Calibration,
@@ -41,7 +41,7 @@ from pqk.report.diagnostics import (
 from pqk.report.schema import AttributionRow, VariantName
 from pqk.task.metrics import argmax, cross_entropy
 from pqk.task.task import Task
-from pqk.verify.contract import ModelFunction
+from pqk.verify.verdict import ModelFunction
 
 SAMPLES = 2000
 """most evaluation samples that are corrupted, and validation samples that a temperature is found on"""

@@ -15,10 +15,10 @@ from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_folder import scope_of
 from pqk.deploy.torch_emitter import load_student
 from pqk.evaluation.diagnostics import diagnose
+from pqk.evaluation.latency_rows import time_variants
+from pqk.evaluation.rows import Subject
 from pqk.evaluation.settings import Evaluation
 from pqk.evaluation.table import NEURAL_COMPRESSOR, TRITON, variants_of, with_optimized_teacher
-from pqk.evaluation.timings import time_variants
-from pqk.evaluation.variants import Subject
 from pqk.report.schema import Conditions, Fusion, MetricValues, Parity, Report
 from pqk.target.machine import machine_fingerprint, peak_memory
 from pqk.task.task import Task

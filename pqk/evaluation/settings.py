@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from pqk.bench.protocol import QUICK, TimingProtocol
+from pqk.bench.measure import QUICK, TimingProtocol
 from pqk.errors import InputError, nearest
 from pqk.report.diagnostics import ControlVariant
 

@@ -22,7 +22,7 @@ from pqk.evaluation.baselines import (
     ptq,
 )
 from pqk.evaluation.controls import CONTROLS
-from pqk.evaluation.variants import FusedStudent, Missing, OnnxFile, Subject, TorchModule, Variant
+from pqk.evaluation.rows import FusedStudent, Missing, OnnxFile, Subject, TorchModule, Variant
 from pqk.quant.fake_quant import quantizers
 from pqk.report.schema import VariantName
 

@@ -45,7 +45,7 @@ def choose_tuning(student: fx.GraphModule, inputs: tuple[Tensor, ...], gpu: Gpu)
 
 
 class Clock(Protocol):
-    """What measuring needs of a device; see `pqk.cuda.Device`."""
+    """What measuring needs of a device; see `pqk.gpu.device.Device`."""
 
     name: str
     l2_bytes: int

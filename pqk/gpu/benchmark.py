@@ -2,7 +2,7 @@
 
 Correctness comes first: `student.pt2` runs on the device and, through the same operators' reference bodies, on the
 CPU; where the two disagree there is no speed to speak of. Then everything is timed by the protocol of
-`pqk.bench.protocol`, in turn, with three things that a GPU asks for:
+`pqk.bench.measure`, in turn, with three things that a GPU asks for:
 
 - every contender is captured into a CUDA graph and replayed, so that Python and launch overhead are in nobody's time;
 - inputs rotate through several copies, and other bytes are written between the calls, so that more than twice the L2
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk.bench.contenders import Contender, Skipped
-from pqk.bench.protocol import TimingProtocol, interleave, measure
+from pqk.bench.measure import TimingProtocol, interleave, measure
 from pqk.core.launches import traffic
 from pqk.data.structures import Inputs, tensors
 from pqk.deploy.artifact import Artifact

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pqk.recipe.parsing import documentation, explain, parse, plain, read_text
 from pqk.recipe.recipe import (
     FACTORY,
     Recipe,
@@ -14,6 +13,7 @@ from pqk.recipe.recipe import (
     why_not_for_target,
 )
 from pqk.recipe.schema import json_schema
+from pqk.recipe.strict import documentation, explain, parse, plain, read_text
 
 __all__ = [
     "FACTORY",

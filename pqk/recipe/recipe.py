@@ -34,7 +34,7 @@ from pqk.core.program import CONFIG, Pass, Stage
 from pqk.errors import InputError, Reason, nearest
 from pqk.passes import PASSES, Fuse
 from pqk.recipe.defaults import DEFAULT, DEFAULT_PTQ, FUSE
-from pqk.recipe.parsing import explain, parse, plain, read_text, toml_value
+from pqk.recipe.strict import explain, parse, plain, read_text, toml_value
 from pqk.target.target import Target
 
 FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"

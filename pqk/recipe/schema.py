@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from pqk.passes import PASSES
-from pqk.recipe.parsing import documentation
 from pqk.recipe.recipe import TargetSpec, TaskSpec, TeacherSpec
+from pqk.recipe.strict import documentation
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report's part on distillation: whether it worked. `diagnostics.py` computes, `diagnose.py` fills it in."""
+"""The report's part on distillation: whether it worked. `pqk.evaluation.diagnostics` fills it in."""
 
 from __future__ import annotations
 

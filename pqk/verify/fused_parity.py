@@ -23,8 +23,8 @@ from pqk.passes.fuse.fuse import stands_for
 from pqk.quant.noise import sqnr
 from pqk.report.schema import LayerParity, Parity
 from pqk.task.task import Task
-from pqk.verify.contract import EXACT_SHARE, MAX_LSB, RELATIVE, ModelFunction, compare_ends, verdict
 from pqk.verify.interpreters import Recorder, Ties
+from pqk.verify.verdict import EXACT_SHARE, MAX_LSB, RELATIVE, ModelFunction, compare_ends, verdict
 
 PRODUCTS = ("int8_linear", "int8_conv2d", "int8_depthwise_conv2d", "int8_linear_into", "int8_conv2d_into")
 APPROXIMATE = {"int8_attention": 30.0}

@@ -24,8 +24,8 @@ from pqk.deploy.qdq import AccumulatorTwin, Array, Layer, QdqFile
 from pqk.errors import InputError
 from pqk.report.schema import LayerParity, Parity
 from pqk.task.task import Task
-from pqk.verify.contract import EXACT_SHARE, MAX_LSB, RELATIVE, compare_ends, verdict
 from pqk.verify.interpreters import Recorder, Ties
+from pqk.verify.verdict import EXACT_SHARE, MAX_LSB, RELATIVE, compare_ends, verdict
 
 
 def check_parity(

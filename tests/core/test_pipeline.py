@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pqk import files
 from pqk.core import pipeline
-from pqk.core.journal import Journal
+from pqk.core.decisions import Journal
 from pqk.core.pipeline import check_order, load, run_passes, verify
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Advance, Observer, Silent

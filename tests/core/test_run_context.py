@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process
-from pqk.core.journal import Journal
 from pqk.core.run_context import RunContext
 from pqk.errors import InputError
 

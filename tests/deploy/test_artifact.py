@@ -16,7 +16,7 @@ import torch
 from evaluations import TABLE
 
 from pqk.bench.artifact import benchmark
-from pqk.bench.protocol import QUICK
+from pqk.bench.measure import QUICK
 from pqk.compiler import compress
 from pqk.data.data import ArrayData
 from pqk.deploy.artifact import Artifact, write_manifest

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, on a device that is none: everything but the few lines of `pqk.cuda.Cuda` runs here."""
+"""The benchmark of a GPU, on a device that is none: everything but the few lines of `pqk.gpu.device.Cuda` runs here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pqk.bench.contenders import Contender, Skipped, Timer, timed
-from pqk.bench.protocol import TimingProtocol
+from pqk.bench.measure import TimingProtocol
 from pqk.cli import app as cli
 from pqk.cli import views as describe
 from pqk.cli.console import CommandAnswer, write

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.core.pipeline import save
-from pqk.core.program import Program, Stage
+from pqk.core.pipeline import load, save
+from pqk.core.program import Program, Snapshot, Stage
 from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.deploy.onnx_emitter import emit_onnx
@@ -37,7 +38,7 @@ from pqk.knowledge.sources import (
 )
 from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher, exit_for
 from pqk.models.images import CropFlip
-from pqk.passes import Capture, Distill, Prune, Quantize
+from pqk.passes import REWRITES, Capture, Distill, Prune, Quantize
 from pqk.recipe.recipe import Recipe
 from pqk.target.target import Target
 from pqk.task.task import Task
@@ -286,7 +287,9 @@ def test_an_assistant_is_the_student_of_an_earlier_pass(tmp_path: Path) -> None:
     save(first, tmp_path / "00-prune")
     student = copy.deepcopy(first)
     second = Prune(macs_ratio=2.5, multiple=1).apply(replace(student, run=first.run.enter("01-prune")), TASK)
-    second = replace(second, run=first.run.enter("02-distill"))
+    prune = Prune(macs_ratio=1.4, multiple=1)
+    kept = Snapshot(0, prune, Stage.MODULE, partial(load, first, TASK, tmp_path / "00-prune", REWRITES))
+    second = replace(second, run=first.run.enter("02-distill"), snapshots=(kept,))
     seen: list[nn.Module] = []
     distill = Distill(epochs=1, learning_rate=1e-9, teacher=FromAssistant(after=0), terms=(LogitMSE(),), warmup=0)
     original = FromAssistant.make
@@ -306,10 +309,9 @@ def test_an_assistant_is_the_student_of_an_earlier_pass(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in assistant.parameters())
     with pytest.raises(InputError, match="after pass 5 of this run, and none is saved"):
         Distill(teacher=FromAssistant(after=5)).apply(second, TASK)
-    captured = replace(Capture().apply(first, TASK), stage=Stage.GRAPH)
-    save(captured, tmp_path / "01-capture")
+    graph = replace(kept, index=1, finished=Capture(), stage=Stage.GRAPH)
     with pytest.raises(InputError, match='"01-capture", is in stage GRAPH'):
-        Distill(teacher=FromAssistant(after=1)).apply(second, TASK)
+        Distill(teacher=FromAssistant(after=1)).apply(replace(second, snapshots=(kept, graph)), TASK)
     with pytest.raises(InputError, match="there is no run here"):
         FromAssistant(after=0).make(TeacherContext(Net(7), Net(), (), "fp32", TASK.example))
 

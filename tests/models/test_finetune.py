@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on(job: FinetuneJob, tmp_path: Path, monkeypatch: pyt
     base = tiny.directory(tmp_path / "base", "Model")
     whole = finetune(job, tmp_path / "whole", directory=base)
     trained: list[str] = []
-    train = module.Finetuning.train
+    train = module.Finetuning.train_at
 
     def stopping(self: module.Finetuning, rate: float, data: module.TextData, scope: str) -> object:
         trained.append(scope)
@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on(job: FinetuneJob, tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         return train(self, rate, data, scope)
 
-    monkeypatch.setattr(module.Finetuning, "train", stopping)
+    monkeypatch.setattr(module.Finetuning, "train_at", stopping)
     with pytest.raises(KeyboardInterrupt):
         finetune(job, tmp_path / "out", directory=base)
     assert not (tmp_path / "out").exists()

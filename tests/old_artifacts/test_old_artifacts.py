@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from pqk import Artifact
 from pqk.bench.artifact import benchmark
-from pqk.bench.protocol import QUICK
+from pqk.bench.measure import QUICK
 
 pytestmark = pytest.mark.slow
 

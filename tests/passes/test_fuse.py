@@ -342,7 +342,7 @@ def test_a_float_layer_is_named_with_its_reason() -> None:
 
 
 def test_a_match_that_is_refused_is_tried_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = _rules_weighted.unlike
+    original = _rules_weighted.why_not_one_grid
 
     def unlike(match: Match) -> str | None:
         return "no sums today" if "add" in match.ending.steps else original(match)

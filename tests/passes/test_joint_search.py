@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from pqk import Recipe, compress
 from pqk.core.costs import count_macs, count_parameters
-from pqk.core.journal import Journal
+from pqk.core.decisions import Journal
 from pqk.core.pipeline import rebuild
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import RunContext

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.core.costs import count_macs, count_parameters, float_bytes, integer_bytes
-from pqk.core.journal import Journal
+from pqk.core.decisions import Journal
 from pqk.core.program import Program, Rewrite, Stage, replay
 from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pqk import Evaluation
-from pqk.bench.protocol import QUICK
+from pqk.bench.measure import QUICK
 
 TABLE = Evaluation(runtimes=(), timing=QUICK)
 """every row of the table, in ONNX Runtime alone"""

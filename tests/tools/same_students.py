@@ -59,7 +59,7 @@ pqk.compress  # everything is imported
 short = dict(rounds=5, burst=1, warm=1, pause=0.0)
 found = set()
 try:  # from 0.2 on the evaluation is an object, whose defaults these are
-    from pqk.bench.protocol import TimingProtocol
+    from pqk.bench.measure import TimingProtocol
     from pqk.evaluation.settings import Evaluation
     TimingProtocol.__init__.__kwdefaults__.update(short)
     Evaluation.__init__.__kwdefaults__["runtimes"] = ()

@@ -352,7 +352,7 @@ import json, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from pqk.core.journal import Journal
+from pqk.core.decisions import Journal
 from pqk.core.run_context import RunContext
 from pqk.training.trainer import Training, accelerator, fit
 import importlib.util

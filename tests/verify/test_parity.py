@@ -22,9 +22,9 @@ from pqk.passes import Capture, Convert, Quantize
 from pqk.report.schema import LayerParity
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.verify.contract import compare_ends, divergence_of, why_not_at_the_ends
 from pqk.verify.interpreters import Recorder, Ties
 from pqk.verify.parity import check_layers, check_parity
+from pqk.verify.verdict import compare_ends, divergence_of, why_not_at_the_ends
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from pqk.bench.contenders import (
     openvino_contender,
     torch_contender,
 )
-from pqk.bench.protocol import measure
-from pqk.evaluation.variants import OnnxFile, Subject, Variant
+from pqk.bench.measure import measure
+from pqk.evaluation.rows import OnnxFile, Subject, Variant
 from pqk.report.schema import LatencyRow, VariantName
 
 ENDS: tuple[VariantName, ...] = ("teacher_fp32", "student")

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from pqk.bench import contenders
-from pqk.bench import protocol as benchmark
+from pqk.bench import measure as benchmark
 from pqk.bench.contenders import (
     Contender,
     Skipped,
@@ -23,7 +23,7 @@ from pqk.bench.contenders import (
     torch_contender,
     torch_threads,
 )
-from pqk.bench.protocol import PAUSE, TimingProtocol, fastest, interleave, measure, ratio_to, turn
+from pqk.bench.measure import PAUSE, TimingProtocol, fastest, interleave, measure, ratio_to, turn
 from pqk.bench.statistics import Ratio, bootstrap_ratio
 from pqk.core.onnxruntime_session import session
 from pqk.errors import InputError

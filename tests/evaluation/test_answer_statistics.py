@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.evaluation import statistics as d
+from pqk.evaluation import answer_statistics as d
 
 
 def answers(*decisions: int, classes: int = 3, top: float = 0.8) -> Tensor:

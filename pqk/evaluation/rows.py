@@ -28,8 +28,8 @@ from pqk.report.diagnostics import ControlVariant
 from pqk.report.schema import AttributionRow, LatencyRow, VariantName
 from pqk.task.metrics import predict
 from pqk.task.task import Task
-from pqk.verify.contract import ModelFunction
 from pqk.verify.coverage import integer_coverage
+from pqk.verify.verdict import ModelFunction
 
 DIAGNOSED = ("teacher_fp32", "student", *get_args(ControlVariant))
 """networks whose answers are kept"""

@@ -13,12 +13,12 @@ from torch import nn
 
 from pqk import Evaluation
 from pqk.bench.contenders import Contender, Skipped
-from pqk.bench.protocol import QUICK, measure
+from pqk.bench.measure import QUICK, measure
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import InputError
+from pqk.evaluation.latency_rows import elsewhere
+from pqk.evaluation.rows import Missing, Subject
 from pqk.evaluation.table import NEURAL_COMPRESSOR
-from pqk.evaluation.timings import elsewhere
-from pqk.evaluation.variants import Missing, Subject
 
 pytestmark = pytest.mark.slow
 
