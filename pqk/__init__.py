@@ -6,10 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pqk.bench.artifact import benchmark as benchmark
+    from pqk.bench.measure import TimingProtocol as TimingProtocol
+    from pqk.comparison.config import Comparison as Comparison
+    from pqk.comparison.runner import compare as compare
     from pqk.compiler import compress as compress
+    from pqk.data.data import ArrayData as ArrayData
+    from pqk.data.data import LoaderData as LoaderData
     from pqk.data.synthesis import pseudo_labels as pseudo_labels
     from pqk.data.synthesis import synthesize as synthesize
+    from pqk.data.views import Views as Views
     from pqk.deploy.artifact import Artifact as Artifact
+    from pqk.errors import InputError as InputError
+    from pqk.errors import ParityError as ParityError
+    from pqk.errors import PqkError as PqkError
     from pqk.evaluation.settings import Evaluation as Evaluation
     from pqk.recipe.recipe import Recipe as Recipe
     from pqk.target.target import Target as Target
@@ -17,12 +27,22 @@ if TYPE_CHECKING:
     from pqk.task.task import Task as Task
 
 _HOME = {
+    "ArrayData": "pqk.data.data",
     "Artifact": "pqk.deploy.artifact",
+    "Comparison": "pqk.comparison.config",
     "Evaluation": "pqk.evaluation.settings",
-    "Metric": "pqk.task.task",
+    "InputError": "pqk.errors",
+    "LoaderData": "pqk.data.data",
+    "Metric": "pqk.task.metrics",
+    "ParityError": "pqk.errors",
+    "PqkError": "pqk.errors",
     "Recipe": "pqk.recipe.recipe",
     "Target": "pqk.target.target",
     "Task": "pqk.task.task",
+    "TimingProtocol": "pqk.bench.measure",
+    "Views": "pqk.data.views",
+    "benchmark": "pqk.bench.artifact",
+    "compare": "pqk.comparison.runner",
     "compress": "pqk.compiler",
     "pseudo_labels": "pqk.data.synthesis",
     "synthesize": "pqk.data.synthesis",

@@ -20,7 +20,7 @@ import pytest
 from pqk import knowledge
 from pqk.errors import InputError
 
-PACKAGES = ("pqk.data", "pqk.task", "pqk.target", "pqk.knowledge")
+PACKAGES = ("pqk", "pqk.data", "pqk.task", "pqk.target", "pqk.knowledge")
 NAMES = [(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__]
 BUILDING = ("__init__", "__post_init__")
 DOCUMENTED = [

@@ -39,7 +39,7 @@ def _tool() -> ModuleType:
 TOOL = _tool()
 READMES: dict[Path, str] = {path: path.read_text() for path in TOOL.readmes()}
 QUICKLY: dict[str, Any] = {"recipe": Recipe.default(trains=False), "evaluation": Evaluation.quick()}
-CHANGELOG = ROOT / "CHANGELOG.md"
+CHANGELOG = ROOT / "pqk" / "CHANGELOG.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

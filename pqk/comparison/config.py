@@ -91,13 +91,22 @@ class RecipeVariant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants of one recipe. Raises `InputError` for those that cannot be compared, naming both."""
+    """Variants of one recipe, and the seeds that they are run on.
+
+    Raises:
+        InputError: variants cannot be compared, naming both; or seeds are given twice.
+    """
 
     recipe: Recipe
+    """what the variants are changes of"""
     variants: tuple[RecipeVariant, ...]
+    """at least two that are run"""
     baseline: str
+    """the name of the variant that the others are paired with"""
     screen: Screen = field(default_factory=Screen)
+    """the first round, of all variants"""
     confirm: Confirm | None = None
+    """the second, of the best"""
     budget: str | None = None
     """why the variants may train for different numbers of epochs"""
 
@@ -150,12 +159,20 @@ class Comparison:
         return next(v for v in self.variants if v.name == name)
 
     def seeded(self, seeds: tuple[int, ...]) -> Comparison:
-        """Screened on other seeds. Raises `InputError` where they do not fit."""
+        """Screened on other seeds.
+
+        Raises:
+            InputError: they do not fit.
+        """
         return replace(self, screen=Screen(seeds=seeds))
 
     @staticmethod
     def loads(text: str, where: str = "comparison") -> Comparison:
-        """Parse TOML. Raises `InputError` for anything unknown, ill-typed or not comparable."""
+        """Parse TOML.
+
+        Raises:
+            InputError: something is unknown, ill-typed or not comparable.
+        """
         try:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -191,7 +208,11 @@ class Comparison:
 
     @staticmethod
     def load(path: str | Path) -> Comparison:
-        """Read a TOML file. Raises `InputError` where it cannot be read or is no comparison."""
+        """Read a TOML file.
+
+        Raises:
+            InputError: it cannot be read or is no comparison.
+        """
         return Comparison.loads(read_text(path, "comparison"), str(path))
 
 

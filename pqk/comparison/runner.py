@@ -61,17 +61,25 @@ def compare(
     observer: Observer | None = None,
     command: str = "",
 ) -> dict[str, Any]:
-    """Run all cells of `comparison` and write what they say into `out`; the document of `comparison.json`.
+    """Runs all cells of a comparison, a variant with a seed each, and writes what they say.
+
+    A variant that fails is a reason in the document, and its cells are tried again on resume.
 
     Args:
         teacher: a trained module; it is copied, put into eval mode and never changed.
         task: data and metric of all variants.
-        out: a new or empty directory, or with `resume` one that holds cells; those are not run again.
+        comparison: the variants, and the seeds that they are run on.
+        out: a new or empty directory, or with `resume` one that holds cells.
+        resume: go on with the cells in `out`; those that are finished are not run again.
         observer: shows progress.
         command: how to repeat it, for the document.
 
-    A variant that fails is a reason in the document, and its cells are tried again on resume.
-    Raises `InputError` where nothing can be run, or where `out` holds cells of other recipes, data or teachers.
+    Returns:
+        The document of `comparison.json`, JSON.
+
+    Raises:
+        InputError: nothing can be run, or `out` holds cells of other recipes, data or teachers.
+        PqkError: every cell failed.
     """
     target = Target.named(comparison.recipe.target.name) if comparison.recipe.target else Target.detect()
     for variant in comparison.trained:

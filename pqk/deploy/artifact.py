@@ -135,7 +135,12 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> None:
 
 
 class Artifact:
-    """A compiled student on disk. `Artifact.load` checks every file against the manifest."""
+    """A compiled student on disk. `Artifact.load` checks every file against the manifest.
+
+    Args:
+        folder: the artifact's directory.
+        manifest: what its `manifest.json` holds.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -143,7 +148,11 @@ class Artifact:
 
     @staticmethod
     def load(folder: str | Path) -> Artifact:
-        """Open a directory. Raises `InputError` for one that is unfinished, incomplete or changed."""
+        """Open a directory.
+
+        Raises:
+            InputError: one that is unfinished, incomplete or changed.
+        """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             unfinished = RunFolder.of(folder).path.is_dir()
@@ -187,7 +196,11 @@ class Artifact:
         return Target.named(self.manifest["target"])
 
     def student(self, device: str | torch.device = "cpu") -> fx.GraphModule:
-        """The fused student of `student.pt2` as a torch module. Raises `InputError` where there is none."""
+        """The fused student of `student.pt2` as a torch module.
+
+        Raises:
+            InputError: where there is none.
+        """
         path = self.folder / FUSED
         if not path.exists():
             raise InputError(f'{self.folder} has no student.pt2: its recipe does not end in "fuse"')

@@ -64,7 +64,11 @@ class Evaluation:
 
     @staticmethod
     def named(name: str) -> Evaluation:
-        """`standard` (the default), `full` or `quick`. Raises `InputError` naming the nearest one."""
+        """`standard` (the default), `full` or `quick`.
+
+        Raises:
+            InputError: it is unknown; the message names the nearest one.
+        """
         forms = {"standard": Evaluation, "full": Evaluation.full, "quick": Evaluation.quick}
         if name not in forms:
             raise InputError(f'evaluation: "{name}"{nearest(name, forms)}')

@@ -72,13 +72,22 @@ class TargetSpec:
 
 @dataclass(frozen=True, kw_only=True, config={**CONFIG, "arbitrary_types_allowed": True})
 class Recipe:
-    """Passes in order, and what they are applied to. `Recipe.loads(r.dumps()) == r`."""
+    """Passes in order, and what they are applied to. `Recipe.loads(r.dumps()) == r`.
+
+    Raises:
+        InputError: there is no pass, no student can take them in this order, or the target is unknown.
+    """
 
     passes: tuple[Pass, ...]
+    """what is done to the student, in order"""
     teacher: TeacherSpec | None = None
+    """the factory of the trained network; None where it is given in Python"""
     task: TaskSpec | None = None
+    """the factory of the data; None where it is given in Python"""
     target: TargetSpec | None = None
+    """what will run the student; this machine where None"""
     seed: int = Field(default=0, ge=0, strict=True)
+    """of everything that is drawn"""
 
     def __post_init__(self) -> None:
         if not self.passes:
@@ -89,7 +98,11 @@ class Recipe:
 
     @staticmethod
     def loads(text: str, where: str = "recipe") -> Recipe:
-        """Parse TOML. Raises `InputError` for anything unknown, ill-typed, impossible or out of order."""
+        """Parse TOML.
+
+        Raises:
+            InputError: something is unknown, ill-typed, impossible or out of order.
+        """
         try:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -111,7 +124,11 @@ class Recipe:
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
-        """Read a TOML file. Raises `InputError` where it cannot be read or is no recipe."""
+        """Read a TOML file.
+
+        Raises:
+            InputError: it cannot be read or is no recipe.
+        """
         return Recipe.loads(read_text(path, "recipe"), str(path))
 
     def dumps(self) -> str:
@@ -141,7 +158,8 @@ class Recipe:
     def change(self, place: str, value: Any, where: str) -> Recipe:
         """With the field at `place` changed: `pass.key`, or `pass@2.key` for the second pass of that name.
 
-        Raises `InputError`, which begins with `where`, for a place that is nowhere and for a value that does not fit.
+        Raises:
+            InputError: the place is nowhere, or the value does not fit; the message begins with `where`.
         """
         match = re.fullmatch(r"([\w-]+)(?:@(\d+))?\.(\w+)", place)
         if match is None:
