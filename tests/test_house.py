@@ -172,6 +172,32 @@ def test_reasons_are_named_so() -> None:
     assert not offenders(misnamed)
 
 
+PASS_CLASSES = {p.__name__ for p in passes.PASSES} | {"PQK", "Training"}
+
+
+def test_nobody_asks_a_pass_for_its_class() -> None:
+    """A pass answers for itself (see `Pass`); only controls, whose subject is distillation, know classes."""
+
+    def asked(path: Path) -> Iterable[str]:
+        if path.parts[-2:] == ("evaluation", "controls.py") or within(module_of(path), "pqk.passes"):
+            return
+        for call in calls(SOURCES[path]):
+            if ast.unparse(call.func) == "isinstance":
+                names = {node.id for node in ast.walk(call.args[1]) if isinstance(node, ast.Name)} & PASS_CLASSES
+                yield from (f"line {call.lineno}: {name}" for name in names)
+
+    assert not offenders(asked)
+
+
+def test_docstrings_open_with_the_fact() -> None:
+    def otherwise(path: Path) -> Iterable[str]:
+        kinds = (ast.FunctionDef, ast.ClassDef, ast.Module)
+        texts = (ast.get_docstring(node) for node in ast.walk(SOURCES[path]) if isinstance(node, kinds))
+        return [text.partition("\n")[0] for text in texts if text and re.match("Of |That |Whether or not ", text)]
+
+    assert not offenders(otherwise)
+
+
 def test_tests_replace_nothing_private() -> None:
     """A test passes a smaller object instead: what is private may be renamed without breaking it."""
     patched = re.compile(r"""setattr\([^()]*?(?:["'](?:[\w.]*\.)?_(?!_)\w*["']|\b\w*\._\w+,)""")

@@ -35,7 +35,7 @@ class Corruption(ABC):
 
 
 class ImageCorruption(Corruption):
-    """Of tasks whose one input is a batch of images [B, C, H, W]."""
+    """A corruption for tasks whose one input is a batch of images [B, C, H, W]."""
 
     def why_not_corrupted(self, task: Task) -> Reason | None:
         first = task.example[0]
@@ -92,7 +92,7 @@ class Shift(ImageCorruption):
 
 
 class WordCorruption(Corruption):
-    """Of tasks whose first input is token ids int64 [B, T], with a mask of the same shape among the others.
+    """A corruption for tasks whose first input is token ids int64 [B, T], with a mask of that shape among the others.
 
     The first and the last token of a text, which mark its ends, are left alone.
     """
