@@ -7,7 +7,6 @@ steps, the memory at its highest, and the latency of the student, which does not
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from torch import nn
 
 from pqk.bench.measure import ratio_to
 from pqk.bench.oracle import Oracle
+from pqk.copies import copy_of
 from pqk.core.aten import quantized_tensors
 from pqk.core.costs import count_macs, count_parameters, float_bytes
 from pqk.core.modes import evaluating
@@ -112,7 +112,7 @@ class Rehearsal:
     """One rehearsal of a recipe, and what it has found so far."""
 
     def __init__(self, teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer) -> None:
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher = copy_of(teacher).eval().requires_grad_(False)
         task.check(self.teacher)
         self.task, self.recipe = task, recipe
         self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
@@ -122,7 +122,7 @@ class Rehearsal:
         mismatch = self.target.why_not_measured()
         if mismatch is None:
             run = dataclasses.replace(run, oracle=self.oracle)
-        student = copy.deepcopy(self.teacher).requires_grad_(True)
+        student = copy_of(self.teacher).requires_grad_(True)
         self.program = Program(self.teacher, student, Stage.MODULE, self.target, run)
         example = task.example
         costs = {"parameters": count_parameters(teacher), "macs": count_macs(self.teacher, example)}
@@ -179,7 +179,7 @@ class Rehearsal:
             self.program, run=self.program.run.enter(scope_of(index, p.name)), declined=(), details={}
         )
         if program.stage == Stage.MODULE:  # a pass that fails half-way must not leave its cuts to the next one
-            program = dataclasses.replace(program, student=copy.deepcopy(program.student))
+            program = dataclasses.replace(program, student=copy_of(program.student, "student"))
         self.watch.steps.clear()
         began = time.perf_counter()
         try:

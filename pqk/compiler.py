@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import errno
 import importlib.metadata
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from pqk.bench.oracle import Oracle
+from pqk.copies import copy_of
 from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process, wait_for_all
 from pqk.core.pipeline import check_order, run_passes
@@ -153,7 +153,7 @@ def _job(
     _check_teacher(teacher)
     if accelerator().num_processes > 1 and evaluation.controls:
         raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
-    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    teacher = copy_of(teacher).eval().requires_grad_(False)
     task.check(teacher)
     if recipe is None:
         chosen = fit_recipe(chosen, teacher, task)
@@ -204,7 +204,7 @@ def _run(job: Job, observer: Observer) -> Program:
     """The passes, with a latency oracle where this machine is the target."""
     journal = Journal(job.folder.journal if is_main_process() else None)
     run = RunContext(job.recipe.seed, job.folder.path, journal, observer)
-    student = copy.deepcopy(job.teacher).requires_grad_(True)
+    student = copy_of(job.teacher).requires_grad_(True)
     program = Program(job.teacher, student, Stage.MODULE, job.target, run)
     if job.target.why_not_measured() is not None:
         return run_passes(program, job.task, job.recipe.passes)

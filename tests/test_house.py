@@ -33,7 +33,7 @@ FOLDERS = {"pqk": "pqk", "passes": "pqk.passes", "kernels": "pqk.kernels", "mode
 ORDER = (
     ("cli",), ("compiler",), ("gpu", "evaluation", "comparison", "check"), ("bench", "verify"), ("deploy",),
     ("recipe",), ("passes",), ("knowledge", "models"), ("training",), ("core",), ("kernels", "task", "target"),
-    ("report", "quant", "data", "files"), ("errors", "quiet"),
+    ("report", "quant", "data", "files"), ("copies",), ("errors", "quiet"),
 )  # fmt: skip
 """what a person meets first, down to the arithmetic: a package imports from those behind it only"""
 NARROWER = {
@@ -134,6 +134,17 @@ def test_no_passes_import_each_other() -> None:
             others = {m.split(".")[2] for m in own_imports(path) if within(m, "pqk.passes") and m != "pqk.passes"}
             graph.setdefault(module.split(".")[2], set()).update(others - {module.split(".")[2]})
     tuple(TopologicalSorter(graph).static_order())
+
+
+def test_modules_are_copied_by_one_function() -> None:
+    """`copy.deepcopy` refuses modules that people have; `copy_of` knows them."""
+
+    def copied(path: Path) -> Iterable[str]:
+        calls = (node for node in ast.walk(SOURCES[path]) if isinstance(node, ast.Call))
+        plain = [c for c in calls if ast.unparse(c.func) in ("copy.deepcopy", "deepcopy")]
+        return [] if module_of(path) == "pqk.copies" else [f"line {c.lineno}: {ast.unparse(c)}" for c in plain]
+
+    assert not offenders(copied)
 
 
 def test_no_file_is_private() -> None:

@@ -89,7 +89,8 @@ def capture(
 def _export(student: nn.Module, example: Example, axes: Axes | None) -> fx.GraphModule:
     try:
         with quiet_export():
-            program = torch.export.export(student, example, dynamic_shapes=free_axes(example, axes), strict=False)
+            free = free_axes(student, example, axes)
+            program = torch.export.export(student, example, dynamic_shapes=free, strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: only functionalizes
             return program.module(check_guards=False)

@@ -7,13 +7,13 @@ buffers of the objective, which checkpoints hold: a run that was killed keeps th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pqk.copies import copy_of
 from pqk.knowledge.objective import Distillation
 from pqk.passes.convert.convert import convert
 from pqk.task.metrics import distance, predict
@@ -32,7 +32,7 @@ def scorer(task: Task, teacher: nn.Module, criterion: Criterion) -> Scorer:
     answers, _ = predict(teacher, task.validation)
 
     def score(student: nn.Module) -> list[float]:
-        integer = convert(copy.deepcopy(student), task.example)
+        integer = convert(copy_of(student, "student"), task.example)
         outputs, targets = predict(integer, task.validation)
         labelled = criterion == "metric" and targets is not None
         return [task.metric.function(outputs, targets) if labelled else 0.0, -distance(outputs, answers)]

@@ -10,7 +10,6 @@ the student, so it is made again, not saved, when a run resumes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
@@ -19,6 +18,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import fx
 
+from pqk.copies import copy_of
 from pqk.core.aten import DEQUANTIZE, VIEWS, aten
 from pqk.core.graph import attribute, calls, finish, operand
 from pqk.core.graph import replace as replace_node
@@ -81,7 +81,7 @@ def stands_for(node: fx.Node) -> str | None:
 
 def fuse(int8_graph: fx.GraphModule) -> tuple[fx.GraphModule, list[tuple[str, str]]]:
     """A fused copy of an INT8 graph, and `(layer, reason)` of what was left out or ends sooner than it might."""
-    fused = copy.deepcopy(int8_graph)
+    fused = copy_of(int8_graph, "student")
     reasons: dict[tuple[str, str], None] = {}
     for rule in RULES:
         for node in _alive(fused.graph):

@@ -17,7 +17,6 @@ Only the bias, float until then, is rounded to its accumulator's grid. Activatio
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -27,6 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, fx, nn
 
+from pqk.copies import copy_of
 from pqk.core.program import CONFIG, Pass, Program, Rewrite, RewriteFunction, Stage
 from pqk.data.data import Batch
 from pqk.errors import InputError, PqkError, Reason
@@ -163,7 +163,7 @@ class JointSearch(Training, WidthSettings, Pass):
             PqkError: the captured graph has quantizers that the trained one has not.
         """
         widths, slim, details = rounds.widths, rounds.student(self.rounds), rounds.details
-        program = dataclasses.replace(rounds.program, student=copy.deepcopy(slim))
+        program = dataclasses.replace(rounds.program, student=copy_of(slim, "student"))
         program = self.quantize().apply(Capture().apply(program, task), task)
         assert isinstance(program.student, fx.GraphModule)
         untrained = carry(widths, program.student, slim, lambda layer: rounds.kept(layer, self.rounds))
@@ -184,10 +184,10 @@ class PruningRounds:
     def __init__(self, config: JointSearch, program: Program, task: Task) -> None:
         """Raises `InputError` where the budget cannot be met: before any training."""
         self.config, self.task = config, task
-        self.module = copy.deepcopy(program.student).eval()
+        self.module = copy_of(program.student, "student").eval()
         self.base, self.ends = len(program.plan), [len(program.plan)]
         self.details: dict[str, Any] = {}
-        captured = Capture().apply(dataclasses.replace(program, student=copy.deepcopy(self.module)), task)
+        captured = Capture().apply(dataclasses.replace(program, student=copy_of(self.module, "student")), task)
         assert isinstance(captured.student, fx.GraphModule)
         points = dict(captured.student.meta["points"])
         quantize = config.quantize()
@@ -220,7 +220,7 @@ class PruningRounds:
 
     def _pruned(self, program: Program, student: nn.Module, share: float, what: str) -> Program:
         run = program.run.enter(f"{program.run.scope}-{what}")
-        start = dataclasses.replace(program, student=copy.deepcopy(student), run=run, details={})
+        start = dataclasses.replace(program, student=copy_of(student, "student"), run=run, details={})
         return self.config.pruning(share, self.ignore).apply(start, self.task)
 
     def student(self, rounds: int) -> nn.Module:

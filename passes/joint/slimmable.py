@@ -13,7 +13,6 @@ it, and the slim width computes what the sliced network will.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pqk.copies import copy_of
 from pqk.core.aten import OUTPUT_AXIS
 from pqk.core.graph import attach, attribute, facts, finish, free_path, operand
 from pqk.passes.prune.cuts import channels_of, cut_axis
@@ -56,7 +56,7 @@ class TwoWidths(nn.Module):
 
     def __init__(self, slim: nn.Module) -> None:
         super().__init__()
-        self.slim, self.full, self.width = slim, copy.deepcopy(slim), "slim"
+        self.slim, self.full, self.width = slim, copy_of(slim, "student"), "slim"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.slim(x) if self.width == "slim" else self.full(x)
@@ -99,7 +99,7 @@ class Widths:
 
     def trained(self, module: nn.Module) -> nn.Module:
         """A copy of `module`, which the graph was made of, with the trained tensors and the slim width's statistics."""
-        module = copy.deepcopy(module)
+        module = copy_of(module, "student")
         tensors = module.state_dict()
         with torch.no_grad():
             for name, value in self.graph.state_dict().items():
@@ -180,7 +180,7 @@ def _unfold(
         bias = operand(bias) if bias.op == "call_module" else bias  # the accumulator's grid is that of the folded bias
         attribute(graph, str(bias.target)).data.copy_(layer.bias.data)
     node.args = (*node.args[:2], bias, *node.args[3:])
-    _behind(graph, node, path, TwoWidths(copy.deepcopy(norm)))
+    _behind(graph, node, path, TwoWidths(copy_of(norm, "student")))
 
 
 def _mask(

@@ -9,7 +9,6 @@ read by nobody.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pqk.copies import copy_of
 from pqk.data.structures import Inputs, first_tensor, tensors
 from pqk.errors import Reason
 from pqk.passes.prune.cuts import Skip
@@ -176,7 +176,7 @@ def _normalized(module: nn.Module, x: Tensor) -> Tensor:
 
 def _zeroed(module: nn.Module, norm_scale: float) -> nn.Module:
     """A copy whose parameters are zero, but for the scales of norms: layers of a scale and an offset."""
-    zeroed = copy.deepcopy(module).eval()
+    zeroed = copy_of(module, "student").eval()
     with torch.no_grad():
         for parameter in zeroed.parameters():
             parameter.zero_()

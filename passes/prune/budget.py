@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from pqk.core.costs import count_macs, count_parameters, integer_bytes
 from pqk.core.run_context import RunContext
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 
 UNITS = {"macs": "MACs", "parameters": "parameters", "size": "bytes", "latency": "ms"}
 
@@ -42,14 +43,25 @@ class Budget:
         """How many times less than the teacher `value` is."""
         return self.reference / max(value, 1e-12)
 
-    def missed(self, reached: float, what: str) -> Missed:
-        """The error for a budget that cannot be met."""
+    def missed(self, reached: float, what: str, refused: Mapping[str, Reason]) -> Missed:
+        """The error for a budget that cannot be met; `refused`: layer or block -> why it may not be cut."""
         unit = UNITS[self.kind]
         return Missed(
             f"prune: {self.kind}_ratio = {self.goal:.4g} cannot be met: {what} is {self.ratio(reached):.3g} times less "
             f"than the teacher ({reached:.4g} against {self.reference:.4g} {unit}). Lower the ratio below that, or "
-            "lower floor or multiple, allow depth and width both, or shorten ignore and protect; or set best_effort"
+            "lower floor or multiple, allow depth and width both, or shorten ignore and protect; or set best_effort."
+            f"{_why_each(refused)}"
         )
+
+
+def _why_each(refused: Mapping[str, Reason]) -> str:
+    """Every layer or block that may not be cut, under the reason that it shares with others."""
+    if not refused:
+        return ""
+    alike: dict[Reason, list[str]] = {}
+    for name, reason in refused.items():
+        alike.setdefault(reason, []).append(name)
+    return " Not cut are " + "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
 
 
 def digest(model: nn.Module) -> str:

@@ -11,7 +11,6 @@ the model whose norms take their statistics over the channels that stay.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from pqk.copies import copy_of
 from pqk.data.structures import tensors
 from pqk.errors import InputError, Reason
 from pqk.passes.prune.cuts import Cut, Dim, channels_of, cut_axis, cut_channels, is_depthwise
@@ -113,7 +113,7 @@ def find_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[
 
     Raises `InputError` where torch-pruning cannot trace the model.
     """
-    shadow = copy.deepcopy(model).eval().requires_grad_(False)
+    shadow = copy_of(model, "student").eval().requires_grad_(False)
     for path, module in list(shadow.named_modules()):
         if hasattr(module, "trace_as"):
             parent, _, name = path.rpartition(".")
@@ -323,7 +323,7 @@ def why_not_exact(model: nn.Module, example: tuple[Tensor, ...], cuts: Sequence[
 
     `model` is unchanged.
     """
-    trial = copy.deepcopy(model).eval()
+    trial = copy_of(model, "student").eval()
     try:
         zeroed = _masked_outputs(trial.double(), inputs := _floats(example, torch.float64), cuts)
     except (RuntimeError, TypeError):  # constants in float32 inside a forward do not mix with float64

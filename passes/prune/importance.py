@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from pqk.copies import copy_of
 from pqk.errors import InputError, Reason
 from pqk.passes.prune.cuts import NORMS, Cut, Dim, is_depthwise
 from pqk.passes.prune.groups import ChannelGroup, Member, layer_of, merge_cuts
@@ -45,7 +45,7 @@ def gradients(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
 
     Raises `InputError` for data without labels.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(True)
+    model = copy_of(model, "student").eval().requires_grad_(True)
     count = 0
     if not task.validation.labelled:
         raise InputError('prune: importance = "taylor" needs labelled validation data; use "activation" or "magnitude"')

@@ -5,7 +5,6 @@ Both measure through the run's journal, so that a resumed prune decides as it di
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pqk.copies import copy_of
 from pqk.core.program import Program
 from pqk.core.progress import Observer
 from pqk.data.structures import concatenate
@@ -86,12 +86,13 @@ class WidthSearch:
         if not schedule:
             if self.config.best_effort:
                 return program
-            raise self.budget.missed(self.budget.value(program.student), "no channel group can be cut, and the student")
+            raise self._missed(self.budget.value(program.student), "no channel group can be cut, and the student")
         considered: list[dict[str, float]] = []
         unit = UNITS[self.budget.kind]
 
         def ratio(count: int) -> float:
-            student = cut_channels(copy.deepcopy(program.student), self.task.example, cuts=cuts_of(schedule[:count]))
+            cuts = cuts_of(schedule[:count])
+            student = cut_channels(copy_of(program.student, "student"), self.task.example, cuts=cuts)
             value, lost = self.budget.value(student), sum(narrowing.lost for narrowing in schedule[:count])
             considered.append({"narrowings": count, unit: value, "importance_lost": lost})
             return self.budget.ratio(value)
@@ -103,13 +104,17 @@ class WidthSearch:
         if count is None and self.config.best_effort:
             count = int(min(considered, key=lambda c: c[unit])["narrowings"])
         if count is None:
-            raise self.budget.missed(min(c[unit] for c in considered), "the least that is allowed")
+            raise self._missed(min(c[unit] for c in considered), "the least that is allowed")
         self.ranking.append({"step": step, "chosen": count, "considered": considered})
         cuts = cuts_of(schedule[:count])
         reason = why_not_exact(program.student, self.task.example, cuts)
         if reason is not None:
             raise InputError(f"prune: the groups may be cut one by one but not together: {reason}; ignore some of them")
         return program.rewrite(cut_channels, self.task.example, cuts=cuts)
+
+    def _missed(self, reached: float, what: str) -> Missed:
+        """The error for a budget that cannot be met, with why each layer that was left alone is."""
+        return self.budget.missed(reached, what, self.refused)
 
     def _fewest_timed(self, observer: Observer, most: int, ratio: Callable[[int], float], goal: float) -> int | None:
         """The fewest narrowings that meet the goal of those timed: latency does not fall with width, so all are."""
@@ -207,7 +212,7 @@ class DepthSearch(WidthSearch):
         """Rank everything that could go, and remove the best of it."""
         removable = self._removable(search, key)
         if not removable.edits:
-            raise self.budget.missed(self.budget.value(search.student), "with everything removable gone, the student")
+            raise self._missed(self.budget.value(search.student), "with everything removable gone, the student")
         names = [edit.name for edit in removable.edits]
         rows: list[dict[str, Any]] = [{"name": n, "saved": self._saving(search, removable, n)} for n in names]
         if self.config.blocks == "every_other":
@@ -267,7 +272,7 @@ class DepthSearch(WidthSearch):
         block = removable.blocks.get(name)
         signature = f"{name}/{digest(search.student)}" if block is None else block.signature
         if signature not in self.savings:
-            student, count = copy.deepcopy(search.student), 1
+            student, count = copy_of(search.student, "student"), 1
             if block is None:
                 student = cut_channels(student, self.task.example, cuts=removable.narrowings[name].cuts)
             else:

@@ -7,7 +7,6 @@ the same channels, so did the block. Between queries and values it is heads that
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pqk.copies import copy_of
 from pqk.core.aten import SAME_CHANNELS
 from pqk.core.program import Example, Program, Rewrite, replay
 from pqk.passes.prune.cuts import channels_of, cut_channels, drop_block, kept_channels
@@ -30,7 +30,7 @@ def surviving_channels(program: Program, example: Example, point: str) -> Sequen
     steps = [*itertools.takewhile(lambda step: step.function in table, program.plan)]
     if kept is not None or not any(step.function == cut_channels.__name__ for step in steps):
         return kept
-    student = replay(copy.deepcopy(program.teacher).requires_grad_(True), example, steps, table).eval()
+    student = replay(copy_of(program.teacher).requires_grad_(True), example, steps, table).eval()
     layers = _layers(student, example, point)
     if not layers:  # channels mix there, as they do in a product of queries and keys
         return _heads(steps, point)

@@ -6,7 +6,6 @@ hurts the outputs by more than is allowed) or because the deployed student is fa
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
+from pqk.copies import copy_of
 from pqk.core.aten import HEAVY, root
 from pqk.core.graph import arguments, attribute, finish, move_points, operand, replace, shape
 from pqk.core.modes import evaluating
@@ -116,7 +116,7 @@ class Quantize(Pass):
 
     def _smooth(self, program: Program, task: Task, alpha: float) -> Program:
         """With smoother inputs: only values change, so the plan needs no line for it."""
-        student = copy.deepcopy(program.student).eval()
+        student = copy_of(program.student, "student").eval()
         assert isinstance(student, fx.GraphModule)
         smoothed, declined = smooth(student, task.calibration(self.samples), alpha)
         return dataclasses.replace(program, student=student).decline(self.name, declined).note(smoothed=smoothed)
@@ -133,7 +133,7 @@ class Quantize(Pass):
         """The layers whose quantization alone costs too much, and what it costs."""
 
         def measure() -> dict[str, float]:
-            trial = copy.deepcopy(program.student)
+            trial = copy_of(program.student, "student")
             assert isinstance(trial, fx.GraphModule)
             layers = {n.meta["layer"] for n in Placement(trial, floats, self.dynamic).integer}
             points = placement(trial, floats, self.dynamic)[0]

@@ -7,7 +7,6 @@ measurement of the recipe's would leave in float are not looked for.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from pqk.bench.measure import fastest, ratio_to
+from pqk.copies import copy_of
 from pqk.core.onnxruntime_session import session
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_context import RunContext
@@ -67,7 +67,7 @@ class Oracle:
 
     def emit(self, student: nn.Module, stage: Stage = Stage.MODULE, floats: tuple[str, ...] = ()) -> Path:
         """The ONNX file of the INT8 form of a student in `stage`, with `floats` left in float beside the recipe's."""
-        program = Program(self.teacher, copy.deepcopy(student).eval(), stage, self.target, RunContext())
+        program = Program(self.teacher, copy_of(student, "student").eval(), stage, self.target, RunContext())
         with torch.random.fork_rng(devices=[]):
             for p in self.passes:
                 timed = p.timed_form(floats)

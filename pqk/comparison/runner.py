@@ -12,7 +12,6 @@ evaluation data is looked at when a cell has ended, and nothing is chosen by it.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +29,7 @@ from pqk.bench.oracle import Oracle
 from pqk.comparison.config import Comparison, RecipeVariant, epochs
 from pqk.comparison.markdown import to_markdown
 from pqk.comparison.results import ComparedRow, Result, best, rows_of, significance
+from pqk.copies import copy_of
 from pqk.core.decisions import Journal
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.pipeline import load, run_passes
@@ -94,7 +94,7 @@ def compare(
         raise InputError(f"{folder} is a file; --out names a directory")
     if not resume and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose another, or continue with --resume")
-    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    teacher = copy_of(teacher).eval().requires_grad_(False)
     task.check(teacher)
     bench = _Bench(teacher, task, comparison, target, folder, observer or Silent())
     try:
@@ -230,7 +230,7 @@ class _Bench:
 
     def _compile(self, passes: Sequence[Pass], folders: Sequence[Path], seed: int) -> Program:
         """The INT8 student, from the last pass on whose result is saved. `folders[i]`: where passes 0 … i leave it."""
-        student = copy.deepcopy(self.teacher).requires_grad_(True)
+        student = copy_of(self.teacher).requires_grad_(True)
         program = Program(self.teacher, student, Stage.MODULE, self.target, RunContext())
         runs = [RunFolder(folder) for folder in folders]
         saved = [i for i, p in enumerate(passes) if runs[i].is_finished(i, p.name)]

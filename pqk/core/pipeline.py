@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pqk.copies import copy_of
 from pqk.core.costs import count_macs, count_parameters
 from pqk.core.distributed import from_main, is_main_process
 from pqk.core.program import Pass, Program, Rewrite, RewriteFunction, Snapshot, Stage, replay
@@ -172,7 +172,7 @@ def rebuild(
         raise InputError(f"plan: unknown rewrites {unknown}; it was written by another version of pqk")
     try:
         # A frozen teacher makes a student that trains: rewrites freeze what must not.
-        student = replay(copy.deepcopy(teacher).requires_grad_(True), example, plan, rewrites)
+        student = replay(copy_of(teacher).requires_grad_(True), example, plan, rewrites)
         student.load_state_dict(weights)
     except (RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"plan: it does not fit this teacher: {error}") from error

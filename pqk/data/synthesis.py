@@ -7,7 +7,6 @@ batch norm are those that the teacher remembers of its training data (DeepInvers
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pqk.copies import copy_of
 from pqk.data.data import ArrayData, Data
 from pqk.data.structures import Inputs, concatenate, first_tensor, widened
 from pqk.errors import InputError
@@ -61,7 +61,7 @@ def pseudo_labels(
     if not 0 <= confidence <= 1:  # NaN too
         raise InputError(f"pseudo-labels: confidence={confidence} must be a probability, from 0 to 1")
     tops, labels, inputs = [], [], []
-    model = copy.deepcopy(teacher).eval()
+    model = copy_of(teacher).eval()
     for batch in data.batches():
         top, label = _logits(model, batch.for_teacher().inputs).softmax(-1).max(-1)
         tops.append(top)
@@ -160,7 +160,7 @@ def synthesize(
             f"synthesis: samples={samples} and batch_size={batch_size} must be at least 2, steps={steps} at least 1, "
             f"learning_rate={learning_rate} above 0"
         )
-    model, prior = copy.deepcopy(teacher).eval().requires_grad_(False), prior or Prior()
+    model, prior = copy_of(teacher).eval().requires_grad_(False), prior or Prior()
     _norms(model)
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -200,7 +200,7 @@ def _inverted(
 @torch.no_grad()
 def statistics_gap(teacher: nn.Module, inputs: Tensor) -> float:
     """R_feature of a batch [B, …]: the distance of its batch-norm statistics from the remembered ones, over layers."""
-    model = copy.deepcopy(teacher).eval()
+    model = copy_of(teacher).eval()
     with _statistics_distances(model) as distances:
         model(inputs)
     return float(torch.stack(distances).sum())

@@ -95,7 +95,7 @@ def emit_onnx(
                 example,
                 input_names=list(input_names),
                 output_names=names,
-                dynamic_shapes=free_axes(example, axes),
+                dynamic_shapes=free_axes(module, example, axes),
                 custom_translation_table=TRANSLATIONS,
                 opset_version=OPSET,
                 dynamo=True,

@@ -39,7 +39,7 @@ def emit_torch(fused: fx.GraphModule, example: tuple[Tensor, ...], path: Path, a
     `example` are inputs whose first axis is the batch (at least 2), which stays free, as does what `axes` names. Raises
     `InputError` where the module cannot be exported, and for a full disk.
     """
-    free = free_axes(example, axes)
+    free = free_axes(fused, example, axes)
     try:
         with quiet_export(), torch.no_grad():
             exported = torch.export.export(fused, example, dynamic_shapes=free, strict=False)

@@ -210,7 +210,7 @@ def neural_compressor_ptq(
             from neural_compressor.torch.quantization import StaticQuantConfig, convert, prepare
 
             with torch.no_grad():
-                exported = export(teacher, example, dynamic_shapes=free_axes(example, axes))
+                exported = export(teacher, example, dynamic_shapes=free_axes(teacher, example, axes))
                 if exported is None:
                     return None, "neural-compressor could not export the teacher (torch.export failed)"
                 prepared = prepare(exported, StaticQuantConfig(), example_inputs=example)

@@ -8,13 +8,13 @@ what the student drew: the same passes on the same batches.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from pqk.copies import copy_of
 from pqk.core.pipeline import run_passes
 from pqk.core.program import Pass, Program, Stage
 from pqk.data.structures import concatenate
@@ -87,7 +87,7 @@ def _untrained_teacher(program: Program, task: Task, passes: Sequence[Pass]) -> 
     again = _under_quantization(program, task, passes, None)
     if isinstance(again, str):
         return again
-    random = copy.deepcopy(program.teacher)
+    random = copy_of(program.teacher)
     if (reason := _why_not_restarted(random, program)) is not None:
         return reason
     return dataclasses.replace(again, start=dataclasses.replace(again.start, teacher=random.eval()))
@@ -99,7 +99,7 @@ def _from_scratch(program: Program, task: Task, passes: Sequence[Pass]) -> Again
     floats = [r.index for r in program.records if isinstance(passes[r.index], Distill) and r.stage == "MODULE"]
     if not floats or floats[-1] < cut:
         return "the recipe trains nothing in float after its last pruning"
-    start = dataclasses.replace(program, student=copy.deepcopy(program.teacher).requires_grad_(True), plan=())
+    start = dataclasses.replace(program, student=copy_of(program.teacher).requires_grad_(True), plan=())
     start = dataclasses.replace(start, stage=Stage.MODULE, records=(), declined=())
     if cut >= 0:
         start = program.after(cut)

@@ -15,7 +15,6 @@ device's bandwidth and integer rate is taken against what this device reached a 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from pqk.bench.contenders import Contender, Skipped
 from pqk.bench.measure import TimingProtocol, interleave, measure
+from pqk.copies import copy_of
 from pqk.core.launches import traffic
 from pqk.data.structures import Inputs, tensors
 from pqk.deploy.artifact import Artifact
@@ -209,7 +209,7 @@ def teachers(device: Device, teacher: nn.Module, inputs: Inputs) -> list[Contend
     """The teacher through `torch.compile` in each of `PRECISIONS`; its floating-point inputs come in that dtype."""
     contenders: list[Contender | Skipped] = []
     for name, (dtype, products) in PRECISIONS.items():
-        module = copy.deepcopy(teacher).eval().to(device.name, dtype)
+        module = copy_of(teacher).eval().to(device.name, dtype)
         cast = tuple(x.to(device.name, dtype if x.is_floating_point() else x.dtype) for x in inputs)
         with at_its_best(), float32_products(products):
             compiled: Any = torch.compile(module, dynamic=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 
+from pqk.copies import copy_of
 from pqk.core.program import CONFIG
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs
@@ -112,7 +112,7 @@ class FromSnapshot(Source):
     like_student: ClassVar[bool] = True
 
     def make(self, context: TeacherContext) -> Teacher:
-        frozen = copy.deepcopy(context.student).requires_grad_(False)
+        frozen = copy_of(context.student, "student").requires_grad_(False)
         if self.restart:
             restart(context.student)
         return FrozenTeacher(frozen, context.points, context.precision, students_view=True)
@@ -125,7 +125,7 @@ class FromRandom(Source):
     source: Literal["random"] = "random"
 
     def make(self, context: TeacherContext) -> Teacher:
-        untrained = copy.deepcopy(context.teacher)
+        untrained = copy_of(context.teacher)
         restart(untrained, "teacher")
         return FrozenTeacher(untrained.requires_grad_(False), context.points, context.precision)
 
@@ -204,7 +204,7 @@ class FromPeer(Source):
         return PeerTeacher.uncacheable
 
     def make(self, context: TeacherContext) -> Teacher:
-        peer = copy.deepcopy(context.student)
+        peer = copy_of(context.student, "student")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
             if self.restart:

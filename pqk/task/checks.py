@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -28,12 +29,24 @@ def check_views(what: str, batch: Batch) -> None:
 
 def try_forward(teacher: nn.Module, inputs: Inputs, what: str) -> Outputs:
     """The teacher's outputs. Raises `InputError` where it cannot take the inputs: whatever its own code raised."""
+    if by_name := _only_by_name(teacher):
+        raise InputError(
+            f"teacher: {type(teacher).__name__}.forward takes {', '.join(by_name)} by keyword alone, and pqk passes "
+            "all inputs by position, in the order of the task's example: wrap it in a module whose forward takes them "
+            f"so, such as `def forward(self, x, {by_name[0]}): return self.model(x, {by_name[0]}={by_name[0]})`"
+        )
     try:
         with torch.inference_mode():
             return teacher(*inputs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs)
         raise InputError(f"teacher: the {what} inputs ({shapes}) do not fit it: {error}") from error
+
+
+def _only_by_name(teacher: nn.Module) -> list[str]:
+    """The inputs that `forward` needs and takes by keyword alone."""
+    parameters = inspect.signature(teacher.forward).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def check_all_labels(what: str, data: Data, classes: int) -> None:

@@ -6,7 +6,6 @@ With a keyed augmentation the teacher sees each (sample, view) once; later epoch
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pqk.copies import copy_of
 from pqk.core.distributed import world_size
 from pqk.data.data import Batch, Data, digest_of
 from pqk.data.structures import Inputs, map_tensors, widened
@@ -176,7 +176,7 @@ class FrozenTeacher(Teacher):
     def live(self, batch: Batch) -> TeacherAnswer:
         device = batch.inputs[0].device
         if any(t.device != device for t in self._model[0].parameters()):
-            self._model = [copy.deepcopy(self._model[0]).to(device)]  # the program's teacher stays where it is
+            self._model = [copy_of(self._model[0]).to(device)]  # the program's teacher stays where it is
         return run_tapped(self._model[0], batch if self.students_view else batch.for_teacher(), self.precision)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pqk.copies import copy_of
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, Outputs, first_tensor, map_tensors, tensors
 from pqk.errors import InputError, Reason, nearest
@@ -269,7 +269,7 @@ class EMATeacher(ChangingTeacher):
             raise InputError(f"distill: the teacher's momentum={momentum} must be at least 0 and below 1")
         self.momentum, self.warmup = momentum, warmup
         self._student = [student]  # hidden: it is no part of the teacher
-        self.average = copy.deepcopy(student).eval().requires_grad_(False)
+        self.average = copy_of(student, "student").eval().requires_grad_(False)
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.tap_module()
