@@ -140,7 +140,7 @@ class Distill(Training, Pass):
         teacher, live = self._teacher_for(program, task, data)
         with frozen_parameters(program.student, self.frozen):
             log, kept_epoch = self._train(program, task, data, teacher)
-        notes = {} if kept_epoch is None else {"kept_epoch": kept_epoch}
+        notes = log.notes if kept_epoch is None else {"kept_epoch": kept_epoch, **log.notes}
         answers = "cached" if live is None else f"live: {live}"
         return program.note(losses=log.losses, steps=log.steps, retries=log.retries, teacher=answers, **notes)
 

@@ -170,6 +170,8 @@ class JointSearch(Training, WidthSettings, Pass):
         if untrained:
             raise PqkError(f"pqk: quantizers {untrained} of the deployed graph are not in the one that was trained")
         pruned = {key: details[key] for key in ("budget", "before", "after", "widths") if key in details}
+        if any(log.left_out for log in logs):
+            pruned["left_out"] = sum(log.left_out for log in logs)
         return program.note(
             losses=[loss for log in logs for loss in log.losses],
             steps=sum(log.steps for log in logs),

@@ -152,5 +152,5 @@ def recover(config: Prune, program: Program, task: Task, step: int) -> Program:
     """Train the student on the task's loss for a while, in place. Raises `InputError` without training data."""
     training = Training(epochs=config.recovery_epochs, learning_rate=config.recovery_rate)
     run = program.run.enter(f"{program.run.scope}-recovery{step}")
-    fit(run, program.student, task.need_train("prune.recovery_epochs"), _TaskLoss(task), training)
-    return program
+    log = fit(run, program.student, task.need_train("prune.recovery_epochs"), _TaskLoss(task), training)
+    return program.note(**{name: program.details.get(name, 0) + count for name, count in log.notes.items()})

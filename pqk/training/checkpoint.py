@@ -35,6 +35,8 @@ class TrainingState:
     """how often it went back to a lower rate"""
     epoch_loss: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """of the present epoch: the sum of its losses, and their number"""
+    left_out: int = 0
+    """samples of batches that were too small to train on"""
 
 
 @dataclass

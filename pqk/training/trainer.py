@@ -19,11 +19,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
+from pqk.copies import copy_of
 from pqk.core.distributed import rank, world_size
 from pqk.core.run_context import RunContext
 from pqk.data.data import Batch, Data
-from pqk.data.structures import map_tensors
-from pqk.errors import PqkError
+from pqk.data.structures import map_tensors, tensors
+from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.quant.fake_quant import bounded_steps
 from pqk.target.machine import autocast
 from pqk.training.checkpoint import Checkpoint, TrainingState
@@ -45,6 +46,13 @@ class TrainingLog:
     """how many there were"""
     retries: int = 0
     """how often it went back to a lower rate"""
+    left_out: int = 0
+    """samples of batches too small for a norm over the batch, over all epochs"""
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """What a record says of the data: samples that were left out, where there are some."""
+        return {"left_out": self.left_out} if self.left_out else {}
 
 
 class Objective(nn.Module):
@@ -78,10 +86,36 @@ def accelerator() -> Accelerator:
 def fit(run: RunContext, student: nn.Module, data: Data, objective: Objective, training: Training) -> TrainingLog:
     """Train `student` in place.
 
-    Raises `InputError` where a checkpoint exists and the data cannot be entered in the middle of an epoch, and
-    `PqkError` when the loss is still not finite after three retries.
+    A batch that leaves a process one sample is left out where the student cannot train on one, as a norm over the batch
+    cannot: the last of 65 samples in batches of 8. The log says how many samples that were.
+
+    Raises `InputError` where a checkpoint exists and the data cannot be entered in the middle of an epoch, or all
+    batches are so small; and `PqkError` when the loss is still not finite after three retries.
     """
     return _Trainer(run, student, data, objective, training).train()
+
+
+def why_not_alone(student: nn.Module, batch: Batch) -> Reason | None:
+    """Why `student` (unchanged) cannot train on the first sample of `batch` alone, though on two of it; else None.
+
+    Tried, not looked up: a norm over the batch may have positions enough in one sample, and may be anybody's code.
+    """
+    device = next(student.parameters()).device
+    trial = copy_of(student, "student")
+    trial.train()
+
+    def fault(count: int) -> Reason | None:
+        inputs = map_tensors(lambda t: torch.cat([t[:1]] * count).to(device), batch.inputs)
+        try:
+            outputs = trial(*inputs)
+        except Exception as error:  # whatever torch or the user's code raises
+            return first_line(error)
+        finite = all(bool(t.isfinite().all()) for t in tensors(outputs) if t.is_floating_point())
+        return None if finite else "its outputs are not finite"
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        alone = fault(1)
+        return alone if alone is not None and fault(2) is None else None
 
 
 class _Trainer:
@@ -93,7 +127,11 @@ class _Trainer:
         self.run, self.student, self.data, self.objective, self.training = run, student, data, objective, training
         self.total = max(1, round(training.epochs * len(data)))
         self.accelerator = accelerator()
-        if any(t.dim() == 4 for t in next(data.batches()).inputs):
+        first = next(data.batches())
+        self.alone: bool | None = None
+        """whether the student can train on a single sample, once that is asked"""
+        self._check_batches(first)
+        if any(t.dim() == 4 for t in first.inputs):
             for t in (*student.parameters(), *student.buffers()):  # Module.to refuses captured constants of five axes
                 if t.dim() == 4:
                     t.data = t.data.contiguous(memory_format=torch.channels_last)
@@ -127,7 +165,38 @@ class _Trainer:
                 t.copy_(broadcast(t))
         # As a student loaded from its saved tensors: convolutions round differently in another memory format.
         self.student.to(device=home, memory_format=torch.contiguous_format).train(False)  # type: ignore[call-overload]
-        return TrainingLog(self.state.losses, self.state.step, self.state.retries)
+        return TrainingLog(self.state.losses, self.state.step, self.state.retries, self.state.left_out)
+
+    def _check_batches(self, first: Batch) -> None:
+        """Raises `InputError` where no batch is large enough to train on."""
+        least = 2 * world_size()
+        if self.data.samples < least * len(self.data) and self._too_small(first):
+            shared = "" if world_size() == 1 else f" over {world_size()} processes"
+            raise InputError(
+                f"{self.run.scope}: {self.data.samples} samples in {len(self.data)} batches{shared} leave one sample "
+                f"to a step, and the student cannot train on one ({why_not_alone(self.student, first)}): take batches "
+                f"of at least {least} samples"
+            )
+
+    def _too_small(self, batch: Batch) -> bool:
+        """Whether a process would get one sample of it, on which the student cannot train. All processes agree."""
+        if len(batch.inputs[0]) >= 2 * world_size():
+            return False
+        if self.alone is None:
+            self.alone = why_not_alone(self.student, batch) is None
+        return not self.alone
+
+    def _leave_out(self, batch: Batch) -> None:
+        """Count a batch as a step on which nothing is trained: schedules, checkpoints and order stay as they are."""
+        if not self.state.left_out:
+            log.warning(
+                "%s: batch %d of an epoch has %d samples, too few for a norm over the batch, and is left out",
+                self.run.scope,
+                self.state.step % len(self.data) + 1,
+                len(batch.inputs[0]),
+            )
+        self.state.left_out += len(batch.inputs[0])
+        self.state.step += 1
 
     def _epoch(self, model: nn.Module, optimizer: Any, advance: Callable[[int, str], None]) -> bool:
         """Train to the end of the current epoch. False where a loss was not finite."""
@@ -138,6 +207,12 @@ class _Trainer:
         set_seed(seed & 0xFFFFFFFF)
         batches = self.data.batches(seed, epoch, start, generator)
         for batch in batches:
+            if self._too_small(batch):
+                self._leave_out(batch)
+                advance(1, "left out")
+                if state.step >= self.total:
+                    break
+                continue
             model.train()
             loss, due = self._step(model, optimizer, batch)
             if not math.isfinite(loss):

@@ -83,6 +83,18 @@ def test_every_point_knows_its_surviving_channels(steps: int) -> None:
         torch.testing.assert_close(have[point], want[point][:, kept], msg=point)
 
 
+def test_a_record_says_what_was_left_out() -> None:
+    """13 samples in batches of 4, for a network whose batch norm sees vectors; also of a recovery in steps."""
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)]
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), *head)
+    done = Distill(terms=(CrossEntropy(),), epochs=2).apply(program(teacher), task(13))
+    assert (done.details["steps"], done.details["left_out"]) == (8, 2)
+    done = Prune(macs_ratio=1.4, multiple=1, steps=2, recovery_epochs=1).apply(program(teacher), task(13))
+    assert done.details["left_out"] == 2
+    assert "left_out" not in Distill(terms=(CrossEntropy(),), epochs=2).apply(program(teacher), task(14)).details
+
+
 class Cat(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -347,6 +347,73 @@ def test_a_training_learns(tmp_path: Path) -> None:
     assert log.losses[-1] < 0.2 < 1 < log.losses[0]
 
 
+class Vectors(nn.Module):
+    """A norm over the batch whose channels have one position: it cannot train on a single sample."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(108, 8), norm, nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class OwnNorm(nn.Module):
+    """Somebody's own: no error of torch's, but NaN for one sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) / (x.var(0) + 1e-5).sqrt() if self.training else x
+
+
+def odd(count: int = 17) -> Data:
+    """Batches of 4, 4, 4, 4 and 1."""
+    return ArrayData(*images(count), 4)
+
+
+def fitted(run: RunContext, student: nn.Module, data: Data, **how: Any) -> tuple[dict[str, Tensor], TrainingLog]:
+    objective = Classify(**how)
+    log = fit(run, student, data, objective, Training(epochs=2, average=1.5, checkpoint_seconds=1e-9))
+    return end(student, objective), log
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, lambda width: OwnNorm()])
+def test_a_last_batch_too_small_for_a_norm_is_left_out(norm: Any, tmp_path: Path) -> None:
+    """And said; each epoch leaves out the sample that its order puts last, and a killed run leaves out the same."""
+    whole, log = fitted(RunContext(7).enter("01-distill"), Vectors(norm(8)), odd())
+    assert (log.steps, log.left_out, log.notes) == (10, 2, {"left_out": 2}) and all(map(math.isfinite, log.losses))
+    for kill in (3, 4, 6):  # the calls of the objective, of which an epoch has four
+        with pytest.raises(Killed):
+            fitted(folder(tmp_path / str(kill)), Vectors(norm(8)), odd(), kill=kill)
+        rest, resumed = fitted(folder(tmp_path / str(kill)), Vectors(norm(8)), odd())
+        assert_same(rest, whole)
+        assert resumed == log
+
+
+def test_a_small_last_batch_that_can_be_trained_on_is() -> None:
+    """A norm with positions enough in one sample, or none: nothing is left out."""
+    for student in (net(), Vectors(nn.LayerNorm(8))):
+        _, log = fitted(RunContext(7), student, odd())
+        assert (log.steps, log.left_out, log.notes) == (10, 0, {})
+
+
+def test_a_loader_leaves_out_what_it_must_too() -> None:
+    x, y = images(9)
+    batches = [(x[:4], y[:4]), (x[4:5], y[4:5]), (x[5:], y[5:])]  # a small one anywhere
+    _, log = fitted(RunContext(7), Vectors(nn.BatchNorm1d(8)), LoaderData(batches))
+    assert (log.steps, log.left_out) == (6, 2)
+
+
+@pytest.mark.parametrize("data", [ArrayData(*images(4), 1), ArrayData(*images(1), 8)])
+def test_batches_of_one_are_refused_before_the_training(data: Data) -> None:
+    student = Vectors(nn.BatchNorm1d(8))
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    with pytest.raises(InputError, match=r"leave one sample to a step.*more than 1 value.*batches of at least 2"):
+        fitted(RunContext(7), student, data)
+    assert_same(dict(student.state_dict()), before)
+    assert fitted(RunContext(7), net(), data)[1].left_out == 0
+
+
 TWO = """
 import json, sys, torch
 torch.set_num_threads(1)
@@ -370,8 +437,10 @@ try:
 except law.Killed:
     sys.exit(0)
 from pqk.files import write_tensors, write_json
+odd = fit(RunContext(7), law.Vectors(torch.nn.BatchNorm1d(8)), law.odd(19), law.Classify(), Training(epochs=1))
 write_tensors(Path({out!r}) / f"rank{{rank}}.safetensors", law.end(student, objective))
-write_json(Path({out!r}) / f"rank{{rank}}.json", {{"decided": decided, "losses": log.losses, "steps": log.steps}})
+write_json(Path({out!r}) / f"rank{{rank}}.json", {{"decided": decided, "losses": log.losses, "steps": log.steps,
+                                                             "left_out": odd.left_out}})
 """
 
 
@@ -395,6 +464,7 @@ def test_two_processes_train_one_student(tmp_path: Path) -> None:
     sides = [read_tensors(tmp_path / "whole" / f"rank{r}.safetensors")[0] for r in (0, 1)]
     logs = [json.loads((tmp_path / "whole" / f"rank{r}.json").read_text()) for r in (0, 1)]
     assert_same(*sides)
+    assert logs[0]["left_out"] == 3  # the last batch, of which one of the two would get a single sample
     assert logs[0] == logs[1] and logs[0]["decided"] == 10 and logs[0]["steps"] == 2 * BATCHES
     assert all(map(math.isfinite, logs[0]["losses"])) and logs[0]["losses"][1] < logs[0]["losses"][0]
 
