@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.copies import copy_of
-from pqk.data.structures import Inputs, first_tensor, tensors
+from pqk.core.calls import ModuleCall, watch
+from pqk.data.structures import Inputs, first_tensor, map_tensors, tensors
 from pqk.errors import Reason
 from pqk.passes.prune.cuts import Skip
 from pqk.passes.prune.groups import matches
@@ -32,34 +33,17 @@ NORMALIZED = 1e-3
 
 @dataclass
 class _Calls:
-    """How one forward pass called a module: how often, and the last call's inputs and output."""
+    """How one forward pass called a module: how often, and the values of the last call's inputs and output."""
 
-    times: int = 0
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-    versions: tuple[int, ...] = ()
-    """of the output's tensors when they were returned"""
+    times: int
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Any
 
-
-@contextmanager
-def _watch(modules: dict[str, nn.Module]) -> Iterator[dict[str, _Calls]]:
-    """Record calls of these modules, in the order in which they end."""
-    calls: dict[str, _Calls] = {}
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            times = calls.pop(path, _Calls()).times + 1
-            calls[path] = _Calls(times, args, kwargs, output, tuple(t._version for t in tensors(output)))
-
-        return hook
-
-    handles = [m.register_forward_hook(note(path), with_kwargs=True) for path, m in modules.items()]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    @classmethod
+    def of(cls, call: ModuleCall) -> _Calls:
+        """The values of a call, as they were when the module was called and when it returned."""
+        return cls(call.times, call.arguments.values, call.keywords.values, call.output.values)
 
 
 @dataclass(frozen=True)
@@ -80,8 +64,9 @@ def find_blocks(model: nn.Module, inputs: Inputs, protect: Sequence[str] = ()) -
     candidates = {
         p: m for p, m in model.named_modules() if p and len(list(m.children())) and any(True for _ in m.parameters())
     }
-    with torch.no_grad(), _watch(candidates) as calls:
+    with torch.no_grad(), watch(candidates, arguments=True) as watched:
         outputs = tensors(model(*inputs))
+    calls = {path: _Calls.of(call) for path, call in watched.items()}
     _drop_unread_results(model, inputs, outputs, {candidates[p]: own for p, own in calls.items()})
     reasons: dict[str, str | None] = {p: _why_not_removed(candidates[p], calls[p]) for p in candidates if p in calls}
     passing = [p for p, why in reasons.items() if why is None]
@@ -163,7 +148,8 @@ def _why_not_removed(module: nn.Module, calls: _Calls) -> Reason | None:
     if x.shape != y.shape or x.dtype != y.dtype:
         return f"it changes its input from {[*x.shape[1:]]} to {[*y.shape[1:]]}"
     for norm_scale in (0.0, 1.0):
-        out = first_tensor(_zeroed(module, norm_scale)(*calls.arguments, **calls.keywords))
+        arguments, keywords = map_tensors(torch.clone, (calls.arguments, calls.keywords))  # it may write to them
+        out = first_tensor(_zeroed(module, norm_scale)(*arguments, **keywords))
         if torch.equal(out, x) or (norm_scale and torch.allclose(out, _normalized(module, x), atol=NORMALIZED)):
             return None
     return "its input does not pass through it when its own parameters are zero"
@@ -222,15 +208,11 @@ def edit_costs(
     returned then.
     """
     units = dict(_units(model, "", set(blocks)))
-    with _watch(units) as calls:
+    with watch(units, copied=lambda path: False) as calls:
         model(*inputs)
     order = {path: i for i, path in enumerate(calls)}
-    # a tensor that was changed in place after it was returned is not what the module returns
-    stable = [
-        p
-        for p, c in calls.items()
-        if c.times == 1 and c.versions and tuple(t._version for t in tensors(c.output)) == c.versions
-    ]
+    # What is written to after it was returned would be written to in every trial, and is not kept for them.
+    stable = [p for p, c in calls.items() if c.times == 1 and c.output.versions and not c.output.overwritten]
     unit_of = {path: unit for unit in units for path, _ in model.get_submodule(unit).named_modules(prefix=unit)}
     costs = []
     for edit in edits:
@@ -238,7 +220,7 @@ def edit_costs(
         with ExitStack() as stack:
             for path in stable:
                 if order[path] < first:
-                    stack.enter_context(_returning(units[path], calls[path].output))
+                    stack.enter_context(_returning(units[path], calls[path].output.values))
             stack.enter_context(edit.trial(model))
             costs.append(distance(model(*inputs), teacher))
     return costs

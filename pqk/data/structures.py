@@ -22,7 +22,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         return {k: map_tensors(function, v) for k, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(function, v) for v in value))
-    return type(value)(map_tensors(function, v) for v in value) if isinstance(value, tuple | list) else value
+    return type(value)([map_tensors(function, v) for v in value]) if isinstance(value, tuple | list) else value
 
 
 Outputs = Any

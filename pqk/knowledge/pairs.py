@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pqk.core.calls import version_of, watch
 from pqk.core.modes import evaluating
 from pqk.core.program import Example
 from pqk.data.structures import tensors, widened
@@ -102,33 +103,34 @@ def _features(model: nn.Module, example: Example) -> dict[str, Tensor]:
     """Module path -> its first output, in the order of the forward pass; of modules with one output the outermost."""
     with evaluating(model), torch.no_grad():
         outputs, features = (
-            tap(model, [*model.meta.get("points", {})])(*example)
-            if isinstance(model, fx.GraphModule)
-            else _module_outputs(model, example)
+            _node_outputs(model, example) if isinstance(model, fx.GraphModule) else _module_outputs(model, example)
         )
-    model_outputs = {id(t) for t in tensors(outputs)}
-    names: dict[int, str] = {}
-    for path, t in features.items():
-        if 2 <= t.dim() <= 4 and t.is_floating_point() and id(t) not in model_outputs:
-            names[id(t)] = min(names.get(id(t), path), path, key=lambda p: p.count("."))
-    return {path: widened(features[path]) for path in names.values()}
+    model_outputs = {(id(t), version_of(t)) for t in tensors(outputs)}
+    names: dict[Identity, str] = {}
+    for path, (t, identity) in features.items():
+        if 2 <= t.dim() <= 4 and t.is_floating_point() and identity not in model_outputs:
+            names[identity] = min(names.get(identity, path), path, key=lambda p: p.count("."))
+    return {path: widened(features[path][0]) for path in names.values()}
 
 
-def _module_outputs(model: nn.Module, example: Example) -> tuple[Any, dict[str, Tensor]]:
-    """(outputs, {path: first output}) of all submodules that return a tensor."""
-    features: dict[str, Tensor] = {}
+Identity = tuple[int, int | None]
+"""of a value: which tensor held it, and how often that had been written to"""
 
-    def keeper(path: str) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            if path not in features and isinstance(output, Tensor):
-                features[path] = output
 
-        return keep
+def _node_outputs(graph: fx.GraphModule, example: Example) -> tuple[Any, dict[str, tuple[Tensor, Identity]]]:
+    """(outputs, {path: its output and which value that is}) of all modules that a captured graph remembers."""
+    outputs, features = tap(graph, [*graph.meta.get("points", {})])(*example)
+    return outputs, {path: (t, (id(t), version_of(t))) for path, t in features.items()}
 
-    handles = [module.register_forward_hook(keeper(path)) for path, module in model.named_modules() if path]
-    try:
-        return model(*example), features
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def _module_outputs(model: nn.Module, example: Example) -> tuple[Any, dict[str, tuple[Tensor, Identity]]]:
+    """(outputs, {path: first output and which value that is}) of all submodules that return a tensor."""
+    modules = {path: module for path, module in model.named_modules() if path}
+    with watch(modules, kept="first") as calls:
+        outputs = model(*example)
+    features: dict[str, tuple[Tensor, Identity]] = {}
+    for path, call in calls.items():
+        value, holder = (o[0] if isinstance(o, tuple) else o for o in (call.output.values, call.output.structure))
+        if isinstance(value, Tensor):
+            features[path] = (value, (id(holder), call.output.versions[0]))
+    return outputs, features

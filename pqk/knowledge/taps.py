@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from pqk.core.calls import ModuleCall, watch
+from pqk.data.structures import first_tensor
 from pqk.errors import InputError, nearest
 
 
 class Tapped(nn.Module):
-    """`forward(*inputs) -> (outputs, {path: feature})` over the module's own parameters."""
+    """`forward(*inputs) -> (outputs, {path: feature})` over the module's own parameters.
+
+    A feature is what the module returned, whatever is written over it later in the pass. It is copied where that
+    happens, which the first pass in each mode finds out; elsewhere it costs nothing.
+    """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         super().__init__()
         self.model, self.points = model, [(path, _module_at(model, path)) for path in paths]
+        self.overwritten: dict[tuple[bool, bool], set[str]] = {}
+        """(training, with gradients) -> the points whose tensors are written to later in a pass"""
 
     def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        features: dict[str, Tensor] = {}
-
-        def keeper(path: str) -> Any:
-            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-                features[path] = output[0] if isinstance(output, tuple) else output
-
-            return keep
-
-        # Hooks of this call only: what is copied, captured or saved after the training carries none.
-        handles = [module.register_forward_hook(keeper(path)) for path, module in self.points]
-        try:
-            outputs = self.model(*inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        missing = [path for path, _ in self.points if path not in features]
+        mode = (self.model.training, torch.is_grad_enabled())
+        known = self.overwritten.get(mode)
+        outputs, calls = self._pass(inputs, lambda path: known is None or path in known)
+        missing = [path for path, _ in self.points if path not in calls]
         if missing:
             raise InputError(f'distill: module "{missing[0]}" was not called in a forward pass; choose another point')
-        return outputs, features
+        written = {path for path, call in calls.items() if call.output.overwritten}
+        self.overwritten[mode] = written | (known or set())
+        if known is not None and written - known:  # this pass took another way through the model than those before
+            outputs, calls = self._pass(inputs, lambda path: True)
+        return outputs, {path: first_tensor(calls[path].output.values) for path, _ in self.points}
+
+    def _pass(self, inputs: tuple[Tensor, ...], copied: Callable[[str], bool]) -> tuple[Any, dict[str, ModuleCall]]:
+        # Hooks of this call only: what is copied, captured or saved after the training carries none.
+        with watch(dict(self.points), copied=copied) as calls:
+            return self.model(*inputs), calls
 
 
 class TappedGraph(nn.Module):

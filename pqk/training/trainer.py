@@ -104,7 +104,7 @@ def why_not_alone(student: nn.Module, batch: Batch) -> Reason | None:
     trial = copy_of(student, "student")
     trial.train()
 
-    def fault(count: int) -> Reason | None:
+    def why_not_of(count: int) -> Reason | None:
         inputs = map_tensors(lambda t: torch.cat([t[:1]] * count).to(device), batch.inputs)
         try:
             outputs = trial(*inputs)
@@ -114,8 +114,8 @@ def why_not_alone(student: nn.Module, batch: Batch) -> Reason | None:
         return None if finite else "its outputs are not finite"
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        alone = fault(1)
-        return alone if alone is not None and fault(2) is None else None
+        alone = why_not_of(1)
+        return alone if alone is not None and why_not_of(2) is None else None
 
 
 class _Trainer:

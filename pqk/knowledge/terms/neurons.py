@@ -61,7 +61,11 @@ def _scores(tapped: nn.Module, point: str, inputs: Inputs) -> Tensor:
         with torch.enable_grad():
             outputs, features = tapped(*inputs)
             answer, feature = widened(first_tensor(outputs)).amax(-1).sum(), features[point]
-            (gradient,) = torch.autograd.grad(answer, feature, allow_unused=True)
+            (gradient,) = torch.autograd.grad(answer, feature, allow_unused=True, retain_graph=True)
+            if gradient is None and feature.grad_fn is not None and "Clone" in feature.grad_fn.name():
+                # The copy of what is written over later; the answer depends on its original.
+                original = torch.autograd.graph.GradientEdge(*feature.grad_fn.next_functions[0])
+                (gradient,) = torch.autograd.grad(answer, original, allow_unused=True)
     finally:
         for p in frozen:
             p.requires_grad_(False)
