@@ -24,8 +24,8 @@ from pqk.bench.measure import ratio_to
 from pqk.bench.oracle import Oracle
 from pqk.copies import copy_of
 from pqk.core.aten import quantized_tensors
-from pqk.core.costs import count_macs, count_parameters, float_bytes
-from pqk.core.modes import evaluating
+from pqk.core.costs import count_macs, count_parameters, float_bytes, why_not_counted
+from pqk.core.modes import evaluating, fused_layers
 from pqk.core.onnxruntime_session import session
 from pqk.core.pipeline import verify
 from pqk.core.program import Pass, Program, Stage
@@ -103,7 +103,8 @@ def check(teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer | N
     """
     rehearsal = Rehearsal(teacher, task, recipe, observer or Silent())
     try:
-        return rehearsal.run()
+        with fused_layers(False):
+            return rehearsal.run()
     finally:
         rehearsal.oracle.folder.cleanup()
 
@@ -130,6 +131,8 @@ class Rehearsal:
         self.found = Findings(self.target.name, recipe.seed, costs, latency_reason=mismatch)
         if mismatch is not None:
             self.found.warnings.append(mismatch)
+        if (reason := why_not_counted(self.teacher, example)) is not None:
+            self.found.warnings.append(f"teacher: {reason}")
         if (reason := why_not_for_target(recipe.passes, self.target)) is not None:
             self.found.problems.append(reason)
         self.live_steps = _cacheable_steps(task)

@@ -19,6 +19,7 @@ from pqk.bench.oracle import Oracle
 from pqk.copies import copy_of
 from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process, wait_for_all
+from pqk.core.modes import fused_layers
 from pqk.core.pipeline import check_order, run_passes
 from pqk.core.program import Program, Stage
 from pqk.core.progress import Observer, Silent
@@ -80,7 +81,7 @@ def compress(
     from_main(lambda: job.folder.open(job.identity(), resume))
     if (job.out / MANIFEST).exists():
         return Artifact.load(job.out)
-    with _disk_space(job.out):
+    with _disk_space(job.out), fused_layers(False):
         program = _run(job, observer or Silent())
         if is_main_process():
             names = _write(job, program)

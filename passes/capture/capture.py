@@ -34,6 +34,7 @@ from pqk.core.graph import (
     shape,
     tensor_node,
 )
+from pqk.core.modes import fused_layers
 from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
 from pqk.errors import InputError
 from pqk.passes.capture.batch_norm import fold_batch_norms
@@ -88,7 +89,7 @@ def capture(
 
 def _export(student: nn.Module, example: Example, axes: Axes | None) -> fx.GraphModule:
     try:
-        with quiet_export():
+        with quiet_export(), fused_layers(False):
             free = free_axes(student, example, axes)
             program = torch.export.export(student, example, dynamic_shapes=free, strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
@@ -148,7 +149,7 @@ def _user_line(error: BaseException) -> str:
 def _fixed_size(student: nn.Module, example: Example, size: int) -> str:
     """Where a literal equal to a free size enters a shape: found by tracing once more with every size fixed."""
     try:
-        with quiet_export():
+        with quiet_export(), fused_layers(False):
             unmarked = tuple(t.clone() for t in example)  # a failed export leaves its marks of free axes on the tensors
             graph = torch.export.export(student, unmarked, strict=False).graph
     except Exception:  # what is wrong with the model is reported without a line, not hidden behind this search

@@ -17,7 +17,7 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
-from pqk.core.costs import count_macs, count_parameters, float_bytes, integer_bytes
+from pqk.core.costs import count_macs, count_parameters, float_bytes, integer_bytes, why_not_counted
 from pqk.core.program import CONFIG, Pass, Program, RewriteFunction, Stage
 from pqk.data.data import Batch
 from pqk.errors import InputError, nearest
@@ -108,6 +108,8 @@ class Prune(PruneSettings, Pass):
     def _budget(self, program: Program, task: Task) -> Budget:
         kind = next(k for k in UNITS if getattr(self, f"{k}_ratio") is not None)
         teacher, run = program.teacher, program.run
+        if kind == "macs" and (reason := why_not_counted(teacher, task.example)) is not None:
+            raise InputError(f"prune: macs_ratio = {self.macs_ratio:.4g}: {reason}")
         measures: dict[str, Callable[[], float]] = {
             "macs": lambda: count_macs(teacher, task.example),
             "parameters": lambda: count_parameters(teacher),

@@ -1,10 +1,11 @@
-"""Train and eval mode of a model, given back as it was."""
+"""Train and eval mode of a model, and torch's fused attention: set for a while, given back as they were."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -23,3 +24,19 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def fused_layers(enabled: bool) -> Iterator[None]:
+    """Whether attention and encoder layers of torch may run as one operator in eval mode, for a while.
+
+    That "fast path" of `nn.MultiheadAttention` and `nn.TransformerEncoder` neither counts as products nor has an
+    integer form, and it sets padded positions to zero: what is counted, traced and captured, and what that is compared
+    with, goes without. Times of torch are taken with it.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

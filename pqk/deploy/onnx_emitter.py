@@ -17,6 +17,7 @@ from onnxscript import opset21 as op
 from torch import Tensor, fx, nn
 
 from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantized_tensors
+from pqk.core.modes import fused_layers
 from pqk.data.structures import Outputs
 from pqk.deploy.onnx_ops import QUANTIZERS
 from pqk.errors import InputError
@@ -89,7 +90,8 @@ def emit_onnx(
     module.eval()
     names = list(output_names or _names_of_outputs(module, example))
     try:
-        with quiet(level=logging.CRITICAL, printing=True), torch.no_grad():  # it prints, logs, and warns of itself
+        # The exporter prints, logs, and warns of itself.
+        with quiet(level=logging.CRITICAL, printing=True), fused_layers(False), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 example,

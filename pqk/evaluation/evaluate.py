@@ -6,11 +6,12 @@ and timed in turn with the teacher. What they answered is what the diagnostics a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from pqk.core.costs import why_not_counted
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_folder import scope_of
 from pqk.deploy.torch_emitter import load_student
@@ -74,8 +75,15 @@ def evaluate(
         conditions=_conditions(subject),
         passes=program.records,
         diagnostics=diagnose(task, by_variant, sum(seconds.values())),
-        notes=(*task.notes, *optimized, *notes),
+        notes=(*task.notes, *_uncounted(subject), *optimized, *notes),
     )
+
+
+def _uncounted(subject: Subject) -> Iterator[str]:
+    """Notes on networks whose MACs cannot be counted."""
+    for name, module in (("teacher", subject.program.teacher), ("student", subject.program.student)):
+        if (reason := why_not_counted(module, subject.task.example)) is not None:
+            yield f"{name}: {reason}"
 
 
 def _conditions(subject: Subject) -> Conditions:

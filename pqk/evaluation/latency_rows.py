@@ -18,6 +18,7 @@ from pqk.bench.contenders import (
     torch_contender,
 )
 from pqk.bench.measure import measure
+from pqk.core.modes import fused_layers
 from pqk.evaluation.rows import OnnxFile, Subject, Variant
 from pqk.report.schema import LatencyRow, VariantName
 
@@ -32,6 +33,11 @@ def time_variants(variants: Sequence[Variant], subject: Subject) -> tuple[list[L
     """
     if subject.why_not_timed is not None:
         return [], []
+    with fused_layers(True):  # as torch runs for its users
+        return _time_variants(variants, subject)
+
+
+def _time_variants(variants: Sequence[Variant], subject: Subject) -> tuple[list[LatencyRow], list[str]]:
     settings, task = subject.settings, subject.task
     rows: list[LatencyRow] = []
     notes: list[str] = []
