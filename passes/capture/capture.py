@@ -39,6 +39,7 @@ from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, St
 from pqk.errors import InputError
 from pqk.passes.capture.batch_norm import fold_batch_norms
 from pqk.passes.capture.canonicalize import canonical_forms
+from pqk.passes.capture.writes import plain_writes
 from pqk.task.axes import Axes, free_axes
 from pqk.task.task import Task
 
@@ -76,6 +77,7 @@ def capture(
     graph_module = fx.GraphModule(exported, exported.graph)
     _describe(graph_module, input_names)
     _drop_no_ops(graph_module)
+    plain_writes(graph_module)
     _fold_constants(graph_module)
     fold_batch_norms(graph_module)
     canonical_forms(graph_module)

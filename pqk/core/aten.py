@@ -179,6 +179,11 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.unbind.int),
     Operator(aten.view.default),
     Operator(aten.to.dtype),
+    Operator(aten.copy.default),
+    Operator(aten.slice_scatter.default),
+    Operator(aten.select_scatter.default),
+    Operator(aten.index_put.default),
+    Operator(aten.where.self),
     Operator(aten._to_copy.default, autograd=("ToCopy",)),
     # what `capture` takes out
     Operator(aten.dropout.default, no_op=True, autograd=("Dropout", "NativeDropout")),
