@@ -36,6 +36,7 @@ from pqk.gpu.autotune import choose_tuning, gpu_for, read_tuning
 from pqk.knowledge.teachers.base import weights_fingerprint
 from pqk.recipe.fit import fit_recipe
 from pqk.recipe.recipe import Recipe, TargetSpec, why_not_for_target
+from pqk.rehearsal import rehearse
 from pqk.report.schema import Report
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
@@ -82,6 +83,8 @@ def compress(
     if (job.out / MANIFEST).exists():
         return Artifact.load(job.out)
     with _disk_space(job.out), fused_layers(False):
+        if is_main_process():
+            _rehearse(job, allow_parity_failure)
         program = _run(job, observer or Silent())
         if is_main_process():
             names = _write(job, program)
@@ -199,6 +202,12 @@ def _disk_space(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(f"{out}: {error.strerror}; make room and go on with --resume") from error
+
+
+def _rehearse(job: Job, allow_parity_failure: bool) -> None:
+    """Deploy the untrained student, unless a pass of this run is finished. Raises `InputError` before any training."""
+    if job.evaluation.rehearsal and not job.folder.is_finished(0, job.recipe.passes[0].name):
+        rehearse(job.teacher, job.task, job.recipe.passes, job.target, parity=not allow_parity_failure)
 
 
 def _run(job: Job, observer: Observer) -> Program:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pqk.core.onnxruntime_session import OnnxSource, session
+from pqk.data.structures import Inputs, tensors
 from pqk.errors import first_line
 from pqk.quiet import quiet
 from pqk.report.schema import VariantName
@@ -48,6 +51,8 @@ class Contender:
     """torch's own pool during its turn: 1 for everything that is not torch, whose threads would do harm"""
     inputs: str = ""
     """what the inputs are, where they are not the task's example"""
+    answers: Callable[[Inputs], list[Tensor]] | None = None
+    """what it answers to inputs of the shapes that it is timed on; None where it cannot be asked"""
     timer: Timer = timed
     """what takes the time of one call; a device has its own clock"""
 
@@ -76,8 +81,13 @@ def onnxruntime_contender(
     variant: VariantName, model: OnnxSource, feeds: Feeds, *, threads: int = 2, spinning: bool = True, inputs: str = ""
 ) -> Contender:
     """ONNX Runtime with its default optimizations. Raises `InputError` for a model it refuses."""
-    run = session_call(session(model, threads=threads, spinning=spinning), feeds)
-    return Contender(variant, "onnxruntime", batch_of(feeds), threads, run, spinning, inputs=inputs)
+    run, names = session(model, threads=threads, spinning=spinning), list(feeds)
+
+    def answers(given: Inputs) -> list[Tensor]:
+        return as_tensors(run.run(None, as_feeds(names, given)))
+
+    call = session_call(run, feeds)
+    return Contender(variant, "onnxruntime", batch_of(feeds), threads, call, spinning, inputs=inputs, answers=answers)
 
 
 def torch_contender(
@@ -89,7 +99,11 @@ def torch_contender(
         with torch.inference_mode():
             module(*inputs)
 
-    return Contender(variant, "torch", len(inputs[0]), threads, call, torch_threads=threads)
+    def answers(given: Inputs) -> list[Tensor]:
+        with torch.inference_mode():
+            return tensors(module(*given))
+
+    return Contender(variant, "torch", len(inputs[0]), threads, call, torch_threads=threads, answers=answers)
 
 
 def compiled_contender(
@@ -118,7 +132,11 @@ def compiled_contender(
         with torch.no_grad():
             compiled(*inputs)
 
-    return Contender(variant, runtime, len(inputs[0]), threads, call, torch_threads=threads)
+    def answers(given: Inputs) -> list[Tensor]:
+        with torch.no_grad():
+            return [t.clone() for t in tensors(compiled(*given))]
+
+    return Contender(variant, runtime, len(inputs[0]), threads, call, torch_threads=threads, answers=answers)
 
 
 def openvino_contender(
@@ -137,12 +155,25 @@ def openvino_contender(
         request.infer(dict(feeds))
     except Exception as error:  # openvino's exceptions share no public base class
         return Skipped(variant, "openvino", first_line(error))
-    return Contender(variant, "openvino", batch_of(feeds), threads, lambda: request.infer(dict(feeds)))
+
+    def answers(given: Inputs) -> list[Tensor]:
+        return as_tensors(request.infer(as_feeds(list(feeds), given)).to_tuple())
+
+    return Contender(variant, "openvino", batch_of(feeds), threads, lambda: request.infer(dict(feeds)), answers=answers)
 
 
 def session_call(run: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
     feeds = dict(feeds)
     return lambda: run.run(None, feeds)
+
+
+def as_feeds(names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[Any]]:
+    return {name: t.contiguous().numpy() for name, t in zip(names, inputs, strict=True)}
+
+
+def as_tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Copies, since a runtime may write its next answers where these are."""
+    return [torch.from_numpy(np.array(value)) for value in values]
 
 
 def batch_of(feeds: Feeds) -> int:

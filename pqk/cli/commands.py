@@ -198,7 +198,7 @@ def _benchmark_cuda(folder: Path, batches: Sequence[int]) -> CommandAnswer:
 
 
 def _latency(title: str, rows: Sequence[LatencyRow]) -> RenderableType:
-    return table(title, LATENCY_HEADER, [latency_cells(r) for r in rows], right=(2, 3, 4, 5, 6))
+    return table(title, LATENCY_HEADER, [latency_cells(r) for r in rows], right=(2, 3, 4, 5, 6, 7))
 
 
 def kernels(folder: Path | None, arches: Sequence[str], batch: int, *, as_json: bool) -> CommandAnswer:

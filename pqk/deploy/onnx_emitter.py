@@ -20,6 +20,7 @@ from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantiz
 from pqk.core.modes import fused_layers
 from pqk.data.structures import Outputs
 from pqk.deploy.onnx_ops import QUANTIZERS
+from pqk.deploy.onnx_pools import average_pool, max_pool
 from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.quiet import quiet
@@ -64,6 +65,12 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     MULTIPLY: _matmul_integer_to_float,
     DEQUANTIZE: _dequantize,
     aten.mean.dim: _mean,
+    aten.avg_pool1d.default: average_pool,
+    aten.avg_pool2d.default: average_pool,
+    aten.avg_pool3d.default: average_pool,
+    aten.max_pool1d.default: max_pool,
+    aten.max_pool2d.default: max_pool,
+    aten.max_pool3d.default: max_pool,
 }
 
 
@@ -105,15 +112,22 @@ def emit_onnx(
             )
             assert program is not None
             model = program.model_proto
-    except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+    except Exception as error:  # the exporter's own, and what its translations raise
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}") from error
     _anonymize(model)
     _name_axes(model, axes or ())
     if isinstance(module, fx.GraphModule):
         _name_layers(model, module)
     _slim(model)
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker's exceptions share no base class
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"emit_onnx: the exporter wrote {type(module).__name__} as ONNX that is not valid: {reason}. Replace the "
+            "operator that is named there"
+        ) from error
     write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
 
 

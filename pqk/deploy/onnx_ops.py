@@ -53,6 +53,27 @@ def multi_head_attention(at: Operands) -> int:
     return query[0] * query[1] * key[-2] * (query[-1] + at.output[-1])
 
 
+def recurrent(at: Operands) -> int:
+    """LSTM, GRU and RNN: x [T, B, I] at each of its T steps, weights [directions, gates * H, I or H] of all gates."""
+    return math.prod(at.inputs[0][:-1]) * (math.prod(at.inputs[1]) + math.prod(at.inputs[2]))
+
+
+def few_bits(at: Operands) -> int:
+    """com.microsoft MatMulNBits: x [..., K] by a packed weight of N columns."""
+    return math.prod(at.inputs[0]) * int(at.attributes["N"])
+
+
+def einsum(at: Operands) -> int | None:
+    """One product for every choice of all letters; None for an ellipsis or more than two operands."""
+    terms = bytes(at.attributes["equation"]).decode().replace(" ", "").partition("->")[0].split(",")
+    if len(terms) > 2 or any("." in term for term in terms):
+        return None
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, at.inputs, strict=True):
+        sizes |= dict(zip(term, shape, strict=True))
+    return math.prod(sizes.values())
+
+
 MICROSOFT = "com.microsoft"
 
 
@@ -63,8 +84,8 @@ class OnnxOperator:
     name: str
     domain: str = ""
     """that which its name is of: ONNX's own, or ONNX Runtime's"""
-    macs: Callable[[Operands], int] | None = None
-    """how many MACs a node takes"""
+    macs: Callable[[Operands], int | None] | None = None
+    """how many MACs a node takes; None where shapes do not tell"""
     integer: bool = False
     """it multiplies integers"""
     uncounted: bool = False
@@ -102,13 +123,14 @@ ONNX_OPERATORS: tuple[OnnxOperator, ...] = (
     OnnxOperator("MatMulIntegerToFloat", MICROSOFT, macs=product, integer=True),
     OnnxOperator("DynamicQuantizeMatMul", MICROSOFT, macs=product, integer=True),
     OnnxOperator("QAttention", MICROSOFT, macs=attention, integer=True),
+    # other products
+    OnnxOperator("Einsum", macs=einsum),
+    OnnxOperator("LSTM", macs=recurrent),
+    OnnxOperator("GRU", macs=recurrent),
+    OnnxOperator("RNN", macs=recurrent),
+    OnnxOperator("DynamicQuantizeLSTM", MICROSOFT, macs=recurrent, integer=True),
+    OnnxOperator("MatMulNBits", MICROSOFT, macs=few_bits),
     # products that are not counted
-    OnnxOperator("Einsum", uncounted=True),
-    OnnxOperator("LSTM", uncounted=True),
-    OnnxOperator("GRU", uncounted=True),
-    OnnxOperator("RNN", uncounted=True),
-    OnnxOperator("DynamicQuantizeLSTM", MICROSOFT, uncounted=True),
-    OnnxOperator("MatMulNBits", MICROSOFT, uncounted=True),
     OnnxOperator("GroupQueryAttention", MICROSOFT, uncounted=True),
     # between floats and integers
     OnnxOperator("QuantizeLinear", quantizes=True, plumbing=True),
@@ -140,7 +162,7 @@ def select(trait: Callable[[OnnxOperator], object]) -> frozenset[str]:
     return frozenset(operator.name for operator in ONNX_OPERATORS if trait(operator))
 
 
-MACS: dict[str, Callable[[Operands], int]] = {o.name: o.macs for o in ONNX_OPERATORS if o.macs is not None}
+MACS: dict[str, Callable[[Operands], int | None]] = {o.name: o.macs for o in ONNX_OPERATORS if o.macs is not None}
 INTEGER = select(lambda o: o.integer)
 UNCOUNTED = select(lambda o: o.uncounted)
 PRODUCTS = select(lambda o: o.product)

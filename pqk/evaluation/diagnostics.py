@@ -6,10 +6,10 @@ compile time has paid. The student is what is deployed; nothing here trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from pqk.evaluation.answer_statistics import (
     negative_transfer,
     teacher_health,
 )
+from pqk.evaluation.attempts import Failure, attempt
 from pqk.evaluation.corruptions import CORRUPTIONS
 from pqk.report.diagnostics import (
     BreakEven,
@@ -37,6 +38,7 @@ from pqk.report.diagnostics import (
     Diagnostics,
     Interval,
     Robustness,
+    TeacherHealth,
 )
 from pqk.report.schema import AttributionRow, VariantName
 from pqk.task.metrics import argmax, cross_entropy
@@ -47,6 +49,7 @@ SAMPLES = 2000
 """most evaluation samples that are corrupted, and validation samples that a temperature is found on"""
 LOGITS = 2**24
 """most logits of a network that are kept: all evaluation samples, but of thousands of classes not as many"""
+T = TypeVar("T")
 NO_LABELS = "the evaluation data has no labels"
 
 
@@ -111,24 +114,36 @@ def _distilled(
 ) -> dict[str, Any]:
     """Every part that looks at logits, or why it is not there."""
     assert teacher.model is not None and student.model is not None
-    parts: dict[str, Any] = {"samples": len(s.logits), "fidelity": fidelity(s.logits, t.logits, s.labels)}
-    if s.labels is None:
+    asked, answering = teacher.model, student.model
+    parts: dict[str, Any] = {"samples": len(s.logits)}
+    parts["fidelity"] = part(lambda: fidelity(s.logits, t.logits, s.labels))
+    if (labels := s.labels) is None:
         reasons = dict.fromkeys(DISTILLATION, NO_LABELS)
-        return reasons | parts | {"teacher": teacher_health(t.logits)}
+        return reasons | parts | {"teacher": part(lambda: teacher_health(t.logits))}
     alone = judged["student_no_kd"].answers
     control, missing = (None, alone) if isinstance(alone, str) else (alone.logits, None)
-    rows = tuple(_controls(judged, s.logits, s.labels))
-    gain = next((row.difference for row in rows if row.variant == "student_no_kd"), None)
+    rows = part(lambda: tuple(_controls(judged, s.logits, labels)))
+    gains = () if isinstance(rows, str) else rows
+    gain = next((row.difference for row in gains if row.variant == "student_no_kd"), None)
+
+    def health() -> TeacherHealth:
+        shown = task.teachers(task.validation)
+        return teacher_health(t.logits, _calibrated(task, asked, shown, t.logits, labels))
+
     return parts | {
-        "teacher": teacher_health(
-            t.logits, _calibrated(task, teacher.model, task.teachers(task.validation), t.logits, s.labels)
-        ),
-        "calibration": _calibrated(task, student.model, task.validation, s.logits, s.labels),
-        "negative_transfer": negative_transfer(s.logits, t.logits, s.labels, control, missing),
-        "robustness": robustness(task, teacher.model, student.model),
+        "teacher": part(health),
+        "calibration": part(lambda: _calibrated(task, answering, task.validation, s.logits, labels)),
+        "negative_transfer": part(lambda: negative_transfer(s.logits, t.logits, labels, control, missing)),
+        "robustness": part(lambda: robustness(task, asked, answering)),
         "controls": rows,
         "capacity_gap": missing if gain is None else _gap(gain, teacher.row, student.row),
     }
+
+
+def part(what: Callable[[], T]) -> T | str:
+    """A part of the diagnostics, or why it cannot be computed."""
+    found = attempt(what)
+    return found.reason if isinstance(found, Failure) else found
 
 
 def _controls(judged: Mapping[VariantName, Judged], student: Tensor, labels: Tensor) -> Iterator[ControlRow]:

@@ -60,7 +60,7 @@ def evaluate(
         latency=tuple(latency),
         latency_reason=subject.why_not_timed,
         integer_coverage=student.integer_coverage,
-        integer_coverage_reason=subject.why_not_measured,
+        integer_coverage_reason=subject.why_not_measured or student.reasons.get("integer_coverage"),
         parity=parity,
         fusion=fusion,
         size_bytes=student.size_bytes or 0,

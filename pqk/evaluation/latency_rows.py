@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -19,8 +19,13 @@ from pqk.bench.contenders import (
 )
 from pqk.bench.measure import measure
 from pqk.core.modes import fused_layers
+from pqk.data.structures import Inputs
+from pqk.evaluation.agreement import Agreement, agreement, batches_like
+from pqk.evaluation.attempts import Failure, attempt
 from pqk.evaluation.rows import OnnxFile, Subject, Variant
-from pqk.report.schema import LatencyRow, VariantName
+from pqk.report.schema import LEAST_AGREEMENT, TITLES, LatencyRow, VariantName
+from pqk.report.text import percent
+from pqk.verify.verdict import ModelFunction
 
 ENDS: tuple[VariantName, ...] = ("teacher_fp32", "student")
 """whom a user decides between: these two are also timed without spinning threads and on other inputs"""
@@ -44,20 +49,62 @@ def _time_variants(variants: Sequence[Variant], subject: Subject) -> tuple[list[
     if any(name is not None for axes in task.axes for name in axes[1:]):
         shapes = zip(task.input_names, task.sized(1), strict=True)
         notes.append(f"timed, unless said otherwise, on {', '.join(f'{n} {list(x.shape)}' for n, x in shapes)}")
+    networks = {v.name: network for v in variants if (network := v.network(subject)) is not None}
     files = [v for v in variants if isinstance(v, OnnxFile)]
     for batch in settings.batches:
         inputs, feeds = task.sized(batch), task.feeds(batch)
-        candidates: list[Contender | Skipped | None] = [v.contender(inputs, feeds, settings.threads) for v in files]
+        candidates = [_contender(v, inputs, feeds, settings.threads) for v in files]
         if batch == settings.batches[0]:
             others = [v for v in variants if not isinstance(v, OnnxFile)]
-            candidates += [v.contender(inputs, feeds, settings.threads) for v in others]
+            candidates += [_contender(v, inputs, feeds, settings.threads) for v in others]
             candidates += elsewhere(subject, inputs, feeds)
-        contenders = [c for c in candidates if isinstance(c, Contender)]
-        skipped = [c for c in candidates if isinstance(c, Skipped)]
-        notes += [f"{s.variant} in {s.runtime} was not measured: {s.reason}" for s in skipped]
-        rows += measure(contenders, contenders[0], settings.timing)
+        notes += [
+            f"{c.variant} in {c.runtime} was not measured: {c.reason}" for c in candidates if isinstance(c, Skipped)
+        ]
+        rows += _timed([c for c in candidates if isinstance(c, Contender)], networks, subject, inputs, notes)
     ends = {v.name: v.path for v in files if v.name in ENDS}
-    return rows + _without_spinning(ends, subject) + _other_sizes(ends, subject), notes
+    rows += _without_spinning(ends, networks, subject, notes) + _other_sizes(ends, networks, subject, notes)
+    return rows, notes + [_warning(row) for row in rows if row.decides_otherwise]
+
+
+def _timed(
+    contenders: Sequence[Contender],
+    networks: Mapping[VariantName, ModelFunction],
+    subject: Subject,
+    inputs: Inputs,
+    notes: list[str],
+) -> list[LatencyRow]:
+    """Rows of contenders that were asked before they are timed; who cannot answer is left out, with a note."""
+    task, asked = subject.task, list[tuple[Contender, Agreement | None]]()
+    for contender in contenders:
+        data = task.teachers(task.evaluation) if contender.variant.startswith("teacher_") else task.evaluation
+        network = networks[contender.variant]
+        found = attempt(lambda c=contender, n=network, d=data: agreement(c, n, task, batches_like(inputs, d)))  # type: ignore[misc]
+        if isinstance(found, Failure):
+            notes.append(f"{contender.variant} in {contender.runtime} was not measured: {found.reason}")
+        else:
+            asked.append((contender, found))
+    if not asked or asked[0][0] is not contenders[0]:
+        return []  # without the baseline no time says anything
+    rows = measure([contender for contender, _ in asked], asked[0][0], subject.settings.timing)
+    return [
+        row if found is None else row.model_copy(update={"agreement": found[0], "samples": found[1]})
+        for row, (_, found) in zip(rows, asked, strict=True)
+    ]
+
+
+def _warning(row: LatencyRow) -> str:
+    return (
+        f"{TITLES[row.variant]} in {row.runtime}, batch {row.batch}: {percent(row.agreement)} of {row.samples} samples "
+        f"are decided as by the network itself, and the contract asks for {percent(LEAST_AGREEMENT)}: its time is that "
+        "of other answers"
+    )
+
+
+def _contender(variant: Variant, inputs: Inputs, feeds: Feeds, threads: int) -> Contender | Skipped | None:
+    """Who is timed for a row, or why nobody is."""
+    made = attempt(lambda: variant.contender(inputs, feeds, threads))
+    return Skipped(variant.name, variant.runtime, made.reason) if isinstance(made, Failure) else made
 
 
 def elsewhere(subject: Subject, inputs: tuple[Tensor, ...], feeds: Feeds) -> list[Contender | Skipped]:
@@ -76,16 +123,20 @@ def elsewhere(subject: Subject, inputs: tuple[Tensor, ...], feeds: Feeds) -> lis
     return contenders
 
 
-def _without_spinning(ends: dict[VariantName, Path], subject: Subject) -> list[LatencyRow]:
-    settings = subject.settings
-    feeds = subject.task.feeds(settings.batches[0])
+def _without_spinning(
+    ends: dict[VariantName, Path], networks: Mapping[VariantName, ModelFunction], subject: Subject, notes: list[str]
+) -> list[LatencyRow]:
+    settings, task = subject.settings, subject.task
+    feeds = task.feeds(settings.batches[0])
     contenders = [
         onnxruntime_contender(name, ends[name], feeds, threads=settings.threads, spinning=False) for name in ENDS
     ]
-    return measure(contenders, contenders[0], settings.timing)
+    return _timed(contenders, networks, subject, task.sized(settings.batches[0]), notes)
 
 
-def _other_sizes(ends: dict[VariantName, Path], subject: Subject) -> list[LatencyRow]:
+def _other_sizes(
+    ends: dict[VariantName, Path], networks: Mapping[VariantName, ModelFunction], subject: Subject, notes: list[str]
+) -> list[LatencyRow]:
     """Teacher and student in ONNX Runtime on the task's other inputs."""
     rows: list[LatencyRow] = []
     settings, task = subject.settings, subject.task
@@ -94,5 +145,5 @@ def _other_sizes(ends: dict[VariantName, Path], subject: Subject) -> list[Latenc
         contenders = [
             onnxruntime_contender(v, path, feeds, threads=settings.threads, inputs=name) for v, path in ends.items()
         ]
-        rows += measure(contenders, contenders[0], settings.timing)
+        rows += _timed(contenders, networks, subject, task.sized(batch, name), notes)
     return rows

@@ -21,7 +21,9 @@ from pqk.bench.contenders import Contender, Feeds, Skipped, compiled_contender, 
 from pqk.core.costs import count_macs, count_parameters
 from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Pass, Program
+from pqk.data.structures import Outputs
 from pqk.errors import Reason
+from pqk.evaluation.attempts import Failure, attempt
 from pqk.evaluation.diagnostics import Judged, answers
 from pqk.evaluation.settings import Evaluation
 from pqk.report.diagnostics import ControlVariant
@@ -79,9 +81,13 @@ class Variant(ABC):
     def contender(self, inputs: tuple[Tensor, ...], feeds: Feeds, threads: int) -> Contender | Skipped | None:
         """What is timed; None where another row's time is its own."""
 
+    def network(self, subject: Subject) -> ModelFunction | None:
+        """What the row's contenders should answer; None where there are none."""
+        return subject.program.teacher if self.name.startswith("teacher_") else None
+
     @abstractmethod
     def costs(self, subject: Subject) -> dict[str, Any]:
-        """`size_bytes`, `parameters`, `macs` and `integer_coverage`, those that can be had."""
+        """`size_bytes`, `parameters`, `macs` and `integer_coverage`, those that can be had, or a `Failure`."""
 
     @abstractmethod
     def reasons(self, subject: Subject) -> dict[str, Reason]:
@@ -89,15 +95,24 @@ class Variant(ABC):
 
     def judge(self, subject: Subject, latency: Sequence[LatencyRow]) -> Judged:
         """The row, and what there is behind it for a diagnosis."""
+        found: dict[str, Any] = {**self._times(latency, subject.settings), **self.costs(subject)}
+        run = attempt(lambda: self._run(subject))
+        found["metric"] = run if isinstance(run, Failure) else attempt(lambda: subject.task.metric.function(*run[1:]))
+        failures = {name: value.reason for name, value in found.items() if isinstance(value, Failure)}
+        numbers = {name: None if name in failures else value for name, value in found.items()}
+        row = self.row().model_copy(update={**numbers, "reasons": {**self.reasons(subject), **failures}})
+        if isinstance(run, Failure):
+            return Judged(row, None, f"it was not evaluated: {run.reason}")
+        if self.name not in DIAGNOSED:
+            return Judged(row, run[0])
+        said = attempt(lambda: answers(subject.task, *run[1:]))
+        return Judged(row, run[0], said.reason if isinstance(said, Failure) else said)
+
+    def _run(self, subject: Subject) -> tuple[ModelFunction, Outputs, Any]:
+        """What is deployed, its outputs on all evaluation data, and the targets."""
         task, model = subject.task, self.model(subject)
         teaches = self.name.startswith("teacher_")
-        outputs, targets = predict(model, task.teachers(task.evaluation) if teaches else task.evaluation)
-        numbers = {"metric": task.metric.function(outputs, targets)}
-        numbers |= self._times(latency, subject.settings) | self.costs(subject)
-        row = self.row().model_copy(update={**numbers, "reasons": self.reasons(subject)})
-        if self.name not in DIAGNOSED:
-            return Judged(row, model)
-        return Judged(row, model, answers(task, outputs, targets))
+        return model, *predict(model, task.teachers(task.evaluation) if teaches else task.evaluation)
 
     def row(self) -> AttributionRow:
         """The row without numbers."""
@@ -130,6 +145,9 @@ class OnnxFile(Variant):
             like = subject.program.teacher(*subject.task.example)
         return OnnxModel(self.path, like, optimized=subject.why_not_measured is None)
 
+    def network(self, subject: Subject) -> ModelFunction:
+        return super().network(subject) or self.module
+
     def contender(self, inputs: tuple[Tensor, ...], feeds: Feeds, threads: int) -> Contender | None:
         return None if self.same_network else onnxruntime_contender(self.name, self.path, feeds, threads=threads)
 
@@ -138,8 +156,10 @@ class OnnxFile(Variant):
         return {
             "size_bytes": self.path.stat().st_size,
             "parameters": self.parameters or count_parameters(self.module),
-            "macs": count_macs(self.module, subject.task.example),
-            "integer_coverage": integer_coverage(self.path, feeds).share if subject.why_not_measured is None else None,
+            "macs": attempt(lambda: count_macs(self.module, subject.task.example)),
+            "integer_coverage": attempt(lambda: _coverage(self.path, feeds))
+            if subject.why_not_measured is None
+            else None,
         }
 
     def reasons(self, subject: Subject) -> dict[str, Reason]:
@@ -147,6 +167,11 @@ class OnnxFile(Variant):
         if subject.why_not_timed is not None:
             reasons |= dict.fromkeys(TIMES, subject.why_not_timed)
         return reasons | ({} if subject.why_not_measured is None else {"integer_coverage": subject.why_not_measured})
+
+
+def _coverage(path: Path, feeds: Feeds) -> float | Failure:
+    found = integer_coverage(path, feeds)
+    return Failure(found.reason or "it was not counted") if found.share is None else found.share
 
 
 @dataclass(frozen=True)
@@ -193,7 +218,7 @@ class FusedStudent(Variant):
         return None
 
     def costs(self, subject: Subject) -> dict[str, Any]:
-        size, macs = self.path.stat().st_size, count_macs(self.module, subject.task.example)
+        size, macs = self.path.stat().st_size, attempt(lambda: count_macs(self.module, subject.task.example))
         return {"size_bytes": size, "parameters": self.parameters, "macs": macs}
 
     def reasons(self, subject: Subject) -> dict[str, Reason]:

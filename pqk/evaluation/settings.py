@@ -23,6 +23,9 @@ class Evaluation:
         InputError: a control, baseline or runtime is unknown, or a batch or a number of threads is below 1.
     """
 
+    rehearsal: bool = True
+    """whether the untrained student is deployed before anything is trained, so that what would be refused at the end
+    is refused at once; it takes seconds"""
     controls: tuple[ControlVariant, ...] = ()
     """students that are trained once more without what the teacher knows, each as long as the student was"""
     baselines: tuple[Baseline, ...] = get_args(Baseline)

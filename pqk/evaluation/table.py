@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +14,7 @@ from pqk.core.program import Pass, Stage
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.torch_emitter import load_student
 from pqk.errors import Reason
+from pqk.evaluation.attempts import Failure, attempt
 from pqk.evaluation.baselines import (
     CALIBRATION,
     is_transformer,
@@ -61,7 +64,9 @@ def with_optimized_teacher(variants: list[Variant], subject: Subject) -> tuple[l
     task, path = subject.task, teacher.path.with_name("teacher_optimized.onnx")
     batch = next(task.calibration(PADDED, teacher=True))
     padded = {name: t.numpy() for name, t in zip(task.input_names, batch, strict=True)}
-    better, note = optimized_transformer(teacher.path, path, padded, task.feeds(1), subject.settings.threads)
+    threads = subject.settings.threads
+    made = attempt(lambda: optimized_transformer(teacher.path, path, padded, task.feeds(1), threads))
+    better, note = (False, f"teacher FP32 is as exported: {made.reason}") if isinstance(made, Failure) else made
     if better:
         return [replace(teacher, path=path), *others], [note]
     path.unlink(missing_ok=True)  # where it stands, `pqk benchmark` takes it for the baseline, too
@@ -81,6 +86,18 @@ def _emitted(
     return OnnxFile(name, path, module, parameters, same_network)
 
 
+def _emitted_or_missing(
+    subject: Subject,
+    name: VariantName,
+    module: nn.Module,
+    parameters: int | None = None,
+    same_network: Reason | None = None,
+) -> Variant:
+    """The row of a network that is deployed for this table only."""
+    made = attempt(lambda: _emitted(subject, name, module, name, parameters, same_network))
+    return Missing(name, made.reason) if isinstance(made, Failure) else made
+
+
 def _float_step(subject: Subject, name: VariantName) -> Variant:
     """The float student after the last pass that says it makes this row."""
 
@@ -92,7 +109,7 @@ def _float_step(subject: Subject, name: VariantName) -> Variant:
             program = subject.program.last(before_quantization, makes_it)
         except LookupError:
             continue
-        return _emitted(subject, name, program.student, name)
+        return _emitted_or_missing(subject, name, program.student)
     verb = {"pruned": "prune", "pruned_distilled": "distill"}[name]
     return Missing(name, f'the recipe has no "{verb}" before it quantizes')
 
@@ -107,18 +124,26 @@ def _quantized_teachers(subject: Subject, teacher: OnnxFile) -> list[Variant]:
     rows: list[Variant] = []
     if "onnxruntime" in tools:
         path = subject.folder / "teacher_ptq.onnx"
-        rows.append(_file_or_missing("teacher_ptq", teacher, path, ptq(teacher.path, path, subject.task, target)))
+        rows.append(
+            _file_or_missing("teacher_ptq", teacher, path, lambda: ptq(teacher.path, path, subject.task, target))
+        )
     if is_transformer(teacher.path):
         if "onnxruntime" in tools:
-            path = subject.folder / "teacher_dynamic.onnx"
-            reason = onnxruntime_dynamic(teacher.path, path, target)
-            rows.append(_file_or_missing("teacher_dynamic", teacher, path, reason))
+            dynamic = subject.folder / "teacher_dynamic.onnx"
+            rows.append(
+                _file_or_missing(
+                    "teacher_dynamic", teacher, dynamic, lambda: onnxruntime_dynamic(teacher.path, dynamic, target)
+                )
+            )
         if "optimum" in tools:
             rows += _by_optimum(subject, teacher)
     return rows + ([_by_neural_compressor(subject)] if NEURAL_COMPRESSOR in tools else [])
 
 
-def _file_or_missing(name: VariantName, teacher: OnnxFile, path: Path, reason: Reason | None) -> Variant:
+def _file_or_missing(name: VariantName, teacher: OnnxFile, path: Path, write: Callable[[], Reason | None]) -> Variant:
+    """The row of a file that a tool writes, or of why it did not."""
+    made = attempt(write)
+    reason = made.reason if isinstance(made, Failure) else made
     return Missing(name, reason) if reason else replace(teacher, name=name, path=path)
 
 
@@ -128,8 +153,8 @@ def _by_optimum(subject: Subject, teacher: OnnxFile) -> list[Variant]:
     for name in names:
         path = subject.folder / f"{name}.onnx"
         samples = subject.task.calibration(CALIBRATION, teacher=True) if name == names[0] else None
-        reason = optimum_ptq(teacher.path, path, samples, subject.program.target)
-        rows.append(_file_or_missing(name, teacher, path, reason))
+        write = partial(optimum_ptq, teacher.path, path, samples, subject.program.target)
+        rows.append(_file_or_missing(name, teacher, path, write))
     return rows
 
 
@@ -137,7 +162,9 @@ def _by_neural_compressor(subject: Subject) -> Variant:
     """The teacher by neural-compressor's static INT8, which is a torch module and runs under torch.compile."""
     task, label = subject.task, f"teacher, INT8 by {NEURAL_COMPRESSOR}"
     calibration = task.calibration(CALIBRATION, teacher=True)
-    graph, reason = neural_compressor_ptq(subject.program.teacher, task.example, calibration, task.axes)
+    teacher = subject.program.teacher
+    made = attempt(lambda: neural_compressor_ptq(teacher, task.example, calibration, task.axes))
+    graph, reason = (None, made.reason) if isinstance(made, Failure) else made
     if graph is None:
         return Missing("teacher_ptq", reason or "", NEURAL_COMPRESSOR, label)
     return TorchModule("teacher_ptq", graph, NEURAL_COMPRESSOR, label)
@@ -152,12 +179,12 @@ def _controls(subject: Subject) -> list[Variant]:
             if control is first:
                 rows.append(Missing(control.variant, "it needs a training of its own: --evaluation full"))
             continue
-        trained = control.run(subject.program, subject.task, subject.passes)
-        if isinstance(trained, str):
-            rows.append(Missing(control.variant, trained))
+        trained = attempt(lambda c=control: c.run(subject.program, subject.task, subject.passes))  # type: ignore[misc]
+        if isinstance(trained, str | Failure):
+            rows.append(Missing(control.variant, trained if isinstance(trained, str) else trained.reason))
             continue
         same = None if control is first else "it is the student's network with other weights"
-        rows.append(_emitted(subject, control.variant, trained.student, control.variant, parameters, same))
+        rows.append(_emitted_or_missing(subject, control.variant, trained.student, parameters, same))
     return rows
 
 

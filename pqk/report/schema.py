@@ -47,6 +47,10 @@ TITLES = {
 }
 
 
+LEAST_AGREEMENT = 0.995
+"""the share of decisions that two forms of one network must have in common; one sample may always differ"""
+
+
 class MetricValues(Part):
     """The task's metric on the evaluation data."""
 
@@ -78,6 +82,17 @@ class LatencyRow(Part):
     """whether idle threads spin (ONNX Runtime's default); false is a row of its own"""
     significant: bool = False
     """whether the interval leaves 1 out"""
+    agreement: Share | None = None
+    """share of decisions that are those of the network that was trained or given, on the samples compared; null where
+    it was not asked"""
+    samples: Count = 0
+    """samples that `agreement` is of"""
+
+    @property
+    def decides_otherwise(self) -> bool:
+        """Whether its answers are too different for its time to be that of the network."""
+        slack = 1e-12  # of shares in floating point
+        return self.agreement is not None and self.agreement < min(LEAST_AGREEMENT, 1 - 1 / self.samples) - slack
 
     def without_ratio(self) -> LatencyRow:
         """The same times, where there is no baseline that they could be held against."""

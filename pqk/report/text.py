@@ -73,7 +73,16 @@ def to_text(report: Report, width: int = 120) -> str:
     return buffer.getvalue()
 
 
-LATENCY_HEADER = ("network", "runtime", "batch", "threads", "median", "5 % to 95 %", "against the teacher")
+LATENCY_HEADER = (
+    "network",
+    "runtime",
+    "batch",
+    "threads",
+    "median",
+    "5 % to 95 %",
+    "decides alike",
+    "against the teacher",
+)
 
 
 def latency_cells(row: LatencyRow) -> list[str]:
@@ -84,5 +93,6 @@ def latency_cells(row: LatencyRow) -> list[str]:
         str(row.threads),
         f"{row.median_ms:.3f} ms",
         f"{row.p05_ms:.3f} to {row.p95_ms:.3f} ms",
+        percent(row.agreement) + (": other answers" if row.decides_otherwise else ""),
         row.verdict,
     ]

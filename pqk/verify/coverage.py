@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pqk.core.onnxruntime_session import OnnxSource, session
 from pqk.deploy.onnx_ops import INTEGER, MACS, UNCOUNTED, Operands, Shape
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 
 
 @dataclass(frozen=True)
@@ -37,34 +37,49 @@ class LayerMacs:
 class Coverage:
     """`share` of `total_macs` (per sample) in integer kernels, 0 to 1; 1 where nothing multiplies."""
 
-    share: float
+    share: float | None
+    """None where an operator cannot be counted, which `reason` says"""
     total_macs: int
     integer_macs: int
     layers: tuple[LayerMacs, ...]
+    reason: Reason | None = None
 
 
 def integer_coverage(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]]) -> Coverage:
     """Coverage of an ONNX model; `example_feeds` is one batch of its inputs by name.
 
-    Raises `InputError` for a model that ONNX Runtime refuses, feeds that do not fit, or an operator whose MACs cannot
-    be counted (recurrent cells, Einsum, 4-bit products).
+    An operator whose MACs cannot be told from shapes leaves no share and a reason. Raises `InputError` for a model that
+    ONNX Runtime refuses, and feeds that do not fit.
     """
     graph = executed_graph(model)
     shapes = value_shapes(graph, example_feeds)
     batch = len(next(iter(example_feeds.values())))
-    layers = []
+    layers, uncounted = [], []
     for node in graph.graph.node:
-        if node.op_type in UNCOUNTED:
-            raise InputError(f"integer coverage: the MACs of {node.op_type} ({human_name(node)}) cannot be counted")
         integer = node.op_type in INTEGER
         if node.op_type not in MACS:
+            uncounted += [node] if is_uncounted(node) else []
             continue
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        operands = Operands(tuple(shapes.get(n, ()) for n in node.input), shapes[node.output[0]], attributes)
+        operands = Operands(tuple(shapes.get(n, ()) for n in node.input), shapes.get(node.output[0], ()), attributes)
+        macs = MACS[node.op_type](operands)
+        if macs is None:
+            uncounted.append(node)
+            continue
         reason = None if integer else float_reason(node, graph)
-        layers.append(LayerMacs(human_name(node), node.op_type, MACS[node.op_type](operands) // batch, integer, reason))
+        layers.append(LayerMacs(human_name(node), node.op_type, macs // batch, integer, reason))
     total, in_integers = sum(la.macs for la in layers), sum(la.macs for la in layers if la.integer)
+    if uncounted:
+        names = ", ".join(f"{n.op_type} ({human_name(n)})" for n in uncounted[:3])
+        return Coverage(None, total, in_integers, tuple(layers), f"the MACs of {names} cannot be counted")
     return Coverage(in_integers / total if total else 1.0, total, in_integers, tuple(layers))
+
+
+def is_uncounted(node: onnx.NodeProto) -> bool:
+    """Whether a node multiplies how often no shape tells: an operator of that kind, or products in a loop or branch."""
+    bodies = [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+    inner = [n for body in bodies for n in body.node]
+    return node.op_type in UNCOUNTED or any(n.op_type in MACS or is_uncounted(n) for n in inner)
 
 
 def executed_graph(model: OnnxSource) -> onnx.ModelProto:

@@ -9,7 +9,7 @@ from torch import nn
 
 from pqk.data.structures import Outputs, tensors
 from pqk.errors import InputError, Reason
-from pqk.report.schema import LayerParity, Parity
+from pqk.report.schema import LEAST_AGREEMENT, LayerParity, Parity
 from pqk.task.metrics import predict
 from pqk.task.task import Task
 
@@ -22,7 +22,7 @@ MAX_LSB = 1
 EXACT_SHARE = 0.999
 
 
-AGREEMENT = 0.995
+AGREEMENT = LEAST_AGREEMENT
 
 
 METRIC_TOLERANCE = 0.001

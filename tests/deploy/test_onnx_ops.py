@@ -46,8 +46,8 @@ SELECTIONS = {
     "QUANTIZERS": "QuantizeLinear DynamicQuantizeLinear",
     "PLUMBING": "QuantizeLinear DynamicQuantizeLinear DequantizeLinear Constant Shape Unsqueeze Cast",
     "INTEGER": "QLinearConv ConvInteger QGemm QLinearMatMul MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul "
-    "QAttention",
-    "UNCOUNTED": "Einsum LSTM GRU RNN DynamicQuantizeLSTM MatMulNBits GroupQueryAttention",
+    "QAttention DynamicQuantizeLSTM",
+    "UNCOUNTED": "GroupQueryAttention",
 }
 
 
@@ -69,6 +69,11 @@ def test_an_operator_that_multiplies_integers_is_counted() -> None:
         ("Gemm", ((7, 5), (7, 3)), (5, 3), {"transA": 1}, 5 * 3 * 7),
         ("MatMulInteger", ((2, 4, 6), (6, 5)), (2, 4, 5), {}, 2 * 4 * 5 * 6),
         ("Attention", ((2, 7, 12), (12, 36)), (2, 7, 12), {}, 2 * 7 * 12 * 36 + 2 * 2 * 49 * 12),
+        ("LSTM", ((5, 2, 8), (2, 24, 8), (2, 24, 6)), (5, 2, 2, 6), {}, 5 * 2 * 2 * 24 * (8 + 6)),
+        ("GRU", ((5, 2, 8), (1, 18, 8), (1, 18, 6)), (), {}, 5 * 2 * 18 * (8 + 6)),
+        ("DynamicQuantizeLSTM", ((5, 2, 8), (1, 8, 24), (1, 6, 24)), (), {}, 5 * 2 * 24 * (8 + 6)),
+        ("MatMulNBits", ((2, 4, 6), (5, 1, 3)), (2, 4, 5), {"N": 5, "K": 6}, 2 * 4 * 5 * 6),
+        ("Einsum", ((2, 7, 3), (2, 9, 3)), (2, 7, 9), {"equation": b"btd, bsd -> bts"}, 2 * 7 * 9 * 3),
         ("MultiHeadAttention", ((2, 7, 12), (2, 9, 12)), (2, 7, 8), {}, 2 * 7 * 9 * (12 + 8)),
     ],
 )

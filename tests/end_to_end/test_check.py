@@ -16,6 +16,7 @@ from torch import nn
 from toy_recipe import PASSES
 
 from pqk import check as module
+from pqk import rehearsal
 from pqk.bench.statistics import Ratio
 from pqk.check import STEPS, Findings, Stopwatch, check
 from pqk.cli import app as cli
@@ -181,9 +182,10 @@ def test_a_surprise_is_a_finding(toy: Any, monkeypatch: pytest.MonkeyPatch) -> N
     def surprise(*args: Any, **kwargs: Any) -> nn.Module:
         raise ZeroDivisionError("nobody thought of this")
 
-    monkeypatch.setattr(module, "emit_onnx_for", surprise)
+    monkeypatch.setattr(rehearsal, "emit_onnx_for", surprise)
     found = rehearse(toy, RECIPE)
-    assert found.problems == ["emit: ZeroDivisionError: nobody thought of this"]
+    said = "ZeroDivisionError: nobody thought of this"
+    assert found.problems == [f"emit: {said}", f"teacher: {said}"]
 
 
 def test_the_stopwatch_times_steps() -> None:

@@ -11,6 +11,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import nn
 
 from pqk.core.costs import count_macs
+from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import InputError
 from pqk.verify.coverage import integer_coverage
 
@@ -130,3 +131,28 @@ def test_a_model_without_products_is_covered() -> None:
 def test_feeds_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="do not fit"):
         integer_coverage(network(tmp_path / "m.onnx"), {"input": np.zeros((1, 3, 4, 4), np.float32)})
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_counted_as_torch_counts_them(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, x = kind(8, 6, num_layers=2, bidirectional=kind is nn.LSTM, batch_first=True), torch.randn(3, 5, 8)
+    emit_onnx(layer, (x,), tmp_path / "a.onnx", ["x"], ["y", *[f"state_{i}" for i in range(1 + (kind is nn.LSTM))]])
+    coverage = integer_coverage(tmp_path / "a.onnx", {"x": x.numpy()})
+    assert coverage.share == 0 and coverage.total_macs == count_macs(layer, (x,))
+
+
+def test_what_cannot_be_counted_has_a_reason_and_no_share() -> None:
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Einsum", ["input", "input", "input"], ["y"], "three", equation="ab,ab,ab->ab"),
+        helper.make_node("MatMul", ["y", "w"], ["z"], "known"),
+    ]
+    weight = numpy_helper.from_array(np.ones((4, 2), np.float32), "w")
+    graph = helper.make_graph(
+        nodes, "einsum", [value("input", TensorProto.FLOAT, [3, 4])], [value("z", TensorProto.FLOAT, [3, 2])], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    coverage = integer_coverage(model.SerializeToString(), {"input": np.zeros((3, 4), np.float32)})
+    assert coverage.share is None and coverage.total_macs == 8
+    assert coverage.reason is not None and "Einsum (three)" in coverage.reason

@@ -1,0 +1,144 @@
+"""The cheap part of a rehearsal: what would refuse a student at the end of a compile refuses it before training.
+
+The untrained student goes through the recipe's passes from the captured graph to integers, without training and
+measuring, and is deployed into a folder of its own: capture, placement, emission, manifest and layer parity. The
+teacher's float file is held against the teacher. Weights, random state and files of the compile are not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from pqk.core.aten import quantized_tensors
+from pqk.core.modes import fused_layers
+from pqk.core.pipeline import verify
+from pqk.core.program import Pass, Program, Stage
+from pqk.core.run_context import RunContext
+from pqk.deploy.artifact import describe_interface
+from pqk.deploy.onnx_emitter import emit_onnx_for
+from pqk.deploy.torch_emitter import emit_torch
+from pqk.errors import InputError, PqkError, Reason, first_line
+from pqk.passes import Capture, Convert, Quantize
+from pqk.report.schema import LayerParity
+from pqk.target.target import Target
+from pqk.task.task import Task
+from pqk.verify.float_parity import why_not_as_torch
+from pqk.verify.fused_parity import check_launches
+from pqk.verify.parity import check_layers
+from pqk.verify.verdict import divergence_of
+
+LAYER_SAMPLES = 16
+"""validation samples that layers are compared on, as at the end of a compile"""
+
+
+def rehearse(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Target, *, parity: bool = True) -> Program:
+    """Takes an untrained copy of `teacher` through `passes` to a deployed student, in seconds.
+
+    Args:
+        teacher: frozen, in eval mode.
+        task: example inputs, and validation data of which a few samples are read.
+        passes: the recipe's.
+        target: what the student is for.
+        parity: whether layers whose numbers differ are an error.
+
+    Returns:
+        The INT8 program of the untrained student.
+
+    Raises:
+        InputError: this teacher cannot be compiled so, in the words in which the compile would end.
+    """
+    with untouched_randomness(), fused_layers(False), tempfile.TemporaryDirectory(prefix="pqk-rehearsal-") as name:
+        folder = Path(name)
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        program = Program(teacher, student, Stage.MODULE, target, RunContext())
+        for p in short_forms(passes):
+            program = _after(program, task, p)
+        optimized = target.why_not_measured() is None
+        problems = [*why_not_deployed(program, task, folder, optimized, parity=parity)]
+        if target.runtime == "onnxruntime":
+            problems += [*why_not_exported(teacher, task, folder / "teacher.onnx")]
+        if problems:
+            raise InputError("; ".join(problems[:3]) + ". This is of the untrained student: nothing was trained")
+        return program
+
+
+def why_not_deployed(
+    program: Program, task: Task, folder: Path, optimized: bool, *, parity: bool = True
+) -> Iterator[Reason]:
+    """Writes an INT8 student into `folder` as a compile does, and yields what refuses it there."""
+    graph, fused = program.student, program.fused
+    assert isinstance(graph, fx.GraphModule)
+    layers: list[LayerParity] = []
+    try:
+        inputs = next(task.calibration(LAYER_SAMPLES))
+        if fused is not None:
+            emit_torch(fused, task.example, folder / "student.pt2", task.axes)
+            layers += check_launches(graph, fused, inputs)
+        if program.target.runtime == "onnxruntime":
+            path = folder / "model.onnx"
+            emit_onnx_for(graph, task, path)
+            layers += check_layers(graph, quantized_tensors(graph), path, inputs, optimized=optimized)
+        describe_interface(graph, task)
+    except PqkError as error:
+        yield str(error)
+    except Exception as error:  # whatever emitters and runtimes raise
+        yield f"emit: {first_line(error, 300)}"
+    broken = [layer for layer in layers if parity and not layer.passed]
+    yield from (f"parity: {divergence_of(layer)}" for layer in broken)
+
+
+def why_not_exported(teacher: nn.Module, task: Task, path: Path) -> Iterator[Reason]:
+    """Writes the teacher's float file to `path`, and yields why it is not the teacher."""
+    try:
+        emit_onnx_for(teacher, task, path)
+        if (reason := why_not_as_torch(teacher, path, task)) is not None:
+            yield f"teacher: {reason}"
+    except PqkError as error:
+        yield f"teacher: {error}"
+    except Exception as error:  # as above
+        yield f"teacher: {first_line(error, 300)}"
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Whatever is drawn meanwhile, the next draws are what they would have been."""
+    ours, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(arrays)
+
+
+def short_forms(passes: Sequence[Pass]) -> list[Pass]:
+    """What leads from a module to the deployed form: the recipe's own passes, or the default ones, none of them timed.
+
+    Ranges are found on few samples, and layers that a measurement would leave in float are not looked for.
+    """
+    named = {p.name: p for p in (Capture(), Quantize(), Convert(), *passes)}
+    forms = [named[p.name].timed_form(()) for p in (Capture, Quantize, Convert)]
+    return [p for p in forms if p is not None] + [p for p in passes if p.consumes == {Stage.INT8}]
+
+
+def _after(program: Program, task: Task, p: Pass) -> Program:
+    try:
+        torch.manual_seed(0)
+        after = p.apply(replace(program, run=program.run.enter(p.name), details={}), task)
+        after = replace(after, stage=p.result_stage(program.stage))
+        verify(after, task, p.name)
+    except PqkError:
+        raise
+    except Exception as error:  # a rehearsal exists to find what nobody thought of
+        raise InputError(f'the untrained student, "{p.name}": {first_line(error, 300)}') from error
+    return after
