@@ -7,7 +7,6 @@ teacher's float file is held against the teacher. Weights, random state and file
 
 from __future__ import annotations
 
-import copy
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from pqk.copies import copy_of
 from pqk.core.aten import quantized_tensors
 from pqk.core.modes import fused_layers
 from pqk.core.pipeline import verify
@@ -59,7 +59,7 @@ def rehearse(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Tar
     """
     with untouched_randomness(), fused_layers(False), tempfile.TemporaryDirectory(prefix="pqk-rehearsal-") as name:
         folder = Path(name)
-        student = copy.deepcopy(teacher).requires_grad_(True)
+        student = copy_of(teacher).requires_grad_(True)
         program = Program(teacher, student, Stage.MODULE, target, RunContext())
         for p in short_forms(passes):
             program = _after(program, task, p)

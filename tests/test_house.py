@@ -170,13 +170,13 @@ TEXT_OR_NOTHING = {
 
 
 def test_reasons_are_named_so() -> None:
-    """ "Does not apply" is a value with a reason: `why_not_…() -> Reason | None`."""
+    """ "Does not apply" is a value with a reason: `why_not_…() -> Reason | None`, or an iterator of reasons."""
 
     def misnamed(path: Path) -> Iterable[str]:
         for node in ast.walk(SOURCES[path]):
             if isinstance(node, ast.FunctionDef) and node.returns is not None:
                 returns, named = ast.unparse(node.returns), re.match("_?why_not_", node.name) is not None
-                if (returns == "Reason | None") != named or (
+                if (returns in ("Reason | None", "Iterator[Reason]")) != named or (
                     returns == "str | None" and node.name not in TEXT_OR_NOTHING
                 ):
                     yield f"line {node.lineno}: {node.name} -> {returns}"

@@ -128,7 +128,7 @@ def _put(graph_module: fx.GraphModule, node: fx.Node) -> None:
         return
     if all(index.op == "get_attr" for index in given):
         _put_at(graph_module, node, places[0], [attribute(graph_module, str(index.target)) for index in given])
-    elif len(given) == 1 and given[0].meta.get("dtype") == torch.bool and math.prod(shape(a["values"]) or (1,)) == 1:
+    elif len(given) == 1 and given[0].meta.get("dtype") == torch.bool and all(size == 1 for size in shape(a["values"])):
         mask, value = given[0], a["values"]
         with graph.inserting_before(node):
             for axis in itertools.chain(range(places[0]), range(places[0] + len(shape(mask)), len(shape(base)))):

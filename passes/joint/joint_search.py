@@ -169,7 +169,9 @@ class JointSearch(Training, WidthSettings, Pass):
         untrained = carry(widths, program.student, slim, lambda layer: rounds.kept(layer, self.rounds))
         if untrained:
             raise PqkError(f"pqk: quantizers {untrained} of the deployed graph are not in the one that was trained")
-        pruned = {key: details[key] for key in ("budget", "before", "after", "widths") if key in details}
+        pruned: dict[str, Any] = {
+            key: details[key] for key in ("budget", "before", "after", "widths") if key in details
+        }
         if any(log.left_out for log in logs):
             pruned["left_out"] = sum(log.left_out for log in logs)
         return program.note(

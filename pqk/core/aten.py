@@ -138,6 +138,10 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.mean.dim, light=True, follows_inputs=True),
     Operator(aten.avg_pool2d.default, light=True, follows_inputs=True, autograd=("AvgPool",)),
     Operator(aten.max_pool2d.default, moves=True, autograd=("MaxPool",)),
+    Operator(aten.avg_pool1d.default),
+    Operator(aten.avg_pool3d.default),
+    Operator(aten.max_pool1d.default),
+    Operator(aten.max_pool3d.default),
     Operator(aten.cat.default, light=True),
     # movement
     Operator(aten.reshape.default, moves=True, view=True, reshapes=True),

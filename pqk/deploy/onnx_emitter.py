@@ -20,7 +20,7 @@ from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantiz
 from pqk.core.modes import fused_layers
 from pqk.data.structures import Outputs
 from pqk.deploy.onnx_ops import QUANTIZERS
-from pqk.deploy.onnx_pools import average_pool, max_pool
+from pqk.deploy.onnx_pools import Value, average_pool, max_pool
 from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.quiet import quiet
@@ -28,8 +28,6 @@ from pqk.task.axes import Axes, free_axes
 from pqk.task.task import Task
 
 OPSET = 21
-Value = Any
-"""a tensor of the ONNX graph that is being built"""
 
 
 def _quantize(x: Value, scale: Value, zero_point: Value, qmin: int, qmax: int) -> Value:

@@ -72,7 +72,7 @@ PROTOCOL = (
 
 
 @dataclass(frozen=True)
-class Agreement:
+class DeviceAgreement:
     """How alike the same inputs are decided on two devices."""
 
     samples: int
@@ -92,7 +92,7 @@ class Agreement:
         return None
 
 
-def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> Agreement:
+def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> DeviceAgreement:
     """The outputs of one batch, as the CPU and the device computed them.
 
     Decisions are those of the first output. Raises `ParityError` for shapes, dtypes or values that no tolerance
@@ -106,10 +106,12 @@ def compare(reference: Sequence[Tensor], found: Sequence[Tensor]) -> Agreement:
     a, b = (torch.cat([t.double().flatten() for t in side]) for side in (reference, found))
     decibels = sqnr(a, b)
     first = [side[0].reshape(len(side[0]), -1).argmax(1) for side in (reference, found)]
-    return Agreement(len(reference[0]), None if decibels == math.inf else decibels, int((first[0] == first[1]).sum()))
+    return DeviceAgreement(
+        len(reference[0]), None if decibels == math.inf else decibels, int((first[0] == first[1]).sum())
+    )
 
 
-def gate(reference: nn.Module, found: nn.Module, inputs: Inputs, device: str) -> Agreement:
+def gate(reference: nn.Module, found: nn.Module, inputs: Inputs, device: str) -> DeviceAgreement:
     """Run both modules, `found` on `device`. Raises `ParityError` where they disagree, so that nothing is timed."""
     with torch.no_grad():
         want = tensors(reference(*inputs))
@@ -245,7 +247,7 @@ class Found:
     """What `pqk benchmark --device cuda` found; `document()` is its JSON."""
 
     device: dict[str, Any]
-    gate: Agreement
+    gate: DeviceAgreement
     ceilings: Ceilings
     latency: list[LatencyRow]
     shares: list[CeilingShare]

@@ -9,7 +9,6 @@ before it agree is named.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from pqk.copies import copy_of
 from pqk.core.graph import is_float
 from pqk.core.modes import fused_layers
 from pqk.core.onnxruntime_session import session
@@ -91,7 +91,7 @@ def _own_rounding(module: nn.Module, inputs: Inputs, expected: Sequence[Tensor])
     """How far the outputs in float32 are from those in float64; 0 where the network takes no float64."""
     try:
         with torch.no_grad(), fused_layers(False):
-            wide = copy.deepcopy(module).double()
+            wide = copy_of(module).double()
             exact = tensors(wide(*(t.double() if t.is_floating_point() else t for t in inputs)))
         return max(differences([t.to(e.dtype) for t, e in zip(exact, expected, strict=True)], expected), default=0.0)
     except Exception:  # the user's code, in a type that it may not know
@@ -102,7 +102,7 @@ def _first_difference(module: nn.Module, inputs: Inputs, task: Task, path: Path)
     """The first operator of the captured graph that the exporter writes differently, in words."""
     try:
         with torch.random.fork_rng(devices=[]):
-            student = copy.deepcopy(module).requires_grad_(True)
+            student = copy_of(module).requires_grad_(True)
             graph = capture(student, task.example, input_names=task.input_names, axes=task.axes)
         assert isinstance(graph, fx.GraphModule)
         nodes = [n for n in graph.graph.nodes if n.op == "call_function" and is_float(n)]

@@ -32,7 +32,7 @@ from pqk.gpu import benchmark as benchmark_cuda
 from pqk.gpu.autotune import choose_tuning
 from pqk.gpu.benchmark import (
     COPIES,
-    Agreement,
+    DeviceAgreement,
     at_its_best,
     benchmark,
     compare,
@@ -215,7 +215,7 @@ def test_settings_are_restored_after_an_error() -> None:
 
 def test_agreement_known_answers() -> None:
     a = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
-    assert compare([a], [a.clone()]) == Agreement(2, None, 2) and compare([a], [a.clone()]).reason is None
+    assert compare([a], [a.clone()]) == DeviceAgreement(2, None, 2) and compare([a], [a.clone()]).reason is None
     off = a + torch.tensor([[0.0, 0.0], [0.1, 0.0]])
     found = compare([a], [off])
     assert found.sqnr_db == pytest.approx(10 * np.log10(14 / 0.01), abs=1e-4) and found.reason is None
@@ -254,7 +254,7 @@ def test_the_gate_runs_both_and_stops_what_differs() -> None:
     torch.manual_seed(0)
     net = nn.Linear(8, 4)
     inputs = (torch.randn(64, 8),)
-    assert gate(net, net, inputs, "cpu") == Agreement(64, None, 64)
+    assert gate(net, net, inputs, "cpu") == DeviceAgreement(64, None, 64)
     with pytest.raises(ParityError, match=r"SQNR .* No speed is measured"):
         gate(net, nn.Linear(8, 4), inputs, "cpu")
 
@@ -306,7 +306,7 @@ def test_a_whole_run(fused: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (batch, r) for batch, r in itertools.product((1, 3), runtimes) if r not in left_out
     ]
     assert not left_out & {"torch, dequantized", "triton", "torch.compile, fp32"}
-    assert found.gate == Agreement(64, None, 64)
+    assert found.gate == DeviceAgreement(64, None, 64)
     assert [s.batch for s in found.shares] == [1, 3]
     assert found.shares[0].operations == 2 * artifact.report.macs
     weights = sum(t.numel() * t.element_size() for t in artifact.student().buffers())
