@@ -38,6 +38,7 @@ from pqk.recipe.recipe import Recipe, why_not_for_target
 from pqk.rehearsal import why_not_deployed, why_not_exported
 from pqk.target.machine import peak_memory
 from pqk.target.target import Target
+from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.verify.coverage import integer_coverage
 
@@ -107,8 +108,10 @@ class Rehearsal:
     """One rehearsal of a recipe, and what it has found so far."""
 
     def __init__(self, teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer) -> None:
-        self.teacher = copy_of(teacher).eval().requires_grad_(False)
+        self.teacher = frozen_copy(teacher, task.example)
         task.check(self.teacher)
+        with torch.no_grad():
+            self.outputs = self.teacher(*task.example)
         self.task, self.recipe = task, recipe
         self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
         self.watch = Stopwatch(observer)
@@ -180,6 +183,8 @@ class Rehearsal:
         self.watch.steps.clear()
         began = time.perf_counter()
         try:
+            if (reason := p.why_not_applied(self.task, self.outputs)) is not None:
+                raise InputError(reason)
             torch.manual_seed(program.run.seed_for("pass"))
             after = self._short(p).apply(program, self.task)
             after = dataclasses.replace(after, stage=p.result_stage(program.stage))

@@ -40,6 +40,7 @@ from pqk.rehearsal import rehearse
 from pqk.report.schema import Report
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
+from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.training.trainer import accelerator
 
@@ -157,10 +158,15 @@ def _job(
     _check_teacher(teacher)
     if accelerator().num_processes > 1 and evaluation.controls:
         raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
-    teacher = copy_of(teacher).eval().requires_grad_(False)
+    teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
     if recipe is None:
         chosen = fit_recipe(chosen, teacher, task)
+    with torch.no_grad():
+        outputs = teacher(*task.example)
+    for number, p in enumerate(chosen.passes, 1):
+        if (reason := p.why_not_applied(task, outputs)) is not None:
+            raise InputError(f"recipe: pass {number} {reason}")
     return Job(teacher, task, chosen, machine, out, evaluation)
 
 

@@ -217,6 +217,9 @@ def _layer(node: fx.Node, stack: list[str], owners: Counter[str], layers: set[st
 
 def _drop_no_ops(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
+    for node in calls(graph, aten.copy_.default):  # what a buffer is given for the next call; no output depends on it
+        if not node.users and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr":
+            graph.erase_node(node)
     for node in list(graph.nodes):
         if (node.op == "call_function" and node.target in GUARDS) or str(node.target).startswith("_guards"):
             node.replace_all_uses_with(None) if node.users else None

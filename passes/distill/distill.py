@@ -22,17 +22,18 @@ from torch import Tensor, nn
 
 from pqk.core.program import CONFIG, Pass, Program, Stage
 from pqk.data.data import Data
-from pqk.data.structures import first_tensor
+from pqk.data.structures import first_tensor, tensors
 from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence, LogitMSE, Term
 from pqk.knowledge.objective import why_not_learned
 from pqk.knowledge.sources import AnySource, FromModule, TeacherContext
 from pqk.knowledge.teachers.base import LogitCache, Teacher, cache_for
+from pqk.knowledge.terms.feature import channel_axis
+from pqk.knowledge.terms.response import ResponseTerm
 from pqk.passes.distill.assistant import earlier_student
 from pqk.passes.distill.keep_best import CheckpointSelection, Criterion
 from pqk.passes.prune.survivors import surviving_channels
 from pqk.quant.fake_quant import quantizers
-from pqk.task.metrics import argmax
 from pqk.task.task import Task
 from pqk.training.trainer import Training, TrainingLog, fit
 
@@ -110,15 +111,23 @@ class Distill(Training, Pass):
 
         No labels where there are none; and half the squared distance to the teacher's first output instead of a
         divergence, where that is a single score, or an answer without labels that is no class, such as an embedding.
+        Of several outputs, some of which have no classes, the first one.
         """
         if task.train is None:
             return self
-        labelled, terms = task.train.labelled, self.terms
-        width = first_tensor(outputs).shape[-1]
-        if task.decision is not argmax and (width == 1 or not labelled):
-            first = next(iter(outputs)) if isinstance(outputs, Mapping) else None if isinstance(outputs, Tensor) else 0
+        labelled, terms, output = task.train.labelled, self.terms, first_tensor(outputs)
+        axis = task.class_axis_or_reason(output)
+        first = next(iter(outputs)) if isinstance(outputs, Mapping) else None if isinstance(outputs, Tensor) else 0
+        width = output.shape[axis] if isinstance(axis, int) else output.shape[channel_axis(output)]
+        if isinstance(axis, str) or (not task.decides_by_argmax and (width == 1 or not labelled)):
             terms = (*terms[:1], LogitMSE(output=first, weight=width / 2))
+        elif any(isinstance(task.class_axis_or_reason(t), str) for t in tensors(outputs)):
+            terms = tuple(dataclasses.replace(t, output=first) if isinstance(t, ResponseTerm) else t for t in terms)
         return dataclasses.replace(self, terms=tuple(t for t in terms if labelled or t.needs_teacher))
+
+    def why_not_applied(self, task: Task, outputs: Any) -> Reason | None:
+        reasons = (term.why_not_compared(task, outputs) for term in self._counted())
+        return next((f"distill: {reason}" for reason in reasons if reason is not None), None)
 
     def apply(self, program: Program, task: Task) -> Program:
         """Trains the student in place, in whatever stage it is.
@@ -160,6 +169,7 @@ class Distill(Training, Pass):
                 precision=self.teacher_precision,
                 example=task.example,
                 earlier=lambda number: earlier_student(program, number),
+                class_axis=task.class_axis_of,
             )
         )
         cache: LogitCache | Reason | None = self.why_not_cached()

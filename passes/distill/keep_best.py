@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pqk.copies import copy_of
 from pqk.knowledge.objective import Distillation
 from pqk.passes.convert.convert import convert
-from pqk.task.metrics import distance, predict
+from pqk.task.metrics import predict
 from pqk.task.task import Task
 
 Criterion = Literal["last", "metric", "teacher"]
@@ -35,7 +35,7 @@ def scorer(task: Task, teacher: nn.Module, criterion: Criterion) -> Scorer:
         integer = convert(copy_of(student, "student"), task.example)
         outputs, targets = predict(integer, task.validation)
         labelled = criterion == "metric" and targets is not None
-        return [task.metric.function(outputs, targets) if labelled else 0.0, -distance(outputs, answers)]
+        return [task.metric.function(outputs, targets) if labelled else 0.0, -task.distance(outputs, answers)]
 
     return score
 

@@ -139,6 +139,10 @@ class JointSearch(Training, WidthSettings, Pass):
         second = fit(run.enter(f"{run.scope}-phase2"), widths.graph, data, both, self.training_of(1 - self.phase1))
         return self.finish(rounds, task, (first, second))
 
+    def why_not_applied(self, task: Task, outputs: Any) -> Reason | None:
+        reason = KLDivergence().why_not_compared(task, outputs) if self.kd_weight else None
+        return reason and f"pqk: {reason}"
+
     def training_of(self, share: float) -> Training:
         """The training of a phase that has `share` of the epochs."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Training)}

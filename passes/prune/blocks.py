@@ -200,7 +200,12 @@ class Edit:
 
 @torch.no_grad()
 def edit_costs(
-    model: nn.Module, inputs: Inputs, teacher: Any, edits: Sequence[Edit], blocks: Sequence[str]
+    model: nn.Module,
+    inputs: Inputs,
+    teacher: Any,
+    edits: Sequence[Edit],
+    blocks: Sequence[str],
+    distance: Callable[[Any, Any], float] = distance,
 ) -> list[float]:
     """The distance from the teacher's outputs that each edit alone leads to.
 

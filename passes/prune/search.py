@@ -25,7 +25,6 @@ from pqk.passes.prune.cuts import Skip, cut_channels, drop_block
 from pqk.passes.prune.groups import ChannelGroup, find_groups, masked, why_not_cut, why_not_exact
 from pqk.passes.prune.importance import CRITERIA, Narrowing, cuts_of, narrowing_schedule, unit_importance
 from pqk.passes.prune.settings import PruneSettings
-from pqk.task.metrics import distance
 from pqk.task.task import Task
 
 CLOSE = 0.9
@@ -236,14 +235,14 @@ class DepthSearch(WidthSearch):
                 narrowings.setdefault(narrowing.group.name, narrowing)
         return Removable({b.path: b for b in blocks}, narrowings)
 
-    @staticmethod
-    def _rank(search: Search, removable: Removable, rows: list[dict[str, Any]], key: str) -> None:
+    def _rank(self, search: Search, removable: Removable, rows: list[dict[str, Any]], key: str) -> None:
         """Sort the rows, one for each edit, by the harm that the edit does to the outputs for what it saves."""
         student, edits = search.student, removable.edits
 
         def measure() -> dict[str, Any]:
+            distance = self.task.distance
             now = distance(student(*search.inputs), search.answers)
-            costs = edit_costs(student, search.inputs, search.answers, edits, [*removable.blocks])
+            costs = edit_costs(student, search.inputs, search.answers, edits, [*removable.blocks], distance)
             return {"now": now, "costs": costs}
 
         measurements = _journal_key((e.name, e.touches) for e in edits)

@@ -47,6 +47,7 @@ from pqk.recipe.recipe import why_not_for_target
 from pqk.recipe.strict import plain
 from pqk.target.machine import machine_fingerprint, usable_cores
 from pqk.target.target import Target
+from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.training.trainer import accelerator
 
@@ -94,7 +95,7 @@ def compare(
         raise InputError(f"{folder} is a file; --out names a directory")
     if not resume and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose another, or continue with --resume")
-    teacher = copy_of(teacher).eval().requires_grad_(False)
+    teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
     bench = _Bench(teacher, task, comparison, target, folder, observer or Silent())
     try:

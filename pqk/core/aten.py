@@ -183,6 +183,7 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.unbind.int),
     Operator(aten.view.default),
     Operator(aten.to.dtype),
+    Operator(aten.copy_.default),
     Operator(aten.copy.default),
     Operator(aten.slice_scatter.default),
     Operator(aten.select_scatter.default),

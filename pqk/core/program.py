@@ -137,6 +137,10 @@ class Pass(ABC):
     def apply(self, program: Program, task: Task) -> Program:
         """Return the program with this pass done. Raises `InputError` where it cannot apply."""
 
+    def why_not_applied(self, task: Task, outputs: Any) -> Reason | None:
+        """Why the pass cannot be for a task whose teacher has these outputs on the example, else None."""
+        return None
+
     def derive(self, program: Program) -> Program:
         """What this pass makes of the student without changing it. Called where its saved result is loaded."""
         return program

@@ -75,26 +75,29 @@ def widened(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def concatenate(parts: list[Any]) -> Any:
-    """A list of equal structures of tensors [B, …] as one structure of tensors [N, …]."""
+def concatenate(parts: list[Any], unlabelled: int = 0) -> Any:
+    """A list of equal structures of tensors [B, …] as one structure of tensors [N, …].
+
+    Tensors whose other axes differ are padded: those of integers by `unlabelled`, others by 0.
+    """
     head = parts[0]
     if head is None:
         return None
     if isinstance(head, Tensor):
-        return joined(parts)
+        return joined(parts, 0 if head.is_floating_point() or head.dtype == torch.bool else unlabelled)
     if isinstance(head, dict):
-        return {k: concatenate([p[k] for p in parts]) for k in head}
+        return {k: concatenate([p[k] for p in parts], unlabelled) for k in head}
     if hasattr(head, "_fields"):
-        return type(head)(*(concatenate([p[i] for p in parts]) for i in range(len(head))))
-    return type(head)(concatenate([p[i] for p in parts]) for i in range(len(head)))
+        return type(head)(*(concatenate([p[i] for p in parts], unlabelled) for i in range(len(head))))
+    return type(head)(concatenate([p[i] for p in parts], unlabelled) for i in range(len(head)))
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    """Tensors [B, …] as one; where their other axes differ (texts of several lengths), padded to the longest by 0."""
+def joined(parts: list[Tensor], padding: int = 0) -> Tensor:
+    """Tensors [B, …] as one; where their other axes differ (texts of several lengths), padded to the longest."""
     longest = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
     if all(list(p.shape[1:]) == longest for p in parts):
         return torch.cat(parts)
-    joined = parts[0].new_zeros(sum(map(len, parts)), *longest)
+    joined = parts[0].new_full((sum(map(len, parts)), *longest), padding)
     start = 0
     for p in parts:
         joined[(slice(start, start + len(p)), *map(slice, p.shape[1:]))] = p

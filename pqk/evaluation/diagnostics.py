@@ -41,7 +41,6 @@ from pqk.report.diagnostics import (
     TeacherHealth,
 )
 from pqk.report.schema import AttributionRow, VariantName
-from pqk.task.metrics import argmax, cross_entropy
 from pqk.task.task import Task
 from pqk.verify.verdict import ModelFunction
 
@@ -77,7 +76,7 @@ def answers(task: Task, outputs: Outputs, targets: Any) -> Answers | str:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
         shapes = ", ".join(str(["B", *t.shape[1:]]).replace("'", "") for t in tensors(outputs))
         return f"diagnostics are about logits [B, C] of classes; the model's outputs are {shapes}"
-    if task.decision is not argmax and task.loss is not cross_entropy:
+    if not task.decides_by_argmax and not task.learns_classes:
         return "the task is no classification: its decision is not argmax, and its loss not cross-entropy"
     if targets is not None:
         if not isinstance(targets, Tensor) or targets.shape != outputs.shape[:1] or targets.is_floating_point():

@@ -131,5 +131,6 @@ def _tempered(term: Term, teacher: Teacher, task: Task) -> Term:
     answers = []
     for inputs in task.calibration(CALIBRATION, teacher=True):
         answer, _ = teacher(Batch(inputs, None, None))
-        answers.append(widened(first_tensor(pick(answer, term.output))))
+        logits = task.classes_last(widened(first_tensor(pick(answer, term.output))))
+        answers.append(logits.flatten(0, -2))  # sequences of several lengths are no less alike than their positions
     return replace(term, temperature=temperature_for(term.scaled(torch.cat(answers)), term.teacher_top))

@@ -23,7 +23,7 @@ from pqk.files import read_json
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import FrozenTeacher, Teacher
 from pqk.knowledge.teachers.black_box import OnnxTeacher
-from pqk.knowledge.teachers.ensemble import EMATeacher, EnsembleTeacher, UncertaintyTeacher
+from pqk.knowledge.teachers.ensemble import AxisOf, EMATeacher, EnsembleTeacher, UncertaintyTeacher, last_axis
 from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher, exit_for
 
 
@@ -43,6 +43,8 @@ class TeacherContext:
     """the task's example inputs"""
     earlier: Callable[[int], nn.Module] | None = None
     """the student that an earlier pass of the run left, by its number; None: there is no run"""
+    class_axis: AxisOf = last_axis
+    """an output -> the axis of it that classes are on"""
 
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -314,7 +316,8 @@ class FromEnsemble(Source):
 
     def make(self, context: TeacherContext) -> Teacher:
         kind = UncertaintyTeacher if self.uncertainty else EnsembleTeacher
-        return kind([m.make(context) for m in self.members], self.weights, of=self.of, by=self.by)
+        members = [m.make(context) for m in self.members]
+        return kind(members, self.weights, of=self.of, by=self.by, class_axis=context.class_axis)
 
 
 SOURCES = (

@@ -15,6 +15,7 @@ from pqk.core.distributed import is_distributed, world_size
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.knowledge.terms.base import Term, View
+from pqk.knowledge.terms.response import per_sample
 
 LEAST, MOST = 0.01, 100.0
 """a balancer's factors stay within these"""
@@ -132,21 +133,21 @@ Gate = Callable[[View], Tensor]
 
 def teacher_right(view: View) -> Tensor:
     """1 where the teacher's decision is the label, 0 where it is not. Raises `InputError` where there are no labels."""
-    decisions = first_tensor(view.teacher).argmax(-1)
+    decisions = view.task.classes_last(first_tensor(view.teacher)).argmax(-1)
     if not isinstance(view.targets, Tensor) or view.targets.shape != decisions.shape:
         raise InputError('distill: the gate "teacher_right" needs one class label for each of the teacher\'s rows')
-    return (decisions == view.targets).float().reshape(len(decisions), -1).mean(1)
+    return per_sample([(decisions == view.targets).float()], [view.targets != view.task.ignored])
 
 
 def teacher_confidence(view: View) -> Tensor:
     """The teacher's top probability."""
-    top = widened(first_tensor(view.teacher)).softmax(-1).amax(-1)
+    top = view.task.classes_last(widened(first_tensor(view.teacher))).softmax(-1).amax(-1)
     return top.reshape(len(top), -1).mean(1)
 
 
 def student_doubt(view: View) -> Tensor:
     """The entropy of the student's answer over that of a guess: what it does not know yet, 0 to 1."""
-    log_p = widened(first_tensor(view.student).detach()).log_softmax(-1)
+    log_p = view.task.classes_last(widened(first_tensor(view.student).detach())).log_softmax(-1)
     doubt = -(log_p.exp() * log_p).sum(-1) / math.log(max(2, log_p.shape[-1]))
     return doubt.reshape(len(doubt), -1).mean(1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pqk.data.data import Batch, Data
-from pqk.data.structures import Inputs, Outputs, map_tensors
+from pqk.data.structures import Inputs, Outputs
 from pqk.errors import InputError
 from pqk.task.metrics import Metric, check_labels
 
@@ -36,7 +36,7 @@ def try_forward(teacher: nn.Module, inputs: Inputs, what: str) -> Outputs:
             f"so, such as `def forward(self, x, {by_name[0]}): return self.model(x, {by_name[0]}={by_name[0]})`"
         )
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what a module keeps of this call must be fit for training
             return teacher(*inputs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs)
@@ -49,8 +49,8 @@ def _only_by_name(teacher: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
-def check_all_labels(what: str, data: Data, classes: int) -> None:
-    """Raises `InputError` for a label that is no class.
+def check_all_labels(what: str, data: Data, classes: int, ignored: int) -> None:
+    """Raises `InputError` for a label that is no class, and not that of what has none.
 
     Checks all labels; of a training loader only the first batch, as the others are checked during training.
     """
@@ -58,21 +58,19 @@ def check_all_labels(what: str, data: Data, classes: int) -> None:
     batches: Iterator[Any] = (b.targets for b in data.batches()) if stored is None else iter([stored])
     for labels in itertools.islice(batches, 1 if what == "train" else None):
         if isinstance(labels, Tensor):
-            check_labels(labels, classes, what)
+            check_labels(labels, classes, what, ignored)
 
 
 def check_scores(
-    what: str, teacher: nn.Module, batch: Batch, loss: Callable[[Outputs, Any], Tensor], metric: Metric
+    what: str, outputs: Outputs, targets: Any, loss: Callable[[Outputs, Any], Tensor], metric: Metric
 ) -> None:
-    """Raises `InputError` where loss and metric cannot judge the teacher's outputs on two samples of `batch`.
+    """Raises `InputError` where loss and metric cannot judge outputs of some samples.
 
     Unlabelled data is judged by its metric alone, and only for evaluation.
     """
-    outputs = try_forward(teacher, tuple(t[:2] for t in batch.inputs), what)
-    labelled = batch.targets is not None
+    labelled = targets is not None
     if not labelled and what != "evaluation":
         return
-    targets = map_tensors(lambda t: t[:2], batch.targets) if labelled else None
     with torch.inference_mode():
         try:
             losses = loss(outputs, targets) if labelled else None

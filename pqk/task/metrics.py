@@ -13,6 +13,9 @@ from torch import Tensor
 from pqk.data.data import Data
 from pqk.data.structures import Outputs, concatenate, first_tensor, widened
 from pqk.errors import InputError, nearest
+from pqk.task.classes import IGNORED, axis_by_labels, shown
+
+SAY_AXIS = "pass Task(class_axis=…): 1 for [B, C, H, W], 2 for [B, T, C]"
 
 
 @dataclass(frozen=True)
@@ -27,50 +30,105 @@ class Metric:
     """(outputs of all samples, targets of all samples) -> value; tensors are concatenated over batches"""
 
 
-def check_labels(targets: Tensor, classes: int, what: str = "the") -> None:
-    """Raises `InputError`, naming the data as `what`, where a label is outside 0 to `classes` - 1."""
-    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= classes):
+def check_labels(targets: Tensor, classes: int, what: str = "the", ignored: int = IGNORED) -> None:
+    """Raises `InputError`, naming the data as `what`, where a label is outside 0 to `classes` - 1 and not `ignored`."""
+    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= classes):
+        targets = targets[targets != ignored]
+    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= classes):
         raise InputError(
             f"{what} data: labels run from {int(targets.min())} to {int(targets.max())} and the model has {classes} "
             f"classes (0 to {classes - 1})"
         )
 
 
-def _accuracy(outputs: Outputs, targets: Tensor) -> float:
-    return float((first_tensor(outputs).argmax(-1) == targets).double().mean())
+def accuracy(outputs: Outputs, targets: Tensor, axis: int | None = None, ignored: int = IGNORED) -> float:
+    """The share of labels that are the class with the largest logit.
+
+    Args:
+        outputs: a model's outputs, of which the first tensor is logits: [B, C], or with further axes of positions.
+        targets: labels int64, of the logits' shape without the axis of classes.
+        axis: that of the classes; None: as the labels show.
+        ignored: the label of what has none, which does not count.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        InputError: the axis cannot be told, or nothing is labelled.
+    """
+    logits = first_tensor(outputs)
+    if axis is None and logits.dim() > 2:
+        axis = _axis(logits, targets)
+    right = argmax(outputs, axis) == targets
+    labelled = targets != ignored
+    if not bool(labelled.all()):
+        right = right[labelled]
+        if not right.numel():
+            raise InputError(f"accuracy: all {targets.numel()} labels are {ignored}, the label of what has none")
+    return float(right.double().mean())
 
 
-METRICS = (Metric("accuracy", "share", _accuracy),)
+METRICS = (Metric("accuracy", "share", accuracy),)
 
 
-def cross_entropy(outputs: Outputs, targets: Tensor) -> Tensor:
+def cross_entropy(outputs: Outputs, targets: Tensor, axis: int | None = None, ignored: int = IGNORED) -> Tensor:
     """Computes the cross-entropy of each sample, the default loss.
 
     Args:
-        outputs: a model's outputs, of which the first tensor is logits [B, C].
-        targets: labels int64 [B].
+        outputs: a model's outputs, of which the first tensor is logits: [B, C], or with further axes of positions.
+        targets: labels int64, of the logits' shape without the axis of classes.
+        axis: that of the classes; None: as the labels show.
+        ignored: the label of what has none: a sample's loss is the mean over its labelled positions.
 
     Returns:
         Losses [B], in float32 at least.
 
     Raises:
-        InputError: a label is outside 0 to C - 1.
+        InputError: a label is outside 0 to C - 1, labels do not fit, or the axis cannot be told.
     """
     logits = widened(first_tensor(outputs))
-    check_labels(targets, logits.shape[1])
-    return F.cross_entropy(logits, targets, reduction="none")
+    if logits.dim() <= 2:
+        check_labels(targets, logits.shape[1], ignored=ignored)
+        return F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored)
+    axis = _axis(logits, targets) if axis is None else axis
+    logits = logits.movedim(axis, 1)
+    if targets.is_floating_point():  # a share of each class
+        return F.cross_entropy(logits, targets.movedim(axis, 1), reduction="none").flatten(1).mean(1)
+    if targets.shape != logits[:, 0].shape:
+        raise InputError(
+            f"task: with classes on axis {axis}, labels must be {shown(logits[:, 0].shape)}, and are "
+            f"{shown(targets.shape)}"
+        )
+    check_labels(targets, logits.shape[1], ignored=ignored)
+    losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignored).flatten(1)
+    labelled = (targets != ignored).flatten(1)
+    return losses.mean(1) if bool(labelled.all()) else losses.sum(1) / labelled.sum(1).clamp_min(1)
 
 
-def argmax(outputs: Outputs) -> Tensor:
+def _axis(logits: Tensor, targets: Tensor) -> int:
+    axis = axis_by_labels(logits.shape, targets.shape)
+    if isinstance(axis, str):
+        raise InputError(f"task: {axis}; {SAY_AXIS}")
+    return axis
+
+
+def argmax(outputs: Outputs, axis: int | None = None) -> Tensor:
     """Decides for the class with the largest logit, the default decision.
 
     Args:
-        outputs: a model's outputs, of which the first tensor is logits [B, …, C].
+        outputs: a model's outputs, of which the first tensor is logits: [B, C], or with further axes of positions.
+        axis: that of the classes; None: the last of [B, C].
 
     Returns:
-        Classes int64 [B, …].
+        Classes int64, of the logits' shape without that axis.
+
+    Raises:
+        InputError: there are more axes than two, and none is named.
     """
-    return first_tensor(outputs).argmax(-1)
+    logits = first_tensor(outputs)
+    if axis is None and logits.dim() > 2:
+        raise InputError(f"task: an argmax of outputs {shown(logits.shape)} needs the axis of the classes; {SAY_AXIS}")
+    return logits.argmax(-1 if axis is None else axis)
 
 
 def named_metric(name: str) -> Metric:
@@ -82,22 +140,27 @@ def named_metric(name: str) -> Metric:
 
 
 def predict(model: Callable[..., Outputs], data: Data, limit: int | None = None) -> tuple[Outputs, Any]:
-    """Outputs and targets of all (or the first `limit`) samples, concatenated over batches, in the stored order."""
+    """Outputs and targets of all (or the first `limit`) samples, concatenated over batches, in the stored order.
+
+    Where batches have other lengths, outputs are padded by zeros, and integer targets by the label of what has none.
+    """
     outputs, targets, samples = [], [], 0
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: what a module keeps of this call must be fit for training
         for batch in data.batches():
             outputs.append(model(*batch.inputs))
             targets.append(batch.targets)
             samples += len(batch.inputs[0])
             if limit is not None and samples >= limit:
                 break
-    return concatenate(outputs), concatenate(targets)
+    return concatenate(outputs), concatenate(targets, IGNORED)
 
 
-def distance(outputs: Any, teacher: Any) -> float:
+def distance(outputs: Any, teacher: Any, axis: int | None = None) -> float:
     """How far outputs are from the teacher's, on the first tensor: mean KL(teacher, student) in nats for logits
-    [B, C], mean squared error otherwise."""
+    [B, C], or with classes on `axis`, over all positions; mean squared error otherwise."""
     got, want = first_tensor(outputs).float(), first_tensor(teacher).float()
+    if want.ndim > 2 and axis is not None:
+        got, want = (t.movedim(axis, -1).flatten(0, -2) for t in (got, want))
     if want.ndim == 2 and want.shape[1] > 1:
         return float(F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="batchmean"))
     return float(F.mse_loss(got, want))

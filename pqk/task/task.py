@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pqk.data.data import Data, as_data, split
-from pqk.data.structures import Inputs, Outputs, first_tensor, joined
+from pqk.data.data import Batch, Data, as_data, split
+from pqk.data.structures import Inputs, Outputs, first_tensor, joined, map_tensors, tensors
 from pqk.data.views import TeachersView, TwoViews, Views
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.task.checks import check_all_labels, check_scores, check_views, try_forward
-from pqk.task.metrics import Metric, argmax, cross_entropy, named_metric, predict
+from pqk.task.classes import ClassAxis, ignored_by
+from pqk.task.metrics import (
+    SAY_AXIS,
+    Metric,
+    accuracy,
+    argmax,
+    cross_entropy,
+    distance,
+    named_metric,
+    predict,
+)
 from pqk.task.signature import Signature
+from pqk.task.state import held_counters
 
 TWO_VIEWS = (
     "teacher and student see different views of the same samples: each row is evaluated on its own view, and what it "
@@ -34,6 +46,8 @@ class Task:
         metric: a `Metric` or the name of one ("accuracy").
         loss: (outputs, targets) -> per-sample loss [B], float32; cross-entropy by default.
         decision: outputs -> what the user acts on, a tensor [B, …] compared for parity; argmax by default.
+        class_axis: the axis of the outputs that classes are on, 1 for [B, C, H, W]; None: as the labels show, which
+            are of the outputs' shape without it.
         example: example inputs (batch of at least 2); the first two samples of the evaluation data if None.
         input_names, output_names: names in `model.onnx`.
         dynamic_axes: names of free axes by input and axis, `{"input_ids": {0: "batch", 1: "sequence"}}`; the first
@@ -58,6 +72,7 @@ class Task:
         metric: Metric | str = "accuracy",
         loss: Callable[[Outputs, Any], Tensor] = cross_entropy,
         decision: Callable[[Outputs], Tensor] = argmax,
+        class_axis: int | None = None,
         example: Tensor | Inputs | None = None,
         input_names: tuple[str, ...] | None = None,
         output_names: tuple[str, ...] | None = None,
@@ -81,12 +96,136 @@ class Task:
                 f"task: metric is a {type(metric).__name__}; pass its name, or Metric(name, unit, function)"
             )
         self.metric = metric if isinstance(metric, Metric) else named_metric(metric)
-        self.loss, self.decision = loss, decision
+        self.counts_classes = self.metric.function is accuracy
+        if self.counts_classes:
+            self.metric = dataclasses.replace(self.metric, function=self._accuracy)
+        self._loss, self._decision, self.ignored = loss, decision, ignored_by(loss)
+        self._classes = ClassAxis(class_axis, loss)
+        self._undecided: tuple[str, ...] = ()
         inputs = _first_two(self.evaluation) if example is None else example
         inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
         self.signature = Signature.of(inputs, input_names, output_names, dynamic_axes, timed)
         self.preprocessing, self.extra_files = preprocessing or {}, extra_files
-        self.notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
+        self._notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the report should say of the data, and how it is known which axis of the outputs classes are on."""
+        return (*self._notes, *self._classes.notes, *self._undecided)
+
+    @property
+    def decides_by_argmax(self) -> bool:
+        """Whether the decision is the class with the largest logit."""
+        return self._decision is argmax
+
+    @property
+    def learns_classes(self) -> bool:
+        """Whether the loss is the cross-entropy."""
+        return self._loss is cross_entropy
+
+    def loss(self, outputs: Outputs, targets: Any) -> Tensor:
+        """Computes the loss of each sample.
+
+        Args:
+            outputs: of a model.
+            targets: as the data gives them.
+
+        Returns:
+            Losses [B], in float32 at least.
+
+        Raises:
+            InputError: labels are outside the classes, or it cannot be told which axis classes are on.
+        """
+        if not self.learns_classes:
+            return self._loss(outputs, targets)
+        output = first_tensor(outputs)
+        if output.dim() <= 2:
+            return cross_entropy(outputs, targets, ignored=self.ignored)
+        return cross_entropy(outputs, targets, self._labelled_axis(output, targets), self.ignored)
+
+    def decision(self, outputs: Outputs) -> Tensor:
+        """Decides what a user acts on.
+
+        Args:
+            outputs: of a model.
+
+        Returns:
+            The decisions [B, …], which parity compares.
+
+        Raises:
+            InputError: it cannot be told which axis classes are on.
+        """
+        if not self.decides_by_argmax:
+            return self._decision(outputs)
+        output = first_tensor(outputs)
+        if output.dim() <= 2 or self._why_not_classes(output) is not None:
+            return output.argmax(-1)
+        return argmax(outputs, self.class_axis_of(output))
+
+    def _why_not_classes(self, output: Tensor) -> Reason | None:
+        """Why an output is taken for something else than classes, else None.
+
+        The task's own metric judges it, and no label is of its shape without an axis.
+        """
+        axis = self.class_axis_or_reason(output)
+        if isinstance(axis, int) or self.counts_classes or output.dim() in self._classes.open:
+            return None
+        return axis
+
+    def _accuracy(self, outputs: Outputs, targets: Tensor) -> float:
+        output = first_tensor(outputs)
+        axis = self._labelled_axis(output, targets) if output.dim() > 2 else None
+        return accuracy(outputs, targets, axis, self.ignored)
+
+    def _labelled_axis(self, output: Tensor, labels: Any) -> int:
+        """The axis of the classes of an output that has labels, by which it may be found."""
+        if isinstance(self._classes.of(output.shape), str):
+            self._classes.learn(output, labels)
+        return self.class_axis_of(output)
+
+    def class_axis_of(self, output: Tensor) -> int:
+        """Finds the axis that the classes of an output are on: the one given, or the one that the labels show.
+
+        Args:
+            output: a tensor of the model's outputs, [B, C] or with further axes of positions.
+
+        Returns:
+            The axis, counted from 0, the batch.
+
+        Raises:
+            InputError: it cannot be told.
+        """
+        axis = self.class_axis_or_reason(output)
+        if isinstance(axis, str):
+            raise InputError(f"task: {axis}; {SAY_AXIS}")
+        return axis
+
+    def class_axis_or_reason(self, output: Tensor) -> int | Reason:
+        """The axis that the classes of an output are on, or why it cannot be told."""
+        axis = self._classes.of(output.shape)
+        if isinstance(axis, str) and output.dim() > 2 and output.dim() not in self._classes.doubts:
+            for data in self._sources.values():  # `check` looks at outputs and labels of the same samples
+                labels = tensors(next(data.batches()).targets)
+                if labels and not labels[0].is_floating_point():
+                    self._classes.learn_shapes(output.shape, labels[0].shape)
+            axis = self._classes.of(output.shape)
+        return axis
+
+    def classes_last(self, output: Tensor) -> Tensor:
+        """An output [B, …, C] with the axis of its classes moved to the end. Raises `InputError` as `class_axis_of`."""
+        return output if output.dim() == 2 else output.movedim(self.class_axis_of(output), -1)
+
+    def distance(self, outputs: Outputs, answers: Outputs) -> float:
+        """How far outputs are from the teacher's: see `pqk.task.metrics.distance`."""
+        output = first_tensor(answers)
+        axis = self.class_axis_or_reason(output) if output.dim() > 2 else None
+        return distance(outputs, answers, axis if isinstance(axis, int) else None)
+
+    @property
+    def _sources(self) -> dict[str, Data]:
+        """All data, by what it is for."""
+        named = {"train": self.train, "validation": self.validation, "evaluation": self.evaluation}
+        return {what: data for what, data in named.items() if data is not None}
 
     @property
     def example(self) -> Inputs:
@@ -159,30 +298,45 @@ class Task:
         return self.metric.function(outputs, targets)
 
     def check(self, teacher: nn.Module) -> None:
-        """Runs the teacher once on the example and one batch of each data, and looks at all labels that are judged on.
+        """Runs the teacher on the example and one batch of each data, and looks at all labels that are judged on.
 
         Args:
-            teacher: in eval mode.
+            teacher: in eval mode; it is left as it was.
 
         Raises:
-            InputError: data, labels, names, loss or metric do not fit it.
+            InputError: data, labels, names, loss or metric do not fit it, or its answers depend on those before.
         """
+        with held_counters(teacher, self.example):
+            self._check(teacher)
+
+    def _check(self, teacher: nn.Module) -> None:
         outputs = try_forward(teacher, self.example, "example")
         for name, inputs in self.timed.items():
             try_forward(teacher, inputs, name)
         self.signature.check_outputs(outputs)
         if not bool(first_tensor(outputs).isfinite().all()):
             raise InputError("teacher: its outputs on the example inputs are NaN or infinite")
-        for what, data in (("train", self.train), ("validation", self.validation), ("evaluation", self.evaluation)):
-            if data is None:
-                continue
+        judged: dict[str, tuple[Outputs, Any]] = {}
+        for what, data in self._sources.items():
             batch = next(data.batches())
             check_views(what, batch)
             batch = batch.for_teacher()
             self.signature.check_inputs(what, batch.inputs)
-            check_scores(what, teacher, batch, self.loss, self.metric)
-            if self.loss is cross_entropy:
-                check_all_labels(what, data, first_tensor(outputs).shape[1])
+            few = map_tensors(lambda t: t[:2], Batch(batch.inputs, batch.targets, None))
+            judged[what] = (try_forward(teacher, few.inputs, what), few.targets)
+        for pair in judged.values():  # all of them first: one may tell what another leaves open
+            self._classes.learn(*pair)
+        for what, data in self._sources.items():
+            check_scores(what, *judged[what], self.loss, self.metric)
+            if self.learns_classes and judged[what][1] is not None and first_tensor(outputs).dim() >= 2:
+                output = first_tensor(outputs)
+                check_all_labels(what, data, output.shape[self.class_axis_of(output)], self.ignored)
+        output = first_tensor(outputs)
+        if self.decides_by_argmax and output.dim() > 2 and (why := self._why_not_classes(output)) is not None:
+            self._undecided = (
+                f"decisions are the argmax over the last axis: {why}, and Task(decision=…) is not given",
+            )
+        self.decision(outputs)
 
 
 def _with_validation(train: Data | None, validation: Any, share: float) -> tuple[Data | None, Data]:

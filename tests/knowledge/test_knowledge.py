@@ -47,7 +47,7 @@ def images(count: int = 8, **options: Any) -> ArrayData:
 
 
 def task() -> Task:
-    return Task(images(), images(), validation=images())
+    return Task(images(), images(), validation=images(), class_axis=-1)
 
 
 def view(s: Any = ZS, t: Any = ZT, fs: Tensor | None = None, ft: Tensor | None = None) -> View:

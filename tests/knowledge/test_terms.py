@@ -67,7 +67,7 @@ def images(channels: int, student: bool) -> Tensor:
 
 FS, FT = images(3, True), images(5, False)
 DATA = ArrayData(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5, 4)
-TASK = Task(DATA, DATA, validation=DATA)
+TASK = Task(DATA, DATA, validation=DATA, class_axis=-1)
 
 
 def view(s: Any = None, t: Any = None, fs: Any = None, ft: Any = None, targets: Any = Y, **masks: Tensor) -> View:

@@ -38,7 +38,7 @@ from pqk.task.task import Task
 from pqk.training.trainer import Training, fit
 
 DATA = ArrayData(torch.randn(32, 6, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4, 8)
-TASK = Task(DATA, DATA, validation=DATA)
+TASK = Task(DATA, DATA, validation=DATA, class_axis=-1)
 
 
 def net(seed: int = 0) -> nn.Module:

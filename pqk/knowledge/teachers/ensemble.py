@@ -23,7 +23,17 @@ LEAST_VARIANCE = 1e-8
 # ---- ensembles
 
 Weighting = Callable[[Tensor, Batch], Tensor]
-"""(members' first outputs [M, B, C], batch) -> how much each counts for each sample [M, B], ≥ 0"""
+"""(members' first outputs [M, B, …, C], batch) -> how much each counts for each sample [M, B], ≥ 0
+
+Of [M, B, …], for each position, the mean is taken.
+"""
+AxisOf = Callable[[Tensor], int]
+"""an output -> the axis of it that classes are on"""
+
+
+def last_axis(output: Tensor) -> int:
+    """Where classes are in [B, …, C]."""
+    return output.dim() - 1
 
 
 def confidence(logits: Tensor, batch: Batch) -> Tensor:
@@ -33,7 +43,7 @@ def confidence(logits: Tensor, batch: Batch) -> Tensor:
 
 def surest(logits: Tensor, batch: Batch) -> Tensor:
     """For each sample the most confident member alone."""
-    return F.one_hot(confidence(logits, batch).argmax(0), len(logits)).T.to(logits.dtype)
+    return F.one_hot(confidence(logits, batch).argmax(0), len(logits)).movedim(-1, 0).to(logits.dtype)
 
 
 def label_confidence(logits: Tensor, batch: Batch) -> Tensor:
@@ -78,7 +88,9 @@ class EnsembleTeacher(Teacher):
         weights: one for each member, at least 0 and not all 0; None: alike.
         of: "probabilities" or "logits", what the mean is taken of.
         by: what further weights the members sample by sample: a name in `WEIGHTINGS` ("confidence", "surest",
-            "label_confidence", "best_on_label"), or a function of (first outputs [M, B, C], batch) to weights [M, B].
+            "label_confidence", "best_on_label"), or a function of (first outputs [M, B, …, C], batch) to weights
+            [M, B].
+        class_axis: an output -> the axis of it that classes are on; the last by default.
 
     Raises:
         InputError: there are no members, or the weights do not fit them.
@@ -93,8 +105,10 @@ class EnsembleTeacher(Teacher):
         *,
         of: Literal["probabilities", "logits"] = "probabilities",
         by: str | Weighting | None = None,
+        class_axis: AxisOf = last_axis,
     ) -> None:
         super().__init__()
+        self.class_axis = class_axis
         weights = [1.0] * len(members) if weights is None else list(weights)
         if not members or len(weights) != len(members):
             raise InputError(f"distill: an ensemble of {len(members)} teachers has {len(weights)} weights")
@@ -152,7 +166,8 @@ class EnsembleTeacher(Teacher):
         first = answers[0]
         w = first.new_tensor(self.weights)[:, None].expand(-1, first.shape[1])
         if self.by is not None:
-            w = w * self.by(first, batch)
+            counts = self.by(self._classes_last(first), batch)
+            w = w * (counts if counts.dim() == 2 else counts.flatten(2).mean(2))
         return w / w.sum(0, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
 
     def _mean(self, answers: list[Tensor], like: Outputs, batch: Batch) -> Outputs:
@@ -166,8 +181,13 @@ class EnsembleTeacher(Teacher):
         w = _spread(shares, z)
         if self.of == "logits":
             return (w * z).sum(0)
-        scale = z.logsumexp(-1, keepdim=True)
+        axis = self.class_axis(z[0]) + 1  # behind that of the members
+        scale = z.logsumexp(axis, keepdim=True)
         return (z - scale + w.log()).logsumexp(0) + (w * scale).sum(0)
+
+    def _classes_last(self, z: Tensor) -> Tensor:
+        """Members' outputs [M, B, …] as [M, B, …, C]."""
+        return z.movedim(self.class_axis(z[0]) + 1, -1)
 
 
 class UncertaintyTeacher(EnsembleTeacher):
@@ -207,7 +227,7 @@ class UncertaintyTeacher(EnsembleTeacher):
         if self.of == "logits":
             variance = _variance(z, w).reshape(z.shape[1], -1).mean(1)
             return variance / (1 + variance)
-        p, w = z.softmax(-1), w[..., 0]
+        p, w = self._classes_last(z).softmax(-1), w[..., 0]
         information = _entropy((w[..., None] * p).sum(0)) - (w * _entropy(p)).sum(0)
         return (information / math.log(max(2, len(z)))).clamp(0, 1).reshape(z.shape[1], -1).mean(1)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
 from pqk.data.structures import Inputs
-from pqk.errors import InputError, nearest
+from pqk.errors import InputError, Reason, nearest
 from pqk.task.task import Task
 
 
@@ -99,6 +99,18 @@ class Term(ABC):
 
     def points(self) -> tuple[str, str] | None:
         """(student, teacher) module paths whose outputs are compared; None: the models' outputs are."""
+        return None
+
+    def why_not_compared(self, task: Task, outputs: Any) -> Reason | None:
+        """Tells, before anything is trained, whether the term can compare a model's outputs.
+
+        Args:
+            task: what the model is for.
+            outputs: of the teacher, on the task's example.
+
+        Returns:
+            Why it cannot, else None.
+        """
         return None
 
     def projector(self, place: Place) -> nn.Module | None:

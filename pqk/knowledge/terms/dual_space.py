@@ -78,7 +78,8 @@ class DualSpace(FeatureTerm):
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         assert isinstance(projector, DualProjector)
         hidden_s, hidden_t = (_hidden(f) for f in self.features(view))
-        z_s, z_t = widened(first_tensor(view.student)), widened(first_tensor(view.teacher).detach())
+        z_s, z_t = (view.task.classes_last(widened(first_tensor(o))) for o in (view.student, view.teacher))
+        z_t = z_t.detach()
         read_s = projector.read(projector.to_student(hidden_t), 0)
         read_t = projector.read(projector.to_teacher(hidden_s), 1)
         if read_s.shape != z_s.shape or read_t.shape != z_t.shape:
@@ -90,7 +91,9 @@ class DualSpace(FeatureTerm):
             raise InputError(f"{self.called}: it needs one class label for each of the student's rows of logits")
         log_p = [F.log_softmax(z / self.temperature, -1) for z in (read_s.detach(), z_s, z_t, read_t)]
         divergences = self.temperature**2 * (kl_rows(log_p[0], log_p[1]) + kl_rows(log_p[2], log_p[3]))
-        labelled = F.cross_entropy(read_s.flatten(0, -2), view.targets.flatten(), reduction="none")
+        labelled = F.cross_entropy(
+            read_s.flatten(0, -2), view.targets.flatten(), reduction="none", ignore_index=view.task.ignored
+        )
         return per_sample([divergences + labelled.view_as(divergences)])
 
 

@@ -23,7 +23,7 @@ from pqk.knowledge.terms.base import Place, View
 from pqk.knowledge.terms.feature import FeatureTerm, Slice, channel_axis
 
 
-def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs]) -> Tensor:
+def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs], class_axis: int = -1) -> Tensor:
     """Scores every channel of a feature by how much the model's answer changes when it is removed.
 
     The mean over samples of |Σ_positions activation · ∂ top logit / ∂ activation| (Molchanov et al., ICLR 2017,
@@ -33,6 +33,7 @@ def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs]) -> Te
         model: its first output is logits [B, …, C].
         point: path of the module whose output is scored.
         batches: model inputs, a tuple of tensors [B, …] each.
+        class_axis: the axis of the logits that classes are on, such as 1 for [B, C, H, W].
 
     Returns:
         Scores [channels], at least 0, in float32 or float64 as the feature.
@@ -43,7 +44,7 @@ def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs]) -> Te
     tapped, total, samples = tap(model, [point]), None, 0
     with evaluating(model):
         for inputs in batches:
-            score = _scores(tapped, point, inputs)
+            score = _scores(tapped, point, inputs, class_axis)
             total = score if total is None else total + score
             samples += len(inputs[0])
     if total is None:
@@ -51,7 +52,7 @@ def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs]) -> Te
     return total / samples
 
 
-def _scores(tapped: nn.Module, point: str, inputs: Inputs) -> Tensor:
+def _scores(tapped: nn.Module, point: str, inputs: Inputs, class_axis: int) -> Tensor:
     """The scores of one batch, summed over its samples."""
     # A frozen model records nothing unless its inputs do; token numbers cannot, so the first weights do it for them.
     frozen = [p for p in tapped.parameters() if p.is_floating_point() and not p.requires_grad]
@@ -60,7 +61,7 @@ def _scores(tapped: nn.Module, point: str, inputs: Inputs) -> Tensor:
     try:
         with torch.enable_grad():
             outputs, features = tapped(*inputs)
-            answer, feature = widened(first_tensor(outputs)).amax(-1).sum(), features[point]
+            answer, feature = widened(first_tensor(outputs)).amax(class_axis).sum(), features[point]
             (gradient,) = torch.autograd.grad(answer, feature, allow_unused=True, retain_graph=True)
             if gradient is None and feature.grad_fn is not None and "Clone" in feature.grad_fn.name():
                 # The copy of what is written over later; the answer depends on its original.
@@ -94,9 +95,11 @@ class TaskNeurons(FeatureTerm):
             raise InputError(f"{self.called}: the student has more units than the teacher ({place})")
         if place.teacher_model is None:
             raise InputError(f"{self.called}: the teacher is a black box, and its units cannot be scored")
-        scores = neuron_scores(
-            place.teacher_model, self.points()[1], place.task.calibration(self.samples, teacher=True)
-        )
+        with evaluating(place.teacher_model), torch.no_grad():
+            answer = first_tensor(place.teacher_model(*place.task.example))
+        axis = -1 if answer.dim() <= 2 else place.task.class_axis_of(answer)
+        samples = place.task.calibration(self.samples, teacher=True)
+        scores = neuron_scores(place.teacher_model, self.points()[1], samples, axis)
         return Slice(scores.topk(width).indices.sort().values.tolist())
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:

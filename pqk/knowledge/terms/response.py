@@ -1,7 +1,8 @@
 """Response knowledge: terms that compare the models' outputs.
 
-Every term takes logits [B, …, C] of each output, or of the one that `output` names, and averages over the axes between
-the first and the last. Probabilities are p = softmax(z / T) throughout, always by way of `log_softmax`.
+Every term takes logits of each output, or of the one that `output` names: [B, …, C], where classes are on another axis
+(`Task(class_axis=…)`) once that is moved to the end. It averages over the axes between. Probabilities are
+p = softmax(z / T) throughout, always by way of `log_softmax`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
 from pqk.data.structures import tensors, widened
-from pqk.errors import InputError, nearest
+from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge.terms.base import Term, View
+from pqk.task.metrics import SAY_AXIS
+from pqk.task.task import Task
 
 Pairs = list[tuple[Tensor, Tensor]]
 """(student, teacher) logits, one for every output that is compared"""
 
 
-def per_sample(losses: list[Tensor]) -> Tensor:
-    """Mean over the outputs and over all axes but the first: [B, …] each -> [B]."""
-    return torch.stack([loss.reshape(len(loss), -1).mean(1) for loss in losses]).mean(0)
+def per_sample(losses: list[Tensor], labelled: list[Tensor] | None = None) -> Tensor:
+    """Mean over the outputs and over all axes but the first: [B, …] each -> [B].
+
+    `labelled`: for each output a mask of its positions that count.
+    """
+    if labelled is None or all(bool(mask.all()) for mask in labelled):
+        return torch.stack([loss.reshape(len(loss), -1).mean(1) for loss in losses]).mean(0)
+    pairs = [(x.reshape(len(x), -1), m.reshape(len(m), -1)) for x, m in zip(losses, labelled, strict=True)]
+    means = [x.where(m, torch.zeros_like(x)).sum(1) / m.sum(1).clamp_min(1) for x, m in pairs]
+    return torch.stack(means).mean(0)
 
 
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -58,16 +68,32 @@ class ResponseTerm(Term):
     output: int | str | None = None
     """the output that is compared, by number or by name; none: all of them"""
 
+    @property
+    def compares_classes(self) -> bool:
+        """Whether it matters which axis of the logits classes are on."""
+        return True
+
+    def why_not_compared(self, task: Task, outputs: Any) -> Reason | None:
+        for output in tensors(pick(outputs, self.output)) if self.compares_classes else ():
+            if isinstance(axis := task.class_axis_or_reason(output), str):
+                return (
+                    f"{type(self).__name__} compares classes, and {axis}; {SAY_AXIS}, or name the `output` that has "
+                    "classes, or take logit_mse, which needs none"
+                )
+        return None
+
     def pairs(self, view: View, same_classes: bool = True) -> Pairs:
         """Pairs (student, teacher) logits, each [B, …, C], float32 at least.
 
         Raises:
-            InputError: their number or shapes differ; it names both.
+            InputError: their number or shapes differ, and it names both; or it cannot be told where the classes are.
         """
         students, teachers = (tensors(pick(o, self.output)) for o in (view.student, view.teacher))
         if len(students) != len(teachers):
             raise InputError(f"distill: the student has {len(students)} outputs and the teacher {len(teachers)}")
         pairs = list(zip(students, teachers, strict=True))
+        if self.compares_classes:
+            pairs = [(view.task.classes_last(s), view.task.classes_last(t)) for s, t in pairs]
         for s, t in pairs:
             if s.shape[:-1] != t.shape[:-1] or (same_classes and s.shape != t.shape):
                 raise InputError(
@@ -77,7 +103,7 @@ class ResponseTerm(Term):
         return [(widened(s), widened(t.detach())) for s, t in pairs]
 
     def labels(self, view: View, logits: list[Tensor]) -> list[Tensor]:
-        """The labels int64 [B, …] of each output.
+        """The labels int64 [B, …] of each output, some of which may be the task's label of what has none.
 
         Raises:
             InputError: there are none that fit.
@@ -94,6 +120,7 @@ class ResponseTerm(Term):
                 f"{[tuple(y.shape) for y in labels]}, logits {[tuple(z.shape) for z in logits]}; name one with `output`"
             )
         for y, z in zip(labels, logits, strict=True):
+            y = y if not y.numel() or int(y.min()) >= 0 else y[y != view.task.ignored]
             if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < z.shape[-1]:
                 raise InputError(
                     f"distill: labels run from {int(y.min())} to {int(y.max())} and {name} has {z.shape[-1]} classes"
@@ -101,6 +128,10 @@ class ResponseTerm(Term):
             if z.shape[-1] < 2:
                 raise InputError(f"distill: {name} tells one class from the others, and there is only one")
         return [y.long() for y in labels]
+
+    def labelled(self, view: View, labels: list[Tensor]) -> list[Tensor]:
+        """For each output a mask of its positions that have a label."""
+        return [y != view.task.ignored for y in labels]
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -264,6 +295,10 @@ class LogitMSE(ResponseTerm):
     centred: bool = False
     """subtract each sample's mean logit first"""
 
+    @property
+    def compares_classes(self) -> bool:
+        return self.centred
+
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         losses = []
         for s, t in self.pairs(view):
@@ -291,11 +326,14 @@ class DecoupledKD(ResponseTerm):
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         pairs, losses = self.pairs(view), []
-        for (s, t), y in zip(pairs, self.labels(view, [s for s, _ in pairs]), strict=True):
+        labels = self.labels(view, [s for s, _ in pairs])
+        labelled = self.labelled(view, labels)
+        for (s, t), y, mask in zip(pairs, labels, labelled, strict=True):
+            y = y * mask  # any class will do where the loss does not count
             (two_s, rest_s), (two_t, rest_t) = (_decoupled(z / self.temperature, y) for z in (s, t))
             both = self.target * kl_rows(two_t, two_s) + self.others * kl_rows(rest_t, rest_s)
             losses.append(self.temperature**2 * both)
-        return per_sample(losses)
+        return per_sample(losses, labelled)
 
 
 def _decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,13 +393,15 @@ class LabelSmoothing(ResponseTerm):
     """the probability that all classes but the labelled one share equally"""
 
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
-        logits = [widened(z) for z in tensors(pick(view.student, self.output))]
-        losses = []
-        for z, y in zip(logits, self.labels(view, logits), strict=True):
+        logits = [view.task.classes_last(widened(z)) for z in tensors(pick(view.student, self.output))]
+        labels, losses = self.labels(view, logits), []
+        labelled = self.labelled(view, labels)
+        for z, y, mask in zip(logits, labels, labelled, strict=True):
+            y = y * mask
             log_q = torch.full_like(z, math.log(self.smoothing / (z.shape[-1] - 1)))
             log_q.scatter_(-1, y.unsqueeze(-1), math.log1p(-self.smoothing))
             losses.append(kl_rows(log_q, F.log_softmax(z, -1)))
-        return per_sample(losses)
+        return per_sample(losses, labelled)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
