@@ -126,7 +126,7 @@ def _spell_sizes(graph: fx.Graph) -> None:
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     free = {str(s): (n, i) for n in inputs for i, s in enumerate(n.meta["val"].shape) if not isinstance(s, int)}
     nodes: dict[str, fx.Node] = {}
-    for node in calls(graph, aten.view.default, aten.reshape.default):
+    for node in calls(graph, aten.view.default, aten._unsafe_view.default, aten.reshape.default):
         sizes = list(node.args[1])  # type: ignore[arg-type]
         size = str(node.meta["val"].shape[sizes.index(-1)]) if -1 in sizes else ""
         if size in free and any(isinstance(s, fx.Node) for s in sizes):
@@ -224,7 +224,7 @@ def _drop_no_ops(graph_module: fx.GraphModule) -> None:
         if (node.op == "call_function" and node.target in GUARDS) or str(node.target).startswith("_guards"):
             node.replace_all_uses_with(None) if node.users else None
             graph.erase_node(node)
-    for node in calls(graph, aten.view.default):
+    for node in calls(graph, aten.view.default, aten._unsafe_view.default):
         node.target = aten.reshape.default  # without the copies, what is viewed need not be contiguous
     for node in calls(graph, *NO_OPS, aten.slice.Tensor, aten.to.dtype, aten._to_copy.default, aten.expand.default):
         if node.target in NO_OPS or _keeps_everything(node):

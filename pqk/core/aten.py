@@ -182,6 +182,7 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.split_with_sizes.default),
     Operator(aten.unbind.int),
     Operator(aten.view.default),
+    Operator(aten._unsafe_view.default),
     Operator(aten.to.dtype),
     Operator(aten.copy_.default),
     Operator(aten.copy.default),

@@ -222,6 +222,24 @@ def test_every_spelling_becomes_the_one_that_runtimes_know() -> None:
     assert relu.args[0] in linear, "the activation stays next to its layer"
 
 
+class Strided(nn.Module):
+    """Every other pixel, flattened, behind an operator in place: without that one, a flatten stays a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.relu(self.conv(x))[:, :, ::2, ::2].flatten(2).transpose(1, 2)
+        return self.head(pixels).mean(1)
+
+
+def test_what_is_viewed_need_not_be_contiguous() -> None:
+    """The exporter writes a copy and a view then, and the copy is no operator of the graph."""
+    graph = agree(Strided().eval(), torch.randn(5, 3, 8, 8))
+    assert aten._unsafe_view.default not in targets(graph) and aten.view.default not in targets(graph)
+
+
 def test_computed_weights_are_computed_once() -> None:
     graph = agree(weight_norm(nn.Conv2d(3, 4, 3)).eval(), torch.randn(3, 3, 6, 6))
     assert targets(graph) == [aten.conv2d.default]
