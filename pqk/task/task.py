@@ -209,6 +209,8 @@ class Task:
                 if labels and not labels[0].is_floating_point():
                     self._classes.learn_shapes(output.shape, labels[0].shape)
             axis = self._classes.of(output.shape)
+            if isinstance(axis, str):  # data is not read again for the next output
+                self._classes.doubts[output.dim()] = axis
         return axis
 
     def classes_last(self, output: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +140,26 @@ def test_labels_that_do_not_fit_the_given_axis_are_refused() -> None:
         task_of((8, 3, 6, 5), (8, 3, 6), class_axis=1).check(nn.Identity())
 
 
+class Counted(ArrayData):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def batches(self, *args: Any, **options: Any) -> Iterator[Batch]:
+        self.reads += 1
+        return super().batches(*args, **options)
+
+
 def test_outputs_that_are_no_classes_are_left_alone_and_said() -> None:
     """Their own metric judges them; only what needs classes is refused, by the pass that has it."""
     x = torch.randn(8, 2, 6, 5, generator=generator())
-    data = ArrayData(x, x + 1, 4)
+    data = Counted(x, x + 1, 4)
     task = Task(data, data, validation=data, metric=ERROR, loss=lambda o, t: (o - t).square().flatten(1).mean(1))
     task.check(nn.Identity())
     assert torch.equal(task.decision(x), x.argmax(-1))
     assert "decisions are the argmax over the last axis: no labels show which axis" in task.notes[0]
+    reads = data.reads
+    assert isinstance(task.class_axis_or_reason(x), str) and data.reads == reads  # nor is it looked for again
     reason = Distill().why_not_applied(task, x)
     assert reason is not None and "KLDivergence compares classes, and no labels show" in reason
     fitted = Distill().fitted(task, x)
@@ -236,6 +248,10 @@ def test_labels_of_padding_are_taken_and_others_refused() -> None:
     loss = nn.CrossEntropyLoss(reduction="none", ignore_index=255)
     own = Task([(z, y)], [(z, y)], validation=[(z, y)], loss=loss, class_axis=2)
     assert own.ignored == 255
+    void = y.where(y >= 0, torch.full_like(y, 255))
+    for term in (DecoupledKD(), LabelSmoothing()):
+        padded = term(View(z, z.flip(0), void, {}, {}, own), None)
+        torch.testing.assert_close(padded, term(View(z[:, :2], z.flip(0)[:, :2], void[:, :2], {}, {}, own), None))
     flat = torch.tensor([1, -100, 0, 2])
     assert float(cross_entropy(z[:, 0], flat)[1]) == 0 and accuracy(z[:, 0], flat) in (0, 1 / 3, 2 / 3, 1)
 

@@ -120,7 +120,7 @@ class ResponseTerm(Term):
                 f"{[tuple(y.shape) for y in labels]}, logits {[tuple(z.shape) for z in logits]}; name one with `output`"
             )
         for y, z in zip(labels, logits, strict=True):
-            y = y if not y.numel() or int(y.min()) >= 0 else y[y != view.task.ignored]
+            y = y[y != view.task.ignored]
             if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < z.shape[-1]:
                 raise InputError(
                     f"distill: labels run from {int(y.min())} to {int(y.max())} and {name} has {z.shape[-1]} classes"
