@@ -190,7 +190,7 @@ class _Trainer:
         """Count a batch as a step on which nothing is trained: schedules, checkpoints and order stay as they are."""
         if not self.state.left_out:
             log.warning(
-                "%s: batch %d of an epoch has %d samples, too few for a norm over the batch, and is left out",
+                "%s: batch %d of an epoch is too small for a norm over the batch (samples: %d), and is left out",
                 self.run.scope,
                 self.state.step % len(self.data) + 1,
                 len(batch.inputs[0]),
