@@ -15,6 +15,8 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for node in calls(graph, aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default):
         a = arguments(node)
+        if a.get("training"):  # it has no statistics of its own, and takes those of what it reads
+            continue
         gain, offset = _affine(graph_module, a)
         before = a["input"]
         if node.target is aten._native_batch_norm_legit_no_training.default:  # its first result is the value

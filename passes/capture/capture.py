@@ -10,12 +10,13 @@ like the model they came from.
 from __future__ import annotations
 
 import contextlib
+import operator
 import re
 import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -226,7 +227,8 @@ def _drop_no_ops(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
     for node in calls(graph, aten.view.default, aten._unsafe_view.default):
         node.target = aten.reshape.default  # without the copies, what is viewed need not be contiguous
-    for node in calls(graph, *NO_OPS, aten.slice.Tensor, aten.to.dtype, aten._to_copy.default, aten.expand.default):
+    casts = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+    for node in calls(graph, *NO_OPS, *casts, aten.slice.Tensor, aten.expand.default):
         if node.target in NO_OPS or _keeps_everything(node):
             replace(graph_module, node, node.args[0])  # type: ignore[arg-type]
 
@@ -244,25 +246,31 @@ def _keeps_everything(node: fx.Node) -> bool:
 
 def _fold_constants(graph_module: fx.GraphModule) -> None:
     """Compute what depends on parameters only (parametrized weights, position tables) once, now."""
-    graph, values = graph_module.graph, {}
+    graph, values, trained = graph_module.graph, dict[fx.Node, Any](), set[fx.Node]()
     for node in list(graph.nodes):
         if node.op == "get_attr":
             values[node] = attribute(graph_module, str(node.target))
-        foldable = (
-            node.op == "call_function" and "shape" in node.meta and isinstance(node.target, torch._ops.OpOverload)
-        )
-        if not foldable or torch.Tag.nondeterministic_seeded in node.target.tags:
+            trained |= {node} if isinstance(values[node], nn.Parameter) else set()
+        constant = node.op == "call_function" and all(n in values for n in node.all_input_nodes)
+        if not constant or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
-        if all(n in values for n in node.all_input_nodes):
+        if isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem:
             with torch.no_grad():
-                value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get)).clone()
-            if any(isinstance(values[n], nn.Parameter) for n in node.all_input_nodes) and value.is_floating_point():
+                value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))  # type: ignore[operator]
+            trained |= {node} if trained.intersection(node.all_input_nodes) else set()
+            if not isinstance(value, torch.Tensor) or "shape" not in node.meta:
+                if node.all_input_nodes:  # several results, of which each is asked for by its index
+                    values[node] = value
+                continue
+            value = value.clone()
+            if node in trained and value.is_floating_point():
                 value = nn.Parameter(value)
             path = attach(graph_module, free_path(graph_module, f"constants.{node.name}"), value)
             with graph.inserting_before(node):
-                constant = tensor_node(graph_module, path)
-            values[constant] = value
-            replace(graph_module, node, constant)
+                weight = tensor_node(graph_module, path)
+            values[weight] = value
+            trained |= {weight} if node in trained else set()
+            replace(graph_module, node, weight)
 
 
 REWRITES: tuple[RewriteFunction, ...] = (capture,)

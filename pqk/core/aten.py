@@ -133,6 +133,7 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.elu.default, pointwise=True, by_row=True, autograd=("Elu",)),
     Operator(aten.mish.default, pointwise=True, autograd=("Mish",)),
     Operator(aten.softplus.default, pointwise=True),
+    Operator(aten.log_sigmoid.default),
     Operator(aten.threshold.default, autograd=("Threshold",)),
     # pools, and what joins values
     Operator(aten.mean.dim, light=True, follows_inputs=True),
@@ -185,6 +186,7 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten._unsafe_view.default),
     Operator(aten.to.dtype),
     Operator(aten.copy_.default),
+    Operator(aten.to.dtype_layout),
     Operator(aten.copy.default),
     Operator(aten.slice_scatter.default),
     Operator(aten.select_scatter.default),

@@ -6,6 +6,7 @@ integer kernels. Torch's exporter writes source paths and stack traces into the 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +50,13 @@ def _dequantize(q: Value, scale: Value, zero_point: Value, axis: int | None = No
     return op.DequantizeLinear(q, scale, zero_point, axis=1 if axis is None else axis)
 
 
+def _log_sigmoid(x: Value) -> Value:
+    """`log(sigmoid(x))` is minus infinity where the sigmoid is 0 in float32; this is not."""
+    return op.Sub(
+        op.Min(x, op.Constant(value_float=0.0)), op.Log(op.Add(op.Exp(op.Neg(op.Abs(x))), op.Constant(value_float=1.0)))
+    )
+
+
 def _mean(x: Value, dim: Sequence[int], keepdim: bool = False, dtype: int | None = None) -> Value:
     """Means over all axes after the channels have an integer kernel under the name GlobalAveragePool."""
     rank = len(x.shape)
@@ -63,6 +71,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     MULTIPLY: _matmul_integer_to_float,
     DEQUANTIZE: _dequantize,
     aten.mean.dim: _mean,
+    aten.log_sigmoid.default: _log_sigmoid,
     aten.avg_pool1d.default: average_pool,
     aten.avg_pool2d.default: average_pool,
     aten.avg_pool3d.default: average_pool,
@@ -198,7 +207,13 @@ def _name_layers(model: onnx.ModelProto, int8_graph: fx.GraphModule) -> None:
     nodes = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.input[0] not in initializers]
     if len(nodes) != len(layers):
         raise InputError(f"emit_onnx: {len(layers)} activations are quantized and the exporter wrote {len(nodes)}")
-    new_names = {node.output[0]: f"{layer}_q" for layer, node in zip(layers, nodes, strict=True)}
+    new_names: dict[str, str] = {}
+    for layer, node in zip(layers, nodes, strict=True):
+        name, taken = f"{layer}_q", set(new_names.values())
+        count = itertools.count(1)
+        while name in taken:  # a clamp behind a clamp ends in the layer that both are of
+            name = f"{layer}_{next(count)}_q"
+        new_names[node.output[0]] = name
     for node in model.graph.node:
         node.input[:] = [new_names.get(name, name) for name in node.input]
         node.output[:] = [new_names.get(name, name) for name in node.output]

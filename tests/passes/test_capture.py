@@ -263,3 +263,62 @@ def test_what_cannot_be_captured_is_named_with_its_line(
         capture(module, (torch.randn(3, 4),))
     assert line in str(error.value) and "test_capture.py:" in str(error.value) and "capture: " in str(error.value)
     assert capfd.readouterr() == ("", ""), "the library never prints"
+
+
+class Folded(nn.Module):
+    """Patches as rows and back, as MobileViT has them, behind an activation in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(inplace=True), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        b, c, h, w = x.shape
+        x = x.reshape(b * c * h // 2, 2, w // 2, 2).transpose(1, 2)
+        x = x.reshape(b, c, h * w // 4, 4).transpose(1, 3).reshape(b * 4, h * w // 4, c)
+        x = self.linear(x).contiguous().view(b, 4, h * w // 4, c)
+        x = x.transpose(1, 3).reshape(b * c * h // 2, w // 2, 2, 2)
+        return x.transpose(1, 2).reshape(b, c, h, w)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_views_of_what_lies_otherwise_in_memory(memory: torch.memory_format) -> None:
+    net = Folded().to(memory_format=memory)  # type: ignore[call-overload]
+    graph = agree(lively(net), torch.randn(3, 3, 8, 8).contiguous(memory_format=memory))
+    graph(torch.randn(2, 3, 8, 8)).sum().backward()
+
+
+class Standardized(nn.Conv2d):
+    """As normalizer-free networks have it: the weight is standardized in `forward`."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(3, 4, 3)
+        self.gain, self.how = nn.Parameter(torch.full((4, 1, 1, 1), 1.5)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "var_mean":
+            var, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
+            weight = (self.weight - mean) * torch.rsqrt(var + 1e-5) * self.gain
+        else:
+            rows = self.weight.reshape(1, 4, -1)
+            rows = F.batch_norm(rows, None, None, weight=self.gain.view(-1), training=True, momentum=0.0)
+            weight = rows.reshape_as(self.weight)
+        y = F.conv2d(x, weight, self.bias)
+        return y.relu_() if self.how == "in place" else y
+
+
+@pytest.mark.parametrize("how", ["var_mean", "batch_norm", "in place"])
+def test_weights_that_forward_computes_are_constants_that_train(how: str) -> None:
+    graph = agree(lively(Standardized(how)), torch.randn(3, 3, 6, 6))
+    convolution, *rest = [n for n in graph.graph.nodes if n.op == "call_function"]
+    assert convolution.target is aten.conv2d.default and convolution.args[1].op == "get_attr" and len(rest) < 2
+    assert isinstance(graph.get_parameter(str(convolution.args[1].target)), nn.Parameter)
+
+
+def test_batch_norm_by_the_statistics_of_its_input_is_not_folded() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    x = 2 * torch.randn(3, 3, 6, 6) + 1
+    with torch.no_grad():
+        expected = net.eval()(x)
+        torch.testing.assert_close(capture(net, (x[:2],))(x), expected, atol=1e-5, rtol=1e-5)
