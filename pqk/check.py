@@ -22,6 +22,7 @@ from torch import nn
 
 from pqk.bench.measure import ratio_to
 from pqk.bench.oracle import Oracle
+from pqk.bench.statistics import Ratio
 from pqk.copies import copy_of
 from pqk.core.costs import count_macs, count_parameters, float_bytes, why_not_counted
 from pqk.core.modes import evaluating, fused_layers
@@ -31,7 +32,7 @@ from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Advance, Observer, Silent
 from pqk.core.run_context import RunContext
 from pqk.core.run_folder import scope_of
-from pqk.errors import InputError, PqkError, first_line
+from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.groups import check_groups
 from pqk.recipe.recipe import Recipe, why_not_for_target
@@ -83,6 +84,8 @@ class Findings:
     """teacher_ms, student_ms, ratio, ratio_low, ratio_high: ONNX Runtime, batch 1, two threads"""
     latency_reason: str | None = None
     integer_coverage: float | None = None
+    no_gain: str | None = None
+    """why this student is not worth a compile, where it is not significantly faster than its teacher"""
     memory_bytes: int = 0
     """the highest resident memory of this rehearsal, which takes every step that the compile takes"""
     seconds: float = 0.0
@@ -273,8 +276,22 @@ class Rehearsal:
         }
         coverage = integer_coverage(path, feeds)
         self.found.integer_coverage = coverage.share
+        if ratio.low <= 1:
+            self.found.no_gain = why_no_gain(self.found, ratio)
         if coverage.reason is not None:
             self.found.warnings.append(f"integer coverage: {coverage.reason}")
+
+
+def why_no_gain(found: Findings, ratio: Ratio) -> Reason:
+    """What a student that is not faster has, and has not."""
+    assert found.student is not None
+    left = found.student["macs"] / max(1, found.teacher["macs"])
+    integer = "an unknown share" if found.integer_coverage is None else f"{100 * found.integer_coverage:.2f} %"
+    return (
+        f"it runs {ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f}) as fast as its teacher, which is no "
+        f"significant gain: {integer} of its MACs are integer, and {100 * left:.0f} % of the teacher's MACs are left; "
+        "see what was declined above, and why"
+    )
 
 
 class Stopwatch:

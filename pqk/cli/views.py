@@ -184,8 +184,14 @@ def findings(found: dict[str, Any]) -> list[RenderableType]:
     shown.append(_expected(found))
     shown += [f"warning: {w}" for w in found["warnings"]]
     shown += [f"problem: {p}" for p in found["problems"]]
-    shown.append("this will fail" if found["problems"] else "nothing stands in the way")
+    shown.append(_conclusion(found))
     return shown
+
+
+def _conclusion(found: dict[str, Any]) -> str:
+    if found["problems"]:
+        return "this will fail"
+    return f"it compiles, but gains nothing: {found['no_gain']}" if found["no_gain"] else "nothing stands in the way"
 
 
 def _prunable(found: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pqk.bench.contenders import Contender
+from pqk.core.modes import fused_layers
 from pqk.core.onnxruntime_session import restructured
 from pqk.data.data import Data
 from pqk.data.structures import Inputs, Outputs, concatenate
@@ -33,7 +34,8 @@ def agreement(contender: Contender, network: ModelFunction, task: Task, batches:
         return None
     size = max(1, AT_ONCE // len(batches[0][0]))
     groups = [batches[i : i + size] for i in range(0, len(batches), size)]
-    expected = concatenate([network(*joined(group)) for group in groups])
+    with fused_layers(False):  # as it was evaluated
+        expected = concatenate([network(*joined(group)) for group in groups])
     got = concatenate([like(expected, contender.answers(inputs)) for inputs in batches])
     wanted, decided = task.decision(expected), task.decision(got)
     if wanted.is_floating_point():

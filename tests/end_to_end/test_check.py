@@ -20,6 +20,7 @@ from pqk import rehearsal
 from pqk.bench.statistics import Ratio
 from pqk.check import STEPS, Findings, Stopwatch, check
 from pqk.cli import app as cli
+from pqk.cli import views
 from pqk.core.progress import Silent
 from pqk.recipe.recipe import Recipe
 from pqk.task.task import Task
@@ -186,6 +187,16 @@ def test_a_surprise_is_a_finding(toy: Any, monkeypatch: pytest.MonkeyPatch) -> N
     found = rehearse(toy, RECIPE)
     said = "ZeroDivisionError: nobody thought of this"
     assert found.problems == [f"emit: {said}", f"teacher: {said}"]
+
+
+def test_a_student_without_gain_is_not_called_fine(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ratio_to", lambda *args, **kwargs: Ratio(0.92, 0.9, 0.94))
+    found = rehearse(toy, RECIPE)
+    assert found.problems == [] and found.no_gain is not None
+    for fragment in ("0.92x (0.90 to 0.94)", "of its MACs are integer", "% of the teacher's MACs are left"):
+        assert fragment in found.no_gain
+    shown = str(views.findings(dataclasses.asdict(found))[-1])
+    assert "gains nothing" in shown and "nothing stands in the way" not in shown
 
 
 def test_the_stopwatch_times_steps() -> None:
