@@ -256,7 +256,7 @@ def _fold_constants(graph_module: fx.GraphModule) -> None:
             continue
         if isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem:
             with torch.no_grad():
-                value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))  # type: ignore[operator]
+                value = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))
             trained |= {node} if trained.intersection(node.all_input_nodes) else set()
             if not isinstance(value, torch.Tensor) or "shape" not in node.meta:
                 if node.all_input_nodes:  # several results, of which each is asked for by its index

@@ -152,6 +152,13 @@ ONNX_OPERATORS: tuple[OnnxOperator, ...] = (
     OnnxOperator("Constant", plumbing=True),
     OnnxOperator("Shape", plumbing=True),
     OnnxOperator("Mul"),
+    OnnxOperator("Add"),
+    OnnxOperator("Sub"),
+    OnnxOperator("Min"),
+    OnnxOperator("Abs"),
+    OnnxOperator("Neg"),
+    OnnxOperator("Exp"),
+    OnnxOperator("Log"),
     OnnxOperator("GlobalAveragePool"),
     OnnxOperator("ReduceMean"),
 )

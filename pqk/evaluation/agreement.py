@@ -12,6 +12,7 @@ from pqk.core.modes import fused_layers
 from pqk.core.onnxruntime_session import restructured
 from pqk.data.data import Data
 from pqk.data.structures import Inputs, Outputs, concatenate
+from pqk.evaluation.attempts import Failure, attempt
 from pqk.task.task import Task
 from pqk.verify.verdict import ModelFunction
 
@@ -37,10 +38,10 @@ def agreement(contender: Contender, network: ModelFunction, task: Task, batches:
     with fused_layers(False):  # as it was evaluated
         expected = concatenate([network(*joined(group)) for group in groups])
     got = concatenate([like(expected, contender.answers(inputs)) for inputs in batches])
-    wanted, decided = task.decision(expected), task.decision(got)
-    if wanted.is_floating_point():
-        return None
-    return float((wanted == decided).double().mean()), sum(len(inputs[0]) for inputs in batches)
+    wanted = attempt(lambda: task.decision(expected))
+    if isinstance(wanted, Failure) or wanted.is_floating_point():
+        return None  # which is no contender's fault
+    return float((wanted == task.decision(got)).double().mean()), sum(len(inputs[0]) for inputs in batches)
 
 
 def joined(batches: Sequence[Inputs]) -> Inputs:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from zoo import IMAGE, NETWORKS, Residual
 
 from pqk.core.aten import quantized_tensors
+from pqk.core.onnxruntime_session import session
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import InputError
 from pqk.passes.capture.capture import capture
@@ -218,3 +219,10 @@ def test_the_model_runs_where_there_is_no_torch(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), e.session().run(None, e.feed())[0])
+
+
+def test_a_log_sigmoid_is_finite_where_the_sigmoid_is_not_there(tmp_path: Path) -> None:
+    x = torch.tensor([[-200.0, -90.0, -1.0], [0.0, 1.0, 90.0]])
+    emit_onnx(nn.LogSigmoid(), (x,), tmp_path / "a.onnx", ["x"])
+    (y,) = session(tmp_path / "a.onnx", optimized=False).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), nn.functional.logsigmoid(x))
