@@ -34,7 +34,7 @@ from pqk.core.run_context import RunContext
 from pqk.core.run_folder import scope_of
 from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.passes.prune.blocks import find_blocks
-from pqk.passes.prune.groups import check_groups
+from pqk.passes.prune.law import check_groups
 from pqk.recipe.recipe import Recipe, why_not_for_target
 from pqk.rehearsal import why_not_deployed, why_not_exported
 from pqk.target.machine import peak_memory

@@ -7,7 +7,7 @@ old-style `weight_norm` computes, or an activation of the last forward pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -23,15 +23,15 @@ OWN = ("_parameters", "_buffers", "_modules")
 """where a module holds what torch knows of"""
 
 
-def copy_of(module: Module, what: str = "teacher") -> Module:
-    """A deep copy of `module`, over tensors of its own; the mode is the module's.
+def copy_of(module: Module, what: str = "teacher", shared: Iterable[Tensor] = ()) -> Module:
+    """A deep copy of `module`, over tensors of its own but for those that are `shared`; the mode is the module's.
 
     Tensors that are the result of a computation, which `copy.deepcopy` refuses, are copied without their history.
     Weights that hooks of `torch.nn.utils` compute before every call (`weight_norm`, `spectral_norm`, `prune`) are
     parameters of the copy, of the value that they have in eval mode. Raises `InputError`, naming `what` and the
     attribute, where something in it cannot be copied.
     """
-    memo: dict[int, object] = {id(t): t.detach().clone() for _, t in _computed(module)}
+    memo: dict[int, object] = {id(t): t.detach().clone() for _, t in _computed(module)} | {id(t): t for t in shared}
     try:
         twin = copy.deepcopy(module, memo)
     except Exception as error:  # whatever an attribute's own copying raises

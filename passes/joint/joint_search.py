@@ -34,8 +34,10 @@ from pqk.knowledge import KLDivergence, View
 from pqk.passes.capture.capture import Capture, capture
 from pqk.passes.joint.slimmable import Widths, carry, two_widths
 from pqk.passes.prune.budget import UNITS
+from pqk.passes.prune.channel_group import ChannelGroup, layer_of
 from pqk.passes.prune.cuts import cut_channels, kept_channels
-from pqk.passes.prune.groups import ChannelGroup, find_groups, layer_of
+from pqk.passes.prune.groups import trace_groups
+from pqk.passes.prune.law import exact_groups
 from pqk.passes.prune.prune import Prune
 from pqk.passes.prune.settings import WidthSettings
 from pqk.passes.quantize.quantize import Quantize, insert_fake_quant
@@ -201,7 +203,9 @@ class PruningRounds:
         quantize = config.quantize()
         quantized = quantize.apply(captured, task).student
         assert isinstance(quantized, fx.GraphModule)
-        groups = [g for g in find_groups(self.module, task.example, config.ignore) if g.reason is None]
+        traced = trace_groups(self.module, task.example, config.ignore)
+        replaced = exact_groups(self.module, task.example, traced)[-1] if traced.others else []
+        groups = [g for g in [*traced.groups, *traced.replaced(replaced)] if g.reason is None]
         unmasked = {g.producers[0]: reason for g in groups if (reason := self._why_not_masked(g)) is not None}
         paths = dict.fromkeys(path for g in groups if g.producers[0] not in unmasked for path in g.producers)
         self.widths, declined = two_widths(

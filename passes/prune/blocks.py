@@ -23,8 +23,8 @@ from pqk.copies import copy_of
 from pqk.core.calls import ModuleCall, watch
 from pqk.data.structures import Inputs, first_tensor, map_tensors, tensors
 from pqk.errors import Reason
+from pqk.passes.prune.channel_group import matches
 from pqk.passes.prune.cuts import Skip
-from pqk.passes.prune.groups import matches
 from pqk.task.metrics import distance
 
 NORMALIZED = 1e-3

@@ -1,144 +1,98 @@
-"""Channel groups: which channels of which layers must be cut together, and the numerical proof that they may be.
+"""Channel groups of a model: which channels of which layers must be cut together.
 
-torch-pruning (Fang et al. 2023, arXiv:2301.12900) traces the dependencies. Its answer is not taken on trust: it is
-silent where it is wrong, so every group is held to an invariant, the law of pruning, before it is cut.
-
-    Law: setting the pruned channels to zero where they are made and cutting them give the same output.
-
-Where a layer norm reduces over the channels, zeros would still count in its mean and variance: there the reference is
-the model whose norms take their statistics over the channels that stay.
+torch-pruning traces the dependencies (see `dependencies`). A second tracer, which follows single channels through the
+operators of a pass (see `follower`), says which channels of a group are one, as the halves of a gated projection are,
+and takes over where torch-pruning has no answer. Neither is taken on trust: see `law`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-import torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
-from pqk.copies import copy_of
-from pqk.data.structures import tensors
-from pqk.errors import InputError, Reason
-from pqk.passes.prune.cuts import Cut, Dim, channels_of, cut_axis, cut_channels, is_depthwise
+from pqk.errors import InputError, Reason, first_line
+from pqk.passes.prune.channel_group import ChannelGroup, Member, layer_of, matches
+from pqk.passes.prune.cuts import channels_of, is_depthwise
+from pqk.passes.prune.dependencies import SECONDS, Dependencies, trace_dependencies
+from pqk.passes.prune.follower import trace_channels
 from pqk.passes.prune.heads import AttentionLayer, find_attention, find_whole_tables
-from pqk.quiet import quiet
+from pqk.passes.prune.labels import ChannelTrace, Joined, Key
 
-TOLERANCE = 1e-4
-"""largest error of the law, relative to the largest output; a wrong mapping is off by whole channels"""
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Member:
-    """A layer of a group. `places[c]` are the layer's channels that stand for channel c of the group."""
-
-    path: str
-    dim: Dim
-    of: int
-    places: tuple[tuple[int, ...], ...]
-    size: int = 1
-    """channels of one head"""
+Units = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that must be cut together, named after the layer that makes them first."""
+class TracedGroups:
+    """The channel groups of a model in its layers' order, and others in place of some."""
 
-    name: str
-    channels: int
-    members: tuple[Member, ...]
-    units: tuple[tuple[int, ...], ...] = ()
-    """the channels in the portions in which they can go: one each, more with grouped convolutions"""
-    reason: str | None = None
-    """why it cannot be cut"""
+    groups: list[ChannelGroup]
+    others: dict[str, list[ChannelGroup]]
+    """name of a group of torch-pruning's -> what one pass shows in its place, where that contradicts it"""
 
-    @property
-    def unit(self) -> int:
-        """Channels that go at once."""
-        return len(self.units[0])
-
-    @property
-    def producers(self) -> list[str]:
-        """The layers that make these channels."""
-        return [m.path for m in self.members if m.dim == "out"]
-
-    def cuts(self, channels: Iterable[int]) -> list[Cut]:
-        """The cuts that remove these channels of the group."""
-        pruned = sorted(channels)
-        cuts = []
-        for m in self.members:
-            cut = Cut(module=m.path, dim=m.dim, indices=sorted({p for c in pruned for p in m.places[c]}), of=m.of)
-            if m.dim == "heads":  # its module is told also where its heads stay and only what is around them narrows
-                cuts.append(Cut(**cut, size=m.size))
-            elif cut["indices"]:
-                cuts.append(cut)
-        return cuts
-
-
-@dataclass(frozen=True)
-class GroupCheck:
-    """Whether one group obeys the law: `reason` says why not, None where it does."""
-
-    name: str
-    channels: int
-    layers: tuple[str, ...]
-    reason: str | None
-
-
-def merge_cuts(cuts: Iterable[Cut]) -> list[Cut]:
-    """Cuts of several groups as one for each side of each layer (two groups can meet in one, as in a concatenation)."""
-    merged: dict[tuple[str, Dim], Cut] = {}
-    for cut in cuts:
-        both = merged.setdefault((cut["module"], cut["dim"]), {**cut, "indices": []})
-        both["indices"] = sorted({*both["indices"], *cut["indices"]})
-    return list(merged.values())
-
-
-def matches(path: str, patterns: Sequence[str]) -> str | None:
-    """The first pattern (shell style, `layer1.*`) that names the layer or a module around it."""
-    around = [path, *(path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1))]
-    return next((p for p in patterns if any(fnmatchcase(name, p) for name in around)), None)
+    def replaced(self, names: Collection[str]) -> list[ChannelGroup]:
+        """The groups, with the others in place of those of these names."""
+        groups = [group for group in self.groups if group.name not in names]
+        for name in names:
+            groups += [group for group in self.others[name] if not any(group is one for one in groups)]
+        return groups
 
 
 def find_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[str] = ()) -> list[ChannelGroup]:
     """All channel groups of `model` (unchanged) in its layers' order; those that cannot be cut carry the reason.
 
-    Raises `InputError` where torch-pruning cannot trace the model.
+    Raises `InputError` where the model does not run on `example`.
     """
-    shadow = copy_of(model, "student").eval().requires_grad_(False)
-    for path, module in list(shadow.named_modules()):
-        if hasattr(module, "trace_as"):
-            parent, _, name = path.rpartition(".")
-            setattr(shadow.get_submodule(parent), name, module.trace_as())
-    # tracing follows autograd, for which one integer input has no gradient and each layer needs one
-    shadow.requires_grad_(True)
-    graph = torch_pruning.DependencyGraph()
+    return trace_groups(model, example, ignore).groups
+
+
+def trace_groups(
+    model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[str] = (), seconds: float = SECONDS
+) -> TracedGroups:
+    """As `find_groups`, with what the two tracers do not agree on. `seconds` are what torch-pruning may take.
+
+    Raises `InputError` where the model does not run on `example`.
+    """
     try:
-        with quiet(), torch.enable_grad():
-            graph.build_dependency(shadow, list(example), lambda m, x: m(*x), output_transform=tensors, verbose=False)
-            traced = list(graph.get_all_groups())
-    except Exception as error:  # a tracer raises anything on a model that it does not know
-        raise InputError(f"prune: torch-pruning cannot trace the model: {type(error).__name__}: {error}") from error
-    names = {module: path for path, module in shadow.named_modules()}
-    order = {path: i for i, path in enumerate(names.values())}
+        trace = trace_channels(model, example)
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(f"prune: the model does not run on the example inputs: {first_line(error)}") from error
+    shown, traced = _components(trace, model), trace_dependencies(model, example, seconds)
+    if isinstance(traced, Reason):
+        log.warning("prune: %s; its channels are followed through one pass instead", traced)
     attention = find_attention(model, example)
     whole = find_whole_tables(model, example)
     makers = {path for a in attention.values() for path in a.makers}
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+
+    def built(dependencies: Sequence[Dependencies], labelled: bool) -> list[ChannelGroup]:
+        groups = []
+        for group in dependencies:
+            if not any(m.dim == "out" and m.path in makers for m in group.members):
+                members = group.members + _read_whole(group.members, whole, model)
+                members = _one_channel_each(members + _around(members, attention), trace)
+                reason = _why_not_free(members, group.bare, model, ignore)
+                groups.append(_group(members, reason, model, trace, labelled))
+        return groups
+
     groups = [_heads(path, a, model, ignore) for path, a in attention.items()]
-    for group in traced:
-        members, bare = _members(graph, group, names)
-        if not any(m.dim == "out" and m.path in makers for m in members):
-            members += _read_whole(members, whole, model)
-            groups.append(_group(members + _around(members, attention), bare, model, ignore))
-    return sorted(groups, key=lambda group: order[group.name])
+    others: dict[str, list[ChannelGroup]] = {}
+    if isinstance(traced, Reason):
+        groups += built(shown, labelled=True)
+    else:
+        groups += built(traced, labelled=False)
+        contradictions = _contradictions(traced, shown, trace)
+        instead = built([d for some in contradictions.values() for d in some], labelled=True)
+        by_name = {group.name: group for group in instead}
+        for name, some in contradictions.items():
+            others[name] = [by_name[d.members[0].path] for d in some if d.members[0].path in by_name]
+    return TracedGroups(sorted(groups, key=lambda group: order[group.name]), others)
 
 
 def _heads(path: str, attention: AttentionLayer, model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
@@ -168,42 +122,124 @@ def _read_whole(members: list[Member], whole: dict[str, str], model: nn.Module) 
     return [Member(t, "out", channels_of(model.get_submodule(t), "out") or 0, same) for t in sorted(tables)]
 
 
-def _members(graph: Any, group: Any, names: dict[nn.Module, str]) -> tuple[list[Member], list[str]]:
-    """A torch-pruning group as members, and its bare parameters, which belong to no layer."""
-    width = graph.get_out_channels(group[0].dep.target.module)
-    places: dict[tuple[str, Dim], list[list[int]]] = {}
-    bare, parameters = [], []
-    for i in range(len(group)):
-        item = group[i]
-        module = item.dep.target.module
-        if isinstance(module, nn.Parameter):
-            name = graph._param_to_name.get(module, "")
-            if any(name.startswith(f"{path}.") for path in names.values() if path) and item.idxs == item.root_idxs:
-                same = tuple((c,) for c in range(width))
-                parameters.append(Member(name, "values", module.shape[-1] if module.ndim else 0, same))
-            else:
-                bare.append(name or "a parameter")
-        elif module in names:
-            dim: Dim = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-            slots = places.setdefault((names[module], dim), [[] for _ in range(width)])
-            for index, root in zip(item.idxs, item.root_idxs, strict=True):
-                slots[root].append(index)
-    modules = {path: module for module, path in names.items()}
-    members = [
-        Member(path, dim, channels_of(modules[path], dim) or 0, tuple(map(tuple, slots)))
-        for (path, dim), slots in places.items()
+def _contradictions(
+    traced: Sequence[Dependencies], shown: Sequence[Dependencies], trace: ChannelTrace
+) -> dict[str, list[Dependencies]]:
+    """By name the groups of torch-pruning that the pass contradicts, and what that shows of their layers instead.
+
+    Where the pass meets an operator that it cannot follow, or something that keeps channels, it contradicts nothing.
+    """
+    kept = trace.reasons()
+    owners = {(m.path, m.dim): group for group in shown for m in group.members if (m.path, m.dim) in trace.makers}
+    found = {}
+    for group in traced:
+        others = [*{id(owners[key]): owners[key] for m in group.members if (key := (m.path, m.dim)) in owners}.values()]
+        known = others and not any(n in kept for other in others for n in _numbers(other.members, trace))
+        right = _mapping(*(other.members for other in others))
+        if known and _mapping(_one_channel_each(group.members, trace)) != right:
+            found[group.members[0].path] = others
+    return found
+
+
+def _mapping(*groups: Sequence[Member]) -> set[frozenset[tuple[str, str, int]]]:
+    """For each channel of these groups, where it is."""
+    return {
+        frozenset((m.path, m.dim, place) for m in members for place in m.places[channel])
+        for members in groups
+        for channel in range(len(members[0].places))
+    }
+
+
+def _components(trace: ChannelTrace, model: nn.Module) -> list[Dependencies]:
+    """The groups that the labels alone show: all layers that have channels of one another, or portions of a unit."""
+    classes = {key: trace.classes(key) or [] for key in trace.places}
+    layers = Joined()  # of sides, by their place in the pass
+    first: dict[int, int] = {}
+    for side, key in enumerate(classes):
+        for number in {trace.unit(n) for n in classes[key] if n} if key in trace.makers else ():
+            layers.join([(first.setdefault(number, side), side)])
+    groups: dict[int, list[Key]] = {}
+    for side, key in enumerate(classes):
+        if key in trace.makers:
+            groups.setdefault(layers.root(side), []).append(key)
+    found = []
+    for makers in groups.values():
+        root = next((key for key in makers if key[1] == "out"), None)
+        if root is not None:
+            numbers = list(dict.fromkeys(n for key in (root, *makers) for n in classes[key]))
+            readers = [key for key in classes if key not in makers and {*numbers} & {*classes[key]}]
+            keys = [root, *(key for key in (*makers, *readers) if key != root)]
+            found.append(Dependencies([_member(key, classes[key], numbers, model) for key in keys], []))
+    return found
+
+
+def _member(key: Key, classes: list[int], numbers: list[int], model: nn.Module) -> Member:
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(classes):
+        places.setdefault(number, []).append(place)
+    return Member(*key, len(classes), tuple(tuple(places.get(n, ())) for n in numbers))
+
+
+def _one_channel_each(members: list[Member], trace: ChannelTrace) -> list[Member]:
+    """`members` with channels that are one channel in several places, as in the halves of a gate, put together."""
+    numbers = _numbers(members, trace)
+    together: dict[int, list[int]] = {}
+    for channel, number in enumerate(numbers):
+        together.setdefault(number or -1 - channel, []).append(channel)
+    if len(together) == len(numbers):
+        return members
+    return [
+        Member(
+            m.path,
+            m.dim,
+            m.of,
+            tuple(tuple(sorted({p for c in cs for p in m.places[c]})) for cs in together.values()),
+            m.size,
+        )
+        for m in members
     ]
-    return members + parameters, bare
 
 
-def _group(members: list[Member], bare: list[str], model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
+def _numbers(members: list[Member], trace: ChannelTrace) -> list[int]:
+    """The number of each of a group's channels in the pass; 0 where the pass did not show it."""
+    numbers = [0] * len(members[0].places)
+    for member in members:
+        classes = None if all(numbers) or member.dim == "in" else trace.classes((member.path, member.dim))
+        for channel, places in enumerate(member.places if classes else ()):
+            if not numbers[channel] and places and places[0] < len(classes or ()):
+                numbers[channel] = (classes or [])[places[0]]
+    return numbers
+
+
+def _group(
+    members: list[Member], reason: Reason | None, model: nn.Module, trace: ChannelTrace, labelled: bool
+) -> ChannelGroup:
     """The group of these members, with its units or the reason why it cannot be cut."""
-    name, channels = members[0].path, len(members[0].places)
-    reason = _why_not_free(members, bare, model, ignore)
-    units: tuple[tuple[int, ...], ...] = tuple((c,) for c in range(channels))
-    if reason is None:
+    channels, numbers, kept = len(members[0].places), _numbers(members, trace), trace.reasons()
+    doubt = next((kept[n] for n in numbers if n in kept), None)
+    units: Units = tuple((c,) for c in range(channels))
+    if reason is None and labelled:
+        reason = doubt
+    elif reason is None:
         units, reason = _units(members, model, channels)
-    return ChannelGroup(name, channels, tuple(members), units, reason)
+    if reason is None:
+        units = _portions(units, [trace.unit(n) for n in numbers])
+        sizes = sorted({len(unit) for unit in units})
+        if len(sizes) > 1:
+            reason = f"its channels can only go in portions of {sizes[0]} to {sizes[-1]}, and pqk cuts in even ones"
+    return ChannelGroup(members[0].path, channels, tuple(members), units, reason, doubt)
+
+
+def _portions(units: Units, numbers: list[int]) -> Units:
+    """`units`, those put together that have channels of one number. 0 is of none."""
+    together = Joined()
+    first: dict[int, int] = {}
+    for i, unit in enumerate(units):
+        together.join([(first.setdefault(numbers[c], i), i) for c in unit if numbers[c]])
+    parts: dict[int, list[int]] = {}
+    for i, unit in enumerate(units):
+        parts.setdefault(together.root(i), []).extend(unit)
+    return units if len(parts) == len(units) else tuple(tuple(sorted(part)) for part in parts.values())
 
 
 def _why_not_free(members: list[Member], bare: list[str], model: nn.Module, ignore: Sequence[str]) -> Reason | None:
@@ -235,7 +271,7 @@ def _why_not_free(members: list[Member], bare: list[str], model: nn.Module, igno
     return None
 
 
-def _units(members: list[Member], model: nn.Module, channels: int) -> tuple[tuple[tuple[int, ...], ...], str | None]:
+def _units(members: list[Member], model: nn.Module, channels: int) -> tuple[Units, Reason | None]:
     """Portions that keep every grouped layer even: the same place of each conv group, whole normalization groups."""
     one_each = tuple((c,) for c in range(channels))
     conv_groups, block = 1, 1
@@ -256,118 +292,3 @@ def _units(members: list[Member], model: nn.Module, channels: int) -> tuple[tupl
     return tuple(
         tuple(g * size + start + i for g in range(conv_groups) for i in range(block)) for start in starts
     ), None
-
-
-def layer_of(model: nn.Module, path: str) -> nn.Module | None:
-    """The layer of a member, the network itself for an empty path; None for a bare parameter."""
-    parent, _, name = path.rpartition(".")
-    layer = getattr(model.get_submodule(parent), name) if path else model
-    return layer if isinstance(layer, nn.Module) else None
-
-
-@contextmanager
-def masked(model: nn.Module, cuts: Iterable[Cut]) -> Iterator[nn.Module]:
-    """`model` with the pruned output channels of these cuts zero at every layer that makes or normalizes them."""
-    handles, saved, norms = [], [], {}
-    for cut in cuts:
-        if cut["dim"] == "values":
-            parameter = model.get_parameter(cut["module"])
-            saved.append((parameter, parameter.detach().clone()))
-            parameter.data[..., cut["indices"]] = 0
-        elif cut["dim"] == "out":
-            module = model.get_submodule(cut["module"])
-            if isinstance(module, nn.LayerNorm) and module.weight is not None:
-                norms[id(module.weight)] = [c for c in range(cut["of"]) if c not in set(cut["indices"])]
-            else:
-                handles.append(module.register_forward_hook(_zeroing(cut_axis(module), cut["indices"])))
-    try:
-        with _NormsOverKept(norms):
-            yield model
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, value in saved:
-            parameter.data = value
-
-
-class _NormsOverKept(TorchFunctionMode):
-    """Runs layer norms, recognized by their weight, over the kept channels; the others come out as zero."""
-
-    def __init__(self, norms: dict[int, list[int]]) -> None:
-        super().__init__()
-        self.norms = norms
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        weight = args[2] if len(args) > 2 else kwargs.get("weight")
-        kept = self.norms.get(id(weight)) if func is F.layer_norm else None
-        if kept is None:
-            return func(*args, **kwargs)
-        values = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)) | kwargs
-        bias = None if values.get("bias") is None else values["bias"][kept]
-        normalized = F.layer_norm(values["input"][..., kept], (len(kept),), weight[kept], bias, values.get("eps", 1e-5))
-        output = torch.zeros_like(values["input"])
-        output[..., kept] = normalized
-        return output
-
-
-def _zeroing(axis: int, indices: Sequence[int]) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output.index_fill(axis, torch.tensor(indices, device=output.device), 0)
-
-    return hook
-
-
-def why_not_exact(model: nn.Module, example: tuple[Tensor, ...], cuts: Sequence[Cut]) -> Reason | None:
-    """Why these cuts may not be made: by how much the law fails, or why the cut network does not run.
-
-    `model` is unchanged.
-    """
-    trial = copy_of(model, "student").eval()
-    try:
-        zeroed = _masked_outputs(trial.double(), inputs := _floats(example, torch.float64), cuts)
-    except (RuntimeError, TypeError):  # constants in float32 inside a forward do not mix with float64
-        zeroed = _masked_outputs(trial.float(), inputs := _floats(example, torch.float32), cuts)
-    try:
-        with torch.no_grad():
-            cut = tensors(cut_channels(trial, inputs, cuts=cuts)(*inputs))
-    except Exception as error:  # whatever the user's forward raises when a shape is not what it expects
-        message = " ".join(str(error).split())[:160]
-        return f"the network does not run without them ({type(error).__name__}: {message})"
-    for z, c in zip(zeroed, cut, strict=True):
-        if z.shape != c.shape:
-            return f"they are channels of the model's output, which would go from {[*z.shape]} to {[*c.shape]}"
-        off, scale = (float(t.abs().max()) if t.numel() else 0.0 for t in (z - c, z))
-        if not off <= TOLERANCE * scale:
-            return f"zeroing and cutting them differ by {off:.3g} (largest output {scale:.3g})"
-    return None
-
-
-def _floats(example: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in example)
-
-
-def _masked_outputs(model: nn.Module, inputs: tuple[Tensor, ...], cuts: Sequence[Cut]) -> list[Tensor]:
-    with torch.no_grad(), masked(model, cuts):
-        return tensors(model(*inputs))
-
-
-def check_groups(model: nn.Module, example: tuple[Tensor, ...], ignore: Sequence[str] = ()) -> list[GroupCheck]:
-    """Holds every channel group to the law, cutting about a quarter of each on a copy.
-
-    Raises `InputError` where torch-pruning cannot trace the model.
-    """
-    return [
-        GroupCheck(g.name, g.channels, tuple(m.path for m in g.members), why_not_cut(model, example, g))
-        for g in find_groups(model, example, ignore)
-    ]
-
-
-def why_not_cut(model: nn.Module, example: tuple[Tensor, ...], group: ChannelGroup) -> Reason | None:
-    """Why `group` cannot be cut; None where the law holds for a spread quarter of its channels."""
-    if group.reason is not None:
-        return group.reason
-    if len(group.units) < 2:
-        return "its channels can only go all together"
-    quarter = group.units[1::4]
-    return why_not_exact(model, example, group.cuts(c for unit in quarter for c in unit))

@@ -14,8 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from pqk.copies import copy_of
 from pqk.errors import InputError, Reason
+from pqk.passes.prune.channel_group import ChannelGroup, Member, layer_of, merge_cuts
 from pqk.passes.prune.cuts import NORMS, Cut, Dim, is_depthwise
-from pqk.passes.prune.groups import ChannelGroup, Member, layer_of, merge_cuts
 from pqk.task.task import Task
 
 Importance = Literal["magnitude", "taylor", "activation", "bn_scale"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from pqk.copies import copy_of
 from pqk.core.program import Program
 from pqk.core.progress import Observer
 from pqk.data.structures import concatenate
-from pqk.errors import InputError
+from pqk.errors import InputError, PqkError, first_line
 from pqk.passes.prune.blocks import Block, Edit, Inputs, edit_costs, find_blocks, without_block
 from pqk.passes.prune.budget import UNITS, Budget, Missed, digest
+from pqk.passes.prune.channel_group import ChannelGroup
 from pqk.passes.prune.cuts import Skip, cut_channels, drop_block
-from pqk.passes.prune.groups import ChannelGroup, find_groups, masked, why_not_cut, why_not_exact
+from pqk.passes.prune.groups import trace_groups
 from pqk.passes.prune.importance import CRITERIA, Narrowing, cuts_of, narrowing_schedule, unit_importance
+from pqk.passes.prune.law import Law, exact_groups, masked
 from pqk.passes.prune.settings import PruneSettings
 from pqk.task.task import Task
 
@@ -38,23 +40,36 @@ class WidthSearch:
         self.config, self.task, self.budget = config, task, budget
         self.refused: dict[str, str] = {}
         """layer or block -> why it was not cut"""
+        self.replaced: list[str] = []
+        """groups of torch-pruning's that made way for others (see `exact_groups`)"""
         self.ranking: list[dict[str, Any]] = []
         """what was chosen, and among what"""
 
     def schedule(self, program: Program, key: str, check: bool) -> list[Narrowing]:
         """The narrowings of the student, in order; groups that may not be cut are refused.
 
-        `check` holds each group to the law first (see `groups`).
+        `check` holds each group to the law first (see `law`).
         """
-        config, student = self.config, program.student
-        multiple = config.multiple or program.target.channel_multiple
-        groups = []
-        for group in find_groups(student, self.task.example, config.ignore):
-            reason = group.reason or (why_not_cut(student, self.task.example, group) if check else None)
+        return self._schedule(program, key, self._groups(program, check))
+
+    def _groups(self, program: Program, check: bool) -> list[ChannelGroup]:
+        """The groups that may be cut; those that may not are refused."""
+        student, example = program.student, self.task.example
+        traced = trace_groups(student, example, self.config.ignore)
+        if check:
+            groups, reasons, self.replaced = exact_groups(student, example, traced)
+        else:
+            groups = traced.replaced([name for name in self.replaced if name in traced.others])
+            reasons = {group.name: group.reason for group in groups}
+        for name, reason in reasons.items():
             if reason is not None:
-                self.refused.setdefault(group.name, reason)
-            if group.name not in self.refused:
-                groups.append(group)
+                self.refused.setdefault(name, reason)
+        return groups
+
+    def _schedule(self, program: Program, key: str, groups: Sequence[ChannelGroup]) -> list[Narrowing]:
+        config = self.config
+        multiple = config.multiple or program.target.channel_multiple
+        groups = [group for group in groups if group.name not in self.refused]
         scored, floors = [], []
         for group, scores in zip(groups, self._importance(program, groups, key), strict=True):
             floor = config.minimum(program.teacher, group)
@@ -67,6 +82,29 @@ class WidthSearch:
                 scored.append((group, torch.tensor(scores)))
                 floors.append(floor)
         return narrowing_schedule(scored, multiple, floors, config.scope)
+
+    def _broken(self, student: nn.Module, narrowings: Sequence[Narrowing]) -> bool:
+        """Whether these narrowings break the law. Then the groups that do are refused: alone, or with those before.
+
+        Groups were held to it in parts before; this is about the very channels that are to go.
+        """
+        law = Law(student, self.task.example)
+        reason = law.why_not_exact(cuts_of(narrowings)) if narrowings else None
+        if reason is None:
+            return False
+        by_group: dict[str, list[Narrowing]] = {}
+        for narrowing in narrowings:
+            by_group.setdefault(narrowing.group.name, []).append(narrowing)
+        alone = {name: law.why_not_exact(cuts_of(some)) for name, some in by_group.items()}
+        broken = {name: f"the channels that were chosen: {why}" for name, why in alone.items() if why is not None}
+        before: list[Narrowing] = []
+        for name, some in by_group.items() if not broken else ():
+            if (why := law.why_not_exact(cuts_of([*before, *some]))) is not None:
+                broken[name] = f"it may be cut, but not together with others: {why}"
+                break
+            before += some
+        self.refused.update(broken)
+        return True
 
     def _importance(self, program: Program, groups: list[ChannelGroup], key: str) -> list[list[float] | str]:
         kind, student = self.config.importance, program.student
@@ -81,35 +119,55 @@ class WidthSearch:
 
     def reach(self, program: Program, goal: float, step: int) -> Program:
         """Cut the least important channels that bring the student to `goal`. Raises `InputError` where none do."""
-        schedule = self.schedule(program, str(step), check=True)
-        if not schedule:
-            if self.config.best_effort:
-                return program
-            raise self._missed(self.budget.value(program.student), "no channel group can be cut, and the student")
+        groups = self._groups(program, check=True)
+        while True:
+            schedule = self._schedule(program, str(step), groups)
+            if not schedule:
+                if self.config.best_effort:
+                    return program
+                raise self._missed(self.budget.value(program.student), "no channel group can be cut, and the student")
+            count = self._choose(program, schedule, goal, step)
+            if count is not None:
+                return program.rewrite(cut_channels, self.task.example, cuts=cuts_of(schedule[:count]))
+
+    def _choose(self, program: Program, schedule: Sequence[Narrowing], goal: float, step: int) -> int | None:
+        """How many narrowings to make; None where they break the law, and groups were refused.
+
+        Raises `InputError` where all are not enough.
+        """
         considered: list[dict[str, float]] = []
         unit = UNITS[self.budget.kind]
 
         def ratio(count: int) -> float:
             cuts = cuts_of(schedule[:count])
             student = cut_channels(copy_of(program.student, "student"), self.task.example, cuts=cuts)
-            value, lost = self.budget.value(student), sum(narrowing.lost for narrowing in schedule[:count])
+            try:
+                value = self.budget.value(student)
+            except PqkError:
+                raise
+            except Exception as error:  # whatever the user's forward raises when a shape is not what it expects
+                raise _Uncountable(count, error) from error
+            lost = sum(narrowing.lost for narrowing in schedule[:count])
             considered.append({"narrowings": count, unit: value, "importance_lost": lost})
             return self.budget.ratio(value)
 
-        if self.budget.kind == "latency":
-            count = self._fewest_timed(program.run.observer, len(schedule), ratio, goal)
-        else:
-            count = _fewest(len(schedule), ratio, goal)
+        try:
+            if self.budget.kind == "latency":
+                count = self._fewest_timed(program.run.observer, len(schedule), ratio, goal)
+            else:
+                count = _fewest(len(schedule), ratio, goal)
+        except _Uncountable as error:
+            if self._broken(program.student, schedule[: error.count]):
+                return None
+            raise InputError(f"prune: the student cannot be measured once it is cut: {error}") from error
         if count is None and self.config.best_effort:
             count = int(min(considered, key=lambda c: c[unit])["narrowings"])
         if count is None:
             raise self._missed(min(c[unit] for c in considered), "the least that is allowed")
+        if self._broken(program.student, schedule[:count]):
+            return None
         self.ranking.append({"step": step, "chosen": count, "considered": considered})
-        cuts = cuts_of(schedule[:count])
-        reason = why_not_exact(program.student, self.task.example, cuts)
-        if reason is not None:
-            raise InputError(f"prune: the groups may be cut one by one but not together: {reason}; ignore some of them")
-        return program.rewrite(cut_channels, self.task.example, cuts=cuts)
+        return count
 
     def _missed(self, reached: float, what: str) -> Missed:
         """The error for a budget that cannot be met, with why each layer that was left alone is."""
@@ -125,6 +183,14 @@ class WidthSearch:
                 ratios[count] = ratio(count)
                 advance(1, f"{ratios[count]:.2f} of {goal:.2f} times")
         return next((count for count in counts if ratios[count] >= goal), None)
+
+
+class _Uncountable(Exception):
+    """The student does not run with so many narrowings."""
+
+    def __init__(self, count: int, error: Exception) -> None:
+        super().__init__(first_line(error))
+        self.count = count
 
 
 def _fewest(most: int, ratio: Callable[[int], float], goal: float) -> int | None:
@@ -213,7 +279,12 @@ class DepthSearch(WidthSearch):
         if not removable.edits:
             raise self._missed(self.budget.value(search.student), "with everything removable gone, the student")
         names = [edit.name for edit in removable.edits]
-        rows: list[dict[str, Any]] = [{"name": n, "saved": self._saving(search, removable, n)} for n in names]
+        savings = {name: self._saving(search, removable, name) for name in names}
+        for name in [name for name, saved in savings.items() if saved is None]:
+            del savings[name], removable.narrowings[name]
+        if not savings:
+            raise self._missed(self.budget.value(search.student), "with everything removable gone, the student")
+        rows: list[dict[str, Any]] = [{"name": name, "saved": saved} for name, saved in savings.items()]
         if self.config.blocks == "every_other":
             rows.sort(key=lambda row: alternation(search.student, row["name"]))
         else:
@@ -263,10 +334,11 @@ class DepthSearch(WidthSearch):
             self.refused[block] = f"keep_blocks leaves at least {fewest} in {container}"
         return remaining <= fewest
 
-    def _saving(self, search: Search, removable: Removable, name: str) -> float:
+    def _saving(self, search: Search, removable: Removable, name: str) -> float | None:
         """What an edit saves in the budget's unit; for blocks of one shape the mean over all of them, measured once.
 
-        One block of many is worth no more than the noise of a measurement; all of them together are.
+        One block of many is worth no more than the noise of a measurement; all of them together are. None for a
+        narrowing that breaks the law, which is refused.
         """
         block = removable.blocks.get(name)
         signature = f"{name}/{digest(search.student)}" if block is None else block.signature
@@ -281,7 +353,17 @@ class DepthSearch(WidthSearch):
                     returns = removable.blocks[path].returns
                     student = drop_block(student, self.task.example, block=path, returns=returns)
             before = self.budget.value(search.student)
-            self.savings[signature] = max((before - self.budget.value(student)) / count, 1e-4 * before)
+            try:
+                after = self.budget.value(student)
+            except PqkError:
+                raise
+            except Exception as error:  # as in a search by width
+                if block is None and self._broken(search.student, [removable.narrowings[name]]):
+                    return None
+                raise InputError(
+                    f'prune: the student cannot be measured without "{name}": {first_line(error)}'
+                ) from error
+            self.savings[signature] = max((before - after) / count, 1e-4 * before)
         return self.savings[signature]
 
     def _remove(self, search: Search, rows: list[dict[str, Any]], removable: Removable) -> float:
@@ -311,9 +393,7 @@ class DepthSearch(WidthSearch):
         cuts = [cut for cut in cuts_of(narrowed) if not _inside(cut["module"], removed)]
         if not cuts:
             return saved
-        reason = why_not_exact(search.student, self.task.example, cuts)
-        if reason is not None:
-            self.refused.update({narrowing.group.name: reason for narrowing in narrowed})
+        if self._broken(search.student, narrowed):
             return 0.0
         search.program = search.program.rewrite(cut_channels, self.task.example, cuts=cuts)
         return saved

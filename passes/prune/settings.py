@@ -12,8 +12,8 @@ from torch import nn
 from pqk.core.program import CONFIG
 from pqk.errors import InputError
 from pqk.passes.prune.budget import UNITS
+from pqk.passes.prune.channel_group import ChannelGroup
 from pqk.passes.prune.cuts import channels_of
-from pqk.passes.prune.groups import ChannelGroup
 from pqk.passes.prune.importance import Importance
 
 
@@ -45,7 +45,9 @@ class WidthSettings:
         """The fewest channels that a group keeps."""
         if self.floor >= 1:
             return int(self.floor)
-        return math.ceil(self.floor * (channels_of(teacher.get_submodule(group.name), "out") or group.channels))
+        first = group.members[0]
+        widest = channels_of(teacher.get_submodule(group.name), "out") or first.of
+        return math.ceil(self.floor * (widest * group.channels // first.of))
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

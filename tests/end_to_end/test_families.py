@@ -30,7 +30,9 @@ from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.files import read_json, write_json
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.passes.prune.blocks import find_blocks
-from pqk.passes.prune.groups import ChannelGroup, find_groups, why_not_cut
+from pqk.passes.prune.channel_group import ChannelGroup
+from pqk.passes.prune.groups import find_groups
+from pqk.passes.prune.law import why_not_cut
 from pqk.target.target import Target
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.parity import check_layers

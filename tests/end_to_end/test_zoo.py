@@ -24,7 +24,7 @@ from pqk.core.costs import count_parameters
 from pqk.errors import InputError
 from pqk.knowledge import CrossEntropy, KLDivergence, LogitMSE
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
-from pqk.passes.prune.groups import check_groups
+from pqk.passes.prune.law import check_groups
 from pqk.recipe.recipe import TargetSpec
 from pqk.target.target import TARGETS
 

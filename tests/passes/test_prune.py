@@ -12,21 +12,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pruning import data, program_of, task_of, trained
 from torch import Tensor, nn
 
 from pqk.core.costs import count_macs, count_parameters, float_bytes, integer_bytes
 from pqk.core.decisions import Journal
-from pqk.core.program import Program, Rewrite, Stage, replay
-from pqk.core.run_context import RunContext
+from pqk.core.program import Program, Rewrite, replay
 from pqk.data.data import ArrayData
 from pqk.errors import InputError
 from pqk.models.resnet import ChannelPadShortcut, resnet
 from pqk.passes.prune.blocks import Edit, edit_costs, find_blocks, without_block
+from pqk.passes.prune.channel_group import merge_cuts
 from pqk.passes.prune.cuts import Cut, cut_channels, drop_block, kept_channels
-from pqk.passes.prune.groups import check_groups, find_groups, masked, merge_cuts, why_not_exact
+from pqk.passes.prune.groups import find_groups
 from pqk.passes.prune.importance import input_energies, narrowing_schedule, unit_importance
+from pqk.passes.prune.law import check_groups, masked, why_not_exact
 from pqk.passes.prune.prune import Prune
-from pqk.target.target import Target
 from pqk.task.task import Task
 
 
@@ -107,36 +108,6 @@ NETWORKS: list[tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = [
     (grouped, (3, 10, 10), {"8", "10"}),
     (linear_only, (10,), {"5"}),
 ]
-
-
-def trained(model: nn.Module, seed: int = 0) -> nn.Module:
-    """`model` in eval mode with nothing left at a neutral value."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if t.is_floating_point():
-            noise = torch.rand(t.shape, generator=generator)
-            fan = (t[0].numel() if t.ndim > 1 else 4) ** 0.5
-            t.data.copy_(
-                0.5 + noise
-                if "running_var" in name or (t.ndim == 1 and "weight" in name)
-                else (noise * 2 - 1) * 2 / fan
-            )
-    return model.eval()
-
-
-def data(shape: tuple[int, ...], count: int = 64) -> Tensor:
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(7))
-
-
-def task_of(model: nn.Module, shape: tuple[int, ...]) -> Task:
-    x = data(shape)
-    with torch.no_grad():
-        part = ArrayData((x,), model(x).argmax(1), batch_size=32)
-    return Task(part, part, validation=part)
-
-
-def program_of(model: nn.Module, **run: Any) -> Program:
-    return Program(model, copy.deepcopy(model), Stage.MODULE, Target.named("x86-avx2"), RunContext(**run))
 
 
 def rebuilt(program: Program, task: Task) -> nn.Module:
