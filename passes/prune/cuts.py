@@ -136,6 +136,8 @@ def _cut_layer(module: nn.Module, cut: Cut) -> None:
     what = f'cutting {len(pruned)} {dim} channels of "{cut["module"]}" ({type(module).__name__})'
     if channels is None:
         raise InputError(f"{what}: this kind of layer has no channels that pqk can cut; put it in prune.ignore")
+    if channels == cut["of"] and len(pruned) == channels:
+        raise InputError(f"{what}: a layer keeps at least one of its {channels}")
     if channels != cut["of"] or not pruned < set(range(channels)):
         raise InputError(
             f"{what}: it has {channels} channels and the plan was made for {cut['of']}; is this the teacher?"

@@ -79,7 +79,7 @@ class _Watch(TorchFunctionMode):
         x, module = args[0], self.stack[-1] if self.stack else ""
         self.alive += (x, result)
         if func is F.linear:
-            path = self.linears.get(id(args[1]))
+            path = self.linears.get(id(args[1] if len(args) > 1 else (kwargs or {})["weight"]))
             if path is not None:
                 self.makers[id(result)] = path
                 if id(x) in self.joined:

@@ -224,18 +224,23 @@ def narrowing_schedule(
     multiple: int,
     floors: Sequence[int],
     scope: Literal["global", "per_layer"],
+    member_floors: Sequence[Sequence[int]] | None = None,
 ) -> list[Narrowing]:
     """All narrowings in the order in which to make them: least important first, or all layers evenly.
 
-    Widths on it are multiples of `multiple` (and of a group's unit), at least the group's floor.
+    Widths on it are multiples of `multiple` (and of a group's unit), at least the group's floor. Each member of a group
+    keeps at least as many of its channels as `member_floors` says; by default one.
     """
     keyed: list[tuple[float, Narrowing]] = []
-    for (group, importance), floor in zip(scored, floors, strict=True):
-        order = importance.argsort(stable=True).tolist()
+    every = member_floors or [[1] * len(group.members) for group, _ in scored]
+    for (group, importance), floor, floors_within in zip(scored, floors, every, strict=True):
+        order = _removable(group, importance.argsort(stable=True).tolist(), floors_within)
         step, width = math.lcm(multiple, group.unit), group.channels
         lowest, cut = max(step, math.ceil(floor / step) * step), 0
         for narrower in range((width - 1) // step * step, lowest - 1, -step):
             count = (group.channels - narrower) // group.unit
+            if count > len(order):
+                break
             units = tuple(order[cut:count])
             lost = float(importance[list(units)].sum()) * group.unit
             key = lost / (len(units) * group.unit) if scope == "global" else 1 - narrower / group.channels
@@ -243,3 +248,19 @@ def narrowing_schedule(
             cut = count
     # stable, and keys rise within a group: a group's narrowings stay in order
     return [narrowing for _, narrowing in sorted(keyed, key=lambda entry: entry[0])]
+
+
+def _removable(group: ChannelGroup, order: Sequence[int], floors: Sequence[int]) -> list[int]:
+    """The units in `order` that can all go, passing over those that leave a member with less than its floor.
+
+    Members may have a part of the group's channels only, as those that make one part of a concatenation.
+    """
+    present = [[sum(bool(m.places[c]) for c in unit) for unit in group.units] for m in group.members]
+    left = [sum(units) for units in present]
+    removable = []
+    for unit in order:
+        after = [n - units[unit] for n, units in zip(left, present, strict=True)]
+        if all(a >= least or a == n for a, n, least in zip(after, left, floors, strict=True)):
+            removable.append(unit)
+            left = after
+    return removable

@@ -8,6 +8,9 @@ the model whose norms take their statistics over the channels that stay.
 A group is tried by a spread quarter of its units, by a single one, and by random ones: in a spread quarter, what is cut
 in one half of a projection is what is cut in its other half. Groups are tried together, since cuts that all obey the
 law change the output as zeros do; where one does not, halving finds it.
+
+Before training whole branches can be at zero, by a norm or a scale of theirs, and any cut in them would seem right. So
+parameters that have one value everywhere have many in what is tried.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
@@ -118,9 +122,9 @@ class Law:
         """The model in one precision; None where constants of another inside its forward do not mix with it."""
         if dtype not in self.copies:
             try:
-                self.copies[dtype] = _Copy(
-                    copy_of(self.model, "student").eval().to(dtype), _floats(self.example, dtype)
-                )
+                copied = copy_of(self.model, "student").eval()
+                spread_constants(copied)
+                self.copies[dtype] = _Copy(copied.to(dtype), _floats(self.example, dtype))
             except (RuntimeError, TypeError):
                 self.copies[dtype] = None
         return self.copies[dtype]
@@ -167,6 +171,25 @@ def _copied(model: nn.Module) -> nn.Module:
         plain = isinstance(module, PLAIN) and not hasattr(module, "cut_channels") and not is_parametrized(module)
         shared += (*module.parameters(recurse=False), *module.buffers(recurse=False)) if plain else ()
     return copy_of(model, "student", shared)
+
+
+@torch.no_grad()
+def spread_constants(model: nn.Module) -> None:
+    """Gives parameters that are constant other values, in place, always the same; statistics of batch norms, too.
+
+    They become 0.5 to 1.5, biases and means -0.5 to 0.5, and matrices as large as their rows ask for.
+    """
+    draw = torch.Generator().manual_seed(0)
+    statistics = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.named_buffers(recurse=False)]
+    for name, tensor in [*model.named_parameters(), *statistics]:
+        constant = tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
+        if constant and tensor.is_floating_point() and (tensor.numel() > 1 or not tensor.any()):
+            values = torch.rand(tensor.shape, generator=draw)
+            if max(tensor.shape, default=1) < tensor.numel():
+                values = (4 * values - 2) / tensor[0].numel() ** 0.5
+            else:
+                values = values - 0.5 if name.endswith(("bias", "mean")) else values + 0.5
+            tensor.copy_(values)
 
 
 def _floats(example: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

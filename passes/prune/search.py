@@ -70,18 +70,21 @@ class WidthSearch:
         config = self.config
         multiple = config.multiple or program.target.channel_multiple
         groups = [group for group in groups if group.name not in self.refused]
-        scored, floors = [], []
+        scored, floors, within = [], [], []
         for group, scores in zip(groups, self._importance(program, groups, key), strict=True):
-            floor = config.minimum(program.teacher, group)
             if isinstance(scores, str):
                 self.refused[group.name] = scores
-            elif not narrowing_schedule([(group, torch.tensor(scores))], multiple, [floor], config.scope):
+                continue
+            entry = group, torch.tensor(scores)
+            floor, members = config.minimum(program.teacher, group), config.minimums(program.teacher, group)
+            if not narrowing_schedule([entry], multiple, [floor], config.scope, [members]):
                 width = f"its {group.channels} channels and the floor of {floor}"
                 self.refused[group.name] = f"no multiple of {multiple} fits between {width}"
-            else:
-                scored.append((group, torch.tensor(scores)))
-                floors.append(floor)
-        return narrowing_schedule(scored, multiple, floors, config.scope)
+                continue
+            scored.append(entry)
+            floors.append(floor)
+            within.append(members)
+        return narrowing_schedule(scored, multiple, floors, config.scope, within)
 
     def _broken(self, student: nn.Module, narrowings: Sequence[Narrowing]) -> bool:
         """Whether these narrowings break the law. Then the groups that do are refused: alone, or with those before.

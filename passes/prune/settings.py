@@ -12,7 +12,7 @@ from torch import nn
 from pqk.core.program import CONFIG
 from pqk.errors import InputError
 from pqk.passes.prune.budget import UNITS
-from pqk.passes.prune.channel_group import ChannelGroup
+from pqk.passes.prune.channel_group import ChannelGroup, Member
 from pqk.passes.prune.cuts import channels_of
 from pqk.passes.prune.importance import Importance
 
@@ -43,11 +43,22 @@ class WidthSettings:
 
     def minimum(self, teacher: nn.Module, group: ChannelGroup) -> int:
         """The fewest channels that a group keeps."""
+        return self._least(teacher, group.members[0], group.channels)
+
+    def minimums(self, teacher: nn.Module, group: ChannelGroup) -> list[int]:
+        """The fewest channels of a group that each of its members keeps, among those that the member has."""
+        present = [sum(map(bool, m.places)) for m in group.members]
+        return [
+            max(1, min(own, self._least(teacher, m, own) if m.dim == "out" else 0))
+            for m, own in zip(group.members, present, strict=True)
+        ]
+
+    def _least(self, teacher: nn.Module, member: Member, channels: int) -> int:
+        """How many of `channels` of a layer stay: as large a share of them as of all that the teacher has."""
         if self.floor >= 1:
             return int(self.floor)
-        first = group.members[0]
-        widest = channels_of(teacher.get_submodule(group.name), "out") or first.of
-        return math.ceil(self.floor * (widest * group.channels // first.of))
+        widest = channels_of(teacher.get_submodule(member.path), "out") or member.of
+        return math.ceil(self.floor * (widest * channels // member.of))
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

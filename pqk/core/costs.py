@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pqk.core.aten import MULTIPLY, aten
-from pqk.core.modes import evaluating, fused_layers
+from pqk.core.modes import evaluating, frozen, fused_layers
 from pqk.errors import InputError, Reason
 
 INTEGER_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -141,7 +141,7 @@ def _count(module: nn.Module, example: tuple[Tensor, ...]) -> tuple[int, dict[st
         raise InputError("counting MACs needs example inputs with at least one sample in the first dimension")
     counter = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
     uncounted = _Uncounted(module, counter.flop_registry)
-    with evaluating(module), fused_layers(False), torch.no_grad(), uncounted, counter:
+    with evaluating(module), frozen(module), fused_layers(False), torch.no_grad(), uncounted, counter:
         module(*example)
     return counter.get_total_flops() // (2 * len(example[0])), uncounted.found
 

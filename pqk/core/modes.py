@@ -1,4 +1,4 @@
-"""Train and eval mode of a model, and torch's fused attention: set for a while, given back as they were."""
+"""A model's mode, what of it is trained, and torch's fused attention: set for a while, given back as they were."""
 
 from __future__ import annotations
 
@@ -24,6 +24,19 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` with no parameter that asks for a gradient for a while: torch's counters stumble over views of one."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

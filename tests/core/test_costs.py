@@ -62,11 +62,23 @@ def attends() -> nn.Module:
     return nn.MultiheadAttention(D, 2, batch_first=True)
 
 
+class Handing(nn.Module):
+    """Hands a view of a parameter of its own to a layer, as class tokens are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.layer = nn.Parameter(torch.randn(1, T, D)), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.token.expand(len(x), -1, -1)) + self.layer(x)
+
+
 TOKENS, VECTOR, IMAGE = (B, T, D), (B, D), (B, 3, 8, 8)
 ATTENTION = 4 * T * D * D + 2 * T * T * D
 """four projections, the product of queries and keys, and that of shares and values"""
 KNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "linear": (lambda: nn.Linear(D, 3), TOKENS, T * D * 3),
+    "linear of a view of a parameter": (Handing, TOKENS, 2 * T * D * 3),
     "convolution": (lambda: nn.Conv2d(3, 4, 3), IMAGE, 6 * 6 * 4 * 3 * 3 * 3),
     "grouped convolution": (lambda: nn.Conv2d(3, 6, 3, groups=3), IMAGE, 6 * 6 * 6 * 3 * 3),
     "transposed convolution": (lambda: nn.ConvTranspose2d(3, 4, 3), IMAGE, 8 * 8 * 3 * 4 * 3 * 3),
@@ -97,7 +109,7 @@ def test_known_counts(name: str, frozen: bool) -> None:
     make, size, macs = KNOWN[name]
     module = make().requires_grad_(not frozen)
     seen = count_macs(module, (torch.randn(size),))
-    assert seen == macs
+    assert seen == macs and {p.requires_grad for p in module.parameters()} <= {not frozen}
     assert why_not_counted(module, (torch.randn(size),)) is None
 
 

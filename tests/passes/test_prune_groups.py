@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pqk.passes.prune.channel_group import ChannelGroup, Member
 from pqk.passes.prune.cuts import cut_channels
 from pqk.passes.prune.dependencies import Dependencies, bounded, trace_dependencies, why_not_consistent
+from pqk.passes.prune.follower import trace_channels
 from pqk.passes.prune.groups import trace_groups
 from pqk.passes.prune.law import check_groups, exact_groups, why_not_cut, why_not_exact
 from pqk.passes.prune.prune import Prune
@@ -268,6 +269,25 @@ def test_what_is_packed_is_pruned(name: str) -> None:
     assert layer in program.details["widths"] and program.details["budget"]["reached"] > 1.2
 
 
+def gated_join(m: nn.Module, x: Tensor) -> Tensor:
+    """Two layers side by side, under one gate for all channels (CSPNeXt)."""
+    x = torch.cat([F.relu(m.short(x)), F.relu(m.main(x))], 1)
+    return m.head(F.relu(m.join(x * m.gate(x.mean((2, 3)))[..., None, None].sigmoid())).mean((2, 3)))
+
+
+def test_every_layer_of_a_group_keeps_its_floor() -> None:
+    """The group has twice as many channels as one of its layers, which are all worth less than the other's."""
+    layers = {"short": conv(3, 12), "main": conv(3, 12), "gate": nn.Linear(24, 24), "join": conv(24, 8)}
+    model = trained(Net(gated_join, **layers, head=nn.Linear(8, 5)))
+    for t in (model.short.weight, model.short.bias, model.gate.weight[:12], model.join.weight[:, :12]):
+        t.data.mul_(1e-3)
+    for floor, least in ((0.25, 3), (1, 1), (2, 2)):
+        config = Prune(macs_ratio=100.0, multiple=1, floor=floor, best_effort=True)
+        program = config.apply(program_of(model), task_of(model, (3, 6, 6)))
+        widths = [program.student.get_submodule(layer).weight.shape[0] for layer in ("short", "main", "gate")]
+        assert min(widths) >= least and widths[2] == sum(widths[:2]) < 24
+
+
 # ---- what torch-pruning does not know
 
 
@@ -366,6 +386,38 @@ def test_what_cannot_be_followed_is_left_out_by_name_and_the_rest_is_cut(name: s
     assert {d.layer for d in program.declined} >= {*reasons}
 
 
+def test_channels_that_are_written_into_a_part_of_something_else_stay() -> None:
+    """The rest of that has no channels; as temporal shifts and partial convolutions do it."""
+
+    def partial(m: nn.Module, x: Tensor) -> Tensor:
+        y, z = x.clone(), x.clone()
+        y[:, :4] = m.a(x)
+        z[:, 4:] += m.b(x)
+        return m.head(F.relu(m.c(y + z)).mean((2, 3)))
+
+    layers = {"a": conv(8, 4), "b": conv(8, 4), "c": conv(8, 6), "head": nn.Linear(6, 5)}
+    model, x = trained(Net(partial, **layers)), data((8, 4, 4), 4)
+    trace = trace_channels(model, (x,))
+    for layer, why in (("a", "written into a part"), ("b", "a fixed size")):
+        reasons = [trace.reasons().get(number, "") for number in trace.classes((layer, "out")) or []]
+        assert len(reasons) == 4 and all(why in r and "test_prune_groups.py" in r for r in reasons)
+    assert {c.name for c in check_groups(model, (x,)) if c.reason is None} == {"c"}
+
+
+def test_weights_that_are_given_by_name_are_no_crash() -> None:
+    """`F.linear(x, weight=..., bias=...)` with a layer's own parameters, as fused projections have it."""
+
+    def called(m: nn.Module, x: Tensor) -> Tensor:
+        return m.head(F.relu(F.linear(input=F.linear(x, weight=m.a.weight, bias=m.a.bias), weight=m.b.weight)))
+
+    model, x = trained(Net(called, a=nn.Linear(6, 8), b=nn.Linear(8, 8), head=nn.Linear(8, 5))), data((6,), 4)
+    reasons = {c.name: c.reason for c in check_groups(model, (x,))}
+    assert all(reasons.values()), reasons
+    for layer in "ab":
+        reason = trace_channels(model, (x,)).reasons()[1 if layer == "a" else 9]
+        assert f'a parameter of "{layer}" is read outside of its own call (test_prune_groups.py:' in reason
+
+
 class Endless(nn.Module):
     """Never comes back where gradients are recorded, as they are for torch-pruning alone."""
 
@@ -433,6 +485,27 @@ def test_a_lucky_quarter_is_no_proof() -> None:
     assert why_not_exact(model, (x,), group.cuts(range(1, 128, 4))) is None
     assert "differ by" in (why_not_exact(model, (x,), group.cuts([0, 70])) or "")
     assert why_not_cut(model, (x,), group) is not None
+
+
+def test_branches_that_are_at_zero_before_training_hide_nothing() -> None:
+    """Norms, scales and last layers that begin at zero, as many do, would let any cut behind them seem right."""
+    x = data((16,), 4)
+    model = trained(half(128, gate(by_chunk)))
+    model.down.weight.data.zero_()
+    rezero = Net(
+        lambda m, x: m.head(x + m.scale(m.down(by_chunk(m.up(x))))),
+        up=nn.Linear(16, 128), scale=nn.LayerNorm(16), down=nn.Linear(64, 16), head=nn.Linear(16, 5),
+    )  # fmt: skip
+    trained(rezero).scale.weight.data.fill_(1e-6)
+    rezero.scale.bias.data.zero_()
+    same = tuple((c,) for c in range(128))
+    reader = Member("down", "in", 64, tuple(() if c < 64 else (c - 64,) for c in range(128)))
+    wrong = ChannelGroup("up", 128, (Member("up", "out", 128, same), reader), same)
+    for network in (model, rezero):
+        before = copy.deepcopy(network.state_dict())
+        assert "differ by" in (why_not_exact(network, (x,), wrong.cuts([0, 70])) or "")
+        assert all(t.equal(before[n]) for n, t in network.state_dict().items()), "only copies have other values"
+        assert [c.name for c in check_groups(network, (x,)) if c.reason is None and c.name == "up"] == ["up"]
 
 
 class AsWide(nn.Module):
