@@ -46,6 +46,8 @@ from pqk.verify.coverage import integer_coverage
 STEPS = 6
 """training steps that are timed; the first two warm up"""
 THREADS = 2
+ROUNDS = 5
+"""turns in which a candidate is timed"""
 
 
 @dataclass
@@ -119,10 +121,10 @@ class Rehearsal:
         self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
         self.watch = Stopwatch(observer)
         run = RunContext(recipe.seed, observer=self.watch)
-        self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run, THREADS)
+        self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run, THREADS, ROUNDS)
         mismatch = self.target.why_not_measured()
         if mismatch is None:
-            run = dataclasses.replace(run, oracle=self.oracle)
+            run = dataclasses.replace(run, oracle=self.oracle, rough=True)
         student = copy_of(self.teacher).requires_grad_(True)
         self.program = Program(self.teacher, student, Stage.MODULE, self.target, run)
         example = task.example
@@ -212,7 +214,7 @@ class Rehearsal:
     def _cost(self, row: Rehearsed, p: Pass, took: float) -> None:
         """The estimate of a pass: what it took, and its remaining steps at the time of those that were taken."""
         timed = [s for steps in self.watch.steps.values() for s in steps]
-        rest = took - sum(timed)
+        rest = took - sum(timed) + float(row.details.get("estimated", {}).get("seconds", 0.0))
         if timed and p.training_epochs and self.task.train is not None:
             row.steps = max(1, round(p.training_epochs * len(self.task.train)))
             step = statistics.median(timed[2:] or timed)
@@ -237,13 +239,13 @@ class Rehearsal:
     def deploy(self) -> None:
         """Emit student and teacher, hold them to their contracts, and time the student in turn with the teacher."""
         with tempfile.TemporaryDirectory(prefix="pqk-check-") as name:
-            folder, here = Path(name), self.found.latency_reason is None
+            folder, here, teacher = Path(name), self.found.latency_reason is None, self.oracle.teacher_path
             self.found.problems += why_not_deployed(self.program, self.task, folder, here)
             if self.target.runtime == "onnxruntime":
-                self.found.problems += why_not_exported(self.teacher, self.task, folder / "teacher.onnx")
+                self.found.problems += why_not_exported(self.teacher, self.task, teacher)
             file = folder / ("student.pt2" if self.program.fused is not None else "model.onnx")
             try:
-                self._measure(file, folder / "teacher.onnx", here)
+                self._measure(file, teacher, here)
             except PqkError as error:
                 self.found.problems.append(str(error))
             except FileNotFoundError:

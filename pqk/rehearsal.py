@@ -98,9 +98,10 @@ def why_not_deployed(
 
 
 def why_not_exported(teacher: nn.Module, task: Task, path: Path) -> Iterator[Reason]:
-    """Writes the teacher's float file to `path`, and yields why it is not the teacher."""
+    """Writes the teacher's float file to `path`, where it is not yet, and yields why it is not the teacher."""
     try:
-        emit_onnx_for(teacher, task, path)
+        if not path.exists():
+            emit_onnx_for(teacher, task, path)
         if (reason := why_not_as_torch(teacher, path, task)) is not None:
             yield f"teacher: {reason}"
     except PqkError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -19,6 +21,21 @@ class Missed(InputError):
     """A budget that cannot be met."""
 
 
+@dataclass
+class Unmeasured:
+    """Networks that a rehearsal does not measure and a compile will, and the seconds that those took that it did."""
+
+    architectures: set[str] = field(default_factory=set)
+    seconds: list[float] = field(default_factory=list)
+
+    def estimate(self) -> dict[str, float]:
+        """How many there are, and how long measuring them will take; empty where there are none."""
+        if not self.architectures:
+            return {}
+        count = len(self.architectures)
+        return {"candidates": count, "seconds": count * statistics.median(self.seconds or [0.0])}
+
+
 @dataclass(frozen=True)
 class Budget:
     """A goal for `reference / value(student)`. Latencies are measured once for each architecture."""
@@ -28,6 +45,7 @@ class Budget:
     reference: float
     run: RunContext
     example: tuple[Tensor, ...]
+    unmeasured: Unmeasured = field(default_factory=Unmeasured)
 
     def value(self, model: nn.Module) -> float:
         """MACs a sample, parameters, INT8 bytes, or milliseconds of the INT8 form."""
@@ -37,7 +55,24 @@ class Budget:
             return count_parameters(model)
         if self.kind == "size":
             return integer_bytes(model)
-        return self.run.decide(f"latency/{digest(model)}", lambda: self.run.latency(model, "prune.latency_ratio"))
+        return self.run.decide(f"latency/{digest(model)}", lambda: self._latency(model))
+
+    def _latency(self, model: nn.Module) -> float:
+        began = time.perf_counter()
+        milliseconds = self.run.latency(model, "prune.latency_ratio")
+        self.unmeasured.seconds.append(time.perf_counter() - began)
+        return milliseconds
+
+    def compare(self, whole: nn.Module, value: float, part: nn.Module) -> tuple[float, float]:
+        """What `whole` and `part` spend.
+
+        In a rehearsal the latency of `whole` is `value`, and that of `part` less as its MACs are: each of many
+        candidates would take seconds to export and time.
+        """
+        if self.kind != "latency" or not self.run.rough:
+            return self.value(whole), self.value(part)
+        self.unmeasured.architectures.add(digest(part))
+        return value, value * count_macs(part, self.example) / max(1, count_macs(whole, self.example))
 
     def ratio(self, value: float) -> float:
         """How many times less than the teacher `value` is."""

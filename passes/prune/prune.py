@@ -28,6 +28,9 @@ from pqk.passes.prune.settings import PruneSettings
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, fit
 
+REHEARSED_SAMPLES = 64
+"""what a rehearsal ranks blocks on at most"""
+
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Prune(PruneSettings, Pass):
@@ -52,7 +55,8 @@ class Prune(PruneSettings, Pass):
         return self.steps
 
     def rehearsal(self, epochs: float) -> Pass:
-        return dataclasses.replace(self, steps=1, recovery_epochs=min(self.recovery_epochs, epochs))
+        recovery, samples = min(self.recovery_epochs, epochs), min(self.samples, REHEARSED_SAMPLES)
+        return dataclasses.replace(self, steps=1, recovery_epochs=recovery, samples=samples)
 
     def apply(self, program: Program, task: Task) -> Program:
         """Cuts the student until it meets the budget, in `steps`, with recovery after each where that is asked for.
@@ -94,6 +98,7 @@ class Prune(PruneSettings, Pass):
             widths=_widths(program),
             blocks_removed=[r.arguments["block"] for r in program.plan if r.function == drop_block.__name__],
             ranking=search.ranking,
+            **({"estimated": estimated} if (estimated := budget.unmeasured.estimate()) else {}),
         )
 
     def _check_containers(self, student: nn.Module) -> None:

@@ -293,8 +293,9 @@ class DepthSearch(WidthSearch):
         else:
             self._rank(search, removable, rows, key)
         estimate = search.value - self._remove(search, rows, removable)
-        # a latency is worth measuring when it may be the last one
-        measured = self.budget.kind != "latency" or self.budget.ratio(estimate) >= CLOSE * search.goal
+        # a latency is worth measuring when it may be the last one; in a rehearsal, when it seems so
+        close = 1.0 if self.budget.run.rough else CLOSE
+        measured = self.budget.kind != "latency" or self.budget.ratio(estimate) >= close * search.goal
         search.value = self.budget.value(search.student) if measured else estimate
 
     def _removable(self, search: Search, key: str) -> Removable:
@@ -355,9 +356,8 @@ class DepthSearch(WidthSearch):
                 for path in paths:
                     returns = removable.blocks[path].returns
                     student = drop_block(student, self.task.example, block=path, returns=returns)
-            before = self.budget.value(search.student)
             try:
-                after = self.budget.value(student)
+                before, after = self.budget.compare(search.student, search.value, student)
             except PqkError:
                 raise
             except Exception as error:  # as in a search by width

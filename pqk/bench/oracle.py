@@ -28,12 +28,23 @@ from pqk.task.task import Task
 
 
 class Oracle:
-    """Times students beside the teacher at batch 1. `threads` of the runtime are part of what is measured."""
+    """Times students beside the teacher at batch 1, in turn over `rounds`.
+
+    `threads` of the runtime are part of what is measured.
+    """
 
     def __init__(
-        self, teacher: nn.Module, task: Task, target: Target, passes: Sequence[Pass], run: RunContext, threads: int = 2
+        self,
+        teacher: nn.Module,
+        task: Task,
+        target: Target,
+        passes: Sequence[Pass],
+        run: RunContext,
+        threads: int = 2,
+        rounds: int = 9,
     ):
-        self.teacher, self.task, self.target, self.run, self.threads = teacher, task, target, run, threads
+        self.teacher, self.task, self.target, self.run = teacher, task, target, run
+        self.threads, self.rounds = threads, rounds
         # The recipe's own passes from a module to integers; the default ones where it has none.
         named = {p.name: p for p in (Capture(), Quantize(), Convert(), *passes)}
         self.passes = tuple(named[p.name] for p in (Capture, Quantize, Convert))
@@ -41,16 +52,19 @@ class Oracle:
         self._session: ort.InferenceSession | None = None
         self._last: tuple[nn.Module, tuple[str, ...], ort.InferenceSession] | None = None
 
+    @property
+    def teacher_path(self) -> Path:
+        """Where the teacher's FP32 file is, once something was timed."""
+        return Path(self.folder.name) / "teacher.onnx"
+
     def baseline(self) -> float:
         """Milliseconds of the teacher in FP32, measured once in a run and journaled: all ratios are to it."""
-        return float(
-            self.run.journal.decide("oracle/teacher_ms", lambda: fastest([self._teacher()], self.task.feeds(1))[0])
-        )
+        return float(self.run.journal.decide("oracle/teacher_ms", lambda: self._fastest(self._teacher())[0]))
 
     def latency(self, student: nn.Module) -> float:
         """Milliseconds of the INT8 form of a MODULE student: the baseline over the ratio measured in turn."""
         candidate = session(self.emit(student), threads=self.threads)
-        teacher, student_ms = fastest([self._teacher(), candidate], self.task.feeds(1))
+        teacher, student_ms = self._fastest(self._teacher(), candidate)
         return self.baseline() * student_ms / teacher
 
     def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str) -> tuple[float, float, float]:
@@ -78,9 +92,12 @@ class Oracle:
         emit_onnx_for(program.student, self.task, path)
         return path
 
+    def _fastest(self, *sessions: ort.InferenceSession) -> list[float]:
+        return fastest(sessions, self.task.feeds(1), rounds=self.rounds)
+
     def _teacher(self) -> ort.InferenceSession:
         if self._session is None:
-            path = Path(self.folder.name) / "teacher.onnx"
-            emit_onnx_for(self.teacher, self.task, path)
-            self._session = session(path, threads=self.threads)
+            if not self.teacher_path.exists():
+                emit_onnx_for(self.teacher, self.task, self.teacher_path)
+            self._session = session(self.teacher_path, threads=self.threads)
         return self._session

@@ -58,6 +58,8 @@ class RunContext:
     observer: Observer = field(default_factory=Silent)
     oracle: LatencyOracle | None = None
     """what times students in the target's runtime; None where this machine is not the target"""
+    rough: bool = False
+    """a rehearsal: what candidates are only compared by may be estimated where measuring takes seconds for each"""
     scope: str = ""
     """the pass that is running, such as `02-distill`"""
 

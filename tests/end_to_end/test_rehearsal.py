@@ -15,7 +15,7 @@ from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError
 from pqk.evaluation.agreement import agreement
 from pqk.evaluation.attempts import Failure, attempt
-from pqk.rehearsal import rehearse
+from pqk.rehearsal import rehearse, why_not_exported
 from pqk.verify.float_parity import why_not_as_torch
 
 pytestmark = pytest.mark.slow
@@ -79,6 +79,16 @@ def test_a_file_of_another_network_is_not_the_teacher(tmp_path: Path) -> None:
     assert why_not_as_torch(net(), tmp_path / "teacher.onnx", data) is None
     reason = why_not_as_torch(net(seed=1), tmp_path / "teacher.onnx", data)
     assert reason is not None and "the ONNX file of Net is off by" in reason
+
+
+def test_a_file_of_the_teacher_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.onnx"
+    assert not [*why_not_exported(net(), task(), path)]
+    before = path.stat()
+    assert not [*why_not_exported(net(), task(), path)]
+    after = path.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert "is off by" in next(why_not_exported(net(seed=1), task(), path)), "but it is held against the teacher"
 
 
 def test_a_contender_is_asked_before_it_is_timed() -> None:

@@ -335,6 +335,24 @@ def test_latency_budget_is_measured_and_a_journal_replays_it(depth: bool) -> Non
     assert again.plan == program.plan and len(calls) == measured
 
 
+def test_a_rehearsal_measures_what_is_left_and_estimates_single_candidates() -> None:
+    """Exporting and timing each candidate takes seconds; what they will cost a compile is noted."""
+    model = trained(resnet((2, 2, 2, 2), 8))
+    task = task_of(model, (3, 8, 8))
+    base = staircase([])(model)
+    calls: dict[bool, list[int]] = {False: [], True: []}
+    for rough, seen in calls.items():
+        oracle = SimpleNamespace(latency=staircase(seen), baseline=lambda: base)
+        config = Prune(depth=True, width=False, latency_ratio=1.5)
+        config = config.rehearsal(1.0) if rough else config  # type: ignore[assignment]
+        program = config.apply(program_of(model, oracle=oracle, rough=rough), task)
+        reached = program.details["budget"]["reached"]
+        assert reached >= 1.5 and reached == pytest.approx(base / staircase([])(program.student))
+        estimated = program.details.get("estimated", {"candidates": 0})
+        assert (estimated["candidates"] >= 2 and estimated["seconds"] > 0) == rough
+    assert len(calls[True]) < len(calls[False]) - 1
+
+
 def test_recovery_trains_between_steps() -> None:
     model = trained(resnet((1, 1), 8))
     task = task_of(model, (3, 8, 8))
