@@ -31,7 +31,8 @@ def copy_of(module: Module, what: str = "teacher", shared: Iterable[Tensor] = ()
     parameters of the copy, of the value that they have in eval mode. Raises `InputError`, naming `what` and the
     attribute, where something in it cannot be copied.
     """
-    memo: dict[int, object] = {id(t): t.detach().clone() for _, t in _computed(module)} | {id(t): t for t in shared}
+    memo: dict[int, object] = {id(t): t.detach().clone() for _, t in _computed(module)}
+    memo.update((id(t), t) for t in shared)
     try:
         twin = copy.deepcopy(module, memo)
     except Exception as error:  # whatever an attribute's own copying raises

@@ -122,9 +122,10 @@ class OperatorRules:
             self.numbers.keep(labels, "they are written into a part of what has no channels" + self.numbers.where())
 
     def _moved(self, func: Any, plain: str, args: Any, kwargs: Any, output: Any) -> None:
-        first = args[0]
-        many = isinstance(first, list | tuple)
-        source = [self.numbers.or_zeros(t) for t in first] if many else self.numbers.or_zeros(first)
+        if isinstance(args[0], list | tuple):  # joined
+            sources = [self.numbers.or_zeros(t) for t in args[0]]
+            return self.numbers.put(output, _as_values(func, plain, sources, args[1:], kwargs))
+        source = self.numbers.or_zeros(args[0])
         if plain in ("_to_copy", "clone"):
             return self.numbers.put(output, source.clone())
         if plain == "glu":
@@ -133,20 +134,19 @@ class OperatorRules:
             return self.numbers.put(output, torch.maximum(one, other))
         if plain == "constant_pad_nd":
             return self.numbers.put(output, padded(source, args[1]))
-        result = _as_values(func, plain, source, args[1:], kwargs)
-        for tensor, labels in zip(tensors(output), tensors(result), strict=True):
+        parts = tensors(_as_values(func, plain, source, args[1:], kwargs))
+        for tensor, labels in zip(tensors(output), parts, strict=True):
             if plain != "index" or labels.any():
                 self.numbers.put(tensor, labels)
-        if not many:
-            self._parts(plain, source, args, tensors(result))
-        return None
+        return self._parts(plain, source, args, parts)
 
     def _parts(self, plain: str, source: Tensor, args: Any, parts: list[Tensor]) -> None:
         """Equal parts of an axis must stay equal."""
         if "split" in plain and len({p.shape for p in parts}) == 1:
             self.numbers.even(torch.stack(narrowed(parts)).flatten(1))
         elif plain == "slice":
-            axis, start, _, step = [*args[1:], *(0, 0, None, 1)[len(args) - 1 :]]
+            values: list[Any] = list(args[1:]) + [0, 0, None, 1][len(args) - 1 :]
+            axis, start, _, step = values
             size, length = source.shape[axis], parts[0].shape[axis]
             start, axis = (start or 0) % size, axis % source.ndim
             if 1 < length < size and size % length == 0 and varies(source, axis):
