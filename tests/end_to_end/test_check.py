@@ -155,7 +155,7 @@ def test_a_model_that_cannot_be_captured_is_named_with_its_line(toy: Any) -> Non
 
 @pytest.mark.usefixtures("undeployed")
 def test_a_group_that_breaks_the_law_is_refused(toy: Any) -> None:
-    found = rehearse(toy, RECIPE.replace("macs_ratio = 1.5", "macs_ratio = 1.1"), sliced=True)
+    found = rehearse(toy, RECIPE.replace("macs_ratio = 1.5", "macs_ratio = 1.1"), weighed=True)
     assert "differ" in next(g["reason"] for g in found.groups if g["name"] == "second.0")
     assert found.problems == []
 

@@ -12,27 +12,27 @@ from pqk.data.data import ArrayData
 class Plain(nn.Module):
     """[B, 1, 8, 8] -> logits [B, 4]; `output` spoils what it returns, `branch` makes it impossible to capture."""
 
-    def __init__(self, width: int, output: str, branch: bool, sliced: bool) -> None:
+    def __init__(self, width: int, output: str, branch: bool, weighed: bool) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
         self.second = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
         self.head = nn.Linear(width, 4)
-        self.output, self.branch, self.sliced, self.width = output, branch, sliced, width
+        self.output, self.branch, self.weighed, self.width = output, branch, weighed, width
 
     def forward(self, x: Tensor) -> object:
         x = self.second(self.first(x))
         if self.branch and x.sum() > 0:
             x = x + 1
-        if self.sliced:  # every channel meets its mirror image, which no channel tracer sees
-            x = x * x.flip(1)
+        if self.weighed:  # against the others, channels at zero among them
+            x = x * x.softmax(1)
         logits = self.head(x.mean((2, 3)))
         return {"tensor": logits, "text": "no tensor", "nan": logits * float("nan")}[self.output]
 
 
-def teacher(width: int = 32, output: str = "tensor", branch: bool = False, sliced: bool = False) -> nn.Module:
+def teacher(width: int = 32, output: str = "tensor", branch: bool = False, weighed: bool = False) -> nn.Module:
     print("a factory that talks")
     torch.manual_seed(0)
-    return Plain(width, output, branch, sliced)
+    return Plain(width, output, branch, weighed)
 
 
 def task(data: object = None, fault: str = "", train: bool = True, size: int = 8) -> object:
