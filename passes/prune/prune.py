@@ -23,8 +23,9 @@ from pqk.data.data import Batch
 from pqk.errors import InputError, nearest
 from pqk.passes.prune.budget import UNITS, Budget
 from pqk.passes.prune.cuts import channels_of, cut_channels, drop_block
-from pqk.passes.prune.search import DepthSearch, WidthSearch
+from pqk.passes.prune.depth_search import DepthSearch
 from pqk.passes.prune.settings import PruneSettings
+from pqk.passes.prune.width_search import WidthSearch
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, fit
 

@@ -24,10 +24,10 @@ from pqk.passes.convert.convert import convert
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.channel_group import ChannelGroup
 from pqk.passes.prune.cuts import Cut, Skip, cut_channels, drop_block
+from pqk.passes.prune.depth_search import alternation
 from pqk.passes.prune.groups import find_groups
 from pqk.passes.prune.heads import FewerHeads, Regrouped, find_attention
 from pqk.passes.prune.law import masked, why_not_cut, why_not_exact
-from pqk.passes.prune.search import alternation
 from pqk.passes.quantize.embeddings import LEAST, TableFakeQuant
 from pqk.target.target import Target
 
