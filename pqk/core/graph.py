@@ -6,19 +6,44 @@ Every node carries three plain facts in `node.meta`, which survive copies and re
     dtype   torch.dtype
     layer   a name a user knows: `layer1.0.conv1`, or `layer1.0.add` for an operator in a forward method
 
-Only tensor-valued nodes have a shape. `graph_module.meta["points"]` maps a module's path to its output's node.
+Only tensor-valued nodes have a shape. `graph_module.meta` has, beside,
+
+    points      a module's path -> its output's node
+    outputs     for each output the sizes of its axes: a number, the name of a free axis, or an expression of names
+    sizes       a free axis of the inputs -> the `Sizes` that it may have
+    structure   the containers of the outputs, where they are not those that fx knows
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from pqk.data.structures import members, recast
 from pqk.quiet import quiet
+
+class StructuredCode(fx.graph.CodeGen):
+    """The code of a graph whose outputs are put into containers that fx does not know, such as dataclasses."""
+
+    def __init__(self, structure: Any) -> None:
+        super().__init__()
+        self.structure = structure
+
+    def generate_output(self, output_args: Any, **options: Any) -> str:
+        return f"return _structured({super().generate_output(output_args, **options).removeprefix('return ')})"
+
+    def process_outputs(self, outputs: Any) -> Any:
+        return recast(self.structure, outputs)
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        return [("_structured", self.process_outputs)]
+
 
 FACTS = ("shape", "dtype", "layer")
 
@@ -143,6 +168,35 @@ def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
 def quiet_export() -> AbstractContextManager[None]:
     """Keeps torch.export quiet, which warns of its own internals, and logs and prints what it also raises."""
     return quiet("torch", level=logging.CRITICAL, printing=True)
+
+
+def register_containers(outputs: Any) -> None:
+    """Teaches `torch.export` the containers in outputs that it does not know: dataclasses, subclasses of dict.
+
+    It takes them apart in the order of `members`, without what is None in a dataclass.
+    """
+    inner = members(outputs)
+    if inner is None:
+        return
+    for _, part in inner:
+        register_containers(part)
+    kind = type(outputs)
+    if kind in torch.utils._pytree.SUPPORTED_NODES or hasattr(outputs, "_fields"):
+        return
+    if dataclasses.is_dataclass(kind) and not isinstance(outputs, dict):
+        torch.export.register_dataclass(kind)
+        return
+
+    def taken_apart(value: Any) -> tuple[list[Any], Any]:
+        return [part for _, part in members(value) or ()], tuple(value) if isinstance(value, dict) else None
+
+    def put_together(parts: Iterable[Any], keys: Any) -> Any:
+        if keys is None:
+            return kind(parts)
+        named = dict(zip(keys, parts, strict=True))
+        return kind(**named) if dataclasses.is_dataclass(kind) else kind(named)
+
+    torch.utils._pytree.register_pytree_node(kind, taken_apart, put_together)
 
 
 def move_points(graph_module: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:

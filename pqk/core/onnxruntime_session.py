@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from pqk.data.structures import Outputs
+from pqk.data.structures import Outputs, restructured
 from pqk.errors import InputError
 from pqk.target.machine import usable_cores
 
@@ -56,12 +55,3 @@ class OnnxModel:
     def __call__(self, *inputs: Tensor) -> Outputs:
         feeds = {name: t.detach().contiguous().numpy() for name, t in zip(self.names, inputs, strict=True)}
         return restructured(self.like, iter(map(torch.from_numpy, self.session.run(None, feeds))))
-
-
-def restructured(like: Outputs, values: Iterator[Tensor]) -> Outputs:
-    """`values` in the structure of `like`, in the order of `pqk.data.structures.tensors`."""
-    if isinstance(like, Tensor):
-        return next(values)
-    if isinstance(like, dict):
-        return {key: restructured(part, values) for key, part in like.items()}
-    return type(like)(restructured(part, values) for part in like)

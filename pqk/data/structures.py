@@ -1,39 +1,114 @@
-"""Nested inputs and outputs: tensors in dicts, tuples and lists, in one order."""
+"""Nested inputs and outputs: tensors in dicts, tuples, lists, named tuples and dataclasses, in one order.
+
+`members` and `refilled` alone know what a container is; everything else that takes structures apart or puts them
+together is made of the two, so that names, orders and shapes cannot disagree. None stands for an output that is not
+there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 
 Inputs = tuple[Tensor, ...]
 """a model's inputs in order, each [B, …]"""
 
 
+def members(value: Any) -> list[tuple[str, Any]] | None:
+    """Gives what a container holds, by name, in the order that `torch.export` takes it apart in.
+
+    Args:
+        value: anything; dicts, named tuples, dataclasses (`ModelOutput` is one), tuples and lists are containers.
+
+    Returns:
+        Keys, fields or positions, each with its value; None where `value` is no container.
+    """
+    if isinstance(value, dict):
+        return [(str(key), part) for key, part in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, tuple | list):
+        return [(str(i), part) for i, part in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return None
+
+
+def refilled(value: Any, parts: Sequence[Any]) -> Any:
+    """Makes a container of the kind of `value` that holds `parts` instead, in the order of `members`."""
+    if type(value) is dict:
+        return dict(zip(value, parts, strict=True))
+    if isinstance(value, dict) and dataclasses.is_dataclass(value):
+        return type(value)(**dict(zip(value, parts, strict=True)))
+    if isinstance(value, dict):
+        new: Any = copy.copy(value)
+        for key, part in zip(value, parts, strict=True):
+            new[key] = part
+        return new
+    if dataclasses.is_dataclass(value):
+        new = copy.copy(value)
+        for field, part in zip(dataclasses.fields(value), parts, strict=True):
+            object.__setattr__(new, field.name, part)  # frozen ones, too
+        return new
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with `function` applied to its tensors, through tuples, lists and dicts."""
+    """`value` with `function` applied to its tensors, in order, through everything that has `members`."""
     if isinstance(value, Tensor):
         return function(value)
+    inner = members(value)
+    return value if inner is None else refilled(value, [map_tensors(function, part) for _, part in inner])
+
+
+def leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Gives everything in a structure that is no container, in order, by its path: `boxes_0` for `{"boxes": [x]}`."""
+    inner = members(value)
+    if inner is None:
+        return [(path, value)]
+    return [leaf for name, part in inner for leaf in leaves(part, f"{path}_{name}" if path else name)]
+
+
+def recast(like: Any, value: Any) -> Any:
+    """`value` in containers of the kinds of `like`, which has as many members everywhere."""
+    inner = members(like)
+    if inner is None:
+        return value
+    pairs = zip(inner, members(value) or (), strict=True)
+    return refilled(like, [recast(kind, part) for (_, kind), (_, part) in pairs])
+
+
+def plain(value: Any) -> Any:
+    """A structure with dicts for dataclasses, and with dicts, tuples and lists for their subclasses."""
+    inner = members(value)
+    if inner is None:
+        return value
+    parts = [plain(part) for _, part in inner]
     if isinstance(value, dict):
-        return {k: map_tensors(function, v) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, v) for v in value))
-    return type(value)([map_tensors(function, v) for v in value]) if isinstance(value, tuple | list) else value
+        return dict(zip(value, parts, strict=True))
+    if isinstance(value, list):
+        return parts
+    if isinstance(value, tuple):
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return {name: part for (name, _), part in zip(inner, parts, strict=True)}
 
 
 Outputs = Any
-"""what a model returns: a tensor, or a tuple or dict of tensors"""
+"""what a model returns: a tensor, or a structure of tensors and None"""
 
 
 def first_tensor(outputs: Outputs) -> Tensor:
     """Gives the first tensor of a model's outputs.
 
     Args:
-        outputs: what the model returned: a tensor, or a tuple, list or dict of tensors, nested or not.
+        outputs: what the model returned: a tensor, or a structure of tensors.
 
     Returns:
         The first one, in order.
@@ -51,16 +126,58 @@ def tensors(outputs: Outputs) -> list[Tensor]:
     """Gives all tensors of a model's outputs.
 
     Args:
-        outputs: what the model returned: a tensor, or a tuple, list or dict of tensors, nested or not.
+        outputs: what the model returned: a tensor, or a structure of tensors.
 
     Returns:
         The tensors, in order.
     """
+    return [leaf for _, leaf in leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def named_tensors(outputs: Outputs, taken: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Gives the tensors of a model's outputs by the names that they have in a file.
+
+    Args:
+        outputs: what the model returned.
+        taken: names that something else has, such as the inputs.
+
+    Returns:
+        In order: `logits` for a lone tensor, else the path of each, which starts with `output` where it is a position
+        in a tuple. Where a name is taken it is numbered.
+    """
     if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    return [t for o in outputs for t in tensors(o)] if isinstance(outputs, tuple | list) else []
+        found = [("logits", outputs)]
+    else:
+        found = [(name, leaf) for name, leaf in leaves(outputs) if isinstance(leaf, Tensor)]
+        found = [(f"output_{name}" if name[:1].isdigit() else name, leaf) for name, leaf in found]
+    named: dict[str, Tensor] = {}
+    used = set(taken)
+    for name, leaf in found:
+        free, count = name, 0
+        while free in used:
+            count += 1
+            free = f"{name}_{count}"
+        used.add(free)
+        named[free] = leaf
+    return named
+
+
+def why_not_outputs(outputs: Outputs) -> Reason | None:
+    """Why a model's outputs cannot be put into a file; None where they can: tensors with a batch, and None."""
+    if not tensors(outputs):
+        return f"its output is a {type(outputs).__name__} without tensors; pqk compares tensors"
+    for path, leaf in leaves(outputs):
+        where = f"its output {path}"
+        if isinstance(leaf, Tensor) and leaf.ndim == 0:
+            return f"{where} is one number for the whole batch; every output needs the batch as its first axis"
+        if leaf is not None and not isinstance(leaf, Tensor):
+            return f"{where} is of type {type(leaf).__name__}; a model returns tensors (or None) only, in any structure"
+    return None
+
+
+def restructured(like: Outputs, values: Iterator[Tensor]) -> Outputs:
+    """`values` in the structure of `like`, in the order of `tensors`."""
+    return map_tensors(lambda _: next(values), like)
 
 
 def widened(t: Tensor) -> Tensor:
@@ -81,15 +198,12 @@ def concatenate(parts: list[Any], unlabelled: int = 0) -> Any:
     Tensors whose other axes differ are padded: those of integers by `unlabelled`, others by 0.
     """
     head = parts[0]
-    if head is None:
-        return None
     if isinstance(head, Tensor):
         return joined(parts, 0 if head.is_floating_point() or head.dtype == torch.bool else unlabelled)
-    if isinstance(head, dict):
-        return {k: concatenate([p[k] for p in parts], unlabelled) for k in head}
-    if hasattr(head, "_fields"):
-        return type(head)(*(concatenate([p[i] for p in parts], unlabelled) for i in range(len(head))))
-    return type(head)(concatenate([p[i] for p in parts], unlabelled) for i in range(len(head)))
+    if members(head) is None:
+        return head
+    by_name = [dict(members(p) or ()) for p in parts]  # targets may be dicts in several orders
+    return refilled(head, [concatenate([named[name] for named in by_name], unlabelled) for name in by_name[0]])
 
 
 def joined(parts: list[Tensor], padding: int = 0) -> Tensor:

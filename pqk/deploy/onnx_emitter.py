@@ -18,8 +18,9 @@ from onnxscript import opset21 as op
 from torch import Tensor, fx, nn
 
 from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantized_tensors
+from pqk.core.graph import register_containers
 from pqk.core.modes import fused_layers
-from pqk.data.structures import Outputs
+from pqk.data.structures import named_tensors
 from pqk.deploy.onnx_ops import QUANTIZERS
 from pqk.deploy.onnx_pools import Value, average_pool, max_pool
 from pqk.errors import InputError
@@ -97,12 +98,13 @@ def emit_onnx(
     """Write `module`, a float module or an INT8 graph, to `path`, whole or not at all; its mode becomes eval.
 
     `example` are inputs whose first axis is the batch (at least 2), which becomes the dynamic axis "batch"; `axes`
-    names further free axes. Outputs are named by `output_names`; by default by the keys of a dict, else `logits`, or
-    `output_0`, `output_1` … for several. The outputs of the QuantizeLinear nodes of activations are named `LAYER_q`.
-    Raises `InputError` where the module cannot be exported, and for a full disk.
+    names further free axes. Outputs are named by `output_names`; by default `logits` where there is one tensor, else by
+    the path of each in their structure (`named_tensors`). The outputs of the QuantizeLinear nodes of activations are
+    named `LAYER_q`. Raises `InputError` where the module cannot be exported, and for a full disk.
     """
     module.eval()
-    names = list(output_names or _names_of_outputs(module, example))
+    names = _names_of_outputs(module, example, input_names)
+    names = list(output_names or names)
     try:
         # The exporter prints, logs, and warns of itself.
         with quiet(level=logging.CRITICAL, printing=True), fused_layers(False), torch.no_grad():
@@ -138,16 +140,11 @@ def emit_onnx(
     write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
 
 
-def _names_of_outputs(module: nn.Module, example: tuple[Tensor, ...]) -> list[str]:
+def _names_of_outputs(module: nn.Module, example: tuple[Tensor, ...], input_names: Sequence[str]) -> list[str]:
     with torch.no_grad():
-        return names_of_outputs(module(*example))
-
-
-def names_of_outputs(outputs: Outputs) -> list[str]:
-    """What outputs are called where the task does not name them."""
-    if isinstance(outputs, dict):
-        return list(outputs)
-    return ["logits"] if isinstance(outputs, Tensor) else [f"output_{i}" for i in range(len(outputs))]
+        outputs = module(*example)
+    register_containers(outputs)
+    return list(named_tensors(outputs, input_names))
 
 
 def _anonymize(model: onnx.ModelProto) -> None:

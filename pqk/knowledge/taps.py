@@ -10,7 +10,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from pqk.core.calls import ModuleCall, watch
-from pqk.data.structures import first_tensor
+from pqk.data.structures import first_tensor, recast
 from pqk.errors import InputError, nearest
 
 
@@ -61,9 +61,11 @@ class TappedGraph(nn.Module):
                 raise InputError(f'distill: the captured student has no point "{path}"{nearest(path, points)}')
         graph.output((output, {path: by_name[points[path]] for path in paths}))
         self.graph = fx.GraphModule(graph_module, graph)
+        self.structure = graph_module.meta.get("structure")
 
     def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        return self.graph(*inputs)
+        outputs, features = self.graph(*inputs)
+        return outputs if self.structure is None else recast(self.structure, outputs), features
 
 
 def tap(model: nn.Module, paths: Sequence[str]) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from pqk.data.structures import Inputs, Outputs, tensors
+from pqk.data.structures import Inputs, Outputs, named_tensors, tensors, why_not_outputs
 from pqk.errors import InputError, nearest
 from pqk.task.axes import BATCH, batch_axes
 
@@ -59,6 +59,10 @@ class Signature:
         """`sized(batch, name)` as arrays by input name, as ONNX runtimes take them."""
         return {key: t.numpy() for key, t in zip(self.input_names, self.sized(batch, name), strict=True)}
 
+    def names_of(self, outputs: Outputs) -> list[str]:
+        """The outputs' names: `output_names`, or those of their own structure."""
+        return list(self.output_names or named_tensors(outputs, self.input_names))
+
     def check_inputs(self, what: str, inputs: Inputs) -> None:
         """Raises `InputError`, naming the data as `what`, where inputs differ from the example beyond free axes."""
         if len(inputs) != len(self.example):
@@ -71,7 +75,9 @@ class Signature:
                 )
 
     def check_outputs(self, outputs: Outputs) -> None:
-        """Raises `InputError` where the output names are not one for each output, all different from each other."""
+        """Raises `InputError` where outputs cannot be put into a file, or the names are not one for each of them."""
+        if (reason := why_not_outputs(outputs)) is not None:
+            raise InputError(f"teacher: {reason}")
         names, count = self.output_names, len(tensors(outputs))
         if names is not None and (
             len(names) != count or len({*names, *self.input_names}) != count + len(self.input_names)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
-from pqk.data.structures import tensors, widened
+from pqk.data.structures import members, tensors, widened
 from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge.terms.base import Term, View
 from pqk.task.metrics import SAY_AXIS
@@ -51,7 +50,7 @@ def pick(value: Any, output: int | str | None) -> Any:
     if output is None or isinstance(value, Tensor) or value is None:
         return value
     if isinstance(output, str):
-        by_name = value if isinstance(value, Mapping) else getattr(value, "_asdict", dict)()
+        by_name = dict(members(value) or ())
         if output not in by_name:
             raise InputError(f'distill: the model has no output "{output}"{nearest(output, map(str, by_name))}')
         return by_name[output]
