@@ -162,7 +162,7 @@ def test_no_file_is_private() -> None:
 
 TEXT_OR_NOTHING = {
     "installed", "compiler", "function", "matches", "stands_for", "_layer_of",  # a name, where there is one
-    "cached_output",
+    "cached_output", "_recurrent_layer",
     "corruption_warning", "reason",  # a sentence for the report
     "onnxruntime_dynamic", "optimum_ptq", "ptq",
 }  # fmt: skip

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import re
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from torch import fx, nn
 
 from pqk.core.aten import GUARDS, NO_OPS, aten
 from pqk.core.graph import (
+    StructuredCode,
     arguments,
     attach,
     attribute,
@@ -31,18 +31,24 @@ from pqk.core.graph import (
     finish,
     free_path,
     quiet_export,
+    register_containers,
     replace,
     shape,
     tensor_node,
 )
 from pqk.core.modes import fused_layers
 from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
+from pqk.data.structures import members, plain_structure, refilled
 from pqk.errors import InputError
 from pqk.passes.capture.batch_norm import fold_batch_norms
 from pqk.passes.capture.canonicalize import canonical_forms
+from pqk.passes.capture.free_sizes import check_free_sizes
+from pqk.passes.capture.traced_axes import SpelledSizes, TracedAxes, fixing_line, literal_line, user_inputs
 from pqk.passes.capture.writes import plain_writes
-from pqk.task.axes import Axes, free_axes
+from pqk.task.axes import BATCH, Axes, batch_axes, free_axes
 from pqk.task.task import Task
+
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -70,12 +76,18 @@ def capture(
 
     `example` are inputs whose first axis is the batch, of at least 2; their layers are called by `input_names`, or by
     the names of the arguments of `forward`. `axes` names the free axes of each input, the batch alone by default.
-    Raises `InputError` naming the construct and the line of the user's code where the model cannot be traced.
+    Raises `InputError` naming the construct and the line of the user's code where the model cannot be traced, or where
+    it keeps something of the example's size of a free axis.
     """
-    exported = _export(student.eval(), example, axes)
-    _plain_signature(exported.graph)
+    axes = axes or batch_axes(example)
+    example = tuple(t.clone() for t in example)  # one tensor twice would be one input to the exporter
+    exported, traced = _export(student.eval(), example, axes)
+    structure = _plain_signature(exported.graph)
     _spell_sizes(exported.graph)
     graph_module = fx.GraphModule(exported, exported.graph)
+    outputs = traced.output_sizes(exported.graph)
+    if structure is not None:
+        graph_module.meta["structure"] = structure
     _describe(graph_module, input_names)
     _drop_no_ops(graph_module)
     plain_writes(graph_module)
@@ -84,28 +96,30 @@ def capture(
     canonical_forms(graph_module)
     for parameter in finish(graph_module).parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    sizes, shapes = check_free_sizes(student, graph_module, example, axes, traced, outputs)
+    graph_module.meta.update(sizes=sizes, outputs=shapes)
     return graph_module
 
 
 # ---- tracing
 
 
-def _export(student: nn.Module, example: Example, axes: Axes | None) -> fx.GraphModule:
+def _export(student: nn.Module, example: Example, axes: Axes) -> tuple[fx.GraphModule, TracedAxes]:
+    """The traced graph without guards, and what the tracer took for granted of free axes, which the guards said."""
     try:
+        with quiet_export(), fused_layers(False), torch.no_grad():
+            register_containers(student(*example))
         with quiet_export(), fused_layers(False):
             free = free_axes(student, example, axes)
             program = torch.export.export(student, example, dynamic_shapes=free, strict=False)
+            traced = TracedAxes.of(program, axes)
             if any(_mutates(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: only functionalizes
-            return program.module(check_guards=False)
+            return program.module(check_guards=False), traced
     except Exception as error:  # whatever the user's code or the tracer raised
         message = str(error).strip().partition("\n")[0]
         if "specialized" in str(error) or "Constraints violated" in str(error):
-            match = re.search(r"size\(\)\[(\d+)\]", str(error))
-            axis = int(match[1]) if match else 0
-            name, size = (axes[0][axis] if axes and axis else "batch"), example[0].shape[axis]
-            message = f"the {name} size is fixed to {size} somewhere; use x.shape[{axis}] or -1, not a number"
-            where = _fixed_size(student, example, size)
+            message, where = _fixed_size(student, example, axes)
         else:
             where = _user_line(error)
         raise InputError(
@@ -114,27 +128,47 @@ def _export(student: nn.Module, example: Example, axes: Axes | None) -> fx.Graph
         ) from error
 
 
-def _plain_signature(graph: fx.Graph) -> None:
-    """Tensors in, and the tensor, tuple or dict of the original out, without pytree calls around every forward."""
+def _plain_signature(graph: fx.Graph) -> Any | None:
+    """Tensors in, and the original's structure of tensors out, without pytree calls around every forward.
+
+    Returns the structure where it is not of dicts, tuples and lists alone; the graph's own code then makes it of them.
+    """
     output = graph.output_node()
     structure = torch.utils._pytree.tree_unflatten(output.args[0], graph._codegen.pytree_info.out_spec)  # type: ignore[attr-defined,arg-type]
-    output.args = (dict(structure) if isinstance(structure, dict) else structure,)
-    graph.set_codegen(fx.graph.CodeGen())
+    output.args = (plain_structure(structure),)
+    if _containers(structure) == _containers(output.args[0]):
+        graph.set_codegen(fx.graph.CodeGen())
+        return None
+    empty = _emptied(structure)
+    graph.set_codegen(StructuredCode(empty))
+    return empty
+
+
+def _containers(structure: Any) -> list[type]:
+    inner = members(structure)
+    return [] if inner is None else [type(structure), *(t for _, part in inner for t in _containers(part))]
+
+
+def _emptied(structure: Any) -> Any:
+    """The containers alone, with nothing of the graph in them."""
+    inner = members(structure)
+    if inner is None:
+        return None if structure is None else True
+    return refilled(structure, [_emptied(part) for _, part in inner])
 
 
 def _spell_sizes(graph: fx.Graph) -> None:
-    """A -1 in a view that is a free size of an input becomes that size: as a quotient it grows from layer to layer."""
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    free = {str(s): (n, i) for n in inputs for i, s in enumerate(n.meta["val"].shape) if not isinstance(s, int)}
-    nodes: dict[str, fx.Node] = {}
-    for node in calls(graph, aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+    """A -1 in a view beside other free sizes becomes the size that it stands for.
+
+    As a quotient it would grow from layer to layer, and beside a batch of none it cannot be found.
+    """
+    spelling = SpelledSizes(graph)
+    for node in calls(graph, *VIEWS):
         sizes = list(node.args[1])  # type: ignore[arg-type]
-        size = str(node.meta["val"].shape[sizes.index(-1)]) if -1 in sizes else ""
-        if size in free and any(isinstance(s, fx.Node) for s in sizes):
-            if size not in nodes:
-                with graph.inserting_after(inputs[-1]):
-                    nodes[size] = graph.call_function(aten.sym_size.int, free[size])
-            sizes[sizes.index(-1)] = nodes[size]
+        if -1 in sizes and any(isinstance(s, fx.Node) for s in sizes):
+            at = sizes.index(-1)
+            size = spelling.of(node.meta["val"].shape[at])
+            sizes[at] = -1 if size is None else size
             node.args = (node.args[0], sizes)
 
 
@@ -149,22 +183,43 @@ def _user_line(error: BaseException) -> str:
     return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}: '{frames[-1].line}'" if frames else ""
 
 
-def _fixed_size(student: nn.Module, example: Example, size: int) -> str:
-    """Where a literal equal to a free size enters a shape: found by tracing once more with every size fixed."""
+def _fixed_size(student: nn.Module, example: Example, axes: Axes) -> tuple[str, str]:
+    """Which free axis the model fixes, and `, at FILE:LINE: 'code'` where: by tracing it with sizes that may be fixed.
+
+    Where Python fixes a size (a loop, `len`, `float`), the tracer notes the line; else a number is looked for.
+    """
+
+    def may_be_fixed(shapes: Any) -> Any:
+        if isinstance(shapes, dict):
+            return dict.fromkeys(shapes, torch.export.Dim.AUTO)
+        return tuple(may_be_fixed(s) for s in shapes)
+
+    unmarked = tuple(t.clone() for t in example)  # a failed export leaves its marks of free axes on the tensors
+    auto = may_be_fixed(free_axes(student, unmarked, axes))
+    nothing = "a size that is free is fixed to the example's somewhere", ""
     try:
         with quiet_export(), fused_layers(False):
-            unmarked = tuple(t.clone() for t in example)  # a failed export leaves its marks of free axes on the tensors
-            graph = torch.export.export(student, unmarked, strict=False).graph
+            program = torch.export.export(student, unmarked, dynamic_shapes=auto, strict=False)
     except Exception:  # what is wrong with the model is reported without a line, not hidden behind this search
-        return ""
-    for node in graph.nodes:
-        if size in (a for b in node.args if isinstance(b, list | tuple) for a in b if isinstance(a, int)):
-            lines = [text.strip() for text in node.meta.get("stack_trace", "").strip().splitlines()]
-            files = [i for i, text in enumerate(lines) if text.startswith("File ") and "/torch/" not in text]
-            if files:
-                file, number = lines[files[-1]].split('"')[1], lines[files[-1]].split("line ")[1].split(",")[0]
-                return f", at {Path(file).name}:{number}: '{lines[files[-1] + 1]}'"
-    return ""
+        return nothing
+    for number, (node, names) in enumerate(zip(user_inputs(program), axes, strict=True)):
+        for axis, (name, size) in enumerate(zip(names, node.meta["val"].shape, strict=True)):
+            if name and str(size).isdigit():  # also a symbol that has become a number
+                where = fixing_line(program, number, axis) or literal_line(program.graph, int(size))
+                if not where and name != BATCH and (layer := _recurrent_layer(student, program.graph)) is not None:
+                    message = f"{layer}, a recurrent layer, is unrolled over the {size} steps of the example"
+                    return f"the {name} size is fixed: {message}; leave it out of the task's dynamic_axes", ""
+                message = f"the {name} size is fixed to {size} somewhere; use x.shape[{axis}] or -1, not a number"
+                return message, f", at {where}" if where else ""
+    limits = (g for g in TracedAxes.of(program, axes).guards if g.line and BATCH in g.axes)
+    limit = next(limits, None)
+    return nothing if limit is None else (f"it takes {limit.expression} for granted", f", at {limit.line}")
+
+
+def _recurrent_layer(student: nn.Module, graph: fx.Graph) -> str | None:
+    """The path of a recurrent layer that was traced."""
+    recurrent = {path for path, module in student.named_modules() if isinstance(module, nn.RNNBase)}
+    return next((path for node in graph.nodes for path in _stack(node) if path in recurrent), None)
 
 
 # ---- what each node is
@@ -184,12 +239,20 @@ def _describe(graph_module: fx.GraphModule, input_names: Sequence[str] | None) -
             value = attribute(graph_module, str(node.target))
         node.meta.clear()
         if isinstance(value, torch.Tensor):
-            node.meta["shape"] = tuple(s if isinstance(s, int) else None for s in value.shape)
+            node.meta["shape"] = tuple(s if isinstance(s, int) else None for s in _sizes(node, value))
             node.meta["dtype"] = value.dtype
         node.meta["layer"] = input_layers.get(node) or _layer(node, stack, owners, layers)
         if node.op == "call_function" and "shape" in node.meta:
             points.update((path, node.name) for path in stack if path)
     graph_module.meta["points"] = points
+
+
+def _sizes(node: fx.Node, value: torch.Tensor) -> Sequence[Any]:
+    """The sizes of a value; a view's numbers as they were written, which the tracer has as quotients of free sizes."""
+    if node.target not in VIEWS:
+        return value.shape
+    written = node.args[1]
+    return [w if isinstance(w, int) and w >= 0 else s for w, s in zip(written, value.shape, strict=True)]  # type: ignore[arg-type]
 
 
 def _stack(node: fx.Node) -> list[str]:

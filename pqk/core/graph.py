@@ -11,7 +11,7 @@ Only tensor-valued nodes have a shape. `graph_module.meta` has, beside,
     points      a module's path -> its output's node
     outputs     for each output the sizes of its axes: a number, the name of a free axis, or an expression of names
     sizes       a free axis of the inputs -> the `Sizes` that it may have
-    structure   the containers of the outputs, where they are not those that fx knows
+    structure   the containers of the outputs, where they are not dicts, tuples and lists
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from torch import Tensor, fx, nn
 from pqk.data.structures import members, recast
 from pqk.quiet import quiet
 
+
 class StructuredCode(fx.graph.CodeGen):
-    """The code of a graph whose outputs are put into containers that fx does not know, such as dataclasses."""
+    """The code of a graph whose outputs are in other containers than dicts, tuples and lists, such as dataclasses."""
 
     def __init__(self, structure: Any) -> None:
         super().__init__()

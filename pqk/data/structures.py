@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -47,13 +48,12 @@ def refilled(value: Any, parts: Sequence[Any]) -> Any:
         return dict(zip(value, parts, strict=True))
     if isinstance(value, dict) and dataclasses.is_dataclass(value):
         return type(value)(**dict(zip(value, parts, strict=True)))
+    if isinstance(value, defaultdict):
+        return defaultdict(value.default_factory, zip(value, parts, strict=True))
     if isinstance(value, dict):
-        new: Any = copy.copy(value)
-        for key, part in zip(value, parts, strict=True):
-            new[key] = part
-        return new
+        return type(value)(zip(value, parts, strict=True))
     if dataclasses.is_dataclass(value):
-        new = copy.copy(value)
+        new: Any = copy.copy(value)
         for field, part in zip(dataclasses.fields(value), parts, strict=True):
             object.__setattr__(new, field.name, part)  # frozen ones, too
         return new
@@ -85,19 +85,17 @@ def recast(like: Any, value: Any) -> Any:
     return refilled(like, [recast(kind, part) for (_, kind), (_, part) in pairs])
 
 
-def plain(value: Any) -> Any:
-    """A structure with dicts for dataclasses, and with dicts, tuples and lists for their subclasses."""
+def plain_structure(value: Any) -> Any:
+    """A structure with dicts for everything whose members have names, and with tuples and lists."""
     inner = members(value)
     if inner is None:
         return value
-    parts = [plain(part) for _, part in inner]
-    if isinstance(value, dict):
-        return dict(zip(value, parts, strict=True))
+    parts = [plain_structure(part) for _, part in inner]
     if isinstance(value, list):
         return parts
-    if isinstance(value, tuple):
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return {name: part for (name, _), part in zip(inner, parts, strict=True)}
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(parts)
+    return dict(zip(value if isinstance(value, dict) else dict(inner), parts, strict=True))
 
 
 Outputs = Any

@@ -11,13 +11,15 @@ import io
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pqk.core.graph import quiet_export
+from pqk.core.graph import StructuredCode, quiet_export
+from pqk.data.structures import Outputs, restructured, tensors
 from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.task.axes import Axes, free_axes
@@ -39,7 +41,9 @@ def emit_torch(fused: fx.GraphModule, example: tuple[Tensor, ...], path: Path, a
     `example` are inputs whose first axis is the batch (at least 2), which stays free, as does what `axes` names. Raises
     `InputError` where the module cannot be exported, and for a full disk.
     """
+    example = tuple(t.clone() for t in example)  # one tensor twice would be one input to the exporter
     free = free_axes(fused, example, axes)
+    fused = _plain_outputs(fused)
     try:
         with quiet_export(), torch.no_grad():
             exported = torch.export.export(fused, example, dynamic_shapes=free, strict=False)
@@ -51,6 +55,15 @@ def emit_torch(fused: fx.GraphModule, example: tuple[Tensor, ...], path: Path, a
     with quiet_export():
         torch.export.save(exported, buffer)
     write_whole(Path(path), lambda partial: _write_records(partial, buffer))
+
+
+def _plain_outputs(fused: fx.GraphModule) -> fx.GraphModule:
+    """`fused` with the plain containers of its graph, as a reader of the file need not have the model's."""
+    if not isinstance(fused.graph._codegen, StructuredCode):
+        return fused
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(fused.graph, {}))
+    return fx.GraphModule(fused, graph)
 
 
 def load_student(path: Path | str, device: str | torch.device = "cpu") -> fx.GraphModule:
@@ -72,6 +85,12 @@ def load_student(path: Path | str, device: str | torch.device = "cpu") -> fx.Gra
         raise InputError(f"{path} cannot be loaded by torch {torch.__version__}: {reason}") from error
     assert isinstance(module, fx.GraphModule)
     return module.to(device)
+
+
+def load_like(path: Path | str, like: Outputs) -> Callable[..., Outputs]:
+    """The student in a `student.pt2` as a function whose outputs have the structure of `like`, the model's outputs."""
+    student = load_student(path)
+    return lambda *inputs: restructured(like, iter(tensors(student(*inputs))))
 
 
 def foreign_records(path: Path | str) -> list[str]:

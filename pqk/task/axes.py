@@ -46,9 +46,17 @@ class Sizes:
     most: int | None = None
     """None: no limit is known"""
     step: int = 1
+    equals: str | None = None
+    """the name of another axis that must have the same size"""
 
     def __contains__(self, size: int) -> bool:
         return self.least <= size <= (size if self.most is None else self.most) and not (size - self.least) % self.step
+
+    def some(self) -> list[int]:
+        """Some of them, near the least and far from it, and the most; none of no samples."""
+        first = self.least or self.step
+        near_and_far = (first + i * self.step for i in (0, 1, 2, 3, 7, 20, 53, 148, 403, 1096))
+        return sorted({n for n in (*near_and_far, self.most) if n is not None and n in self})
 
     def __str__(self) -> str:
         if self.least == self.most:
@@ -69,23 +77,33 @@ def sizes_of(example: Sequence[Tensor], axes: Axes) -> dict[str, int]:
     }
 
 
-def resized(example: Sequence[Tensor], axes: Axes, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+def resized(
+    example: Sequence[Tensor], axes: Axes, sizes: Mapping[str, int], *, scaled: bool = True
+) -> tuple[Tensor, ...]:
     """Inputs like `example` whose axes have the named `sizes`.
 
-    Along an axis of another size they hold values of the example that are drawn anew, and floats are scaled at random
-    beside: a repeated input would hide from means and maxima what is left out of it. The draw is always the same and
-    leaves torch's generator alone.
+    Along an axis of another size they hold values of the example that are drawn anew, for all inputs the same ones, in
+    their order and with both ends, so that masks and positions stay what they are. Floats are `scaled` at random
+    beside, except masks: a repeated input would hide from means and maxima what is left out of it. The draws are always
+    the same and leave torch's generator alone.
     """
+    known = sizes_of(example, axes)
     generator = torch.Generator().manual_seed(0)
+    draws = {name: _draw(known[name], n, generator) for name, n in sizes.items() if known.get(name, n) != n}
     inputs = []
     for t, names in zip(example, axes, strict=True):
         for axis, name in enumerate(names):
-            size = sizes.get(name or "", t.shape[axis])
-            if size != t.shape[axis]:
-                index = torch.randint(max(t.shape[axis], 1), (size,), generator=generator)
-                t = t.index_select(axis, index.to(t.device))
-        if t.is_floating_point():
-            noise = torch.rand(t.shape, generator=generator, dtype=t.dtype).to(t.device)
-            t = t * (0.5 + noise) if bool(t.any()) else noise - 0.5
+            if name in draws:
+                t = t.index_select(axis, draws[name].to(t.device))
+        if scaled and t.is_floating_point() and len(t.unique()) > 2:
+            t = t * (0.5 + 0.5 * torch.rand(t.shape, generator=generator, dtype=t.dtype)).to(t.device)
         inputs.append(t)
     return tuple(inputs)
+
+
+def _draw(known: int, size: int, generator: torch.Generator) -> Tensor:
+    """Positions among the `known`, in order: of two or more the first and the last are the ends."""
+    index = torch.randint(max(known, 1), (size,), generator=generator).sort().values
+    if size > 1:
+        index[0], index[-1] = 0, max(known, 1) - 1
+    return index

@@ -16,11 +16,10 @@ from pqk.data.structures import (
     leaves,
     map_tensors,
     named_tensors,
-    plain,
+    plain_structure,
     recast,
     restructured,
     tensors,
-    unnamed,
     why_not_outputs,
 )
 
@@ -83,8 +82,8 @@ def test_everything_takes_a_structure_apart_in_one_order(name: str) -> None:
     twice = concatenate([value, again])
     assert type(twice) is type(value)
     assert all(torch.equal(t, torch.cat([p, p + 1])) for t, p in zip(tensors(twice), parts, strict=True))
-    assert type(recast(value, plain(value))) is type(value)
-    assert all(a is b for a, b in zip(tensors(unnamed(value)), parts, strict=True))
+    assert type(recast(value, plain_structure(value))) is type(value)
+    assert all(a is b for a, b in zip(tensors(plain_structure(value)), parts, strict=True))
 
 
 def test_fields_are_set_and_not_only_items() -> None:
