@@ -242,7 +242,7 @@ class Rehearsal:
             folder, here, teacher = Path(name), self.found.latency_reason is None, self.oracle.teacher_path
             self.found.problems += why_not_deployed(self.program, self.task, folder, here)
             if self.target.runtime == "onnxruntime":
-                self.found.problems += why_not_exported(self.teacher, self.task, teacher)
+                self.found.problems += why_not_exported(self.program, self.task, teacher)
             file = folder / ("student.pt2" if self.program.fused is not None else "model.onnx")
             try:
                 self._measure(file, teacher, here)

@@ -26,7 +26,7 @@ from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
 from pqk.core.run_folder import RunFolder
 from pqk.data.data import digest_of
-from pqk.deploy.artifact import MANIFEST, Artifact, describe_interface, seal, write_report, write_student
+from pqk.deploy.artifact import MANIFEST, MODEL, Artifact, describe_interface, seal, write_report, write_student
 from pqk.deploy.tuning import Tuning
 from pqk.errors import InputError, ParityError
 from pqk.evaluation.evaluate import evaluate
@@ -40,9 +40,11 @@ from pqk.rehearsal import rehearse
 from pqk.report.schema import Report
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
+from pqk.task.axes import BATCH
 from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.training.trainer import accelerator
+from pqk.verify.other_sizes import answers_none, why_not_at_other_sizes
 
 
 def compress(
@@ -88,9 +90,11 @@ def compress(
             _rehearse(job, allow_parity_failure)
         program = _run(job, observer or Silent())
         if is_main_process():
+            interface = _interface(job, program)
             names = _write(job, program)
+            _compare_sizes(job, program, interface, allow_parity_failure)
             report = _judge(job, program)
-            _ship(job, program, names, report, allow_parity_failure)
+            _ship(job, program, interface, names, report, allow_parity_failure)
     wait_for_all()
     return Artifact.load(job.out)
 
@@ -232,6 +236,12 @@ def _run(job: Job, observer: Observer) -> Program:
         oracle.folder.cleanup()
 
 
+def _interface(job: Job, program: Program) -> dict[str, Any]:
+    """What the manifest says of inputs and outputs, before anything is written."""
+    assert isinstance(program.student, torch.fx.GraphModule)
+    return describe_interface(program.student, job.task)
+
+
 def _write(job: Job, program: Program) -> tuple[str, ...]:
     """Emit the student into the unfinished artifact; the names of its files."""
     folder = job.folder.unfinished_artifact
@@ -248,6 +258,31 @@ def _tuning(job: Job, program: Program) -> Tuning | None:
     return read_tuning(job.recipe.passes) or choose_tuning(program.fused, sample, gpu_for(job.target.name))
 
 
+def _compare_sizes(job: Job, program: Program, interface: dict[str, Any], allow_parity_failure: bool) -> None:
+    """Run what was written at other sizes of its free axes. Raises `ParityError` where it is wrong there.
+
+    A runtime that does not take a batch of none is no fault; the manifest's `interface` says it.
+    """
+    assert isinstance(program.student, torch.fx.GraphModule)
+    file = job.folder.unfinished_artifact / MODEL
+    reason = why_not_at_other_sizes(
+        job.teacher,
+        program.student,
+        job.task,
+        onnx=file if file.exists() else None,
+        fused=program.fused,
+        optimized=job.target.why_not_measured() is None,
+    )
+    batch = interface["axes"].get(BATCH)
+    if batch and batch["least"] == 0 and not (file.exists() and answers_none(program.student, file, job.task)):
+        batch["least"] = 1
+    if reason is not None and not allow_parity_failure:
+        raise ParityError(
+            f"parity: {reason}. The finished passes are kept in {job.folder.path}; --resume --allow-parity-failure "
+            "finishes the artifact all the same"
+        )
+
+
 def _judge(job: Job, program: Program) -> Report:
     """Measure what is deployed, and write the report beside it."""
     folder = job.folder.unfinished_artifact
@@ -256,7 +291,14 @@ def _judge(job: Job, program: Program) -> Report:
     return report
 
 
-def _ship(job: Job, program: Program, names: tuple[str, ...], report: Report, allow_parity_failure: bool) -> None:
+def _ship(
+    job: Job,
+    program: Program,
+    interface: dict[str, Any],
+    names: tuple[str, ...],
+    report: Report,
+    allow_parity_failure: bool,
+) -> None:
     """Move the finished files to where they go, the manifest last. Raises `ParityError` for a broken contract."""
     contracts = [report.parity, None if report.fusion is None else report.fusion.parity]
     broken = next((c for c in contracts if c is not None and not c.passed), None)
@@ -273,7 +315,7 @@ def _ship(job: Job, program: Program, names: tuple[str, ...], report: Report, al
         "seed": job.recipe.seed,
         "teacher": identity["teacher"],
         "data": identity["data"],
-        **describe_interface(program.student, job.task),
+        **interface,
         "preprocessing": job.task.preprocessing,
     }
     seal(job.folder.unfinished_artifact, job.out, names, manifest)

@@ -34,6 +34,7 @@ from pqk.target.target import Target
 from pqk.task.task import Task
 from pqk.verify.float_parity import why_not_as_torch
 from pqk.verify.fused_parity import check_launches
+from pqk.verify.other_sizes import why_not_at_other_sizes, why_not_the_teacher
 from pqk.verify.parity import check_layers
 from pqk.verify.verdict import divergence_of
 
@@ -66,7 +67,7 @@ def rehearse(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Tar
         optimized = target.why_not_measured() is None
         problems = [*why_not_deployed(program, task, folder, optimized, parity=parity)]
         if target.runtime == "onnxruntime":
-            problems += [*why_not_exported(teacher, task, folder / "teacher.onnx")]
+            problems += [*why_not_exported(program, task, folder / "teacher.onnx")]
         if problems:
             raise InputError("; ".join(problems[:3]) + ". This is of the untrained student: nothing was trained")
         return program
@@ -79,7 +80,10 @@ def why_not_deployed(
     graph, fused = program.student, program.fused
     assert isinstance(graph, fx.GraphModule)
     layers: list[LayerParity] = []
+    elsewhere: Reason | None = None
     try:
+        path = None
+        describe_interface(graph, task)
         inputs = next(task.calibration(LAYER_SAMPLES))
         if fused is not None:
             emit_torch(fused, task.example, folder / "student.pt2", task.axes)
@@ -88,21 +92,27 @@ def why_not_deployed(
             path = folder / "model.onnx"
             emit_onnx_for(graph, task, path)
             layers += check_layers(graph, quantized_tensors(graph), path, inputs, optimized=optimized)
-        describe_interface(graph, task)
+        elsewhere = why_not_at_other_sizes(program.teacher, graph, task, onnx=path, fused=fused, optimized=optimized)
     except PqkError as error:
         yield str(error)
     except Exception as error:  # whatever emitters and runtimes raise
         yield f"emit: {first_line(error, 300)}"
     broken = [layer for layer in layers if parity and not layer.passed]
     yield from (f"parity: {divergence_of(layer)}" for layer in broken)
+    if elsewhere is not None and parity:
+        yield f"parity: {elsewhere}"
 
 
-def why_not_exported(teacher: nn.Module, task: Task, path: Path) -> Iterator[Reason]:
-    """Writes the teacher's float file to `path`, where it is not yet, and yields why it is not the teacher."""
+def why_not_exported(program: Program, task: Task, path: Path) -> Iterator[Reason]:
+    """Writes the teacher's float file to `path`, where it is not yet, and yields why it is not the teacher, at the
+    example's or at other sizes of its free axes."""
+    teacher, graph = program.teacher, program.student
+    assert isinstance(graph, fx.GraphModule)
     try:
         if not path.exists():
             emit_onnx_for(teacher, task, path)
-        if (reason := why_not_as_torch(teacher, path, task)) is not None:
+        reason = why_not_as_torch(teacher, path, task) or why_not_the_teacher(teacher, path, task, graph.meta["sizes"])
+        if reason is not None:
             yield f"teacher: {reason}"
     except PqkError as error:
         yield f"teacher: {error}"

@@ -28,7 +28,7 @@ def session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # below errors there is only advice about saving optimized graphs
+    options.log_severity_level = 4  # errors are raised, too, and what is less is advice about saving optimized graphs
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimized:

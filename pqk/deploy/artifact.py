@@ -29,17 +29,18 @@ from pqk.core.pipeline import rebuild
 from pqk.core.program import Program, Rewrite
 from pqk.core.run_folder import RunFolder
 from pqk.data.structures import tensors
-from pqk.deploy.onnx_emitter import emit_onnx_for, names_of_outputs
+from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.torch_emitter import emit_torch, load_student
 from pqk.deploy.tuning import NAME as TUNING
 from pqk.deploy.tuning import Tuning
-from pqk.errors import InputError
+from pqk.errors import InputError, first_line
 from pqk.files import read_json, read_tensors, write_json, write_tensors, write_whole
 from pqk.passes import REWRITES
 from pqk.recipe.recipe import Recipe
 from pqk.report.markdown import to_markdown
 from pqk.report.schema import Report
 from pqk.target.target import Target
+from pqk.task.axes import Sizes, sizes_of
 from pqk.task.task import Task
 
 MANIFEST = "manifest.json"
@@ -51,6 +52,8 @@ RECIPE = "recipe.toml"
 REPORT, REPORT_PAGE = "report.json", "report.md"
 OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, TUNING, *DEPLOYED)
 """every file that a compile writes, but for the manifest and what the task adds"""
+SEEN = 64
+"""validation samples whose integers say in which range inputs are"""
 
 
 def write_student(program: Program, task: Task, recipe: Recipe, folder: Path, tuning: Tuning | None) -> tuple[str, ...]:
@@ -88,30 +91,36 @@ def write_report(report: Report, folder: Path) -> None:
     write_whole(folder / REPORT_PAGE, lambda p: p.write_text(to_markdown(report)))
 
 
-def describe_interface(student: nn.Module, task: Task) -> dict[str, Any]:
-    """The inputs and outputs of the student as the manifest has them: names, shapes, dtypes."""
-    inputs = zip(task.input_names, task.example, task.axes, strict=True)
-    return {"inputs": [_describe(n, t, axes) for n, t, axes in inputs], "outputs": _outputs(student, task)}
+def describe_interface(student: fx.GraphModule, task: Task) -> dict[str, Any]:
+    """The inputs, outputs and free axes of the student as the manifest has them.
+
+    Inputs and outputs have names, shapes and dtypes; what is free in a shape is a name, or an expression of names.
+    Inputs of integers have the least and the largest value that was seen, and free axes the sizes that they may have,
+    with the example's. Seen are the example, what is timed, and some validation samples.
+    """
+    samples = [task.example, *task.timed.values(), *task.calibration(SEEN)]
+    inputs = []
+    for i, (name, t, axes) in enumerate(zip(task.input_names, task.example, task.axes, strict=True)):
+        shape = [axis or size for axis, size in zip(axes, t.shape, strict=True)]
+        described = _describe(name, shape, t)
+        if not t.is_floating_point() and all(x[i].numel() for x in samples):
+            described["range"] = [min(int(x[i].min()) for x in samples), max(int(x[i].max()) for x in samples)]
+        inputs.append(described)
+    with torch.no_grad():
+        outputs = student(*task.example)
+    named = zip(task.signature.names_of(outputs), student.meta["outputs"], tensors(outputs), strict=True)
+    sizes = sizes_of(task.example, task.axes)
+    axes_of = {name: _describe_axis(found, sizes[name]) for name, found in student.meta["sizes"].items()}
+    return {"inputs": inputs, "outputs": [_describe(*described) for described in named], "axes": axes_of}
 
 
-def _describe(name: str, t: torch.Tensor, axes: Sequence[str | None]) -> dict[str, Any]:
-    shape = [axis or size for axis, size in zip(axes, t.shape, strict=True)]
-    return {"name": name, "shape": shape, "dtype": str(t.dtype).removeprefix("torch.")}
+def _describe_axis(sizes: Sizes, example: int) -> dict[str, Any]:
+    described = asdict(sizes) | {"example": example}
+    return {key: value for key, value in described.items() if key != "equals" or value is not None}
 
 
-@torch.no_grad()
-def _outputs(student: nn.Module, task: Task) -> list[dict[str, Any]]:
-    """Names, shapes and dtypes of the outputs. An axis that gets shorter with the inputs' "sequence" is one, too."""
-    outputs = student(*task.example)
-    whole = tensors(outputs)
-    axes: list[list[str | None]] = [[None] * t.ndim for t in whole]
-    for name in dict.fromkeys(n for names in task.axes for n in names if n):
-        cuts = [tuple(slice(None, -1 if n == name else None) for n in names) for names in task.axes]
-        shorter = tensors(student(*(t[cut] for t, cut in zip(task.example, cuts, strict=True))))
-        for named, t, part in zip(axes, whole, shorter, strict=True):
-            named[:] = [name if t.shape[i] != part.shape[i] else n for i, n in enumerate(named)]
-    names = task.output_names or names_of_outputs(outputs)
-    return [_describe(*described) for described in zip(names, whole, axes, strict=True)]
+def _describe(name: str, shape: Sequence[int | str], t: torch.Tensor) -> dict[str, Any]:
+    return {"name": name, "shape": list(shape), "dtype": str(t.dtype).removeprefix("torch.")}
 
 
 def sha256(path: Path) -> str:
@@ -211,39 +220,72 @@ class Artifact:
     def run(self, *inputs: NDArray[Any] | torch.Tensor) -> Any:
         """Outputs of `model.onnx` in ONNX Runtime: an array, or a dict by name where there are several.
 
-        Where there is only a `student.pt2`, of that on the CPU, by the reference bodies of its operators. Raises
-        `InputError` where inputs do not have the shapes and dtypes of the manifest.
+        Where there is only a `student.pt2`, of that on the CPU, by the reference bodies of its operators.
+
+        Raises:
+            InputError: inputs do not have the shapes and dtypes of the manifest, or a free axis has a size that the
+                model does not take.
         """
         arrays = [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs]
         feeds = self._feeds(arrays)
         if self._run is None:
             onnx = self.folder / MODEL
             self._run = partial(session(onnx).run, None) if onnx.exists() else partial(_run_torch, self.student())
-        outputs = dict(zip([o["name"] for o in self.manifest["outputs"]], self._run(feeds), strict=True))
+        try:
+            arrays = self._run(feeds)
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in feeds.items())
+            raise InputError(f"run: the student fails on {shapes}: {first_line(error)}") from error
+        outputs = dict(zip([o["name"] for o in self.manifest["outputs"]], arrays, strict=True))
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def _feeds(self, arrays: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
         specs = self.manifest["inputs"]
         if len(arrays) != len(specs):
             raise InputError(f"run: {len(arrays)} inputs given; the model takes {[s['name'] for s in specs]}")
+        given: dict[str, tuple[str, int, str]] = {}
         for x, s in zip(arrays, specs, strict=True):
             fits = len(x.shape) == len(s["shape"]) and all(
                 isinstance(want, str) or want == have for want, have in zip(s["shape"], x.shape, strict=True)
             )
             if not fits or str(x.dtype) != s["dtype"]:
                 raise InputError(f"run: {s['name']} is {x.dtype} {list(x.shape)}; it must be {s['dtype']} {s['shape']}")
+            for axis, size in zip(s["shape"], x.shape, strict=True):
+                if isinstance(axis, str):
+                    self._check_size(axis, size, s["name"], given)
         return {s["name"]: x for s, x in zip(specs, arrays, strict=True)}
 
+    def _check_size(self, axis: str, size: int, where: str, given: dict[str, tuple[str, int, str]]) -> None:
+        """Raises `InputError` where a free axis has a size that the model does not take, or two sizes at once."""
+        entry = self.manifest.get("axes", {}).get(axis, {})  # artifacts of before have no sizes
+        first, known, there = given.setdefault(entry.get("equals", axis), (axis, size, where))
+        if known != size:
+            other = f"{size}" if axis == first else f"{axis} is {size}"
+            raise InputError(f"run: {first} is {known} in {there} and {other} in {where}; it must be the same")
+        if entry and size not in (sizes := Sizes(entry["least"], entry["most"], entry["step"])):
+            raise InputError(f"run: {axis} is {size} in {where}; the model takes {sizes}")
+
     def example(self, batch: int) -> dict[str, NDArray[Any]]:
-        """Random feeds of that batch size, from a fixed seed; free axes other than the batch get 16."""
+        """Random feeds of that batch size, from a fixed seed, in sizes and ranges that the model was made for.
+
+        Free axes other than the batch have the size of the task's example; integers are in the range that was seen. An
+        artifact that does not say these gets 16, and 0 or 1.
+
+        Raises:
+            InputError: the model does not take a batch of that size.
+        """
         rng = np.random.default_rng(0)
         feeds = {}
         for s in self.manifest["inputs"]:
-            shape = [batch if i == 0 else (16 if isinstance(n, str) else n) for i, n in enumerate(s["shape"])]
+            shape = [batch if i == 0 else self._example_size(n) for i, n in enumerate(s["shape"])]
             kind = np.dtype(s["dtype"])
-            drawn = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 2, shape)
+            least, most = s.get("range", (0, 1))
+            drawn = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(least, most + 1, shape)
             feeds[s["name"]] = drawn.astype(kind)
-        return feeds
+        return self._feeds(list(feeds.values()))
+
+    def _example_size(self, size: int | str) -> int:
+        return self.manifest.get("axes", {}).get(size, {"example": 16})["example"] if isinstance(size, str) else size
 
     def rebuild(self, teacher: nn.Module | None = None) -> nn.Module:
         """The student as a torch module: the plan replayed on a copy of `teacher`, filled with the saved tensors.

@@ -26,7 +26,7 @@ from pqk.deploy.onnx_pools import Value, average_pool, max_pool
 from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.quiet import quiet
-from pqk.task.axes import Axes, free_axes
+from pqk.task.axes import Axes, batch_axes, free_axes
 from pqk.task.task import Task
 
 OPSET = 21
@@ -103,6 +103,7 @@ def emit_onnx(
     named `LAYER_q`. Raises `InputError` where the module cannot be exported, and for a full disk.
     """
     module.eval()
+    example = tuple(t.clone() for t in example)  # one tensor twice would be one input to the exporter
     names = _names_of_outputs(module, example, input_names)
     names = list(output_names or names)
     try:
@@ -125,7 +126,7 @@ def emit_onnx(
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}") from error
     _anonymize(model)
-    _name_axes(model, axes or ())
+    _name_axes(model, axes or batch_axes(example))
     if isinstance(module, fx.GraphModule):
         _name_layers(model, module)
     _slim(model)
@@ -161,15 +162,22 @@ def _anonymize(model: onnx.ModelProto) -> None:
 
 
 def _name_axes(model: onnx.ModelProto, axes: Axes) -> None:
-    """Call free axes by their names, in the inputs and wherever an output has the same one."""
+    """Call every free axis by its name, wherever it is.
+
+    A size that follows from one, such as half of it, is left unknown: readers differ in the expressions that they can
+    read, and would take what they cannot for another axis.
+    """
     axis_names: dict[str, str] = {}
     for value, names in zip(model.graph.input, axes, strict=False):
-        dims = value.type.tensor_type.shape.dim
-        axis_names.update({d.dim_param: n for d, n in zip(dims, names, strict=True) if n and d.dim_param})
-    for value in (*model.graph.input, *model.graph.output):
+        for d, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
+            if name and d.dim_param:
+                axis_names.setdefault(d.dim_param, name)
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         for d in value.type.tensor_type.shape.dim:
             if d.dim_param in axis_names:
                 d.dim_param = axis_names[d.dim_param]
+            elif d.dim_param:
+                d.ClearField("dim_param")
 
 
 def _slim(model: onnx.ModelProto) -> None:

@@ -14,7 +14,7 @@ import torch
 from pqk.core.costs import why_not_counted
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_folder import scope_of
-from pqk.deploy.torch_emitter import load_student
+from pqk.deploy.torch_emitter import load_like
 from pqk.evaluation.diagnostics import diagnose
 from pqk.evaluation.latency_rows import time_variants
 from pqk.evaluation.rows import Subject
@@ -118,10 +118,12 @@ def _fusion(subject: Subject) -> Fusion | None:
     if program.fused is None:
         return None
     assert isinstance(program.student, torch.fx.GraphModule)
+    with torch.no_grad():
+        deployed = load_like(path, program.student(*subject.task.example))
     record = program.records[-1]  # `fuse` comes last: no pass takes what it leaves
     return Fusion(
         **record.details,
         size_bytes=path.stat().st_size,
         left_out=tuple(d for d in program.declined if d.pass_name == record.pass_name),
-        parity=check_fused_parity(subject.fake_quant, program.student, program.fused, load_student(path), subject.task),
+        parity=check_fused_parity(subject.fake_quant, program.student, program.fused, deployed, subject.task),
     )

@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from pqk.core.costs import count_parameters
 from pqk.core.program import Pass, Stage
 from pqk.deploy.onnx_emitter import emit_onnx_for
-from pqk.deploy.torch_emitter import load_student
+from pqk.deploy.torch_emitter import load_like
 from pqk.errors import Reason
 from pqk.evaluation.attempts import Failure, attempt
 from pqk.evaluation.baselines import (
@@ -192,5 +193,7 @@ def _student(subject: Subject) -> Variant:
     program, weights = subject.program, count_weights(subject.fake_quant)
     if program.target.runtime == TRITON:
         path = subject.folder / "student.pt2"
-        return FusedStudent("student", path, program.student, load_student(path), weights, TRITON)
+        with torch.no_grad():
+            deployed = load_like(path, program.student(*subject.task.example))
+        return FusedStudent("student", path, program.student, deployed, weights, TRITON)
     return OnnxFile("student", subject.folder / "model.onnx", program.student, weights)
