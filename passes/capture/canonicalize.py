@@ -41,6 +41,8 @@ def canonical_forms(graph_module: fx.GraphModule) -> None:
             node.target, node.args = aten.mean.dim, (node.args[0], [2, 3], True)
     for node in calls(graph, aten.mean.dim):
         _pool_then_flatten(graph_module, node)
+    for node in calls(graph, aten.rrelu.default, aten.rrelu_with_noise_functional.default):
+        _mean_slope(graph_module, node)
     for node in calls(graph, aten.silu.default, aten.hardsigmoid.default, aten.hardswish.default):
         _gate(graph_module, node)
     for node in calls(graph, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
@@ -112,6 +114,20 @@ def _gate(graph_module: fx.GraphModule, node: fx.Node) -> None:
         if node.target is not aten.hardsigmoid.default:
             result = call(graph, aten.mul.Tensor, (x, gate), node)
     replace(graph_module, node, result)
+
+
+def _mean_slope(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """A leaky ReLU whose slope is drawn in training has the mean of its bounds in evaluation mode."""
+    a, graph = arguments(node), graph_module.graph
+    result = node
+    if node.target is not aten.rrelu.default:  # in place it has two results: the values, and the slopes
+        (result,) = (user for user in node.users if user.args[1] == 0)
+    with graph.inserting_before(node):
+        slope = (float(a["lower"]) + float(a["upper"])) / 2
+        leaky = call(graph, aten.leaky_relu.default, (a["self"], slope), result)
+    replace(graph_module, result, leaky)
+    if result is not node and not node.users:
+        graph.erase_node(node)
 
 
 def _slices(graph_module: fx.GraphModule, node: fx.Node) -> None:

@@ -42,6 +42,7 @@ from pqk.data.structures import members, plain_structure, refilled
 from pqk.errors import InputError
 from pqk.passes.capture.batch_norm import fold_batch_norms
 from pqk.passes.capture.canonicalize import canonical_forms
+from pqk.passes.capture.draws import refuse_draws
 from pqk.passes.capture.free_sizes import check_free_sizes
 from pqk.passes.capture.traced_axes import SpelledSizes, TracedAxes, fixing_line, literal_line, user_inputs
 from pqk.passes.capture.writes import plain_writes
@@ -82,6 +83,7 @@ def capture(
     axes = axes or batch_axes(example)
     example = tuple(t.clone() for t in example)  # one tensor twice would be one input to the exporter
     exported, traced = _export(student.eval(), example, axes)
+    refuse_draws(exported.graph)
     structure = _plain_signature(exported.graph)
     _spell_sizes(exported.graph)
     graph_module = fx.GraphModule(exported, exported.graph)

@@ -75,12 +75,13 @@ def literal_line(graph: fx.Graph, size: int) -> str:
     """`FILE:LINE: 'code'` of the first operator that a number equal to a size enters, or nothing."""
     for node in graph.nodes:
         numbers = [a for b in node.args for a in (b if isinstance(b, list | tuple) else [b]) if type(a) is int]
-        if node.op == "call_function" and size in numbers and (line := _node_line(node)):
+        if node.op == "call_function" and size in numbers and (line := node_line(node)):
             return line
     return ""
 
 
-def _node_line(node: fx.Node) -> str:
+def node_line(node: fx.Node) -> str:
+    """`FILE:LINE: 'code'` of what was traced to this node, or nothing."""
     lines = [text.strip() for text in node.meta.get("stack_trace", "").strip().splitlines()]
     files = [i for i, text in enumerate(lines) if text.startswith("File ") and "/torch/" not in text]
     if not files:

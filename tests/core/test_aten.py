@@ -103,7 +103,8 @@ SELECTIONS = {
     "PADS": {"pad.default", "constant_pad_nd.default"},
     "SHORTCUTS": {"pad.default", "constant_pad_nd.default", "slice.Tensor", "index_select.default"},
     "NO_OPS": {
-        "dropout.default", "feature_dropout.default", "alpha_dropout.default", "detach.default", "alias.default",
+        "dropout.default", "feature_dropout.default", "alpha_dropout.default",
+        "feature_alpha_dropout.default", "detach.default", "alias.default",
         "lift_fresh_copy.default", "contiguous.default", "clone.default",
     },
     "GUARDS": {
@@ -180,6 +181,7 @@ ARGUMENTS: dict[Any, tuple[Any, ...]] = {
     aten.dropout.default: (0.5, False),
     aten.feature_dropout.default: (0.5, False),
     aten.alpha_dropout.default: (0.5, False),
+    aten.feature_alpha_dropout.default: (0.5, False),
 }
 """behind the first one"""
 

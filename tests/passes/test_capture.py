@@ -322,3 +322,38 @@ def test_batch_norm_by_the_statistics_of_its_input_is_not_folded() -> None:
     with torch.no_grad():
         expected = net.eval()(x)
         torch.testing.assert_close(capture(net, (x[:2],))(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.RReLU(), nn.RReLU(0.1, 0.5, inplace=True), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.Dropout2d()],
+)
+def test_what_is_drawn_in_training_only_is_plain(layer: nn.Module) -> None:
+    graph = agree(nn.Sequential(nn.Conv2d(3, 4, 1), layer).eval(), torch.randn(4, 3, 5, 5))
+    assert set(targets(graph)) <= {aten.conv2d.default, aten.leaky_relu.default}
+
+
+class Drawing(nn.Module):
+    """Random numbers in evaluation mode, in one of the ways that people have."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.how == "dropout":
+            return F.dropout(y, 0.5, training=True)
+        if self.how == "attention":
+            return F.scaled_dot_product_attention(y[:, None], y[:, None], y[:, None], dropout_p=0.1)[:, 0]
+        if self.how == "bernoulli":
+            return y * torch.bernoulli(torch.full_like(y, 0.5))
+        if self.how == "randperm":
+            return y[:, torch.randperm(6)]
+        return y + torch.randn_like(y)
+
+
+@pytest.mark.parametrize("how", ["dropout", "attention", "bernoulli", "randperm", "randn_like"])
+def test_random_numbers_in_evaluation_mode_are_refused_by_line(how: str) -> None:
+    with pytest.raises(InputError, match=rf"draws random numbers in evaluation mode: \w*{how}.*test_capture.py:\d+"):
+        capture(Drawing(how).eval(), (torch.randn(2, 6),))
