@@ -159,7 +159,6 @@ def _job(
     for p in chosen.passes:
         if p.training_epochs:
             task.need_train(p.name)
-    _check_teacher(teacher)
     if accelerator().num_processes > 1 and evaluation.controls:
         raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
     teacher = frozen_copy(teacher, task.example)
@@ -191,16 +190,6 @@ def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, see
     if seed is not None and seed < 0:
         raise InputError(f"seed={seed} must not be negative")
     return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
-
-
-def _check_teacher(teacher: nn.Module) -> None:
-    if not isinstance(teacher, nn.Module):
-        raise InputError(f"teacher: a {type(teacher).__name__} is no torch module")
-    if isinstance(teacher, torch.jit.ScriptModule):
-        raise InputError("teacher: a scripted module cannot be rewritten; pass the module that it was scripted from")
-    half = next((n for n, p in teacher.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
-    if half is not None:
-        raise InputError(f"teacher: {half} is in half precision; pass teacher.float(), pqk quantizes from float32")
 
 
 @contextmanager

@@ -76,6 +76,13 @@ class Prune(PruneSettings, Pass):
         student = program.student.eval()
         self._check_containers(student)
         budget = self._budget(program, task)
+        if budget.reference == 0:
+            if not self.best_effort:
+                raise InputError(
+                    f"prune: {budget.kind}_ratio = {budget.goal:.4g}: the teacher has no {budget.kind} that could go, "
+                    "as it has no layer with weights; take prune out of the recipe"
+                )
+            return program.decline(self.name, [("*", f"the teacher has no {budget.kind} that could go")])
         before = self._costs(student, task)
         start = budget.ratio(budget.value(student))
         if start >= budget.goal:

@@ -16,6 +16,32 @@ from pqk.data.structures import Inputs, Outputs
 from pqk.errors import InputError
 from pqk.task.metrics import Metric, check_labels
 
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+"""where the modules are that torch's own quantization leaves"""
+
+
+def check_teacher(teacher: object) -> None:
+    """Raises `InputError` for what is no float32 module of torch's that could be rewritten, and says what to pass."""
+    if not isinstance(teacher, nn.Module):
+        raise InputError(f"teacher: a {type(teacher).__name__} is no torch module")
+    if isinstance(teacher, torch.jit.ScriptModule):
+        raise InputError("teacher: a scripted module cannot be rewritten; pass the module that it was scripted from")
+    half = next((n for n, p in teacher.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is not None:
+        raise InputError(f"teacher: {half} is in half precision; pass teacher.float(), pqk quantizes from float32")
+    for path, module in teacher.named_modules():
+        if type(module).__module__.startswith(QUANTIZED):
+            raise InputError(
+                f"teacher: {path or 'it'} is a {type(module).__name__} of {type(module).__module__}: it is quantized "
+                "already; pass the float32 module that it was made from, pqk quantizes it"
+            )
+    strange = next((n for n, t in teacher.state_dict().items() if not isinstance(t, Tensor)), None)
+    if strange is not None:
+        raise InputError(
+            f"teacher: its state has {strange}, which is no tensor, and the artifact keeps tensors alone; take "
+            "get_extra_state out of the module"
+        )
+
 
 def check_views(what: str, batch: Batch) -> None:
     """Raises `InputError` where teacher and student see inputs of other shapes."""

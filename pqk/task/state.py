@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from pqk.copies import attributes, copy_of
 from pqk.data.structures import Inputs, Outputs, tensors
 from pqk.errors import InputError, Reason
-from pqk.task.checks import try_forward
+from pqk.task.borrowed import why_not_its_own
+from pqk.task.checks import check_teacher, try_forward
 
 SAME = 1e-4
 """largest difference of two answers that are the same, as a share of the largest magnitude: how memory lies counts"""
@@ -53,9 +54,12 @@ class HeldBuffers:
 
 def frozen_copy(teacher: nn.Module, inputs: Inputs) -> nn.Module:
     """A copy of the teacher in eval mode, without gradients, that no call changes. Raises `InputError` as
-    `hold_counters` does, and for a module that cannot be copied or run."""
+    `check_teacher` and `hold_counters` do, and for a module that cannot be copied or run."""
+    check_teacher(teacher)
     twin = copy_of(teacher).eval().requires_grad_(False)
     hold_counters(twin, inputs)
+    if (reason := why_not_its_own(teacher, twin, inputs)) is not None:
+        raise InputError(f"teacher: {reason}")
     return twin
 
 

@@ -261,6 +261,22 @@ def test_a_container_keeps_its_blocks_also_when_many_go_at_once() -> None:
     assert any("out of reach" in d.reason for d in most.declined)
 
 
+class Scaled(nn.Module):
+    """Nothing that could be cut, nor counted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_network_without_layers_has_nothing_that_could_go() -> None:
+    x, y = torch.randn(8, 4), torch.arange(8) % 4
+    data = ArrayData(x, y, batch_size=4)
+    with pytest.raises(InputError, match="the teacher has no parameters that could go, as it has no layer with"):
+        Prune(parameters_ratio=2).apply(program_of(Scaled()), Task(data, data, data))
+    left = Prune(macs_ratio=2, best_effort=True).apply(program_of(Scaled()), Task(data, data, data))
+    assert left.plan == () and left.declined[-1].reason == "the teacher has no macs that could go"
+
+
 def test_a_student_that_meets_the_budget_is_left_alone() -> None:
     model = trained(resnet((1, 1), 16))
     task = task_of(model, (3, 8, 8))

@@ -1,0 +1,41 @@
+"""Whether a copy of a module is one: a `forward` that is a closure computes with the module that it was made beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pqk.data.structures import Inputs, tensors
+from pqk.errors import Reason
+from pqk.task.checks import try_forward
+
+
+def why_not_its_own(teacher: nn.Module, twin: nn.Module, inputs: Inputs) -> Reason | None:
+    """Why `twin`, a copy of `teacher`, computes with tensors of the teacher's; None where it does not."""
+    originals = {id(t): name for name, t in (*teacher.named_parameters(), *teacher.named_buffers())}
+    seen = _Seen()
+    with seen:
+        try_forward(twin, inputs, "example")
+    name = next((originals[i] for i in seen.ids if i in originals), None)
+    if name is None:
+        return None
+    return (
+        f"a copy of it computes with {name} of the module that was passed, so that nothing could be trained or cut: "
+        "its forward, or a hook, is a function that holds that module (model.forward = lambda x: …, a closure, a "
+        "partial). Make it a method of a class, or pass the module without it"
+    )
+
+
+class _Seen(TorchDispatchMode):
+    """Notes the tensors that operators read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: dict[int, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.ids.update(dict.fromkeys(id(t) for t in tensors([*args, *kwargs.values()])))
+        return func(*args, **kwargs)
