@@ -1,4 +1,4 @@
-# The front doors: `make demo`, `make test`, `make test-fast`, `make test-full`.
+# The front doors: `make demo`, `make test`, `make test-fast`, `make test-full`, `make zoo`.
 # The first use creates .venv and installs into it; a later one installs only if these two files have changed.
 # PIP_FLAGS goes to pip: where the index would give torch's CUDA build (several GB), name that of the CPU build.
 
@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 INSTALL = .venv/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
 REQUIREMENTS = pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-full check clean
+.PHONY: demo test test-fast test-full zoo check clean
 
 demo: .venv/demo.stamp
 	rm -rf out/digits
@@ -20,8 +20,13 @@ test: check
 test-fast: .venv/test.stamp
 	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2 -m "not full and not slow"
 
-test-full: check
+test-full: check .venv/zoo.stamp
 	PYTHONSAFEPATH=1 .venv/bin/pytest -q -n 2 -m "full or not full" --summary out/test_full.json
+
+# What becomes of every network that people have: tests/zoo/results.json, and the table made of it. Goes on where it was.
+zoo: .venv/test.stamp .venv/zoo.stamp
+	PYTHONSAFEPATH=1 .venv/bin/python tests/zoo/run_zoo.py
+	PYTHONSAFEPATH=1 .venv/bin/python tests/tools/readme.py
 
 # Lint and types. mypy resolves pqk.passes, pqk.kernels and pqk.models in an installed copy only, so it checks one.
 check: .venv/test.stamp
@@ -31,6 +36,10 @@ check: .venv/test.stamp
 	.venv/bin/python -m pip install -q --no-deps --no-build-isolation --target .venv/typed .
 	rm -rf build
 	cd .venv/typed && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pqk
+
+.venv/zoo.stamp: tests/zoo/requirements.txt | .venv/test.stamp
+	.venv/bin/python -m pip install -q $(PIP_FLAGS) --no-deps -r $<
+	touch $@
 
 .venv/%.stamp: $(REQUIREMENTS) | .venv/bin/python
 	$(INSTALL) -e '.[$*]'

@@ -15,7 +15,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
-from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, OUTPUT_AXIS, PADS, QUANTIZE, aten, moves
+from pqk.core.aten import DEQUANTIZE, DYNAMIC, MOVEMENT, MULTIPLY, OUTPUT_AXIS, PADS, QUANTIZE, aten, moves
 from pqk.core.graph import (
     arguments,
     attach,
@@ -60,6 +60,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
     assert isinstance(student, fx.GraphModule)
     student.eval()
     set_mode(student, "on")
+    pixels_last = any(t.ndim == 4 and not t.is_contiguous() for t in example)
     integers: Integers = {}
     dynamic: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in list(student.graph.nodes):
@@ -74,7 +75,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
             elif isinstance(module, WeightFakeQuant | BiasFakeQuant):
                 _tensor(student, node, module)
         elif moves(node) and node.args[0] in integers:
-            _move(student, node, integers)
+            _move(student, node, integers, pixels_last)
         elif node.target in OUTPUT_AXIS and operand(node, 1).op == "get_attr" and node.args[0] in integers:
             _stay_float(student, node, integers)
         elif node.target is aten.linear.default and node.args[0] in dynamic:
@@ -139,7 +140,7 @@ def _multiply(student: fx.GraphModule, node: fx.Node, ranged: tuple[fx.Node, ...
     replace(student, node, value)
 
 
-def _move(student: fx.GraphModule, node: fx.Node, integers: Integers) -> None:
+def _move(student: fx.GraphModule, node: fx.Node, integers: Integers, pixels_last: bool) -> None:
     """Let `node` act on the integers and dequantize after it; padding puts in the zero point."""
     q, scale, zero_point = integers[operand(node)]
     args: tuple[Any, ...] = (q, *node.args[1:])
@@ -148,10 +149,28 @@ def _move(student: fx.GraphModule, node: fx.Node, integers: Integers) -> None:
         args = (q, node.args[1], "constant", zero) if node.target is aten.pad.default else (q, node.args[1], zero)
     graph = student.graph
     with graph.inserting_before(node):
+        if node.target is aten.max_pool2d.default and _needs_copy(q, pixels_last):
+            layer = f"{node.meta['layer']}.contiguous"
+            args = (call(graph, aten.contiguous.default, (q,), q, layer=layer), *args[1:])
         moved = call(graph, node.target, args, node, dtype=q.meta["dtype"])
         value = call(graph, DEQUANTIZE, (moved, scale, zero_point), node)
     integers[value] = (moved, scale, zero_point)
     replace(student, node, value)
+
+
+def _needs_copy(image: fx.Node, pixels_last: bool) -> bool:
+    """Whether 8-bit integers may lie in memory channels last, where torch's pool takes no more than 127 pixels.
+
+    `pixels_last`: whether the inputs do.
+    """
+    height, width = shape(image)[-2:]
+    if height is not None and width is not None and height * width <= 127:
+        return False
+    while image.op == "call_function" and image.target in MOVEMENT:
+        if image.target in (aten.permute.default, aten.transpose.int):
+            return True
+        image = operand(image)
+    return pixels_last
 
 
 def _stay_float(student: fx.GraphModule, node: fx.Node, integers: Integers) -> None:

@@ -120,7 +120,7 @@ class LayerParity(Part):
     max_lsb: Annotated[float, Field(ge=0)] | None
     """largest difference in steps of the output; null for a float output"""
     exact: Share
-    """share of outputs that are equal; without exact ties where the contract leaves them out"""
+    """share of outputs that are equal, or of products as exact arithmetic has them; halves are left out"""
     accumulators: bool | None = None
     """whether the int32 accumulators are equal (ConvInteger / MatMulInteger twin); null where there are none"""
     max_relative: Annotated[float, Field(ge=0)] | None = None

@@ -13,6 +13,8 @@ from pqk.quant.qparams import per_axis
 
 TIE = 1e-9
 """how near to a half a float64 quotient must be to be one: well above its rounding, well below float32's"""
+REQUANTIZED = 4 * 2.0**-24
+"""how far a runtime's quotient may be off, relative: it rounds the accumulator, its scale twice and their product once"""
 
 
 class Recorder(fx.Interpreter):
@@ -31,20 +33,30 @@ class Recorder(fx.Interpreter):
 
 
 class Ties(fx.Interpreter):
-    """Runs the INT8 graph in float64 on recorded integers and finds what is an exact half before rounding."""
+    """Runs the INT8 graph in float64 on recorded integers: the integers of exact arithmetic, and where halves are.
+
+    The graph adds up floats, each rounded, and where terms cancel its sum may fall on the other side of a half; a
+    runtime adds up integers and rounds once.
+    """
 
     def __init__(self, graph: fx.GraphModule, integers: Mapping[fx.Node, tuple[Tensor, ...]]) -> None:
         super().__init__(graph)
         self.integers = integers
         self.masks: dict[fx.Node, Tensor] = {}
-        """where what a quantizer reads is an exact half"""
+        """where what a quantizer reads is a half, or so near to one that rounding a quotient once may move it there"""
+        self.exact: dict[fx.Node, Tensor] = {}
+        """what a quantizer of fixed scale makes of exact sums"""
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target in QUANTIZERS:
             x, *fixed = self.fetch_args_kwargs_from_env(n)[0][:2]
             outputs = self.integers[n]
             steps = x.double() / (fixed or outputs[1:2])[0].double()
-            self.masks[n] = ((steps - steps.floor()) - 0.5).abs() < TIE
+            near = ((steps - steps.floor()) - 0.5).abs()
+            self.masks[n] = near < (steps.abs() * REQUANTIZED).clamp_min(TIE)
+            if n.target is QUANTIZE:
+                zero_point, qmin, qmax = self.fetch_args_kwargs_from_env(n)[0][2:5]
+                self.exact[n] = (steps.round() + zero_point.double()).clamp(qmin, qmax).to(outputs[0].dtype)
             # Every layer is given the same integers, so that differences do not add up.
             return outputs[0] if fixed else outputs
         if n.target is DEQUANTIZE:

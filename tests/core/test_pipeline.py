@@ -247,7 +247,13 @@ def poison(module: nn.Module) -> nn.Module:
 
 
 def hidden(module: nn.Module) -> nn.Module:
-    module.register_buffer("unused", torch.tensor(float("inf")))
+    module.register_buffer("unused", torch.tensor(float("nan")))
+    return module
+
+
+def infinite(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        module.spare = nn.Parameter(torch.tensor(float("inf")))
     return module
 
 
@@ -261,12 +267,23 @@ def hidden(module: nn.Module) -> nn.Module:
         (lambda m: m.double() and nn.Sequential(Cast(), m), r"outputs are .*float64"),
         (poison, "00-break: output 0 of the student is not finite"),
         (hidden, "00-break: unused of the student is not finite"),
+        (infinite, "00-break: spare of the student is not finite"),
     ],
 )
 def test_a_wrong_pass_is_found(tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(PqkError, match=message):
         run_passes(program(tmp_path), task(), [Break(change)])
     assert not [*tmp_path.glob("00*")]  # nothing wrong is saved
+
+
+def test_a_buffer_may_hold_infinities(tmp_path: Path) -> None:
+    """Masks and open bounds do."""
+
+    def masked(module: nn.Module) -> nn.Module:
+        module.register_buffer("mask", torch.full((3,), float("-inf")))
+        return module
+
+    assert run_passes(program(tmp_path), task(), [Break(masked)]).student.mask[2] == float("-inf")  # type: ignore[index]
 
 
 class Cast(nn.Module):

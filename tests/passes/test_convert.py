@@ -112,3 +112,38 @@ def test_converting_twice_gives_graphs_that_load_each_other(both: Any, captured:
         value.zero_()
     again.load_state_dict(int8.state_dict(), strict=True)
     assert torch.equal(again(x), int8(x))
+
+
+class Pooled(nn.Module):
+    """A pool of more pixels than 8 bits count, of values that a permutation lays channels last."""
+
+    def __init__(self, permuted: bool) -> None:
+        super().__init__()
+        self.stem, self.tail, self.permuted = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), permuted
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.permuted:
+            x = x.transpose(2, 3).permute(0, 2, 3, 1).reshape(-1, 16, 16, 8).permute(0, 3, 1, 2)
+        return self.tail(F.max_pool2d(x, 2)).mean((2, 3))
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_integers_that_lie_channels_last_are_pooled(permuted: bool) -> None:
+    """Torch's pool of 8-bit integers in that layout counts pixels in 8 bits, and raises."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    x = x if permuted else x.contiguous(memory_format=torch.channels_last)
+    graph = capture(Pooled(permuted), (x[:2],))
+    assert isinstance(graph, fx.GraphModule)
+    target = Target.named("x86-avx2")
+    points = [point.to_json() for point in placement(graph)[0]]
+    grids = {"activation": asdict(target.activation), "weight": asdict(target.weight)}
+    fake = insert_fake_quant(graph, (x,), points=points, learned=True, **grids)
+    calibrate(fake, Inputs(x), "mse", 99.99, 8)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = fake.eval()(x)
+        int8 = convert(fake, (x,))
+        assert torch.equal(int8(x), expected)
+    pool = next(n for n in int8.graph.nodes if n.target is aten.max_pool2d.default)  # type: ignore[union-attr]
+    assert pool.args[0].meta["dtype"] == torch.uint8

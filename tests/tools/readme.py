@@ -8,6 +8,7 @@
 <!-- comparison: NAME --> both rounds of models/results/NAME.json, which `pqk compare` wrote
 <!-- kernels -->          what `pqk kernels` found of the committed students and of all kernels' cases
 <!-- families -->         which passes apply to which family of encoders: models/results/encoder_families.json
+<!-- zoo -->              what became of every network of the zoo: tests/zoo/results.json
 <!-- terms -->            the distillation terms, with the first sentence of each
 <!-- sources -->          where teachers come from, likewise
 <!-- passes -->           the passes of a recipe, likewise
@@ -204,6 +205,60 @@ def costs() -> str:
     )
 
 
+def zoo() -> str:
+    """The outcomes counted, a row for each network, and the reasons of what did not compile."""
+    document = json.loads((ROOT / "tests" / "zoo" / "results.json").read_text())
+    found: dict[str, dict[str, Any]] = document["networks"]
+    count = Counter(row["outcome"] for row in found.values())
+    cut = [row["macs"][0] / row["macs"][1] for row in found.values() if row["outcome"] == "compiled"]
+    goal = float(document["goal"])
+    summary = (
+        f"{len(found)} networks: {count['compiled']} compiled with parity, {count['refused']} refused in words before "
+        f"training, {count['failed']} failed. {sum(c >= LEAST_CUT for c in cut)} are really pruned, "
+        f"{sum(round(c, 2) >= goal for c in cut)} of them to the {goal:g}x that were asked for."
+    )
+    rows, reasons = [], []
+    for name, row in found.items():
+        if row["outcome"] == "compiled":
+            parity, coverage = row["parity"], row["coverage"]
+            cells = [
+                f"{row['macs'][0] / 1e6:.1f}",
+                f"{row['macs'][0] / row['macs'][1]:.2f}x",
+                "–" if coverage is None else percent(coverage),
+                f"{parity['layers']}",
+                f"{100 * parity['least_exact']:.2f} %",
+            ]
+        else:
+            reasons.append(f"- `{name}`, at {row['stage']}: {row['reason']}")
+            cells = [f"{row['macs'][0] / 1e6:.1f}" if "macs" in row else "–", "–", "–", "–", "–"]
+        rows.append([f"`{name}`", row["family"], row["outcome"], *cells, f"{row['seconds']:.0f}"])
+    header = (
+        "network",
+        "family",
+        "outcome",
+        "MACs, millions",
+        "cut",
+        "in integers",
+        "layers",
+        "least equal",
+        "s of a core",
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in document["conditions"]["versions"].items())
+    return "\n\n".join(
+        [
+            summary,
+            markdown_table(header, rows, texts=3),
+            "Least equal: of all products, the smallest share of outputs that are those of the graph or of exact "
+            f"arithmetic. Made with {versions}.",
+            *(["\n".join(["Not compiled:", "", *reasons])] if reasons else []),
+        ]
+    )
+
+
+LEAST_CUT = 1.1
+"""times fewer MACs from which on a network counts as pruned"""
+
+
 def first_sentence(documentation: str) -> str:
     """The first paragraph of a docstring in one line."""
     return " ".join(documentation.strip().partition("\n\n")[0].split())
@@ -260,6 +315,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "costs": costs,
     "kernels": kernels,
     "families": families_table,
+    "zoo": zoo,
     "terms": lambda: listed("terms", ("term", "what it compares")),
     "sources": lambda: listed("sources", ("source", "who teaches")),
     "passes": pass_list,
