@@ -14,7 +14,7 @@ from pqk.quant.qparams import per_axis
 TIE = 1e-9
 """how near to a half a float64 quotient must be to be one: well above its rounding, well below float32's"""
 REQUANTIZED = 4 * 2.0**-24
-"""how far a runtime's quotient may be off, relative: it rounds the accumulator, its scale twice and their product once"""
+"""how far a runtime's quotient may be off, relative: the accumulator, its scale (twice) and their product round"""
 
 
 class Recorder(fx.Interpreter):

@@ -5,8 +5,9 @@ convolutions, linear layers and matrix products are equal on 99.9 % and their in
 outputs agree to 1e-5. A product's output that differs is right, too, where it is the one of exact arithmetic, found in
 float64: the graph adds up floats and may round a sum the other way, the runtime adds up integers. (A share alone does
 not tell that from an error: of the 320 outputs of a small layer, one is 0.3 %.) What is a half before rounding, or
-nearer to one than one rounding of the quotient, is left out of the exact share. End to end, decisions agree on 99.5 % of the samples and the metric within 0.1 points,
-but never finer than one sample. The first layer that breaks the contract is named, with its numbers.
+nearer to one than one rounding of the quotient, is left out of the exact share. End to end, decisions agree on 99.5 %
+of the samples and the metric within 0.1 points, but never finer than one sample. The first layer that breaks the
+contract is named, with its numbers.
 """
 
 from __future__ import annotations
