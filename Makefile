@@ -38,7 +38,7 @@ check: .venv/test.stamp
 	cd .venv/typed && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p pqk
 
 .venv/zoo.stamp: tests/zoo/requirements.txt | .venv/test.stamp
-	.venv/bin/python -m pip install -q $(PIP_FLAGS) --no-deps -r $<
+	.venv/bin/python -m pip install -q $(PIP_FLAGS) --no-deps --upgrade --target .venv/zoo -r $<
 	touch $@
 
 .venv/%.stamp: $(REQUIREMENTS) | .venv/bin/python

@@ -45,6 +45,8 @@ def canonical_forms(graph_module: fx.GraphModule) -> None:
         _mean_slope(graph_module, node)
     for node in calls(graph, aten.silu.default, aten.hardsigmoid.default, aten.hardswish.default):
         _gate(graph_module, node)
+    for node in calls(graph, aten.cat.default):
+        _without_nothing(graph_module, node)
     for node in calls(graph, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
         _slices(graph_module, node)
     for node in calls(graph, aten.scaled_dot_product_attention.default):
@@ -128,6 +130,16 @@ def _mean_slope(graph_module: fx.GraphModule, node: fx.Node) -> None:
     replace(graph_module, result, leaky)
     if result is not node and not node.users:
         graph.erase_node(node)
+
+
+def _without_nothing(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """A concatenation without the parts that have no values, such as the keys of an empty cache."""
+    parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    full = [part for part in parts if 0 not in shape(part)]
+    if full and len({part.meta["dtype"] for part in parts}) == 1:
+        node.args = (full, *node.args[1:])
+        if len(full) == 1:
+            replace(graph_module, node, full[0])
 
 
 def _slices(graph_module: fx.GraphModule, node: fx.Node) -> None:

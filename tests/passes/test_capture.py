@@ -357,3 +357,22 @@ class Drawing(nn.Module):
 def test_random_numbers_in_evaluation_mode_are_refused_by_line(how: str) -> None:
     with pytest.raises(InputError, match=rf"draws random numbers in evaluation mode: \w*{how}.*test_capture.py:\d+"):
         capture(Drawing(how).eval(), (torch.randn(2, 6),))
+
+
+class Cached(nn.Module):
+    """Keys and values behind those of a cache that is empty, as decoders join them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = torch.cat([torch.tensor([]), self.key(x)], dim=-2)
+        value = torch.cat([x[:, :0], self.value(x), x], dim=1)
+        return torch.cat([key, value], dim=1)
+
+
+def test_what_has_no_values_is_not_joined() -> None:
+    graph = agree(Cached().eval(), torch.randn(5, 3, 8))
+    joins = [n for n in graph.graph.nodes if n.target is aten.cat.default]
+    assert [len(n.args[0]) for n in joins] == [2, 2]

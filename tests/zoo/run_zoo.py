@@ -81,7 +81,8 @@ def task_of(specimen: Specimen) -> Any:
     from pqk.data.data import ArrayData
 
     def data(count: int, seed: int) -> ArrayData:
-        shape = (count, *specimen.shape[1:]) if specimen.kind == "map" else (count,)
+        pixels = [size // specimen.strides for size in specimen.shape[1:]]
+        shape = (count, *pixels) if specimen.kind == "map" else (count,)
         labels = torch.randint(CLASSES, shape, generator=torch.Generator().manual_seed(seed))
         return ArrayData(specimen.inputs(count, seed), labels, BATCH)
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+SITE = Path(sys.prefix) / "zoo"
+"""where `make zoo` puts timm and torchvision: beside the other packages, torchvision would break who looks for it"""
 CLASSES, VOCABULARY, TOKENS = 10, 96, 12
 SEED = 0
 MISSING_OPERATORS = (
@@ -32,6 +36,7 @@ def packages() -> None:
     No network of the zoo calls one. Raises `ImportError` where a package is not installed.
     """
     if not _declared:
+        sys.path.append(str(SITE))
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in MISSING_OPERATORS:
             if not hasattr(torch.ops.torchvision, name):
@@ -60,6 +65,8 @@ class Specimen:
     """of one input"""
     kind: str = "image"
     """image, map (an answer for each pixel), wave, spectrum or text"""
+    strides: int = 1
+    """of a map: pixels of the input in each direction to one of the answer"""
     output: str = ""
     """the part of the answer that is taken; the whole answer where empty"""
 
@@ -145,12 +152,14 @@ def settle(module: nn.Module, batches: list[tuple[Tensor, ...]]) -> None:
 
 
 def _timm(specimen: Specimen) -> nn.Module:
+    packages()
     import timm
 
     return timm.create_model(specimen.model, num_classes=CLASSES, **specimen.arguments)
 
 
 def _torchvision(specimen: Specimen) -> nn.Module:
+    packages()
     from torchvision.models import get_model
 
     extra = {"weights_backbone": None} if specimen.kind == "map" else {}
@@ -197,8 +206,8 @@ def text(family: str, model: str, **arguments: Any) -> Specimen:
     )  # fmt: skip
 
 
-def picture(family: str, model: str, size: int = 32, kind: str = "image", **arguments: Any) -> Specimen:
-    return Specimen("transformers", model, family, arguments, shape=(3, size, size), kind=kind, output="logits")
+def picture(family: str, model: str, size: int = 32, **arguments: Any) -> Specimen:
+    return Specimen("transformers", model, family, arguments, shape=(3, size, size), output="logits")
 
 
 def sound(family: str, model: str, shape: tuple[int, ...] = (800,), **arguments: Any) -> Specimen:
@@ -395,9 +404,12 @@ TRANSFORMERS = (
     picture("convnextv2", "ConvNextV2ForImageClassification", depths=[2, 2], hidden_sizes=[16, 32], num_stages=2),
     picture("resnet", "ResNetForImageClassification", embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1]),
     picture("mobilenet_v1", "MobileNetV1ForImageClassification", depth_multiplier=0.25),
-    picture("segformer", "SegformerForSemanticSegmentation", kind="map", depths=[1, 1], sr_ratios=[2, 1],
-            hidden_sizes=[16, 32], strides=[4, 2], patch_sizes=[7, 3], num_attention_heads=[2, 4], mlp_ratios=[2, 2],
-            num_encoder_blocks=2, decoder_hidden_size=32),
+    replace(
+        picture("segformer", "SegformerForSemanticSegmentation", depths=[1, 1], sr_ratios=[2, 1],
+                hidden_sizes=[16, 32], strides=[4, 2], patch_sizes=[7, 3], num_attention_heads=[2, 4],
+                mlp_ratios=[2, 2], num_encoder_blocks=2, decoder_hidden_size=32),
+        kind="map", strides=4,
+    ),
     picture("poolformer", "PoolFormerForImageClassification", hidden_sizes=[16, 32], depths=[1, 1],
             num_encoder_blocks=2, patch_sizes=[7, 3], strides=[4, 2], padding=[2, 1]),
     picture("cvt", "CvtForImageClassification", embed_dim=[16, 32, 64], depth=[1, 2, 3], num_heads=[1, 2, 4]),
