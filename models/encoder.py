@@ -150,7 +150,7 @@ def load(
         try:
             model, info = kind.from_pretrained(
                 folder, config=config, attn_implementation="eager", use_safetensors=True, local_files_only=True,
-                output_loading_info=True, ignore_mismatched_sizes=new_head,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=new_head,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"encoder: {folder} cannot be loaded as {task}: {_first_line(error)}") from error
@@ -169,7 +169,9 @@ def load_tokenizer(folder: Path, config: Any) -> Any:
     """The directory's tokenizer. Raises `InputError` where there is none, or it is not that of the model."""
     with quietly() as transformers:
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise InputError(f"encoder: {folder} has no readable tokenizer: {_first_line(error)}") from error
     words = len(tokenizer)

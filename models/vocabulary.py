@@ -65,7 +65,7 @@ def trim_vocabulary(directory: str | Path, out: Path, texts: Iterable[str], data
 def kept_tokens(folder: Path, tokenizer: dict[str, Any], texts: Iterable[str]) -> list[int]:
     """The ids that stay, in order."""
     with quietly() as transformers:
-        reader = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        reader = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         sequences = reader(list(texts), truncation=False)["input_ids"]
     kept = {t["id"] for t in tokenizer["added_tokens"]}
     kept |= {i for token, i in tokenizer["model"]["vocab"].items() if len(token.removeprefix(CONTINUES)) <= 1}

@@ -34,7 +34,7 @@ ORDER = (
     ("cli",), ("compiler",), ("gpu", "evaluation", "comparison", "check"), ("rehearsal",),
     ("bench", "verify"), ("deploy",),
     ("recipe",), ("passes",), ("knowledge", "models"), ("training",), ("core",), ("kernels", "task", "target"),
-    ("report", "quant", "data", "files"), ("copies",), ("errors", "quiet"),
+    ("report", "quant", "data", "files"), ("copies", "documents"), ("errors", "quiet"),
 )  # fmt: skip
 """what a person meets first, down to the arithmetic: a package imports from those behind it only"""
 NARROWER = {
@@ -259,6 +259,19 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
                 yield f"line {call.lineno}: {name}"
 
     assert not offenders(dangerous)
+
+
+def test_no_code_comes_with_a_model() -> None:
+    """What transformers loads is on this disk, and of classes that it has itself."""
+
+    def trusting(path: Path) -> Iterable[str]:
+        for call in calls(SOURCES[path]):
+            words = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            said = words.get("local_files_only"), words.get("trust_remote_code")  # not said, the second asks the user
+            if ast.unparse(call.func).endswith(".from_pretrained") and said != ("True", "False"):
+                yield f"line {call.lineno}: {ast.unparse(call)}"
+
+    assert not offenders(trusting)
 
 
 def test_the_library_never_prints() -> None:

@@ -9,28 +9,21 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from pqk.core.graph import StructuredCode, quiet_export
 from pqk.data.structures import Outputs, restructured, tensors
+from pqk.deploy.torch_archive import MODEL, SAMPLES, checked_archive, why_not_plain
 from pqk.errors import InputError
 from pqk.files import write_whole
 from pqk.task.axes import Axes, free_axes
 
 NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
-SAMPLES = "data/sample_inputs/model.pt"
-RECORDS = re.compile(
-    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
-    r"|data/(weights/weight|constants/tensor)_\d+|data/(weights/model_weights|constants/model_constants)_config\.json"
-)
-"""what a `student.pt2` is made of, beside the empty record of sample inputs"""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """the date of every record: the same student is the same file"""
 
@@ -70,16 +63,14 @@ def load_student(path: Path | str, device: str | torch.device = "cpu") -> fx.Gra
     """The fused student in a `student.pt2`: a module that takes a batch of any size, in eval mode.
 
     On a CPU the operators run their reference bodies, on a CUDA device the Triton kernels. Raises `InputError` for a
-    file that is missing, damaged, or holds anything but JSON and tensors; nothing in it is ever unpickled.
+    file that is missing, damaged, or holds anything but JSON and tensors; nothing in it is ever unpickled or evaluated.
     """
     import pqk.kernels  # noqa: F401 (the operators that the file calls)
 
-    foreign = foreign_records(path)
-    if foreign:
-        raise InputError(f"{path} holds {', '.join(foreign[:4])}, which may run code when opened; pqk did not write it")
+    archive = checked_archive(Path(path))
     try:
         with quiet_export():
-            module = torch.export.load(str(path)).module(check_guards=False)
+            module = torch.export.load(archive).module(check_guards=False)
     except Exception as error:  # damaged JSON, another torch
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{path} cannot be loaded by torch {torch.__version__}: {reason}") from error
@@ -93,35 +84,12 @@ def load_like(path: Path | str, like: Outputs) -> Callable[..., Outputs]:
     return lambda *inputs: restructured(like, iter(tensors(student(*inputs))))
 
 
-def foreign_records(path: Path | str) -> list[str]:
-    """The records of an archive that are no part of a `student.pt2`: pickles, compiled code, extra files.
-
-    Raises `InputError` for a file that cannot be read or is no archive.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            foreign = []
-            for name in archive.namelist():
-                record = name.partition("/")[2]
-                if record == SAMPLES:
-                    if archive.getinfo(name).file_size:
-                        foreign.append(name)
-                    continue
-                config = record.endswith("_config.json")
-                if not RECORDS.fullmatch(record) or (config and _pickled(json.loads(archive.read(name)))):
-                    foreign.append(name)
-            return foreign
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a student.pt2 ({error}); copy it again") from error
-
-
-def _pickled(config: dict[str, Any]) -> bool:
-    return any(entry.get("use_pickle", True) for entry in config.get("config", {}).values())
-
-
 def _write_records(path: Path, saved: io.BytesIO) -> None:
+    with zipfile.ZipFile(saved) as source:
+        program = json.loads(source.read(next(n for n in source.namelist() if n.endswith(f"/{MODEL}"))))
+    reason = next(why_not_plain(program), None)
+    if reason is not None:
+        raise InputError(f"emit_torch: the fused student holds {reason}, which no student.pt2 may")
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as out:
         for info in source.infolist():
             record = info.filename.partition("/")[2]
