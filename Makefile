@@ -1,4 +1,4 @@
-# The front doors: `make demo`, `make test`, `make test-fast`, `make test-full`, `make zoo`.
+# The front doors: `make demo`, `make test`, `make test-fast`, `make test-full`, `make zoo`, `make campaign`.
 # The first use creates .venv and installs into it; a later one installs only if these two files have changed.
 # PIP_FLAGS goes to pip: where the index would give torch's CUDA build (several GB), name that of the CPU build.
 
@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 INSTALL = .venv/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt
 REQUIREMENTS = pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast test-full zoo check clean
+.PHONY: demo test test-fast test-full zoo campaign check clean
 
 demo: .venv/demo.stamp
 	rm -rf out/digits
@@ -27,6 +27,11 @@ test-full: check .venv/zoo.stamp
 zoo: .venv/test.stamp .venv/zoo.stamp
 	PYTHONSAFEPATH=1 .venv/bin/python tests/zoo/run_zoo.py
 	PYTHONSAFEPATH=1 .venv/bin/python tests/tools/readme.py
+
+# Compiles that are killed, run out of disk and so on, and 10,000 damaged files; half an hour on two quiet cores.
+campaign: .venv/test.stamp
+	.venv/bin/python tests/faults/interruptions.py --into tests/faults/results.json
+	.venv/bin/python tests/faults/mutations.py --into tests/faults/results.json
 
 # Lint and types. mypy resolves pqk.passes, pqk.kernels and pqk.models in an installed copy only, so it checks one.
 check: .venv/test.stamp
