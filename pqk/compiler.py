@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib.metadata
@@ -28,10 +29,11 @@ from pqk.core.run_folder import RunFolder
 from pqk.data.data import digest_of
 from pqk.deploy.artifact import MANIFEST, MODEL, Artifact, describe_interface, seal, write_report, write_student
 from pqk.deploy.tuning import Tuning
+from pqk.documents import digest_of_file, digest_of_values
 from pqk.errors import InputError, ParityError
 from pqk.evaluation.evaluate import evaluate
 from pqk.evaluation.settings import Evaluation
-from pqk.files import read_json
+from pqk.files import read_sealed
 from pqk.gpu.autotune import choose_tuning, gpu_for, read_tuning
 from pqk.knowledge.teachers.base import weights_fingerprint
 from pqk.recipe.fit import fit_recipe
@@ -82,21 +84,27 @@ def compress(
         ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
     """
     job = _job(teacher, task, recipe, target, Path(out), seed, evaluation or Evaluation())
-    from_main(lambda: job.folder.open(job.identity(), resume))
-    if (job.out / MANIFEST).exists():
-        return Artifact.load(job.out)
-    with _disk_space(job.out), fused_layers(False):
-        if is_main_process():
-            _rehearse(job, allow_parity_failure)
-        program = _run(job, observer or Silent())
-        if is_main_process():
-            interface = _interface(job, program)
-            names = _write(job, program)
-            _compare_sizes(job, program, interface, allow_parity_failure)
-            report = _judge(job, program)
-            _ship(job, program, interface, names, report, allow_parity_failure)
-    wait_for_all()
+    with contextlib.ExitStack() as held, _unwritable(job.out):
+        identity = job.identity()
+        from_main(lambda: held.enter_context(job.folder.opened(identity, resume)))
+        if not (job.out / MANIFEST).exists():
+            with fused_layers(False):
+                _compile(job, digest_of_values(identity), observer or Silent(), allow_parity_failure)
+            wait_for_all()
     return Artifact.load(job.out)
+
+
+def _compile(job: Job, identity: str, observer: Observer, allow_parity_failure: bool) -> None:
+    """Rehearse, run the passes, and leave the artifact where it goes."""
+    if is_main_process():
+        _rehearse(job, allow_parity_failure)
+    program = _run(job, identity, observer)
+    if is_main_process():
+        interface = _interface(job, program)
+        names = _write(job, program)
+        _compare_sizes(job, program, interface, allow_parity_failure)
+        report = _judge(job, program)
+        _ship(job, program, interface, names, report, allow_parity_failure)
 
 
 @dataclass(frozen=True)
@@ -193,14 +201,20 @@ def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, see
 
 
 @contextmanager
-def _disk_space(out: Path) -> Iterator[None]:
-    """A full disk is an error of the user's, with what to do; the finished passes stay."""
+def _unwritable(out: Path) -> Iterator[None]:
+    """A full disk, or a folder that may not be written to, is an error with what to do; the finished passes stay."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{out}: {error.strerror}; make room and go on with --resume") from error
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not _is_in(error.filename, out):
             raise
-        raise InputError(f"{out}: {error.strerror}; make room and go on with --resume") from error
+        raise InputError(f"cannot write {error.filename}: {error.strerror}; go on with --resume") from error
+
+
+def _is_in(path: object, folder: Path) -> bool:
+    return isinstance(path, str) and Path(path).absolute().is_relative_to(folder.absolute())
 
 
 def _rehearse(job: Job, allow_parity_failure: bool) -> None:
@@ -209,10 +223,10 @@ def _rehearse(job: Job, allow_parity_failure: bool) -> None:
         rehearse(job.teacher, job.task, job.recipe.passes, job.target, parity=not allow_parity_failure)
 
 
-def _run(job: Job, observer: Observer) -> Program:
+def _run(job: Job, identity: str, observer: Observer) -> Program:
     """The passes, with a latency oracle where this machine is the target."""
-    journal = Journal(job.folder.journal if is_main_process() else None)
-    run = RunContext(job.recipe.seed, job.folder.path, journal, observer)
+    journal = Journal(job.folder.journal if is_main_process() else None, identity)
+    run = RunContext(job.recipe.seed, job.folder.path, journal, observer, identity=identity)
     student = copy_of(job.teacher).requires_grad_(True)
     program = Program(job.teacher, student, Stage.MODULE, job.target, run)
     if job.target.why_not_measured() is not None:
@@ -296,7 +310,7 @@ def _ship(
             f"parity: {broken.first_divergence}. The finished passes and the report are kept in "
             f"{job.folder.path}; --resume --allow-parity-failure finishes the artifact all the same"
         )
-    identity = read_json(job.folder.identity)
+    identity = read_sealed(job.folder.identity, ("teacher", "data"))
     manifest = {
         "pqk": importlib.metadata.version("pqk"),
         "versions": machine_fingerprint()["versions"],
@@ -306,5 +320,6 @@ def _ship(
         "data": identity["data"],
         **interface,
         "preprocessing": job.task.preprocessing,
+        "teacher_files": {p.name: digest_of_file(p) for p in job.folder.teacher_files if p.exists()},
     }
     seal(job.folder.unfinished_artifact, job.out, names, manifest)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pqk.bench.contenders import Contender, onnxruntime_contender
 from pqk.bench.measure import TimingProtocol, measure
 from pqk.core.run_folder import RunFolder
 from pqk.deploy.artifact import Artifact
+from pqk.documents import digest_of_file
 from pqk.errors import InputError
 from pqk.report.schema import LatencyRow
 
@@ -30,12 +32,14 @@ def benchmark(
         One row a contender and batch, in milliseconds.
 
     Raises:
-        InputError: the artifact has no `model.onnx`.
+        InputError: the artifact has no `model.onnx`, or the teacher's file beside it is another's.
     """
     if not (artifact.folder / "model.onnx").exists():
         raise InputError(f"{artifact.folder} has no model.onnx, which a CPU is timed with; use --device cuda on a GPU")
     timing = timing or TimingProtocol(rounds=30)
     teacher = next((p for p in RunFolder.of(artifact.folder).teacher_files if p.exists()), None)
+    if teacher is not None:
+        _check_teacher(teacher, artifact)
     rows: list[LatencyRow] = []
     for batch in batches:
         feeds = artifact.example(batch)
@@ -45,3 +49,13 @@ def benchmark(
         timed = measure(contenders, base, timing)
         rows += timed if base is not None else [row.without_ratio() for row in timed]
     return rows
+
+
+def _check_teacher(file: Path, artifact: Artifact) -> None:
+    """Raises `InputError` where this is not the file that the compile left; artifacts of before do not say."""
+    stated = artifact.manifest.get("teacher_files", {}).get(file.name)
+    if stated is not None and digest_of_file(file) != stated:
+        raise InputError(
+            f"{file} is not the teacher of this compile: its sha256 is not the manifest's; without the file, the "
+            "student is timed alone"
+        )

@@ -22,7 +22,7 @@ from pqk.core.run_folder import RunFolder, scope_of
 from pqk.deploy.artifact import MANIFEST, Artifact
 from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
-from pqk.files import read_json
+from pqk.files import read_sealed
 from pqk.recipe.factories import load_task, load_teacher
 from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec
 from pqk.recipe.schema import json_schema
@@ -285,7 +285,7 @@ def _inspect_recipe(path: Path) -> CommandAnswer:
 
 def _inspect_unfinished(folder: Path) -> CommandAnswer:
     run = RunFolder.of(folder)
-    recipe = Recipe.loads(read_json(run.identity)["recipe"])
+    recipe = Recipe.loads(str(read_sealed(run.identity, ("recipe",))["recipe"]), str(run.identity))
     names = [scope_of(i, p.name) for i, p in enumerate(recipe.passes)]
     done = [scope_of(i, p.name) for i, p in enumerate(recipe.passes) if run.is_finished(i, p.name)]
     document = {"kind": "unfinished", "folder": str(folder), "finished": done, "passes": _passes_of(recipe)}

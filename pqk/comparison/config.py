@@ -22,7 +22,6 @@ name = "prune"
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from pqk.core.program import CONFIG, Stage
 from pqk.errors import InputError, nearest
 from pqk.recipe.recipe import Recipe, parse_passes
 from pqk.recipe.schema import json_schema
-from pqk.recipe.strict import documentation, parse, read_text
+from pqk.recipe.strict import documentation, parse, parse_toml, read_text
 
 NAME = r"^[^\s|][^\n|]*$"
 
@@ -173,10 +172,7 @@ class Comparison:
         Raises:
             InputError: something is unknown, ill-typed or not comparable.
         """
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{where}: not readable as TOML: {error}") from error
+        table = parse_toml(text, where)
         if "seed" in table:
             raise InputError(f"{where}: seed: the seeds of a comparison are those of [screen] and [confirm]")
         own: dict[str, Any] = {

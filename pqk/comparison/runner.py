@@ -40,7 +40,7 @@ from pqk.core.run_folder import WORK, RunFolder
 from pqk.data.data import digest_of
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError, PqkError
-from pqk.files import read_json, write_json, write_whole
+from pqk.files import read_sealed, write_json, write_sealed, write_whole
 from pqk.knowledge.teachers.base import weights_fingerprint
 from pqk.passes import REWRITES
 from pqk.recipe.recipe import why_not_for_target
@@ -97,11 +97,17 @@ def compare(
         raise InputError(f"{folder} is not empty; choose another, or continue with --resume")
     teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
-    bench = _Bench(teacher, task, comparison, target, folder, observer or Silent())
-    try:
-        return bench.run(command)
-    finally:
-        bench.oracle.folder.cleanup()
+    with RunFolder.of(folder).held():
+        bench = _Bench(teacher, task, comparison, target, folder, observer or Silent())
+        try:
+            return bench.run(command)
+        finally:
+            bench.oracle.folder.cleanup()
+
+
+def _identity_of(folder: Path) -> str:
+    """The seed and the digest of the passes, teacher and data that a cell's folder is of."""
+    return f"{folder.parent.name}/{folder.name}"
 
 
 class _Bench:
@@ -203,12 +209,16 @@ class _Bench:
                 path = self._path(variant, seed)
                 if not path.exists():
                     continue
-                saved, identity = read_json(path), self._identity(variant, seed)
+                identity = self._identity(variant, seed)
+                saved = read_sealed(path, (*identity, "cell"))
                 other = [k for k in identity if saved[k] != identity[k]]
                 if other:
                     what = "another recipe" if other == ["recipe"] else "other data, another teacher or another target"
                     raise InputError(f"{path} is of {what}; name the variant anew, or choose another --out")
-                found[variant.name, seed] = Result(**saved["cell"])
+                try:
+                    found[variant.name, seed] = Result(**saved["cell"])
+                except TypeError as error:
+                    raise InputError(f"{path} was changed or is of another version of pqk; delete it") from error
         return found
 
     def _path(self, variant: RecipeVariant, seed: int) -> Path:
@@ -224,7 +234,7 @@ class _Bench:
         program = self._compile(passes, folders, seed)
         evaluation, size = self._judge(program, variant, seed)
         cell = _cell_of(variant, seed, program, evaluation, size)
-        write_json(self._path(variant, seed), {**self._identity(variant, seed), "cell": asdict(cell)})
+        write_sealed(self._path(variant, seed), {**self._identity(variant, seed), "cell": asdict(cell)})
         for folder in self._unshared(passes, folders):
             shutil.rmtree(folder, ignore_errors=True)
         return cell
@@ -237,9 +247,11 @@ class _Bench:
         saved = [i for i, p in enumerate(passes) if runs[i].is_finished(i, p.name)]
         if saved:
             last = passes[saved[-1]]
+            program = replace(program, run=RunContext(identity=_identity_of(folders[saved[-1]])))
             program = last.derive(load(program, self.task, runs[saved[-1]].of_pass(saved[-1], last.name), REWRITES))
         for i in range(saved[-1] + 1 if saved else 0, len(passes)):
             run = RunContext(seed, folders[i], self._journal(folders[i]), self.observer)
+            run = replace(run, identity=_identity_of(folders[i]))
             if self.target.why_not_measured() is None:
                 run = replace(run, oracle=self.oracle)
             program = run_passes(replace(program, run=run), self.task, [passes[i]], start=i)
@@ -252,7 +264,7 @@ class _Bench:
         folder.mkdir(exist_ok=True)
         if not run.cache.exists():  # where passes look for it
             run.cache.symlink_to(answers.resolve(), target_is_directory=True)
-        return Journal(run.journal)
+        return Journal(run.journal, _identity_of(folder))
 
     def _digest(self, passes: Sequence[Pass]) -> str:
         """Names what these passes make of the teacher."""

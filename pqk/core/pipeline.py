@@ -16,14 +16,18 @@ from torch import nn
 from pqk.copies import copy_of
 from pqk.core.costs import count_macs, count_parameters
 from pqk.core.distributed import from_main, is_main_process
-from pqk.core.program import Pass, Program, Rewrite, RewriteFunction, Snapshot, Stage, replay
+from pqk.core.program import Pass, Program, Rewrite, RewriteFunction, Snapshot, Stage, parse_plan, replay
 from pqk.core.run_folder import RunFolder, scope_of
 from pqk.data.structures import tensors
-from pqk.errors import InputError, PqkError
-from pqk.files import read_json, read_tensors, write_json, write_tensors
+from pqk.documents import digest_of_file
+from pqk.errors import InputError, PqkError, first_line
+from pqk.files import read_sealed, read_tensors, write_sealed, write_tensors
 from pqk.report.schema import Declined, PassRecord
 from pqk.target.machine import peak_memory
 from pqk.task.task import Task
+
+STUDENT = "student.safetensors"
+"""the tensors of a saved program"""
 
 
 def check_order(passes: Sequence[Pass], start: Stage = Stage.MODULE) -> Stage:
@@ -135,8 +139,9 @@ def save(program: Program, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        write_tensors(unfinished / "student.safetensors", program.student.state_dict())
-        write_json(unfinished / "program.json", state(program))
+        write_tensors(unfinished / STUDENT, program.student.state_dict())
+        seal = {"run": program.run.identity, "scope": folder.name, "student": digest_of_file(unfinished / STUDENT)}
+        write_sealed(unfinished / "program.json", {**seal, **state(program)})
         unfinished.replace(folder)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
@@ -145,18 +150,26 @@ def save(program: Program, folder: Path) -> None:
 
 
 def load(program: Program, task: Task, folder: Path, rewrites: Mapping[str, RewriteFunction]) -> Program:
-    """The program saved in `folder`, rebuilt from the teacher. Raises `InputError` for files that do not fit."""
-    saved = read_json(folder / "program.json")
-    plan = tuple(Rewrite(r["function"], r["arguments"]) for r in saved["plan"])
-    weights, _ = read_tensors(folder / "student.safetensors")
-    return replace(
-        program,
-        student=rebuild(program.teacher, task.example, plan, rewrites, weights),
-        stage=Stage[saved["stage"]],
-        plan=plan,
-        declined=tuple(Declined(**d) for d in saved["declined"]),
-        records=tuple(PassRecord(**r) for r in saved["records"]),
-    )
+    """The program saved in `folder`, rebuilt from the teacher.
+
+    Raises `InputError` for files that do not fit, were changed, or are of another run or pass.
+    """
+    path = folder / "program.json"
+    saved = read_sealed(path, ("stage", "plan", "declined", "records"))
+    here = {"run": program.run.identity, "scope": folder.name}
+    if any(saved.get(key, value) != value for key, value in here.items()):
+        raise InputError(f"{folder} is of another run or pass ({saved.get('scope')}); delete it, and it is made anew")
+    if saved.get("student") not in (None, digest_of_file(folder / STUDENT)):  # versions before noted no digest
+        raise InputError(f"{folder / STUDENT} was changed after it was written; delete {folder}, and it is made anew")
+    plan = parse_plan(saved["plan"], path)
+    weights, _ = read_tensors(folder / STUDENT)
+    try:
+        stage, declined = Stage[saved["stage"]], tuple(Declined(**d) for d in saved["declined"])
+        records = tuple(PassRecord(**r) for r in saved["records"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} was changed or is of another version of pqk: {first_line(error)}") from error
+    student = rebuild(program.teacher, task.example, plan, rewrites, weights)
+    return replace(program, student=student, stage=stage, plan=plan, declined=declined, records=records)
 
 
 def rebuild(
@@ -177,8 +190,10 @@ def rebuild(
         # A frozen teacher makes a student that trains: rewrites freeze what must not.
         student = replay(copy_of(teacher).requires_grad_(True), example, plan, rewrites)
         student.load_state_dict(weights)
-    except (RuntimeError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"plan: it does not fit this teacher: {error}") from error
+    except PqkError:
+        raise
+    except Exception as error:  # whatever a rewrite raises that is given another network's, or no, arguments
+        raise InputError(f"plan: it does not fit this teacher: {first_line(error, 400)}") from error
     for module in student.modules():
         module.training = False
     return student

@@ -21,7 +21,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, fx, nn
 
-from pqk.errors import Reason
+from pqk.errors import InputError, Reason
 from pqk.report.schema import Declined, PassRecord
 
 if TYPE_CHECKING:
@@ -194,6 +194,17 @@ class Pass(ABC):
     def why_not_cached(self) -> Reason | None:
         """Why the teacher's answers are not cached in this pass."""
         return "it asks no teacher"
+
+
+def parse_plan(entries: Any, where: object) -> tuple[Rewrite, ...]:
+    """The plan that a file holds as JSON. Raises `InputError`, naming it as `where`, for anything else."""
+    plan = []
+    for entry in entries if isinstance(entries, list) else [None]:
+        function, arguments = (entry.get(k) if isinstance(entry, dict) else None for k in ("function", "arguments"))
+        if not isinstance(function, str) or not isinstance(arguments, dict):
+            raise InputError(f"{where} was changed or is of another version of pqk: its plan is no list of rewrites")
+        plan.append(Rewrite(function, arguments))
+    return tuple(plan)
 
 
 def replay(

@@ -62,6 +62,8 @@ class RunContext:
     """a rehearsal: what candidates are only compared by may be estimated where measuring takes seconds for each"""
     scope: str = ""
     """the pass that is running, such as `02-distill`"""
+    identity: str = ""
+    """a digest of what this is a run of; what is saved says it, and is of no other run"""
 
     def enter(self, scope: str) -> RunContext:
         return replace(self, scope=scope)

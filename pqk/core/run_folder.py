@@ -1,6 +1,7 @@
 """Where a run keeps its state: the names below `OUT/.work`, and how a run is opened or continued.
 
 run.json                 what this is a run of; a resume must match it
+.lock                    held by the process that runs
 journal.jsonl            measured decisions
 00-prune/                a finished pass: student.safetensors and program.json (stage, plan, records, declined)
 01-distill.partial/      the checkpoint of the running one
@@ -10,13 +11,17 @@ proof/                   the artifact and its report in the making
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pqk.errors import InputError
-from pqk.files import read_json, write_json
+from pqk.files import read_sealed, write_sealed
 
 WORK = ".work"
 """the folder of a run's state, in the directory that its artifact goes to"""
@@ -80,11 +85,34 @@ class RunFolder:
         for path in self.path.glob(f"{scope}*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def open(self, identity: dict[str, Any], resume: bool) -> None:
-        """Make the folder for a run of `identity` (JSON), or find the one to continue.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """This process alone has the folder, which is made where it is not there.
+
+        The system lets go of it when the process ends, however it does. A file system without locks is taken as it is.
 
         Raises:
-            InputError: something else stands where the artifact goes, or the run to continue is of another identity.
+            InputError: another process has it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except OSError as error:
+            raise InputError(f"cannot make {self.path}: {error.strerror}") from error
+        try:
+            if not _locked(lock):
+                raise InputError(f"another process runs in {self.path.parent}; wait for it, or choose another --out")
+            yield
+        finally:
+            os.close(lock)
+
+    @contextlib.contextmanager
+    def opened(self, identity: dict[str, Any], resume: bool) -> Iterator[None]:
+        """The folder for a run of `identity` (JSON), new or the one to continue, held by this process alone.
+
+        Raises:
+            InputError: something else stands where the artifact goes, the run to continue is of another identity, or
+                another process runs in it.
         """
         out = self.path.parent
         if out.exists() and not out.is_dir():
@@ -93,19 +121,39 @@ class RunFolder:
         if not resume and present:
             listing = ", ".join(present[:4])
             raise InputError(f"{out} is not empty ({listing}…); choose another, or continue with --resume")
-        if resume and self.identity.exists():
-            saved = read_json(self.identity)
-            differing = [key for key in identity if saved.get(key, identity[key]) != identity[key]]
-            if differing:
-                names = " and ".join(differing)
-                raise InputError(f"{out} holds a run with another {names}; it cannot be continued with these")
-            return
-        # A run that was killed before its first file has a folder with hidden files at most.
-        begun = present == [WORK] and all(p.name.startswith(".") for p in self.path.iterdir())
-        if resume and present and not begun:
+        if resume and present and not self.identity.exists() and not self._is_begun(present):
             raise InputError(f"{out} is not empty and holds no run to continue")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make {self.path}: {error.strerror}") from error
-        write_json(self.identity, identity)
+        with self.held():
+            # Asked again: another process may have begun, or ended, between the look and the lock.
+            if self.identity.exists() and not resume:
+                raise InputError(f"{out} is not empty ({WORK}…); choose another, or continue with --resume")
+            if self.identity.exists():
+                self._check(identity)
+            else:
+                write_sealed(self.identity, identity)
+            yield
+
+    def _is_begun(self, present: list[str]) -> bool:
+        """Whether all that is there is what a run that was killed before its first file has made."""
+        return present == [WORK] and all(p.name.startswith(".") for p in self.path.iterdir())
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        saved = read_sealed(self.identity, ())
+        differing = [key for key in identity if saved.get(key, identity[key]) != identity[key]]
+        if differing:
+            names = " and ".join(differing)
+            out = self.path.parent
+            raise InputError(f"{out} holds a run with another {names}; it cannot be continued with these")
+
+
+def _locked(file: int) -> bool:
+    """Whether this process has the lock of an open file now, as far as there are locks here."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True

@@ -7,12 +7,12 @@ student.safetensors   its tensors, and
 student.json          the plan of rewrites that rebuilds the module from the teacher
 recipe.toml           what was done
 report.json, .md      what it is worth
-manifest.json         sha256 of every other file, versions, seed, data, target, inputs and outputs; written last
+manifest.json         sha256 and size of every other file, versions, seed, data, target, inputs, outputs, and the sha256
+                      of all this; written last
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -26,15 +26,17 @@ from torch import fx, nn
 
 from pqk.core.onnxruntime_session import session
 from pqk.core.pipeline import rebuild
-from pqk.core.program import Program, Rewrite
+from pqk.core.program import Program, Rewrite, parse_plan
 from pqk.core.run_folder import RunFolder
 from pqk.data.structures import tensors
+from pqk.deploy.manifest import FORMAT, check_file, read_manifest
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.torch_emitter import emit_torch, load_student
 from pqk.deploy.tuning import NAME as TUNING
 from pqk.deploy.tuning import Tuning
+from pqk.documents import digest_of_file
 from pqk.errors import InputError, first_line
-from pqk.files import read_json, read_tensors, write_json, write_tensors, write_whole
+from pqk.files import read_json, read_tensors, write_json, write_sealed, write_tensors, write_whole
 from pqk.passes import REWRITES
 from pqk.recipe.recipe import Recipe
 from pqk.report.markdown import to_markdown
@@ -44,7 +46,6 @@ from pqk.task.axes import Sizes, sizes_of
 from pqk.task.task import Task
 
 MANIFEST = "manifest.json"
-FORMAT = 1
 MODEL, FUSED = DEPLOYED = ("model.onnx", "student.pt2")
 """what is run; an artifact has one of them or both"""
 TENSORS, PLAN = STUDENT = ("student.safetensors", "student.json")
@@ -123,11 +124,6 @@ def _describe(name: str, shape: Sequence[int | str], t: torch.Tensor) -> dict[st
     return {"name": name, "shape": list(shape), "dtype": str(t.dtype).removeprefix("torch.")}
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def seal(unfinished: Path, folder: Path, names: Iterable[str], values: dict[str, Any]) -> None:
     """Move the finished files of these names into `folder`, and write the manifest last."""
     for name in names:
@@ -139,8 +135,8 @@ def seal(unfinished: Path, folder: Path, names: Iterable[str], values: dict[str,
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Seal a directory: its files are those that are there now."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))
-    entries = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in files}
-    write_json(folder / MANIFEST, {"format": FORMAT, "files": entries, **values})
+    entries = {p.name: {"sha256": digest_of_file(p), "bytes": p.stat().st_size} for p in files}
+    write_sealed(folder / MANIFEST, {"format": FORMAT, "files": entries, **values})
 
 
 class Artifact:
@@ -167,10 +163,8 @@ class Artifact:
             unfinished = RunFolder.of(folder).path.is_dir()
             why = "the compile did not finish; go on with --resume" if unfinished else "it is not a pqk artifact"
             raise InputError(f"{folder} has no {MANIFEST}: {why}")
-        manifest = read_json(folder / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise InputError(f"{folder / MANIFEST} is not a manifest of format {FORMAT}; it needs another pqk version")
-        listed = set(manifest.get("files", ()))
+        manifest = read_manifest(folder / MANIFEST)
+        listed = set(manifest["files"])
         unlisted = sorted({REPORT, RECIPE, *STUDENT} - listed)
         if not listed & set(DEPLOYED):
             unlisted.append(" or ".join(DEPLOYED))
@@ -180,10 +174,7 @@ class Artifact:
             path = folder / name
             if Path(name).name != name or not path.is_file():
                 raise InputError(f"{folder}: {name} is missing; copy the whole directory again")
-            if not isinstance(entry, dict) or sha256(path) != entry.get("sha256"):
-                raise InputError(
-                    f"{path} was changed after the compile: its sha256 is not the manifest's; copy it again"
-                )
+            check_file(path, entry)
         return Artifact(folder, manifest)
 
     @property
@@ -197,8 +188,8 @@ class Artifact:
     @property
     def plan(self) -> tuple[Rewrite, ...]:
         """The rewrites that make the student out of the teacher."""
-        plan = read_json(self.folder / PLAN)["plan"]
-        return tuple(Rewrite(r["function"], r["arguments"]) for r in plan)
+        document = read_json(self.folder / PLAN)
+        return parse_plan(document.get("plan") if isinstance(document, dict) else None, self.folder / PLAN)
 
     @property
     def target(self) -> Target:
@@ -236,7 +227,10 @@ class Artifact:
         except Exception as error:  # onnxruntime's exceptions share no public base class
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in feeds.items())
             raise InputError(f"run: the student fails on {shapes}: {first_line(error)}") from error
-        outputs = dict(zip([o["name"] for o in self.manifest["outputs"]], arrays, strict=True))
+        names = [o["name"] for o in self.manifest["outputs"]]
+        if len(names) != len(arrays):
+            raise InputError(f"run: the student has {len(arrays)} outputs, and its manifest says {names}")
+        outputs = dict(zip(names, arrays, strict=True))
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def _feeds(self, arrays: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:

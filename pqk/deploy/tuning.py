@@ -69,9 +69,12 @@ def _parsed(found: Any) -> Tuning:
     if found["format"] != FORMAT:
         raise ValueError(f"format {found['format']}")
     first, second = found["gpu"]["capability"]
-    gpu = Gpu((int(first), int(second)), int(found["gpu"]["processors"]), int(found["gpu"]["shared"]))
+    numbers = first, second, found["gpu"]["processors"], found["gpu"]["shared"]
+    if not all(type(n) is int and 0 <= n < 1 << 31 for n in numbers) or not isinstance(found["measured"], bool):
+        raise ValueError("a GPU is told by whole numbers, and whether it was measured by true or false")
+    gpu = Gpu((first, second), *numbers[2:])
     choices = {op: {k: _config(op, c) for k, c in table.items()} for op, table in found["choices"].items()}
-    return Tuning(gpu, bool(found["measured"]), choices)
+    return Tuning(gpu, found["measured"], choices)
 
 
 def _config(op: str, values: dict[str, Any]) -> Config:

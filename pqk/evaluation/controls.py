@@ -60,7 +60,7 @@ class Control:
         assert program.run.folder is not None
         folder = program.run.folder / self.folder
         folder.mkdir(exist_ok=True)
-        run = dataclasses.replace(program.run, folder=folder)
+        run = dataclasses.replace(program.run, folder=folder, identity=f"{program.run.identity}/{self.folder}")
         start = dataclasses.replace(again.start, run=run, fused=None)
         return run_passes(start, task, again.passes, start=again.index)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from pqk.copies import copy_of
 from pqk.core.program import CONFIG
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs
+from pqk.documents import digest_of_file
 from pqk.errors import InputError, Reason
-from pqk.files import read_json
+from pqk.files import read_sealed
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import FrozenTeacher, Teacher
 from pqk.knowledge.teachers.black_box import OnnxTeacher
@@ -336,8 +336,9 @@ def artifact_model(folder: Path) -> Path:
     manifest, model = folder / "manifest.json", folder / "model.onnx"
     if not manifest.is_file() or not model.is_file():
         raise InputError(f"distill: the teacher {folder} is no finished artifact with a model.onnx")
-    entry = read_json(manifest).get("files", {}).get(model.name, {})
-    if hashlib.sha256(model.read_bytes()).hexdigest() != entry.get("sha256"):
+    files = read_sealed(manifest, ("files",))["files"]
+    entry = files.get(model.name) if isinstance(files, dict) else None
+    if not isinstance(entry, dict) or digest_of_file(model) != entry.get("sha256"):
         raise InputError(
             f"distill: the teacher {model} was changed after its compile: its sha256 is not the manifest's"
         )

@@ -19,7 +19,6 @@ name = "quantize"
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from pqk.core.program import CONFIG, Pass, Stage
 from pqk.errors import InputError, Reason, nearest
 from pqk.passes import PASSES, Fuse
 from pqk.recipe.defaults import DEFAULT, DEFAULT_PTQ, FUSE
-from pqk.recipe.strict import explain, parse, plain, read_text, toml_value
+from pqk.recipe.strict import explain, parse, parse_toml, plain, read_text, toml_value
 from pqk.target.target import Target
 
 FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -103,10 +102,7 @@ class Recipe:
         Raises:
             InputError: something is unknown, ill-typed, impossible or out of order.
         """
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{where}: not readable as TOML: {error}") from error
+        table = parse_toml(text, where)
         known = {"seed", "teacher", "task", "target", "pass"}
         for key in table:
             if key not in known:

@@ -10,20 +10,37 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pqk.errors import InputError, nearest
+from pqk.documents import check_depth, read_bytes
+from pqk.errors import InputError, first_line, nearest
 from pqk.knowledge import TERMS
 from pqk.knowledge.sources import SOURCES
 
 RENAMED = {"terms": {"rise": "ramp_up", "fall": "ramp_down"}}
 """field of a pass with a list of tables -> their keys that had another name once: recipes that say it go on working"""
 
+LARGEST_RECIPE = 1 << 22
+"""bytes that a recipe may have"""
+
 
 def read_text(path: str | Path, what: str) -> str:
     """A file in UTF-8. Raises `InputError`, naming it as `what`, where it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the {what} {path}: {error}") from error
+        return read_bytes(Path(path), LARGEST_RECIPE).decode()
+    except (InputError, UnicodeDecodeError) as error:
+        reason = str(error).removeprefix(f"cannot read {path}: ")
+        raise InputError(f"cannot read the {what} {path}: {reason}") from error
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML document. Raises `InputError` where it is none, or is nested too deeply."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: not readable as TOML: {error}") from error
+    except (RecursionError, ValueError, OverflowError) as error:  # of numbers, dates and brackets that Python has not
+        raise InputError(f"{where}: not readable as TOML: {first_line(error)}") from error
+    check_depth(table, where)
+    return table
 
 
 def plain(value: Any) -> dict[str, Any]:
@@ -51,7 +68,7 @@ def _without_none(value: Any) -> Any:
 def toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError, OverflowError):  # whatever is no value is a text
         return text
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from pqk.documents import parse_json, read_bytes
 from pqk.errors import InputError
 from pqk.report.base import Count, Part, Positive, Share
 from pqk.report.diagnostics import ControlVariant, Diagnostics
@@ -261,19 +262,19 @@ class Report(Part):
     def loads(text: str | bytes) -> Report:
         """Read `report.json`. Raises `InputError` naming the first field that does not fit."""
         try:
-            return Report.model_validate_json(text)
+            report = Report.model_validate_json(text, strict=True)  # true is not 1, nor is "1"
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the document"
             raise InputError(f"report.json: {where}: {first['msg']} (got {str(first['input'])[:60]})") from error
+        # What passes note is of any form, in which pydantic lets NaN through, to write null.
+        parse_json(text.encode() if isinstance(text, str) else text, "report.json", finite=True)
+        return report
 
     @staticmethod
     def load(path: Path | str) -> Report:
         """Read a report from a file. Raises `InputError`."""
-        try:
-            return Report.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise InputError(f"cannot read the report {path}: {error.strerror}") from error
+        return Report.loads(read_bytes(Path(path)))
 
     def dumps(self) -> str:
         """JSON text, the same for the same report."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pqk.core.distributed import is_main_process
-from pqk.data.data import Data
+from pqk.data.data import Data, digest_of
+from pqk.documents import SEAL
 from pqk.errors import InputError
 from pqk.files import read_tensors, write_tensors
 
@@ -49,6 +50,8 @@ class Checkpoint:
     student: nn.Module
     objective: nn.Module
     optimizer: torch.optim.Optimizer
+    identity: str
+    """what this is a training of, a digest: the checkpoint of another is refused"""
     average: dict[str, Tensor]
     """the moving average of the student's tensors, empty where there is none"""
     memory: tuple[dict[str, Tensor], dict[str, Any]] | None = None
@@ -60,19 +63,19 @@ class Checkpoint:
         if self.path is None or (self.data.resume_reason is not None and state.step % len(self.data) == 0):
             self.memory = ({k: v.detach().clone() for k, v in tensors.items()}, numbers)
         if self.path is not None and is_main_process():
-            write_tensors(self.path, tensors, {"training": json.dumps(numbers)})
+            text = json.dumps(numbers)
+            write_tensors(self.path, tensors, {"training": text, SEAL: self._seal(tensors, text)})
 
     def restore(self, scope: str) -> TrainingState | None:
         """Goes back to what was saved last, and gives its state; None: nothing was.
 
         Raises `InputError`, which begins with `scope`, where it is in the middle of an epoch and the data cannot be
-        entered there.
+        entered there, and for a file that was changed or is of another training.
         """
         if self.memory is not None:
             tensors, numbers = self.memory
         elif self.path is not None and self.path.exists():
-            tensors, metadata = read_tensors(self.path)
-            numbers = json.loads(metadata["training"])
+            tensors, numbers = self._read(self.path, scope)
         else:
             return None
         if numbers["step"] % len(self.data) and self.data.resume_reason is not None:
@@ -93,6 +96,20 @@ class Checkpoint:
         torch.set_rng_state(tensors["rng"])
         lists = {"losses": list(numbers["losses"]), "epoch_loss": list(numbers["epoch_loss"])}
         return TrainingState(**{**numbers, **lists})
+
+    def _read(self, path: Path, scope: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, metadata = read_tensors(path)
+        text = metadata.get("training", "")
+        if metadata.get(SEAL) != self._seal(tensors, text):
+            raise InputError(
+                f"{scope}: the checkpoint {path} was changed, or is of another training or version of pqk; delete it, "
+                "and the training begins anew"
+            )
+        return tensors, json.loads(text)
+
+    def _seal(self, tensors: dict[str, Tensor], numbers: str) -> str:
+        names = sorted(tensors)
+        return digest_of((self.identity, numbers, names), (tensors[name] for name in names))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"student/{k}", v) for k, v in self.student.state_dict().items())

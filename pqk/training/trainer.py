@@ -140,7 +140,8 @@ class _Trainer:
         self.state = TrainingState()
         self.saved_at = time.monotonic()
         path = None if run.scratch is None else run.scratch / "checkpoint.safetensors"
-        self.checkpoint = Checkpoint(path, data, student, objective, self.optimizer, self.average)
+        identity = f"{run.identity}/{run.seed}/{run.scope}"
+        self.checkpoint = Checkpoint(path, data, student, objective, self.optimizer, identity, self.average)
 
     def train(self) -> TrainingLog:
         self._restore()

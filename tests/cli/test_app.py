@@ -387,7 +387,7 @@ def test_a_full_disk(toy: Path, json_of: Callable[..., Any], monkeypatch: pytest
     document = json_of(2, "compress", "toy.toml", "--out", "out")
     assert "No space left on device" in document["error"] and "safetensors" in document["error"]
     left = [p.name for p in (toy / "out").rglob("*") if p.is_file() and p.suffix != ".npy"]
-    assert set(left) <= {"run.json", "journal.jsonl"}
+    assert set(left) <= {"run.json", "journal.jsonl", ".lock"}
 
 
 # Exit codes and manners

@@ -137,6 +137,29 @@ def test_a_run_killed_between_passes_is_the_same(whole: tuple[Path, Program], tm
     assert_same(resumed(tmp_path), whole[1])
 
 
+def test_a_pass_that_was_changed_or_is_of_another_run_is_refused(whole: tuple[Path, Program], tmp_path: Path) -> None:
+    """Each would be another student, without a word."""
+    names = [f"{i:02d}-{p.name}" for i, p in enumerate(PASSES)]
+    shutil.copytree(whole[0] / names[0], tmp_path / names[0])
+    bare = replace(program(tmp_path), run=replace(program(tmp_path).run, identity="another run"))
+    with pytest.raises(InputError, match="00-prune is of another run or pass .*delete it, and it is made anew"):
+        load(bare, task(), tmp_path / names[0], REWRITES)
+    shutil.copytree(whole[0] / names[4], tmp_path / names[5])
+    with pytest.raises(InputError, match="05-distill is of another run or pass .04-distill"):
+        load(program(tmp_path), task(), tmp_path / names[5], REWRITES)
+    content = bytearray((tmp_path / names[0] / "student.safetensors").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / names[0] / "student.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"student\.safetensors was changed after it was written; delete .*00-prune"):
+        resumed(tmp_path)
+    shutil.rmtree(tmp_path / names[0])
+    shutil.copytree(whole[0] / names[0], tmp_path / names[0])
+    path = tmp_path / names[0] / "program.json"
+    path.write_text(path.read_text().replace('"metric": 0', '"metric": 1'))
+    with pytest.raises(InputError, match=r"program\.json was changed after it was written"):
+        resumed(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3, 6, 10])
 def test_a_run_killed_in_training_is_the_same(whole: tuple[Path, Program], tmp_path: Path, steps: int) -> None:
@@ -165,7 +188,7 @@ def test_a_run_killed_in_training_is_the_same(whole: tuple[Path, Program], tmp_p
 def test_a_run_killed_while_saving_is_the_same(
     whole: tuple[Path, Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, count = pipeline.write_json, 0
+    original, count = pipeline.write_sealed, 0
 
     def write(path: Path, value: Any) -> None:
         nonlocal count
@@ -175,7 +198,7 @@ def test_a_run_killed_while_saving_is_the_same(
         original(path, value)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline, "write_json", write)
+        patch.setattr(pipeline, "write_sealed", write)
         patch.setattr(shutil, "rmtree", lambda *a, **k: None)
         resumed(tmp_path)
     assert (tmp_path / ".02-capture.saving" / "student.safetensors").exists() and not (tmp_path / "02-capture").exists()

@@ -51,10 +51,36 @@ def test_half_a_line_is_dropped_and_measured_again(tmp_path: Path, cut: int) -> 
     assert Journal(path).decisions == {"a": 1, "b": 3}
 
 
-def test_a_changed_journal_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "j").write_text('{"key": "a"}\n')
-    with pytest.raises(InputError, match="not a decision"):
+@pytest.mark.parametrize("line", ['{"key": "a"}', "[]", '{"key": 1, "value": 2}', '{"key": "a", "value": 1, "x": 2}'])
+def test_a_changed_journal_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "j").write_text(f"{line}\n")
+    with pytest.raises(InputError, match="line 1 was changed: it is not a decision; start anew"):
         Journal(tmp_path / "j")
+
+
+def test_a_changed_number_and_another_run_s_line_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    Journal(path, "one").decide("a", lambda: 1.25)
+    assert Journal(path, "one").decisions == {"a": 1.25}
+    with pytest.raises(InputError, match="line 1 was changed, or is a decision of another run"):
+        Journal(path, "other")
+    path.write_text(path.read_text().replace("1.25", "1.75"))
+    with pytest.raises(InputError, match="line 1 was changed, or is a decision of another run"):
+        Journal(path, "one")
+
+
+def test_a_line_of_before_has_no_digest(tmp_path: Path) -> None:
+    (tmp_path / "j").write_text('{"key": "a", "value": 1}\n')
+    assert Journal(tmp_path / "j", "any").decisions == {"a": 1}
+
+
+def test_a_journal_is_no_link(tmp_path: Path) -> None:
+    """Reading one cuts off half a line, which would be another file's."""
+    (tmp_path / "mine").write_text("half a line")
+    (tmp_path / "j").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="j is a link"):
+        Journal(tmp_path / "j")
+    assert (tmp_path / "mine").read_text() == "half a line"
 
 
 def test_a_full_disk_leaves_the_journal_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,65 @@ def test_a_missing_file_is_named(copied: Path) -> None:
 @pytest.mark.parametrize("missing", ["model.onnx", "student.json"])
 def test_a_manifest_that_lists_too_little_is_refused(copied: Path, missing: str) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
-    del manifest["files"][missing]
+    del manifest["files"][missing], manifest["sha256"]  # as versions before the digest wrote it
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=f"does not list {missing}"):
         Artifact.load(copied)
 
 
+CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("target", lambda m: m.update(target=3)),
+    ("seed", lambda m: m.update(seed="0")),
+    ("files", lambda m: m.update(files=[])),
+    (r"files\.model\.onnx", lambda m: m["files"].update({"model.onnx": "a digest"})),
+    (r"files\.model\.onnx\.sha256", lambda m: m["files"]["model.onnx"].update(sha256="../secret")),
+    (r"files\.model\.onnx\.bytes", lambda m: m["files"]["model.onnx"].update(bytes=-1)),
+    (r"inputs\.0\.shape", lambda m: m["inputs"][0]["shape"].__setitem__(1, -3)),
+    (r"inputs\.0\.shape", lambda m: m["inputs"][0]["shape"].__setitem__(1, 10**12)),
+    (r"inputs\.0\.dtype", lambda m: m["inputs"][0].update(dtype="object")),
+    (r"inputs", lambda m: m.pop("inputs")),
+    ("a sample of image has more than", lambda m: m["inputs"][0].update(shape=["batch", 1 << 20, 1 << 20])),
+    ("its values do not have the sha256 that it states", lambda m: m.update(sha256="0" * 64)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CHANGES)))
+def test_a_manifest_with_other_values_is_refused(copied: Path, number: int) -> None:
+    """Also where its own digest was made to fit, or left out."""
+    where, change = CHANGES[number]
+    manifest = json.loads((copied / "manifest.json").read_text())
+    if number < len(CHANGES) - 1:
+        del manifest["sha256"]
+    change(manifest)
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"manifest\.json was changed.*{where}"):
+        Artifact.load(copied)
+
+
+@pytest.mark.parametrize("key", ["seed", "preprocessing", "target", "pqk", "outputs"])
+def test_no_value_of_the_manifest_changes_unseen(copied: Path, key: str) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest[key] = {"seed": 1, "preprocessing": {"mean": 0.5}, "target": "arm-i8mm"}.get(key, [])
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        Artifact.load(copied)
+
+
+def test_another_compile_s_teacher_is_not_timed(sealed: Path, tmp_path: Path) -> None:
+    """The ratio would be to another network."""
+    shutil.copytree(sealed, tmp_path / "out")
+    teacher = next((tmp_path / "out" / ".work" / "proof").glob("teacher*.onnx"))
+    shutil.copy(tmp_path / "out" / "model.onnx", teacher)
+    for path in teacher.parent.glob("teacher*.onnx"):
+        shutil.copy(tmp_path / "out" / "model.onnx", path)
+    with pytest.raises(InputError, match=r"teacher.*\.onnx is not the teacher of this compile"):
+        benchmark(Artifact.load(tmp_path / "out"), threads=1, timing=QUICK)
+
+
 def test_a_manifest_never_reaches_outside(copied: Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["files"]["../secret"] = {"sha256": "0"}
+    manifest["files"]["../secret"] = {"sha256": "0" * 64, "bytes": 1}
+    del manifest["sha256"]
     (copied.parent / "secret").write_text("x")
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="missing"):
@@ -107,7 +158,7 @@ def test_a_manifest_never_reaches_outside(copied: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot read"), ("[]", "not a manifest of format 1"), ('{"format": 2}', "not a manifest of format 1")],
+    [("{", "cannot read"), ("[]", "it has no format"), ('{"format": 2}', "not a manifest of format 1")],
 )
 def test_another_manifest_is_refused(copied: Path, text: str, message: str) -> None:
     (copied / "manifest.json").write_text(text)
@@ -222,7 +273,8 @@ def test_it_is_benchmarked_beside_the_teacher_and_writes_nothing(sealed: Path, c
 def test_no_pickle_is_in_it(sealed: Path) -> None:
     for path in sealed.rglob("*"):
         if path.is_file():
-            assert path.suffix in {".onnx", ".safetensors", ".json", ".jsonl", ".toml", ".md", ".npy"}, path
+            known = {".onnx", ".safetensors", ".json", ".jsonl", ".toml", ".md", ".npy"}
+            assert path.name == ".lock" or path.suffix in known, path
             assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04")
 
 

@@ -254,7 +254,7 @@ def full(*arguments: Any, **options: Any) -> None:
     [
         (files, "save_file"),
         pytest.param((compiler, "write_student"), marks=pytest.mark.full),
-        (artifact, "write_json"),
+        (artifact, "write_sealed"),
         pytest.param((shutil, "rmtree"), marks=pytest.mark.full),
     ],
 )

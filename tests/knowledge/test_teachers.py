@@ -199,6 +199,22 @@ def test_the_files_beside_an_onnx_file_count(tmp_path: Path) -> None:
     assert teacher.identity() != before
 
 
+@pytest.mark.parametrize("location", ["../weights.bin", "/dev/zero", "sub/../../weights.bin"])
+def test_files_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
+    """They are named by a file that may be anybody's."""
+    teacher = onnx_of(1, tmp_path)
+    model = onnx.load(str(teacher.path))
+    onnx.save(model, str(teacher.path), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    model = onnx.load(str(teacher.path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    teacher.path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="keeps tensors in .*, which is not beside it"):
+        teacher.identity()
+
+
 # ---- ensembles
 
 

@@ -148,8 +148,22 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], where: str) -> None:
         Report.loads(json.dumps(document))
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+def test_what_passes_note_is_finite(value: str) -> None:
+    document = json.loads(a_report().dumps())
+    document["passes"][0]["details"] = {"losses": ["here"]}
+    with pytest.raises(InputError, match=r"cannot read report\.json: .*is no number"):
+        Report.loads(json.dumps(document).replace('"here"', value))
+
+
+@pytest.mark.parametrize("value", [True, "1"])
+def test_only_numbers_are_numbers(value: Any) -> None:
+    with pytest.raises(InputError, match=r"report\.json: size_bytes"):
+        Report.loads(json.dumps(json.loads(a_report().dumps()) | {"size_bytes": value}))
+
+
 def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read the report"):
+    with pytest.raises(InputError, match=r"cannot read .*none\.json"):
         Report.load(tmp_path / "none.json")
     with pytest.raises(InputError, match="the document"):
         Report.loads("{")

@@ -145,6 +145,21 @@ def test_killed_between_checkpoints_and_killed_again(tmp_path: Path) -> None:
     assert_same(again, whole)
 
 
+def test_a_checkpoint_that_was_changed_or_is_of_another_training_is_refused(tmp_path: Path) -> None:
+    training = Training(epochs=1, checkpoint_seconds=1e-9)
+    for seed in (7, 8):
+        with pytest.raises(Killed):
+            train(RunContext(seed, tmp_path / str(seed)).enter("01-distill"), array(), training, kill=3)
+    paths = [tmp_path / str(seed) / "01-distill.partial" / "checkpoint.safetensors" for seed in (7, 8)]
+    content = bytearray(paths[0].read_bytes())
+    for spoiled in (paths[1].read_bytes(), bytes(content[:-1]) + bytes([content[-1] ^ 1])):
+        paths[0].write_bytes(spoiled)
+        with pytest.raises(InputError, match="01-distill: the checkpoint .* was changed, or is of another training"):
+            train(folder(tmp_path / "7"), array(), training)
+    paths[0].write_bytes(content)
+    train(folder(tmp_path / "7"), array(), training)
+
+
 def test_a_checkpoint_is_written_as_often_as_it_should(tmp_path: Path) -> None:
     run = folder(tmp_path)
     with pytest.raises(Killed):

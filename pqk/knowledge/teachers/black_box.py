@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pqk.core.onnxruntime_session import session
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, Outputs, map_tensors, tensors, widened
+from pqk.documents import opened
 from pqk.errors import InputError, Reason
 from pqk.knowledge.teachers.base import Teacher, TeacherAnswer
 
@@ -101,12 +102,21 @@ class OnnxTeacher(CallableTeacher):
         return None
 
     def identity(self) -> str:
-        """Identifies the file by a hash of its bytes and of those of the files that hold its larger tensors."""
+        """Identifies the file by a hash of its bytes and of those of the files that hold its larger tensors.
+
+        Raises:
+            InputError: one of these cannot be read, or is not beside it.
+        """
         model = onnx.load(str(self.path), load_external_data=False)
         stored = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+        outside = next((name for name in stored if Path(name).is_absolute() or ".." in Path(name).parts), None)
+        if outside is not None:
+            raise InputError(f"distill: the teacher {self.path} keeps tensors in {outside}, which is not beside it")
         digest = hashlib.sha256()
         for path in (self.path, *(self.path.parent / name for name in sorted(stored))):
-            digest.update(path.read_bytes())
+            with opened(path) as (file, _):
+                while block := file.read(1 << 24):
+                    digest.update(block)
         return f"onnx {digest.hexdigest()}"
 
 

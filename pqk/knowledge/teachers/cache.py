@@ -51,7 +51,9 @@ class LogitCache:
         try:
             np.load(path, mmap_mode="r", allow_pickle=False)  # a file that is too short: "r+" would lengthen it
             self.array = np.load(path, mmap_mode="r+", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # numpy reads the header as Python, and raises whatever that does
             raise InputError(f"{path}: not a whole cache of a teacher's answers ({error}); delete it") from error
         if self.array.dtype != record or self.array.shape != (rows,):
             raise InputError(
