@@ -21,7 +21,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
-from pqk.core.aten import GUARDS, NO_OPS, aten
+from pqk.core.aten import GUARDS, NO_OPS, RECURRENT, aten
 from pqk.core.graph import (
     StructuredCode,
     arguments,
@@ -30,6 +30,7 @@ from pqk.core.graph import (
     calls,
     finish,
     free_path,
+    operand,
     quiet_export,
     register_containers,
     replace,
@@ -91,6 +92,7 @@ def capture(
     if structure is not None:
         graph_module.meta["structure"] = structure
     _describe(graph_module, input_names)
+    _refuse_free_steps(graph_module)
     _drop_no_ops(graph_module)
     plain_writes(graph_module)
     _fold_constants(graph_module)
@@ -222,6 +224,17 @@ def _recurrent_layer(student: nn.Module, graph: fx.Graph) -> str | None:
     """The path of a recurrent layer that was traced."""
     recurrent = {path for path, module in student.named_modules() if isinstance(module, nn.RNNBase)}
     return next((path for node in graph.nodes for path in _stack(node) if path in recurrent), None)
+
+
+def _refuse_free_steps(graph_module: fx.GraphModule) -> None:
+    """Raises `InputError` where a recurrent layer runs over a free axis, whose steps a file has one by one."""
+    for node in calls(graph_module.graph, *RECURRENT):
+        if sum(size is None for size in shape(operand(node))) > 1:
+            layer = str(node.meta["layer"]).removesuffix(f".{node.target._opname}")  # type: ignore[union-attr]
+            raise InputError(
+                f"capture: {layer}, a recurrent layer, is unrolled over the steps of the example, and "
+                "their number follows from a free axis; leave that axis out of the task's dynamic_axes"
+            )
 
 
 # ---- what each node is

@@ -56,6 +56,8 @@ class Operator:
     """it needs no axis but the last where its other operands have none"""
     same_shape: bool = False
     """its output has the axes of an input, but for the last"""
+    recurrent: bool = False
+    """it runs over a sequence step by step"""
     norm: bool = False
     """a norm over the last axes, which one launch computes with the quantize behind it"""
     moves: bool = False
@@ -210,6 +212,11 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.sym_constrain_range_for_size.default, guard=True),
     # sizes
     Operator(aten.sym_size.int),
+    # recurrence
+    Operator(aten.gru.input, recurrent=True),
+    Operator(aten.lstm.input, recurrent=True),
+    Operator(aten.rnn_tanh.input, recurrent=True),
+    Operator(aten.rnn_relu.input, recurrent=True),
 )  # fmt: skip
 
 
@@ -242,6 +249,7 @@ PADS = select(lambda o: o.pads)
 SHORTCUTS = select(lambda o: o.shortcut)
 NO_OPS = select(lambda o: o.no_op)
 GUARDS = select(lambda o: o.guard)
+RECURRENT = select(lambda o: o.recurrent)
 QUANTIZERS = select(lambda o: o.quantizes)
 TAKES_SCALE = select(lambda o: o.takes_scale)
 SAME_CHANNELS = frozenset(name for operator in OPERATORS for name in operator.autograd)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, random_split
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset, random_split
 
 from pqk.data.structures import Inputs, map_tensors
 from pqk.errors import InputError
@@ -118,6 +118,11 @@ class Data(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Identifies the data, so that a resumed run notices other data."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading all of it costs no more than looking at it: nothing is decoded, loaded or made."""
+        return False
 
     @property
     def labelled(self) -> bool:
@@ -261,6 +266,13 @@ class LoaderData(Data):
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
+
+    @property
+    def in_memory(self) -> bool:
+        source = self.loader
+        while isinstance(source, DataLoader | Subset):
+            source = source.dataset
+        return isinstance(source, list | tuple | TensorDataset)
 
     @staticmethod
     def _unpack(item: Any, number: int) -> tuple[Inputs, Any]:

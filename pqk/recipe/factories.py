@@ -69,12 +69,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def load_task(
     spec: TaskSpec, data: Path | None = None, beside: Path | None = None, teacher: nn.Module | None = None
 ) -> Task:
-    """The task. A factory with a parameter `teacher` gets it, for data that only a teacher can make.
+    """The task. A factory with a parameter `data` gets the data folder, and one with a parameter `teacher` the teacher,
+    for data that only a teacher can make.
 
     Raises `InputError` for a factory that does not fit.
     """
-    arguments = {"data": data, **spec.arguments}
-    if teacher is not None and "teacher" in _parameters(spec.factory, "[task]", beside):
+    arguments, taken = dict(spec.arguments), _parameters(spec.factory, "[task]", beside)
+    if "data" in taken:
+        arguments = {"data": data, **arguments}
+    if teacher is not None and "teacher" in taken:
         arguments["teacher"] = teacher
     task = _call(spec.factory, arguments, "[task]", beside)
     if not isinstance(task, Task):

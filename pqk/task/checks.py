@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pqk.data.data import Batch, Data
-from pqk.data.structures import Inputs, Outputs
+from pqk.data.structures import Inputs, Outputs, tensors
 from pqk.errors import InputError
 from pqk.task.metrics import Metric, check_labels
 
@@ -75,16 +75,48 @@ def _only_by_name(teacher: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
-def check_all_labels(what: str, data: Data, classes: int, ignored: int) -> None:
-    """Raises `InputError` for a label that is no class, and not that of what has none.
+def check_batches(
+    what: str, data: Data, check_inputs: Callable[[str, Inputs], None], classes: int | None, ignored: int
+) -> None:
+    """Raises `InputError`, naming data and batch, for inputs or labels that the first batch does not show.
 
-    Checks all labels; of a training loader only the first batch, as the others are checked during training.
+    Inputs must be as `check_inputs` wants them, targets as those of the first batch but for free sizes, all of them
+    finite, and labels one of `classes`, or `ignored`. A training loader that reads its samples from elsewhere is looked
+    at in its first batch alone; what is in memory, and data that choices and the report are made on, as a whole.
     """
     stored = getattr(data, "targets", None)
-    batches: Iterator[Any] = (b.targets for b in data.batches()) if stored is None else iter([stored])
-    for labels in itertools.islice(batches, 1 if what == "train" else None):
-        if isinstance(labels, Tensor):
-            check_labels(labels, classes, what, ignored)
+    if stored is not None:  # tensors, whose shapes are one and whose values were looked at
+        if classes is not None and isinstance(stored, Tensor):
+            check_labels(stored, classes, what, ignored)
+        return
+    whole = what != "train" or data.in_memory
+    first: Batch | None = None
+    for number in itertools.count():
+        try:
+            if number == 0:
+                batches = data.batches()
+            batch = next(batches, None)
+        except InputError as error:  # what a loader gives is looked at where it is read
+            raise InputError(f"{what} {error}" if str(error).startswith("data: ") else str(error)) from error
+        if batch is None or (number and not whole):
+            return
+        first = first or batch
+        check_inputs(f"{what} data: batch {number}", batch.inputs)
+        _check_targets(f"{what} data: batch {number}", batch.targets, first.targets)
+        if classes is not None and isinstance(batch.targets, Tensor):
+            check_labels(batch.targets, classes, what, ignored)
+
+
+def _check_targets(where: str, targets: Any, first: Any) -> None:
+    """Raises `InputError` where targets are of another kind than those of the first batch, or not finite."""
+    got, want = tensors(targets), tensors(first)
+    kinds = [[(t.dtype, t.dim()) for t in side] for side in (got, want)]
+    if kinds[0] != kinds[1]:
+        shown = [" and ".join(f"{t.dtype} with {t.dim()} axes" for t in side) or "none" for side in (got, want)]
+        raise InputError(f"{where}: its targets are {shown[0]}, and those of batch 0 {shown[1]}".replace("torch.", ""))
+    for t in got:
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise InputError(f"{where}: a target is NaN or infinite; clean the data first")
 
 
 def check_scores(

@@ -63,15 +63,15 @@ class Signature:
         """The outputs' names: `output_names`, or those of their own structure."""
         return list(self.output_names or named_tensors(outputs, self.input_names))
 
-    def check_inputs(self, what: str, inputs: Inputs) -> None:
-        """Raises `InputError`, naming the data as `what`, where inputs differ from the example beyond free axes."""
+    def check_inputs(self, where: str, inputs: Inputs) -> None:
+        """Raises `InputError`, beginning with `where`, where inputs differ from the example beyond free axes."""
         if len(inputs) != len(self.example):
-            raise InputError(f"{what} data: it gives {len(inputs)} inputs and the example has {len(self.example)}")
+            raise InputError(f"{where}: it gives {len(inputs)} inputs and the example has {len(self.example)}")
         for name, axes, t, e in zip(self.input_names, self.axes, inputs, self.example, strict=True):
             fits = t.dim() == e.dim() and all(a or n == m for a, n, m in zip(axes, t.shape, e.shape, strict=True))
             if t.dtype != e.dtype or not fits:
                 raise InputError(
-                    f"{what} data: input {name} is {tuple(t.shape)} {t.dtype}, the example {tuple(e.shape)} {e.dtype}"
+                    f"{where}: input {name} is {tuple(t.shape)} {t.dtype}, the example {tuple(e.shape)} {e.dtype}"
                 )
 
     def check_outputs(self, outputs: Outputs) -> None:

@@ -13,7 +13,7 @@ from pqk.data.data import Batch, Data, as_data, split
 from pqk.data.structures import Inputs, Outputs, first_tensor, joined, map_tensors, tensors
 from pqk.data.views import TeachersView, TwoViews, Views
 from pqk.errors import InputError, Reason
-from pqk.task.checks import check_all_labels, check_scores, check_views, try_forward
+from pqk.task.checks import check_batches, check_scores, check_views, try_forward
 from pqk.task.classes import ClassAxis, ignored_by
 from pqk.task.metrics import (
     SAY_AXIS,
@@ -323,16 +323,18 @@ class Task:
             batch = next(data.batches())
             check_views(what, batch)
             batch = batch.for_teacher()
-            self.signature.check_inputs(what, batch.inputs)
+            self.signature.check_inputs(f"{what} data", batch.inputs)
             few = map_tensors(lambda t: t[:2], Batch(batch.inputs, batch.targets, None))
             judged[what] = (try_forward(teacher, few.inputs, what), few.targets)
         for pair in judged.values():  # all of them first: one may tell what another leaves open
             self._classes.learn(*pair)
         for what, data in self._sources.items():
             check_scores(what, *judged[what], self.loss, self.metric)
+            classes = None
             if self.learns_classes and judged[what][1] is not None and first_tensor(outputs).dim() >= 2:
                 output = first_tensor(outputs)
-                check_all_labels(what, data, output.shape[self.class_axis_of(output)], self.ignored)
+                classes = output.shape[self.class_axis_of(output)]
+            check_batches(what, data, self.signature.check_inputs, classes, self.ignored)
         output = first_tensor(outputs)
         if self.decides_by_argmax and output.dim() > 2 and (why := self._why_not_classes(output)) is not None:
             self._undecided = (

@@ -312,3 +312,22 @@ def test_a_batch_of_none_gives_none(forward: Callable[..., Any]) -> None:
     assert graph.meta["sizes"]["batch"].least == 0
     with torch.no_grad():
         assert graph(torch.zeros(0, 8, 8)).shape == (0, *graph(torch.zeros(2, 8, 8)).shape[1:])
+
+
+class Strided(nn.Module):
+    """A recurrent layer whose steps are a part of the free length."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.conv, self.recurrent = nn.Conv1d(4, 8, 5, stride=2, padding=2), kind(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.recurrent(self.conv(x.transpose(1, 2)).transpose(1, 2))[0].mean(1)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_a_recurrent_layer_over_a_part_of_a_free_length_is_refused_by_name(kind: type[nn.RNNBase]) -> None:
+    x = torch.randn(2, 20, 4)
+    with pytest.raises(InputError, match="recurrent, a recurrent layer, is unrolled"):
+        capture(Strided(kind).eval(), (x,), axes=[["batch", "time", None]])
+    capture(Strided(kind).eval(), (x,))

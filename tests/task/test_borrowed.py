@@ -67,6 +67,28 @@ def test_a_forward_that_wraps_the_modules_own_is_refused_or_right() -> None:
         frozen_copy(wrapped(), X)
 
 
+class Listed(nn.Module):
+    """Layers that torch does not see."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+        self.layers: Any = {"list": [nn.Linear(6, 8)], "dict": {"first": nn.Linear(6, 8)}}.get(how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = OUTSIDE if self.layers is None else next(iter(getattr(self.layers, "values", self.layers.__iter__)()))
+        return self.head(torch.relu(layer(x)))
+
+
+OUTSIDE = nn.Linear(6, 8)
+
+
+@pytest.mark.parametrize("how", ["list", "dict", "global"])
+def test_parameters_that_torch_does_not_see_are_refused(how: str) -> None:
+    with pytest.raises(InputError, match=r"computes with a parameter of shape \[8, 6\] that is none of its own"):
+        frozen_copy(Listed(how).eval(), X)
+
+
 def test_hooks_and_methods_of_the_modules_own_are_copied() -> None:
     class Doubled(nn.Module):
         def __init__(self) -> None:

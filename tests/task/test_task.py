@@ -124,13 +124,60 @@ def loader(*batches: Any) -> list[Any]:
     return list(batches)
 
 
+class NotFinite(list[Any]):
+    """Batches that are fine when they are first looked at; a value of the third goes wrong later."""
+
+    looked = 0
+
+    def __iter__(self) -> Any:
+        self.looked += 1
+        for number, (x, y) in enumerate(super().__iter__()):
+            yield (
+                (torch.where(torch.arange(4)[:, None] == 1, torch.nan, x) if number == 2 and self.looked > 1 else x),
+                y,
+            )
+
+
+def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.mean(1) - targets) ** 2
+
+
+MEAN = Metric("mean", "points", lambda y, t: float(y.mean()))
 X, Y = torch.linspace(-1, 1, 12).view(4, 3), torch.tensor([0, 1, 2, 3])
+TENSORS = DataLoader(TensorDataset(torch.randn(12, 3), torch.arange(12) % 10), batch_size=4)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Task(None, loader((X, Y), (X, Y - 1)), validation=loader((X, Y))), "evaluation data: labels run from"),
+        (
+            lambda: Task(None, loader((X, Y), (X.double(), Y)), validation=loader((X, Y))),
+            r"evaluation data: batch 1: input input is \(4, 3\) torch.float64",
+        ),
+        (
+            lambda: Task(None, loader((X, Y)), validation=loader((X, Y), (X[:, :2], Y))),
+            r"validation data: batch 1: input input is \(4, 2\)",
+        ),
+        (
+            lambda: Task(loader((X, Y), (X, Y), (X[:, :2], Y)), loader((X, Y)), validation=loader((X, Y))),
+            r"train data: batch 2: input input is \(4, 2\)",
+        ),
+        (lambda: Task(TENSORS, loader((X, Y)), validation=loader((X, Y))), "train data: labels run from 4 to 7"),
+        (
+            lambda: Task(None, NotFinite([(X, Y)] * 3), validation=loader((X, Y))),
+            "evaluation data: batch 2: input 0 of sample 1 is NaN or infinite",
+        ),
+        (
+            lambda: Task(None, loader((X, Y), (X, Y.float())), validation=loader((X, Y))),
+            "evaluation data: batch 1: its targets are float32 with 1 axes, and those of batch 0 int64 with 1 axes",
+        ),
+        (
+            lambda: Task(
+                None, loader((X, Y / 3), (X, Y / 0)), validation=loader((X, Y / 3)), loss=squares, metric=MEAN
+            ),
+            "evaluation data: batch 1: a target is NaN or infinite",
+        ),
         (lambda: Task(None, loader(X, X), validation=loader((X, Y))), "evaluation data.*has no targets, and accuracy"),
         (lambda: Task(None, data(), validation=data(), example=torch.zeros(2, 4)), "fit"),
         (lambda: Task(None, data(), validation=data(), output_names=("a", "b")), "must be 1 names"),
