@@ -310,7 +310,7 @@ def _ship(
             f"parity: {broken.first_divergence}. The finished passes and the report are kept in "
             f"{job.folder.path}; --resume --allow-parity-failure finishes the artifact all the same"
         )
-    identity = read_sealed(job.folder.identity, ("teacher", "data"))
+    identity = read_sealed(job.folder.identity, ("teacher", "data"), unsealed=True)
     manifest = {
         "pqk": importlib.metadata.version("pqk"),
         "versions": machine_fingerprint()["versions"],

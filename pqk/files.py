@@ -64,13 +64,14 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path), path)
 
 
-def read_sealed(path: Path, needed: Collection[str]) -> dict[str, Any]:
-    """The values of a sealed document, without its digest. One of an earlier version has none.
+def read_sealed(path: Path, needed: Collection[str], *, unsealed: bool = False) -> dict[str, Any]:
+    """The values of a sealed document, without its digest; `unsealed` lets one without through, of earlier versions.
 
     Raises:
         InputError: it cannot be read, has none of what is `needed`, or its values are not those that were written.
     """
     value = read_json(path)
+    needed = (*needed, *(() if unsealed else (SEAL,)))
     missing = sorted(set(needed) - set(value)) if isinstance(value, dict) else list(needed)
     if missing:
         raise InputError(f"{path} was changed or is of another version of pqk: it has no {', '.join(missing)}")

@@ -51,14 +51,16 @@ def test_no_change_of_a_byte_gives_other_values(tmp_path: Path) -> None:
 
 def test_a_document_of_before_has_no_seal(tmp_path: Path) -> None:
     write_json(tmp_path / "d.json", VALUES)
-    assert read_sealed(tmp_path / "d.json", ("recipe",)) == VALUES
+    assert read_sealed(tmp_path / "d.json", ("recipe",), unsealed=True) == VALUES
+    with pytest.raises(InputError, match="was changed or is of another version of pqk: it has no sha256"):
+        read_sealed(tmp_path / "d.json", ("recipe",))
 
 
 @pytest.mark.parametrize("value", [[], "x", None, {"other": 1}])
 def test_what_is_needed_is_named(tmp_path: Path, value: Any) -> None:
     write_json(tmp_path / "d.json", value)
     with pytest.raises(InputError, match=r"d\.json was changed or is of another version of pqk: it has no recipe"):
-        read_sealed(tmp_path / "d.json", ("recipe",))
+        read_sealed(tmp_path / "d.json", ("recipe",), unsealed=True)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, json.dumps(nested(DEEPEST + 2)).encode()])

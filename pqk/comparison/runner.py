@@ -210,7 +210,7 @@ class _Bench:
                 if not path.exists():
                     continue
                 identity = self._identity(variant, seed)
-                saved = read_sealed(path, (*identity, "cell"))
+                saved = read_sealed(path, (*identity, "cell"), unsealed=True)
                 other = [k for k in identity if saved[k] != identity[k]]
                 if other:
                     what = "another recipe" if other == ["recipe"] else "other data, another teacher or another target"

@@ -155,11 +155,11 @@ def load(program: Program, task: Task, folder: Path, rewrites: Mapping[str, Rewr
     Raises `InputError` for files that do not fit, were changed, or are of another run or pass.
     """
     path = folder / "program.json"
-    saved = read_sealed(path, ("stage", "plan", "declined", "records"))
+    saved = read_sealed(path, ("run", "scope", "student", "stage", "plan", "declined", "records"))
     here = {"run": program.run.identity, "scope": folder.name}
-    if any(saved.get(key, value) != value for key, value in here.items()):
-        raise InputError(f"{folder} is of another run or pass ({saved.get('scope')}); delete it, and it is made anew")
-    if saved.get("student") not in (None, digest_of_file(folder / STUDENT)):  # versions before noted no digest
+    if any(saved[key] != value for key, value in here.items()):
+        raise InputError(f"{folder} is of another run or pass ({saved['scope']}); delete it, and it is made anew")
+    if saved["student"] != digest_of_file(folder / STUDENT):
         raise InputError(f"{folder / STUDENT} was changed after it was written; delete {folder}, and it is made anew")
     plan = parse_plan(saved["plan"], path)
     weights, _ = read_tensors(folder / STUDENT)

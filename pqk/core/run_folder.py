@@ -138,7 +138,7 @@ class RunFolder:
         return present == [WORK] and all(p.name.startswith(".") for p in self.path.iterdir())
 
     def _check(self, identity: dict[str, Any]) -> None:
-        saved = read_sealed(self.identity, ())
+        saved = read_sealed(self.identity, (), unsealed=True)
         differing = [key for key in identity if saved.get(key, identity[key]) != identity[key]]
         if differing:
             names = " and ".join(differing)

@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pqk.documents import digest_of_file
 from pqk.errors import InputError
-from pqk.files import read_sealed
+from pqk.files import read_json, read_sealed
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, FORMAT)
+"""those that are read; a manifest of format 1 does not state its own digest"""
 LARGEST_INPUT = 1 << 28
 """values that one sample of an input may have"""
 
@@ -77,9 +79,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is of another format, was changed, or something in it is not what it must be.
     """
-    manifest = read_sealed(path, ("format",))
-    if manifest["format"] != FORMAT or isinstance(manifest["format"], bool):
-        raise InputError(f"{path} is not a manifest of format {FORMAT}; it needs another pqk version")
+    document = read_json(path)
+    kind = document.get("format") if isinstance(document, dict) else None
+    if type(kind) is not int or kind not in FORMATS:
+        raise InputError(f"{path} is not a manifest of format {FORMAT} or before; it needs another pqk version")
+    manifest = read_sealed(path, (), unsealed=kind == 1)
     try:
         # As JSON, where a list may fill a tuple however strict numbers are.
         form = ManifestForm.model_validate_json(json.dumps(manifest))

@@ -91,7 +91,8 @@ def test_a_missing_file_is_named(copied: Path) -> None:
 @pytest.mark.parametrize("missing", ["model.onnx", "student.json"])
 def test_a_manifest_that_lists_too_little_is_refused(copied: Path, missing: str) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
-    del manifest["files"][missing], manifest["sha256"]  # as versions before the digest wrote it
+    del manifest["files"][missing], manifest["sha256"]
+    manifest["format"] = 1  # which stated no digest
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=f"does not list {missing}"):
         Artifact.load(copied)
@@ -115,11 +116,12 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
 
 @pytest.mark.parametrize("number", range(len(CHANGES)))
 def test_a_manifest_with_other_values_is_refused(copied: Path, number: int) -> None:
-    """Also where its own digest was made to fit, or left out."""
+    """Also where there is no digest that says so."""
     where, change = CHANGES[number]
     manifest = json.loads((copied / "manifest.json").read_text())
     if number < len(CHANGES) - 1:
         del manifest["sha256"]
+        manifest["format"] = 1
     change(manifest)
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=rf"manifest\.json was changed.*{where}"):
@@ -132,6 +134,10 @@ def test_no_value_of_the_manifest_changes_unseen(copied: Path, key: str) -> None
     manifest[key] = {"seed": 1, "preprocessing": {"mean": 0.5}, "target": "arm-i8mm"}.get(key, [])
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="was changed after it was written"):
+        Artifact.load(copied)
+    del manifest["sha256"]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="was changed or is of another version of pqk: it has no sha256"):
         Artifact.load(copied)
 
 
@@ -150,6 +156,7 @@ def test_a_manifest_never_reaches_outside(copied: Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["files"]["../secret"] = {"sha256": "0" * 64, "bytes": 1}
     del manifest["sha256"]
+    manifest["format"] = 1
     (copied.parent / "secret").write_text("x")
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="missing"):
@@ -158,7 +165,11 @@ def test_a_manifest_never_reaches_outside(copied: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot read"), ("[]", "it has no format"), ('{"format": 2}', "not a manifest of format 1")],
+    [
+        ("{", "cannot read"),
+        ("[]", "not a manifest of format 2"),
+        ('{"format": 3}', "of format 2 or before"),
+    ],
 )
 def test_another_manifest_is_refused(copied: Path, text: str, message: str) -> None:
     (copied / "manifest.json").write_text(text)
