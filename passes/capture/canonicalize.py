@@ -6,7 +6,6 @@ over pixels, plain matmuls for attention, a two-dimensional product for every li
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -21,7 +20,6 @@ from pqk.core.graph import (
     call,
     calls,
     free_path,
-    is_float,
     move_points,
     operand,
     replace,
@@ -29,6 +27,7 @@ from pqk.core.graph import (
     tensor_node,
 )
 from pqk.core.reshapes import as_rows, spelled_sizes
+from pqk.passes.capture.attention import plain_attention
 
 
 def canonical_forms(graph_module: fx.GraphModule) -> None:
@@ -50,7 +49,7 @@ def canonical_forms(graph_module: fx.GraphModule) -> None:
     for node in calls(graph, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
         _slices(graph_module, node)
     for node in calls(graph, aten.scaled_dot_product_attention.default):
-        _plain_attention(graph_module, node)
+        plain_attention(graph_module, node)
     for node in calls(graph, aten.matmul.default, aten.mm.default, aten.addmm.default):
         _as_linear(graph_module, node)
     for node in calls(graph, aten.linear.default):
@@ -165,25 +164,6 @@ def _part_length(a: dict[str, Any], source: fx.Node, axis: int) -> int:
     size = shape(source)[axis]
     assert size is not None
     return -(-size // a["chunks"]) if "chunks" in a else a["split_size"]
-
-
-def _plain_attention(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """`softmax(q @ kᵀ * scale + mask) @ v` from matmuls, which have integer kernels (the fused operator has none)."""
-    a, graph, layer = arguments(node), graph_module.graph, node.meta["layer"]
-    q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
-    if a["is_causal"] or a["enable_gqa"] or a["dropout_p"] or (mask is not None and not is_float(mask)):
-        return
-    scores, transposed_shape = (*shape(q)[:-1], shape(k)[-2]), (*shape(k)[:-2], shape(k)[-1], shape(k)[-2])
-    scale = a["scale"] or 1 / math.sqrt(shape(q)[-1])  # type: ignore[arg-type]
-    with graph.inserting_before(node):
-        transposed = call(graph, aten.transpose.int, (k, -2, -1), k, shape=transposed_shape, layer=f"{layer}.transpose")
-        score = call(graph, aten.matmul.default, (q, transposed), node, shape=scores, layer=f"{layer}.scores")
-        score = call(graph, aten.mul.Tensor, (score, scale), score, layer=f"{layer}.scale")
-        if mask is not None:
-            score = call(graph, aten.add.Tensor, (score, mask), score, layer=f"{layer}.mask")
-        shares = call(graph, aten.softmax.int, (score, -1), score, layer=f"{layer}.softmax")
-        values = call(graph, aten.matmul.default, (shares, v), node, layer=f"{layer}.values")
-    replace(graph_module, node, values)
 
 
 def _as_linear(graph_module: fx.GraphModule, node: fx.Node) -> None:

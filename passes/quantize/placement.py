@@ -34,11 +34,18 @@ from pqk.passes.quantize.points import ActivationPoint, Point, TablePoint, Weigh
 
 
 def absorbed(node: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None], float]:
-    """What a quantizer on `node` reads, and the bounds and the gain of the clamp and scaling that it takes over."""
+    """What a quantizer on `node` reads, and the bounds and the gain of the clamp and scaling that it takes over.
+
+    It takes over nothing behind a product that others read as well: the runtime has integer kernels that put out either
+    integers or floats, not both.
+    """
     factor = gain(node)
     clamp = node if factor is None else operand(node)
     limits = bounds(clamp) if clamp is node or len(clamp.users) == 1 else None
-    return operand(clamp) if limits else clamp, limits or (None, None), factor or 1.0
+    source = operand(clamp) if limits else clamp
+    if source is not node and source.target in FLOAT_OUTPUT and len(source.users) > 1:
+        return node, (None, None), 1.0
+    return source, limits or (None, None), factor or 1.0
 
 
 def last_absorbed(node: fx.Node) -> fx.Node:
@@ -147,7 +154,7 @@ def placement(
 
 def _reasons(where: Placement) -> list[tuple[str, str]]:
     reasons = []
-    taken_over = set() if where.dynamic else {n for n in where.values if bounds(n) or gain(n)}
+    taken_over = set() if where.dynamic else {n for n in where.values if absorbed(n)[0] is not n}
     taken_over |= {operand(n) for n in taken_over if gain(n) and bounds(operand(n))}
     for node in where.nodes:
         operator = getattr(node.target, "_opname", str(node.target))

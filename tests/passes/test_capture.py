@@ -376,3 +376,32 @@ def test_what_has_no_values_is_not_joined() -> None:
     graph = agree(Cached().eval(), torch.randn(5, 3, 8))
     joins = [n for n in graph.graph.nodes if n.target is aten.cat.default]
     assert [len(n.args[0]) for n in joins] == [2, 2]
+
+
+class Masked(nn.Module):
+    """Attention as decoders have it: causal, with a mask of booleans, with keys that several heads share."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.how = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.how == "shared":
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        if self.how == "causal":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        mask = (x[:, None, :, :1] > 0) & (x[:, None, None, :, 0] > 0)  # a query below 0 attends to nothing
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("how", ["shared", "causal", "mask"])
+def test_attention_of_every_kind_becomes_products(how: str) -> None:
+    torch.manual_seed(0)
+    graph = agree(Masked(how).eval(), torch.randn(6, 5, 16))
+    assert aten.scaled_dot_product_attention.default not in targets(graph)
+    assert targets(graph).count(aten.matmul.default) == 2
+    out = graph(torch.randn(6, 5, 16))
+    out.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in graph.parameters())

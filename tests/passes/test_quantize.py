@@ -384,3 +384,27 @@ def test_no_step_size_moves_by_more_than_its_share_and_none_leaves_the_positive(
         scales[2].zero_()
     assert torch.allclose(scales[0] / start, torch.tensor([1.25, 0.8, 1.1, 0.9]))
     assert frozen.tolist() == [3.0] * 4 and float(scales[2].detach()) == pytest.approx(0.8)
+
+
+class HandMadeGelu(nn.Module):
+    """GELU by its formula, which reads the layer before it three times, once in integers behind a scaling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3))))
+
+
+def test_a_product_that_floats_read_is_not_quantized_for_one_reader() -> None:
+    """A runtime has integer kernels that put out integers or floats: with a mixture the product is left in float."""
+    torch.manual_seed(0)
+    program = quantized(HandMadeGelu(), torch.randn(16, 8))
+    graph = program.student.graph
+    assert isinstance(graph, fx.Graph)
+    up = next(n for n in graph.nodes if n.target is aten.linear.default)
+    assert len(up.users) == 3 and all(user.op == "call_function" for user in up.users)
+    half = next(n for n in up.users if n.args[1:] == (0.5,))
+    assert [user.op for user in half.users] == ["call_module"]
