@@ -220,7 +220,7 @@ VIT = {"img_size": 64, "depth": 2}
 SMALL_VIT = VIT | {"embed_dim": 192, "num_heads": 3}
 TIMM = (
     timm("beit", "beit_base_patch16_224", **SMALL_VIT),
-    timm("byoanet", "halonet_h1", 256, keep={"stages.[0-9]": 1}),
+    timm("byoanet", "lambda_resnet26t", keep={"stages.[0-9]": 2}),
     timm("byobnet", "mobileone_s1", keep={"stages.[0-9]": 2}),
     timm("cait", "cait_xxs24_224", **VIT, depth_token_only=1),
     timm("coat", "coat_lite_tiny", img_size=64, serial_depths=ONE),
