@@ -15,10 +15,12 @@ import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from pqk.core.aten import aten
 from pqk.data.structures import leaves
+from pqk.errors import InputError
 from pqk.task.axes import Axes
 
 COMBINATIONS: dict[Any, Any] = {sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv}
@@ -173,7 +175,18 @@ class TracedAxes:
         return TracedAxes(symbols, tuple(guards.values()), first)
 
     def output_sizes(self, graph: fx.Graph) -> list[list[int | sympy.Basic]]:
-        """For each output the sizes of its axes: numbers, and expressions of the names of free axes."""
+        """For each output the sizes of its axes: numbers, and expressions of the names of free axes.
+
+        Raises `InputError` naming the line where a size depends on values, as that of what a mask selects does.
+        """
+        for name, node in leaves(graph.output_node().args[0]):
+            sizes = node.meta["val"].shape if isinstance(node, fx.Node) else ()
+            if any(free_unbacked_symbols(size) for size in sizes):
+                what, line = f"the output {name}".strip(), node_line(node)
+                raise InputError(
+                    f"capture: the size of {what} depends on the values of the inputs{line and f', at {line}'}, as "
+                    "that of what a mask selects does; return everything, and the mask beside it"
+                )
         return [
             [s if isinstance(s, int) else s.node.expr.xreplace(self.names) for s in node.meta["val"].shape]
             for _, node in leaves(graph.output_node().args[0])

@@ -46,7 +46,7 @@ def trace_dependencies(
     model: nn.Module, example: tuple[Tensor, ...], seconds: float = SECONDS
 ) -> list[Dependencies] | Reason:
     """The groups that torch-pruning finds in `model` (unchanged), or why there is no answer of its to use."""
-    kind = hashlib.sha256(re.sub(r"\d+", "", repr(model)).encode()).hexdigest()
+    kind = _kind_of(model)
     try:
         if kind in _LATE:
             raise TimeoutError
@@ -57,6 +57,13 @@ def trace_dependencies(
     except Exception as error:  # a tracer raises anything on a model that it does not know
         return f"torch-pruning cannot trace the model: {first_line(error)}"
     return why_not_consistent(groups) or groups
+
+
+def _kind_of(model: nn.Module) -> str:
+    """What a network is made of, whatever its widths: its layers, and the code that calls them."""
+    forwards = (getattr(type(module).forward, "__code__", None) for module in model.modules())
+    code = b"".join(each.co_code + repr(each.co_names).encode() for each in forwards if each is not None)
+    return hashlib.sha256(re.sub(r"\d+", "", repr(model)).encode() + code).hexdigest()
 
 
 def _traced(model: nn.Module, example: tuple[Tensor, ...]) -> list[Dependencies]:

@@ -21,6 +21,11 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subse
 from pqk.data.structures import Inputs, map_tensors
 from pqk.errors import InputError
 
+ONE_NUMBER = (
+    "one number for the whole batch, and the first axis of every input and target is the batch; give it once for every "
+    "sample, or make it a constant of the model"
+)
+
 
 class Batch(NamedTuple):
     """Some samples of a `Data`."""
@@ -162,6 +167,9 @@ class ArrayData(Data):
     ) -> None:
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.targets = targets
+        for what, t in (*((f"input {i}", t) for i, t in enumerate(self.inputs)), ("the target", targets)):
+            if t is not None and not t.ndim:
+                raise InputError(f"data: {what} is {ONE_NUMBER}")
         lengths = [len(t) for t in (*self.inputs, *([] if targets is None else [targets]))]
         if len(set(lengths)) != 1:
             raise InputError(f"data: inputs and targets have different lengths: {lengths}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,8 @@ def emit_onnx(
             program = torch.onnx.export(
                 module,
                 example,
-                input_names=list(input_names),
-                output_names=names,
+                input_names=[_end("input", i) for i in range(len(input_names))],
+                output_names=[_end("output", i) for i in range(len(names))],
                 dynamic_shapes=free_axes(module, example, axes),
                 custom_translation_table=TRANSLATIONS,
                 opset_version=OPSET,
@@ -126,6 +126,8 @@ def emit_onnx(
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}") from error
     _anonymize(model)
+    ends = {_end(kind, i): n for kind, all_ in (("input", input_names), ("output", names)) for i, n in enumerate(all_)}
+    _rename(model.graph, {**ends, **_making_way(model.graph, set(ends.values()))})
     _name_axes(model, axes or batch_axes(example))
     if isinstance(module, fx.GraphModule):
         _name_layers(model, module)
@@ -139,6 +141,51 @@ def emit_onnx(
             "operator that is named there"
         ) from error
     write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
+
+
+def _end(kind: str, number: int) -> str:
+    """What an input or an output is called until the graph is written; nothing inside has a name with a space."""
+    return f"{kind} {number}"
+
+
+def _making_way(graph: onnx.GraphProto, wanted: set[str]) -> dict[str, str]:
+    """Other names for the values and weights inside that are called as an input or an output is to be.
+
+    The exporter calls values after operators and weights after parameters: `add`, `mean`, `head.weight`.
+    """
+    inside = _defined(graph)
+    taken = inside | wanted
+    others: dict[str, str] = {}
+    for name in sorted(inside & wanted):
+        free = next(n for n in (f"{name}_{i}" for i in itertools.count(1)) if n not in taken)
+        taken.add(free)
+        others[name] = free
+    return others
+
+
+def _defined(graph: onnx.GraphProto) -> set[str]:
+    """The names of all weights and of what nodes make, in the bodies of conditions and loops, too."""
+    names = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        names.update(node.output)
+        for body in _bodies(node):
+            names |= _defined(body) | {value.name for value in body.input}
+    return names
+
+
+def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [g for a in node.attribute for g in (*([a.g] if a.HasField("g") else []), *a.graphs)]
+
+
+def _rename(graph: onnx.GraphProto, new_names: Mapping[str, str]) -> None:
+    """Call values and weights otherwise, wherever they stand."""
+    for node in graph.node:
+        node.input[:] = [new_names.get(name, name) for name in node.input]
+        node.output[:] = [new_names.get(name, name) for name in node.output]
+        for body in _bodies(node):
+            _rename(body, new_names)
+    for part in (*graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        part.name = new_names.get(part.name, part.name)
 
 
 def _names_of_outputs(module: nn.Module, example: tuple[Tensor, ...], input_names: Sequence[str]) -> list[str]:
@@ -213,14 +260,11 @@ def _name_layers(model: onnx.ModelProto, int8_graph: fx.GraphModule) -> None:
     if len(nodes) != len(layers):
         raise InputError(f"emit_onnx: {len(layers)} activations are quantized and the exporter wrote {len(nodes)}")
     new_names: dict[str, str] = {}
+    given = _defined(model.graph) | {value.name for value in (*model.graph.input, *model.graph.output)}
     for layer, node in zip(layers, nodes, strict=True):
-        name, taken = f"{layer}_q", set(new_names.values())
+        name, taken = f"{layer}_q", {*new_names.values(), *given}
         count = itertools.count(1)
         while name in taken:  # a clamp behind a clamp ends in the layer that both are of
             name = f"{layer}_{next(count)}_q"
         new_names[node.output[0]] = name
-    for node in model.graph.node:
-        node.input[:] = [new_names.get(name, name) for name in node.input]
-        node.output[:] = [new_names.get(name, name) for name in node.output]
-    for value in (*model.graph.value_info, *model.graph.output):
-        value.name = new_names.get(value.name, value.name)
+    _rename(model.graph, new_names)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from pqk.data.data import ONE_NUMBER
 from pqk.data.structures import Inputs, Outputs, named_tensors, tensors, why_not_outputs
 from pqk.errors import InputError, nearest
 from pqk.task.axes import BATCH, batch_axes
@@ -37,13 +38,16 @@ class Signature:
         timed: Mapping[str, Inputs] | None = None,
     ) -> Signature:
         """The signature of a task's arguments. Raises `InputError` for examples, names and axes that do not fit."""
+        default = ("input",) if len(example) == 1 else tuple(f"input_{i}" for i in range(len(example)))
+        names = tuple(input_names or default)
+        for name, t in zip(names, example, strict=False):
+            if not t.ndim:
+                raise InputError(f"task: the example of {name} is {ONE_NUMBER}")
         if any(len(t) < 2 for t in example):
             raise InputError(
                 f"task: example inputs need a batch of at least 2, to show which axis is the batch; got shapes "
                 f"{[tuple(t.shape) for t in example]}"
             )
-        default = ("input",) if len(example) == 1 else tuple(f"input_{i}" for i in range(len(example)))
-        names = tuple(input_names or default)
         if len(names) != len(example) or len(set(names)) != len(example):
             raise InputError(f"task: input_names {names} must be {len(example)} names, all different")
         return Signature(
@@ -96,6 +100,7 @@ def named_axes(
     Raises `InputError` where `dynamic` names an input or an axis that is not there, or another batch than axis 0.
     """
     axes = {name: list(a) for name, a in zip(names, batch_axes(example), strict=True)}
+    shapes = {name: t.shape for name, t in zip(names, example, strict=True)}
     for name, free in dynamic.items():
         if name not in axes:
             raise InputError(f'task: dynamic_axes names an input "{name}"{nearest(name, axes)}')
@@ -104,6 +109,12 @@ def named_axes(
                 raise InputError(
                     f'task: dynamic_axes calls axis {axis} of {name} "{label}"; axis 0 is the "{BATCH}", and {name} '
                     f"has {len(axes[name])} axes"
+                )
+            size = shapes[name][axis]
+            if axis and size < 2:
+                raise InputError(
+                    f'task: dynamic_axes calls axis {axis} of {name} "{label}", and the example has size {size} there, '
+                    "which a tracer takes for one that never changes; give an example of 2 or more"
                 )
             axes[name][axis] = label
     return tuple(tuple(a) for a in axes.values())

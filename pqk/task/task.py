@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pqk.data.data import Batch, Data, as_data, split
+from pqk.data.data import ONE_NUMBER, Batch, Data, as_data, split
 from pqk.data.structures import Inputs, Outputs, first_tensor, joined, map_tensors, tensors
 from pqk.data.views import TeachersView, TwoViews, Views
 from pqk.errors import InputError, Reason
@@ -360,6 +360,8 @@ def _first_two(data: Data) -> Inputs:
     """The first two samples of `data`, from as many batches as that takes."""
     parts: list[Inputs] = []
     for batch in data.batches():
+        if any(not t.ndim for t in batch.inputs):
+            raise InputError(f"task: an input of the data is {ONE_NUMBER}")
         parts.append(tuple(t[:2] for t in batch.inputs))
         if sum(len(p[0]) for p in parts) >= 2:
             break

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from pqk import Artifact, Recipe, Task, compress
 from pqk.bench.artifact import benchmark
 from pqk.bench.measure import QUICK
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.data.data import ArrayData
 from pqk.deploy.artifact import describe_interface
 from pqk.deploy.onnx_emitter import emit_onnx
@@ -270,3 +271,30 @@ def test_names_that_are_taken_are_not_given_again(tmp_path: Path) -> None:
     emit_onnx(Same(), (torch.randn(2, 4),), tmp_path / "model.onnx", ["x"])
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert [v.name for v in graph.input] == ["x"] and [v.name for v in graph.output] == ["x_1", "y"]
+
+
+class Operators(nn.Module):
+    """Outputs that are called as operators, layers and weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bias = nn.Linear(8, 5), nn.Parameter(torch.linspace(-1, 1, 8))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.fc(x + self.bias).relu()
+        return {"add": y.tanh(), "relu": y.unsqueeze(1) * 2, "linear": y + 1, "fc.weight": y - 1, "fc_q": y * 3}
+
+
+@pytest.mark.parametrize("name", ["x", "bias", "tanh"])
+@pytest.mark.parametrize("captured", [False, True])
+def test_names_of_inputs_and_outputs_may_be_those_of_operators_and_weights(
+    name: str, captured: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 8), Operators().eval()
+    form = capture(model, (x,), input_names=[name]) if captured else model
+    emit_onnx(form, (x,), tmp_path / "model.onnx", [name])
+    session = OnnxModel(tmp_path / "model.onnx", model(x))
+    assert [o.name for o in onnx.load(tmp_path / "model.onnx").graph.output] == [*model(x)]
+    for got, want in zip(session(x).values(), model(x).values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -368,6 +368,16 @@ def test_the_gradient_of_reverse_kl(temperature: float) -> None:
 # ---- refusals
 
 
+def test_outputs_without_samples_are_refused_before_training_unless_one_is_chosen() -> None:
+    """Anchors beside the answers: the loss of a sample is not made of both."""
+    outputs = {"scores": torch.zeros(2, 5), "anchors": torch.zeros(3, 4)}
+    data = ArrayData(torch.zeros(8, 3), torch.zeros(8, dtype=torch.long))
+    task = Task(None, data, validation=data)
+    reason = LogitMSE().why_not_compared(task, outputs)
+    assert reason is not None and "output anchors is (3, 4) where output scores is (2, 5)" in reason
+    assert LogitMSE(output="scores").why_not_compared(task, outputs) is None
+
+
 def test_an_output_is_chosen_by_number_or_name() -> None:
     want = KLDivergence()(view(ZS, ZT), None)
     assert torch.equal(KLDivergence(output=1)(view((ZT, ZS), (ZT, ZT)), None), want)

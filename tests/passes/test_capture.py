@@ -333,6 +333,16 @@ def test_what_is_drawn_in_training_only_is_plain(layer: nn.Module) -> None:
     assert set(targets(graph)) <= {aten.conv2d.default, aten.leaky_relu.default}
 
 
+class Selected(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"sum": x.sum(1), "positive": x[x[:, 0] > 0]}
+
+
+def test_an_output_whose_size_depends_on_values_is_refused_by_line() -> None:
+    with pytest.raises(InputError, match=r"output positive depends on the values .* at test_capture.py:\d+: 'return"):
+        capture(Selected(), (torch.randn(4, 8),))
+
+
 class Drawing(nn.Module):
     """Random numbers in evaluation mode, in one of the ways that people have."""
 

@@ -446,6 +446,20 @@ def test_a_tracer_that_does_not_come_back_is_stopped(caplog: pytest.LogCaptureFi
     assert Endless.calls == 1, "and not asked again"
 
 
+def test_a_network_of_the_same_layers_is_asked_about_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """What has the layers of one that did not come back, and calls them otherwise."""
+    model, x = trained(Endless()), data((6,), 4)
+    assert trace_groups(model, (x,), seconds=0.2).groups
+
+    def forward(self: Endless, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(F.relu(self.a(x)))))
+
+    mended = trained(type("Endless", (Endless,), {"forward": forward})())
+    assert repr(mended) == repr(model)
+    caplog.clear()
+    assert trace_groups(mended, (x,)).groups and not caplog.text
+
+
 def test_bounded_work_returns_raises_and_ends() -> None:
     assert bounded(lambda: 3, 5.0) == 3
     with pytest.raises(ZeroDivisionError):

@@ -189,6 +189,19 @@ TENSORS = DataLoader(TensorDataset(torch.randn(12, 3), torch.arange(12) % 10), b
             "odd must be a finite number",
         ),
         (lambda: Task(None, data(), validation=data(), loss=lambda y, t: 1.0), "per sample"),
+        (lambda: ArrayData((X, torch.tensor(0.7)), Y), "input 1 is one number for the whole batch"),
+        (lambda: ArrayData(X, torch.tensor(1)), "the target is one number for the whole batch"),
+        (lambda: Task(None, loader((X, torch.tensor(0.7), Y)), validation=data()), "is one number for the whole"),
+        (
+            lambda: Task(None, data(), validation=data(), example=(torch.zeros(2, 3), torch.tensor(0.7))),
+            "the example of input_1 is one number for the whole batch",
+        ),
+        (
+            lambda: Task(
+                None, data(), validation=data(), example=torch.zeros(2, 1), dynamic_axes={"input": {1: "time"}}
+            ),
+            'calls axis 1 of input "time", and the example has size 1 there',
+        ),
     ],
 )
 def test_what_would_fail_late_is_refused_before_anything_runs(make: Callable[[], Task], message: str) -> None:

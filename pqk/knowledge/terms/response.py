@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.program import CONFIG
-from pqk.data.structures import members, tensors, widened
+from pqk.data.structures import leaves, members, tensors, widened
 from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge.terms.base import Term, View
 from pqk.task.metrics import SAY_AXIS
@@ -73,6 +73,14 @@ class ResponseTerm(Term):
         return True
 
     def why_not_compared(self, task: Task, outputs: Any) -> Reason | None:
+        compared = [(path, t) for path, t in leaves(pick(outputs, self.output)) if isinstance(t, Tensor)]
+        for path, output in compared:
+            if len(output) != len(compared[0][1]):
+                return (
+                    f"{type(self).__name__} compares outputs sample by sample, and output {path} is "
+                    f"{tuple(output.shape)} where output {compared[0][0]} is {tuple(compared[0][1].shape)}: not both "
+                    "have the batch as their first axis; name the `output` that it compares"
+                )
         for output in tensors(pick(outputs, self.output)) if self.compares_classes else ():
             if isinstance(axis := task.class_axis_or_reason(output), str):
                 return (
