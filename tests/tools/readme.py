@@ -217,6 +217,9 @@ def zoo() -> str:
         f"training, {count['failed']} failed. {sum(c >= LEAST_CUT for c in cut)} are really pruned, "
         f"{sum(round(c, 2) >= goal for c in cut)} of them to the {goal:g}x that were asked for."
     )
+    if document["not_run"]:
+        names = ", ".join(f"`{name}`" for name in document["not_run"])
+        summary += f"\n\n{len(document['not_run'])} further networks have not been run for this table: {names}."
     rows, reasons = [], []
     for name, row in found.items():
         if row["outcome"] == "compiled":

@@ -283,7 +283,9 @@ def main() -> None:
     def finish(name: str) -> None:
         rows[name] = describe(ZOO[name]) | run_one(name)
         ordered = {n: rows[n] for n in ZOO if n in rows}
-        text = json.dumps({"conditions": conditions(), "goal": MACS_RATIO, "networks": ordered}, indent=1) + "\n"
+        left = [n for n in ZOO if n not in rows]
+        document = {"conditions": conditions(), "goal": MACS_RATIO, "networks": ordered, "not_run": left}
+        text = json.dumps(document, indent=1) + "\n"
         partial = options.out.with_suffix(".partial")
         partial.write_text(text)
         partial.replace(options.out)
