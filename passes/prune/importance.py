@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from pqk.copies import copy_of
+from pqk.core.convolutions import UnitStrides
 from pqk.errors import InputError, Reason
 from pqk.passes.prune.channel_group import ChannelGroup, Member, layer_of, merge_cuts
 from pqk.passes.prune.cuts import NORMS, Cut, Dim, is_depthwise
@@ -49,7 +50,7 @@ def gradients(model: nn.Module, task: Task, samples: int) -> dict[str, Tensor]:
     count = 0
     if not task.validation.labelled:
         raise InputError('prune: importance = "taylor" needs labelled validation data; use "activation" or "magnitude"')
-    with torch.enable_grad():
+    with torch.enable_grad(), UnitStrides():
         for batch in task.validation.batches():
             task.loss(model(*batch.inputs), batch.targets).sum().backward()
             count += len(batch.inputs[0])

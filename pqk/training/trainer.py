@@ -20,6 +20,7 @@ from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 
 from pqk.copies import copy_of
+from pqk.core.convolutions import UnitStrides
 from pqk.core.distributed import rank, world_size
 from pqk.core.run_context import RunContext
 from pqk.data.data import Batch, Data
@@ -131,6 +132,8 @@ class _Trainer:
         self.alone: bool | None = None
         """whether the student can train on a single sample, once that is asked"""
         self._check_batches(first)
+        self.strides: UnitStrides | None = UnitStrides()
+        """what computes convolutions in another way; None once a step has shown that there are none of them"""
         if any(t.dim() == 4 for t in first.inputs):
             for t in (*student.parameters(), *student.buffers()):  # Module.to refuses captured constants of five axes
                 if t.dim() == 4:
@@ -215,7 +218,7 @@ class _Trainer:
                     break
                 continue
             model.train()
-            loss, due = self._step(model, optimizer, batch)
+            loss, due = self._guarded_step(model, optimizer, batch)
             if not math.isfinite(loss):
                 return False
             state.step += 1
@@ -240,6 +243,20 @@ class _Trainer:
     def _finite(self) -> bool:
         """Whether the student may become the last good state: a finite loss can have had an infinite gradient."""
         return all(bool(p.isfinite().all()) for p in self.student.parameters())
+
+    def _guarded_step(self, model: nn.Module, optimizer: Any, batch: Batch) -> tuple[float, bool]:
+        """A step in which no convolution is computed that writes over other memory.
+
+        Student, teacher, peers and terms are all looked at, since the first step is under the guard; it has what all
+        the others have.
+        """
+        if self.strides is None:
+            return self._step(model, optimizer, batch)
+        with self.strides:
+            result = self._step(model, optimizer, batch)
+        if not self.strides.found:
+            self.strides = None
+        return result
 
     def _step(self, model: nn.Module, optimizer: Any, batch: Batch) -> tuple[float, bool]:
         """One step: the mean loss of all processes, and whether one of them finds that a checkpoint is due."""
