@@ -51,7 +51,8 @@ class UnitStrides(TorchFunctionMode):
         if strides is None:
             return func(*args, **(kwargs or {}))
         self._note(call.weight.shape[1], strides)
-        pixels = call.input[(..., *(slice(None, None, stride) for stride in strides))]
+        index: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in strides))
+        pixels = call.input[index]
         return func(pixels, call.weight, call.bias, (1,) * axes, call.padding, call.dilation, call.groups)
 
     def _note(self, channels: int, strides: tuple[int, ...]) -> None:

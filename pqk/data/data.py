@@ -277,7 +277,7 @@ class LoaderData(Data):
 
     @property
     def in_memory(self) -> bool:
-        source = self.loader
+        source: Any = self.loader
         while isinstance(source, DataLoader | Subset):
             source = source.dataset
         return isinstance(source, list | tuple | TensorDataset)
