@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -299,38 +299,41 @@ def in_a_namespace() -> None:
         os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv, "--in-a-namespace"])
 
 
+def _record(
+    campaign: Campaign, name: str, work: Callable[[], dict[str, Any]], options: dict[str, int], into: Path | None
+) -> None:
+    """Do one part, and write what came of it; those of before stay, each with what it was run with."""
+    had, began = len(campaign.problems), time.monotonic()
+    document = work()
+    problems = campaign.problems[had:]
+    document |= {"wrong": len(problems), "problems": problems, "options": options}
+    document |= {"minutes": round((time.monotonic() - began) / 60, 1), "machine": machine_fingerprint()}
+    print(f"{name}: {json.dumps(document)}", flush=True)
+    if into is not None:
+        whole = json.loads(into.read_text()) if into.exists() else {}
+        write_json(into, {**whole, "interruptions": {**whole.get("interruptions", {}), name: document}})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     counts = {"kills": 100, "whole": 10, "onnx": 20, "sizes": 4096, "twice": 10, "closed": 10, "clocks": 6, "seed": 0}
     for name, default in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--into", type=Path, help="a JSON file; the part `interruptions` of it is written anew")
+    parser.add_argument("--into", type=Path, help="a JSON file, whose parts that are run are written anew")
     parser.add_argument("--in-a-namespace", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pqk-faults-") as folder:
         campaign = Campaign(Path(folder), a.seed)
-        document: dict[str, Any] = {
-            "command": "python tests/faults/interruptions.py",
-            "options": {name: getattr(a, name) for name in counts},
-            "compile": {"seconds": campaign.seconds, "changes of files": campaign.events},
+        parts = {
+            "kills": (partial(campaign.kills, a.kills, a.whole, a.onnx), ("kills", "whole", "onnx")),
+            "disk": (partial(campaign.disk, a.sizes), ("sizes",)),
+            "twice": (partial(campaign.twice, a.twice), ("twice",)),
+            "closed": (partial(campaign.closed, a.closed), ("closed",)),
+            "clocks": (partial(campaign.clocks, a.clocks), ("clocks",)),
         }
-        for name, work in {
-            "kills": partial(campaign.kills, a.kills, a.whole, a.onnx) if a.kills else None,
-            "disk": partial(campaign.disk, a.sizes) if a.sizes else None,
-            "twice": partial(campaign.twice, a.twice) if a.twice else None,
-            "closed": partial(campaign.closed, a.closed) if a.closed else None,
-            "clocks": partial(campaign.clocks, a.clocks) if a.clocks else None,
-        }.items():
-            if work is not None:
-                had = len(campaign.problems)
-                document[name] = work() | {"wrong": len(campaign.problems) - had}
-                print(f"{name}: {json.dumps(document[name])}", flush=True)
-    document |= {"problems": campaign.problems, "minutes": round((time.monotonic() - began) / 60, 1)}
-    document |= {"machine": machine_fingerprint()}
-    if a.into is not None:
-        whole = json.loads(a.into.read_text()) if a.into.exists() else {}
-        write_json(a.into, {**whole, "interruptions": document})
+        for name, (work, options) in parts.items():
+            if getattr(a, options[0]):
+                _record(campaign, name, work, {o: getattr(a, o) for o in ("seed", *options)}, a.into)
     return 1 if campaign.problems else 0
 
 

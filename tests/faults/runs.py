@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -267,12 +268,10 @@ def _wrong_state(path: Path, name: str, reference: Path) -> Iterator[str]:
 
 def _decisions(path: Path, identity: str) -> dict[str, Any]:
     """Without the half line that a killed process may have left, of which a reader of its own would rid the file."""
-    copy = path.with_name(f".copy-{os.getpid()}")
-    try:
+    with tempfile.TemporaryDirectory() as elsewhere:  # the disk of the run may be full
+        copy = Path(elsewhere) / "journal.jsonl"
         shutil.copy(path, copy)
         return Journal(copy, identity).decisions
-    finally:
-        copy.unlink(missing_ok=True)
 
 
 def _wrong_answers(path: Path, name: str, other: Path) -> Iterator[str]:
