@@ -53,7 +53,8 @@ class UnitStrides(TorchFunctionMode):
         self._note(call.weight.shape[1], strides)
         index: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in strides))
         pixels = call.input[index]
-        return func(pixels, call.weight, call.bias, (1,) * axes, call.padding, call.dilation, call.groups)
+        padding = call.padding if call.padding == "valid" else _each(call.padding, axes)
+        return func(pixels, call.weight, call.bias, (1,) * axes, padding, _each(call.dilation, axes), call.groups)
 
     def _note(self, channels: int, strides: tuple[int, ...]) -> None:
         if (channels, strides) in self.found:

@@ -125,18 +125,22 @@ def _describe(name: str, shape: Sequence[int | str], t: torch.Tensor) -> dict[st
 
 
 def seal(unfinished: Path, folder: Path, names: Iterable[str], values: dict[str, Any]) -> None:
-    """Move the finished files of these names into `folder`, and write the manifest last."""
-    for name in names:
-        if (unfinished / name).exists():
-            (unfinished / name).replace(folder / name)
-    write_manifest(folder, values)
+    """Move the finished files of these names into `folder`, the manifest last, which is written before any moves."""
+    files = sorted(path for name in names if (path := unfinished / name).exists())
+    _write_manifest(unfinished / MANIFEST, files, values)
+    for path in (*files, unfinished / MANIFEST):
+        path.replace(folder / path.name)
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Seal a directory: its files are those that are there now."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))
+    _write_manifest(folder / MANIFEST, files, values)
+
+
+def _write_manifest(path: Path, files: Iterable[Path], values: dict[str, Any]) -> None:
     entries = {p.name: {"sha256": digest_of_file(p), "bytes": p.stat().st_size} for p in files}
-    write_sealed(folder / MANIFEST, {"format": FORMAT, "files": entries, **values})
+    write_sealed(path, {"format": FORMAT, "files": entries, **values})
 
 
 class Artifact:

@@ -24,8 +24,9 @@ def committed() -> dict[str, Any]:
     return networks
 
 
-KNOWN_FAILURES = {"timm/test_maxvit"}
-"""networks of which it is not known yet why they fail"""
+KNOWN_FAILURES = {"timm/test_maxvit", "timm/rexnet_100"}
+"""every layer keeps the contract, and of 16 decisions on random weights 2 and 3 are others; whether that is more than
+roundings between answers that hardly differ is not known yet"""
 
 
 def test_every_network_has_a_row_or_is_said_to_have_none_and_failures_are_known() -> None:
