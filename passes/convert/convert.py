@@ -15,7 +15,18 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
-from pqk.core.aten import DEQUANTIZE, DYNAMIC, MOVEMENT, MULTIPLY, OUTPUT_AXIS, PADS, QUANTIZE, aten, moves
+from pqk.core.aten import (
+    DEQUANTIZE,
+    DYNAMIC,
+    MOVEMENT,
+    MULTIPLY,
+    OUTPUT_AXIS,
+    PADS,
+    QUANTIZE,
+    aten,
+    moves,
+    pads_below,
+)
 from pqk.core.graph import (
     arguments,
     attach,
@@ -38,6 +49,8 @@ from pqk.task.task import Task
 
 Integers = dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]]
 """a dequantized value -> its integers, scale and zero point"""
+Grids = dict[tuple[fx.Node, float, int, str], tuple[fx.Node, fx.Node, fx.Node]]
+"""a value with a scale, zero point and dtype -> its integers, scale and zero point"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -62,6 +75,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
     set_mode(student, "on")
     pixels_last = any(t.ndim == 4 and not t.is_contiguous() for t in example)
     integers: Integers = {}
+    grids: Grids = {}
     dynamic: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in list(student.graph.nodes):
         if node.op == "call_module":
@@ -69,7 +83,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
             if isinstance(module, TableFakeQuant):
                 convert_table(student, node, module)
             elif isinstance(module, ActivationFakeQuant):
-                _activation(student, node, module, integers)
+                _activation(student, node, module, integers, grids)
             elif isinstance(module, DynamicFakeQuant):
                 dynamic[node] = _ranged(student, node)
             elif isinstance(module, WeightFakeQuant | BiasFakeQuant):
@@ -98,22 +112,41 @@ def _layer(quantizer: fx.Node) -> str:
     return str(quantizer.target).removeprefix("quantizers.")
 
 
-def _activation(student: fx.GraphModule, node: fx.Node, module: ActivationFakeQuant, integers: Integers) -> None:
+def _activation(
+    student: fx.GraphModule, node: fx.Node, module: ActivationFakeQuant, integers: Integers, grids: Grids
+) -> None:
+    """Quantize and dequantize instead of the quantizer `node`.
+
+    Two quantizers of one value with one scale, which only training tells apart, are one: an exporter would merge them.
+    """
     qparams, grid, graph, source = module.qparams(), module.grid, student.graph, operand(node)
+    alike = (source, float(qparams.scale), int(qparams.zero_point), grid.dtype)
     with graph.inserting_before(node):
-        scale, zero_point = _constants(student, f"qparams.{_layer(node)}", qparams, grid.torch_dtype)
-        if source.op == "get_attr":  # a constant operand is stored as its integers
-            integer = quantize(attribute(student, str(source.target)).detach(), qparams)
-            q = tensor_node(student, attach(student, free_path(student, f"{source.target}_{grid.dtype}"), integer))
+        if alike in grids:
+            q, scale, zero_point = grids[alike]
         else:
-            arguments = (source, scale, zero_point, grid.qmin, grid.qmax)
-            q = call(graph, QUANTIZE, arguments, node, dtype=grid.torch_dtype)
+            q, scale, zero_point = grids[alike] = _quantized(student, node, module, qparams)
         if module.gain != 1:
-            path = attach(student, f"{scale.target}_out", module.output_scale())
+            path = attach(student, free_path(student, f"{scale.target}_out"), module.output_scale())
             scale = tensor_node(student, path)
         value = call(graph, DEQUANTIZE, (q, scale, zero_point), node)
     integers[value] = (q, scale, zero_point)
     replace(student, node, value)
+
+
+def _quantized(
+    student: fx.GraphModule, node: fx.Node, module: ActivationFakeQuant, qparams: QParams
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Integers, scale and zero point of what the quantizer `node` reads, at the insertion point."""
+    grid, source = module.grid, operand(node)
+    scale, zero_point = _constants(student, f"qparams.{_layer(node)}", qparams, grid.torch_dtype)
+    if source.op == "get_attr":  # a constant operand is stored as its integers
+        integer = quantize(attribute(student, str(source.target)).detach(), qparams)
+        q = tensor_node(student, attach(student, free_path(student, f"{source.target}_{grid.dtype}"), integer))
+    else:
+        arguments = (source, scale, zero_point, grid.qmin, grid.qmax)
+        q = call(student.graph, QUANTIZE, arguments, node, dtype=grid.torch_dtype)
+    return q, scale, zero_point
 
 
 def _ranged(student: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
@@ -141,11 +174,12 @@ def _multiply(student: fx.GraphModule, node: fx.Node, ranged: tuple[fx.Node, ...
 
 
 def _move(student: fx.GraphModule, node: fx.Node, integers: Integers, pixels_last: bool) -> None:
-    """Let `node` act on the integers and dequantize after it; padding puts in the zero point."""
+    """Let `node` act on the integers and dequantize after it; padding puts in the zero point, or what is below all."""
     q, scale, zero_point = integers[operand(node)]
     args: tuple[Any, ...] = (q, *node.args[1:])
     if node.target in PADS:
         zero = int(attribute(student, str(zero_point.target)))
+        zero = torch.iinfo(q.meta["dtype"]).min if pads_below(node) else zero
         args = (q, node.args[1], "constant", zero) if node.target is aten.pad.default else (q, node.args[1], zero)
     graph = student.graph
     with graph.inserting_before(node):

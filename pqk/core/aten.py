@@ -283,8 +283,15 @@ def moves(node: fx.Node) -> bool:
         return False
     a = arguments(node)
     if node.target in PADS:
-        return a.get("mode", "constant") == "constant" and not a["value"]
+        return a.get("mode", "constant") == "constant" and (not a["value"] or pads_below(node))
     return node.target is not aten.max_pool2d.default or not a["ceil_mode"]
+
+
+def pads_below(node: fx.Node) -> bool:
+    """Whether `node` pads with what is below every value, for pools of the largest: any lower integer will do."""
+    value, users = arguments(node)["value"], list(node.users)
+    pools = all(u.target is aten.max_pool2d.default and moves(u) for u in users)
+    return isinstance(value, int | float) and value <= torch.finfo(torch.float32).min and pools and bool(users)
 
 
 def root(node: fx.Node) -> fx.Node:

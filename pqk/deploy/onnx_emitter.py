@@ -17,14 +17,16 @@ import torch
 from onnxscript import opset21 as op
 from torch import Tensor, fx, nn
 
+from pqk.copies import copy_of
 from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantized_tensors
 from pqk.core.graph import register_containers
 from pqk.core.modes import fused_layers
 from pqk.data.structures import named_tensors
 from pqk.deploy.onnx_ops import QUANTIZERS
 from pqk.deploy.onnx_pools import Value, average_pool, max_pool
-from pqk.errors import InputError
+from pqk.errors import InputError, PqkError
 from pqk.files import write_whole
+from pqk.passes.capture.capture import capture
 from pqk.quiet import quiet
 from pqk.task.axes import Axes, batch_axes, free_axes
 from pqk.task.task import Task
@@ -107,24 +109,15 @@ def emit_onnx(
     names = _names_of_outputs(module, example, input_names)
     names = list(output_names or names)
     try:
-        # The exporter prints, logs, and warns of itself.
-        with quiet(level=logging.CRITICAL, printing=True), fused_layers(False), torch.no_grad():
-            program = torch.onnx.export(
-                module,
-                example,
-                input_names=[_end("input", i) for i in range(len(input_names))],
-                output_names=[_end("output", i) for i in range(len(names))],
-                dynamic_shapes=free_axes(module, example, axes),
-                custom_translation_table=TRANSLATIONS,
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-            assert program is not None
-            model = program.model_proto
+        model = _exported(module, example, len(input_names), len(names), axes)
     except Exception as error:  # the exporter's own, and what its translations raise
-        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}") from error
+        plain = _captured(module, example, axes)
+        if plain is None:
+            raise InputError(_refusal(module, error)) from error
+        try:
+            model = _exported(plain, example, len(input_names), len(names), axes)
+        except Exception:
+            raise InputError(_refusal(module, error)) from error
     _anonymize(model)
     ends = {_end(kind, i): n for kind, all_ in (("input", input_names), ("output", names)) for i, n in enumerate(all_)}
     _rename(model.graph, {**ends, **_making_way(model.graph, set(ends.values()))})
@@ -141,6 +134,44 @@ def emit_onnx(
             "operator that is named there"
         ) from error
     write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
+
+
+def _exported(
+    module: nn.Module, example: tuple[Tensor, ...], inputs: int, outputs: int, axes: Axes | None
+) -> onnx.ModelProto:
+    # The exporter prints, logs, and warns of itself.
+    with quiet(level=logging.CRITICAL, printing=True), fused_layers(False), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            example,
+            input_names=[_end("input", i) for i in range(inputs)],
+            output_names=[_end("output", i) for i in range(outputs)],
+            dynamic_shapes=free_axes(module, example, axes),
+            custom_translation_table=TRANSLATIONS,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def _captured(module: nn.Module, example: tuple[Tensor, ...], axes: Axes | None) -> nn.Module | None:
+    """The graph of a float module, in whose plain operators the exporter may know what it does not in the module's.
+
+    It translates attention of four axes alone, for one. None where there is no graph, or this is one.
+    """
+    if isinstance(module, fx.GraphModule):
+        return None
+    try:
+        return capture(copy_of(module), example, axes=axes)
+    except PqkError:
+        return None
+
+
+def _refusal(module: nn.Module, error: Exception) -> str:
+    reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+    return f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}"
 
 
 def _end(kind: str, number: int) -> str:

@@ -85,7 +85,10 @@ def why_not_at_the_ends(
     slack = 1e-12  # of summing shares in floating point
     least = min(AGREEMENT, 1 - 1 / decisions)
     most = max(METRIC_TOLERANCE * max(abs(value), 1e-3), 1 / samples)
-    explanation = "every layer agrees with the INT8 graph, so the INT8 graph differs from the fake-quantized one"
+    explanation = (
+        "every layer by itself agrees with the INT8 graph: single steps grow from layer to layer, or the INT8 graph "
+        "differs from the fake-quantized one"
+    )
     if agreement < least - slack:
         return (
             f"end to end: {100 * agreement:.2f} % of decisions agree (at least {100 * least:.2f} % must); {explanation}"

@@ -226,3 +226,17 @@ def test_a_log_sigmoid_is_finite_where_the_sigmoid_is_not_there(tmp_path: Path) 
     emit_onnx(nn.LogSigmoid(), (x,), tmp_path / "a.onnx", ["x"])
     (y,) = session(tmp_path / "a.onnx", optimized=False).run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), nn.functional.logsigmoid(x))
+
+
+class Windows(nn.Module):
+    """Attention within windows, an axis more than the exporter knows attention of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_what_the_exporter_does_not_know_is_written_as_it_is_captured(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4, 5, 8)
+    emit_onnx(Windows().eval(), (x,), tmp_path / "m.onnx", ("x",))
+    (got,) = session(tmp_path / "m.onnx").run(None, {"x": x[:1].numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), Windows()(x[:1]), atol=1e-6, rtol=1e-5)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pqk.core.aten import DEQUANTIZE, QUANTIZE, quantized_tensors
+from pqk.core.aten import DEQUANTIZE, PADS, QUANTIZE, quantized_tensors
 from pqk.passes.capture.capture import capture
 from pqk.passes.convert.convert import convert
 from pqk.passes.quantize.placement import placement
@@ -128,22 +128,71 @@ class Pooled(nn.Module):
         return self.tail(F.max_pool2d(x, 2)).mean((2, 3))
 
 
-@pytest.mark.parametrize("permuted", [True, False])
-def test_integers_that_lie_channels_last_are_pooled(permuted: bool) -> None:
-    """Torch's pool of 8-bit integers in that layout counts pixels in 8 bits, and raises."""
-    torch.manual_seed(0)
-    x = torch.randn(8, 3, 16, 16)
-    x = x if permuted else x.contiguous(memory_format=torch.channels_last)
-    graph = capture(Pooled(permuted), (x[:2],))
+def both_forms(module: nn.Module, x: Tensor) -> tuple[nn.Module, fx.GraphModule]:
+    """Fake-quantized and converted."""
+    graph = capture(module.eval(), (x[:2],))
     assert isinstance(graph, fx.GraphModule)
     target = Target.named("x86-avx2")
     points = [point.to_json() for point in placement(graph)[0]]
     grids = {"activation": asdict(target.activation), "weight": asdict(target.weight)}
     fake = insert_fake_quant(graph, (x,), points=points, learned=True, **grids)
     calibrate(fake, Inputs(x), "mse", 99.99, 8)  # type: ignore[arg-type]
+    int8 = convert(copy.deepcopy(fake), (x,))
+    assert isinstance(int8, fx.GraphModule)
+    return fake.eval(), int8
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_integers_that_lie_channels_last_are_pooled(permuted: bool) -> None:
+    """Torch's pool of 8-bit integers in that layout counts pixels in 8 bits, and raises."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    x = x if permuted else x.contiguous(memory_format=torch.channels_last)
+    fake, int8 = both_forms(Pooled(permuted), x)
     with torch.no_grad():
-        expected = fake.eval()(x)
-        int8 = convert(fake, (x,))
-        assert torch.equal(int8(x), expected)
-    pool = next(n for n in int8.graph.nodes if n.target is aten.max_pool2d.default)  # type: ignore[union-attr]
+        assert torch.equal(int8(x), fake(x))
+    pool = next(n for n in int8.graph.nodes if n.target is aten.max_pool2d.default)
     assert pool.args[0].meta["dtype"] == torch.uint8
+
+
+class PaddedBelow(nn.Module):
+    """A pool whose padding is no value, as networks that came from another framework have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.tail = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(self.stem(x), (0, 1, 0, 1), value=float("-inf"))
+        return self.tail(F.max_pool2d(x, 3, 2)).mean((2, 3))
+
+
+def test_padding_that_no_pool_takes_is_an_integer_below_all() -> None:
+    """With a quantizer behind it the range was infinite, and every answer not a number."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 10, 10)
+    fake, int8 = both_forms(PaddedBelow(), x)
+    with torch.no_grad():
+        assert torch.equal(int8(x), fake(x)) and bool(int8(x).isfinite().all())
+    assert [n.meta["dtype"] for n in int8.graph.nodes if n.target in PADS] == [torch.uint8]
+
+
+class TwoReaders(nn.Module):
+    """One value that is quantized as it is and behind a scaling, at first with the same scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.a(x) + self.b(x * 0.25)
+
+
+def test_what_is_quantized_alike_is_quantized_once() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 8)
+    fake, int8 = both_forms(TwoReaders(), x)
+    with torch.no_grad():
+        assert torch.equal(int8(x), fake(x))
+    assert len(quantized_tensors(int8)) == 1

@@ -73,7 +73,7 @@ STEPS = {"_job": "arguments", "_rehearse": "rehearsal", "_write": "emit", "_judg
 """functions of the compile -> where in a compile they are"""
 
 
-def task_of(specimen: Specimen) -> Any:
+def task_of(specimen: Specimen, teacher: Any = None) -> Any:
     """Random inputs with random labels: two batches to train on, and as many to choose ranges and to judge by."""
     import torch
 
@@ -86,9 +86,16 @@ def task_of(specimen: Specimen) -> Any:
         labels = torch.randint(CLASSES, shape, generator=torch.Generator().manual_seed(seed))
         return ArrayData(specimen.inputs(count, seed), labels, BATCH)
 
+    judged = data(HELD_OUT, 13)
+    if specimen.candidates and teacher is not None:
+        inputs = specimen.inputs(specimen.candidates, 13)
+        with torch.no_grad():
+            first, second = teacher(*inputs).topk(2, -1).values.unbind(-1)
+        surest = (first - second).argsort(descending=True)[:HELD_OUT]
+        judged = ArrayData(tuple(t[surest] for t in inputs), judged.targets, BATCH)
     names = ("input_ids", "attention_mask") if specimen.kind == "text" else ("input",)
     return Task(
-        data(TRAIN, 11), data(HELD_OUT, 12), data(HELD_OUT, 13), input_names=names,
+        data(TRAIN, 11), data(HELD_OUT, 12), judged, input_names=names,
         class_axis=1 if specimen.kind == "map" else None,
     )  # fmt: skip
 
@@ -123,7 +130,7 @@ def compile_one(specimen: Specimen) -> dict[str, Any]:
         return {"outcome": "failed", "stage": "build", "reason": words(error)}
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         try:
-            task = task_of(specimen)
+            task = task_of(specimen, teacher)
             row["macs"] = [count_macs(teacher, task.example)]
             artifact = compress(
                 teacher, task, Recipe.loads(RECIPE), out=Path(folder) / "out", observer=watch,
@@ -263,6 +270,7 @@ def describe(specimen: Specimen) -> dict[str, Any]:
         "arguments": specimen.arguments if specimen.package != "transformers" else {},
         "keep": specimen.keep,
         "drop": list(specimen.drop),
+        "candidates": specimen.candidates,
     }
     return row | {name: value for name, value in smaller.items() if value}
 

@@ -67,6 +67,10 @@ class Specimen:
     """image, map (an answer for each pixel), wave, spectrum or text"""
     strides: int = 1
     """of a map: pixels of the input in each direction to one of the answer"""
+    candidates: int = 0
+    """random inputs of which those are judged by that the teacher is surest of; 0: the first ones, whatever it says.
+
+    Depths of layers without training amplify one step of one value until it decides between classes that are near."""
     output: str = ""
     """the part of the answer that is taken; the whole answer where empty"""
 
@@ -266,7 +270,7 @@ TIMM = (
     timm("levit", "levit_128s", img_size=64, depth=(1, 1, 1)),
     timm("lowformer", "lowformer_b0", depth_list=[0, 1, 1, 1, 1]),
     timm("mambaout", "mambaout_femto", depths=ONE),
-    timm("maxxvit", "test_maxvit", img_size=64),
+    replace(timm("maxxvit", "test_maxvit", img_size=64), candidates=128),
     timm("maxxvit", "coatnet_pico_rw_224", img_size=64, keep={"stages.*.blocks": 1}),
     timm("metaformer", "poolformer_s12", keep={"stages.*.blocks": 1}),
     timm("mlp_mixer", "resmlp_12_224", img_size=64, keep={"blocks": 2}),
@@ -294,7 +298,7 @@ TIMM = (
     timm("resnest", "resnest14d"),
     timm("resnet", "resnet10t"),
     timm("resnetv2", "resnetv2_50", layers=ONE),
-    timm("rexnet", "rexnet_100"),
+    replace(timm("rexnet", "rexnet_100"), candidates=128),
     timm("selecsls", "selecsls42b"),
     timm("senet", "legacy_seresnet18", layers=ONE),
     timm("sequencer", "sequencer2d_s", img_size=64, layers=ONE),
