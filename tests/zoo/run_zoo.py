@@ -39,8 +39,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from specimens import CLASSES, SEED, ZOO, Specimen, packages
 
 RESULTS = Path(__file__).with_name("results.json")
-SECONDS = 240
-"""of one core that a network may take"""
 MEGABYTES = 6144
 """of memory that a network may take"""
 PATIENCE = 10
@@ -193,7 +191,7 @@ def stage_of(error: BaseException, finished: list[str]) -> str:
 
 def child(specimen: Specimen, answer: Connection, log: Path) -> None:
     """One network in a process of its own, silent, whose processor time is limited by the system."""
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (specimen.seconds, specimen.seconds + 5))
     with log.open("w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     answer.send(compile_one(specimen))
@@ -203,7 +201,7 @@ def run_one(name: str) -> dict[str, Any]:
     """The row of one network. Packages that this process has imported need not be imported again."""
     import psutil
 
-    context = multiprocessing.get_context("fork")
+    context, limit = multiprocessing.get_context("fork"), ZOO[name].seconds
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="zoo-log-") as folder:
         process = context.Process(target=child, args=(ZOO[name], theirs, Path(folder) / "log"))
@@ -221,8 +219,8 @@ def run_one(name: str) -> dict[str, Any]:
                     row = ours.recv()
             except (psutil.NoSuchProcess, EOFError):
                 break
-            if peak > MEGABYTES or time.monotonic() - began > SECONDS * PATIENCE:
-                what = f"{MEGABYTES} MB" if peak > MEGABYTES else f"{SECONDS * PATIENCE} s on the clock"
+            if peak > MEGABYTES or time.monotonic() - began > limit * PATIENCE:
+                what = f"{MEGABYTES} MB" if peak > MEGABYTES else f"{limit * PATIENCE} s on the clock"
                 process.kill()
                 row = {"outcome": "failed", "stage": "limit", "reason": f"more than {what}"}
         process.join(30)
@@ -233,7 +231,7 @@ def run_one(name: str) -> dict[str, Any]:
                 row = None
         if row is None:
             late = process.exitcode in (-24, -9)  # SIGXCPU
-            reason = f"more than {SECONDS} s of a core" if late else f"the process ended with {process.exitcode}"
+            reason = f"more than {limit} s of a core" if late else f"the process ended with {process.exitcode}"
             row = {"outcome": "failed", "stage": "limit" if late else "process", "reason": reason}
     return row | {"seconds": round(seconds, 1), "peak_mb": round(peak)}
 
@@ -250,7 +248,7 @@ def conditions() -> dict[str, Any]:
         "classes": CLASSES,
         "recipe": RECIPE.strip(),
         "samples": {"batch": BATCH, "train": TRAIN, "validation": HELD_OUT, "evaluation": HELD_OUT},
-        "limits": {"seconds": SECONDS, "megabytes": MEGABYTES},
+        "limits": {"seconds": Specimen.seconds, "megabytes": MEGABYTES},
         "versions": {name: importlib.metadata.version(name) for name in names},
         "machine": machine_fingerprint(),
     }
@@ -271,6 +269,7 @@ def describe(specimen: Specimen) -> dict[str, Any]:
         "keep": specimen.keep,
         "drop": list(specimen.drop),
         "candidates": specimen.candidates,
+        "limit": specimen.seconds if specimen.seconds != Specimen.seconds else 0,
     }
     return row | {name: value for name, value in smaller.items() if value}
 

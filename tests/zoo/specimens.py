@@ -67,6 +67,8 @@ class Specimen:
     """image, map (an answer for each pixel), wave, spectrum or text"""
     strides: int = 1
     """of a map: pixels of the input in each direction to one of the answer"""
+    seconds: int = 240
+    """of one core that its compile may take"""
     candidates: int = 0
     """random inputs of which those are judged by that the teacher is surest of; 0: the first ones, whatever it says.
 
@@ -280,13 +282,13 @@ TIMM = (
     timm("mobilevit", "mobilevit_xxs"),
     timm("mvitv2", "mvitv2_tiny", img_size=64, keep={"stages.*.blocks": 1}),
     timm("naflexvit", "naflexvit_base_patch16_gap", **SMALL_VIT),
-    timm("nasnet", "nasnetalarge", stem_size=24, num_features=576),
+    replace(timm("nasnet", "nasnetalarge", stem_size=24, num_features=576), seconds=900),
     timm("nest", "nest_tiny", img_size=64, keep={"levels.*.transformer_encoder": 1}),
     timm("nextvit", "nextvit_small", depths=(1, 1, 5, 1)),
     timm("nfnet", "test_nfnet"),
     timm("nfnet", "nf_resnet26", keep={"stages.[0-9]": 1}),
     timm("pit", "pit_ti_224", img_size=64, depth=(1, 1, 1)),
-    timm("pnasnet", "pnasnet5large", 96),
+    replace(timm("pnasnet", "pnasnet5large", 96), seconds=900),
     timm("pvt_v2", "pvt_v2_b0", depths=ONE),
     timm("qwen3_vit", "qwen3_vit_88m", **SMALL_VIT),
     timm("rdnet", "rdnet_tiny", num_init_features=32, growth_rates=(32, 32, 32), num_blocks_list=(1, 1, 1),
