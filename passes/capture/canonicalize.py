@@ -6,6 +6,7 @@ over pixels, plain matmuls for attention, a two-dimensional product for every li
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -44,6 +45,8 @@ def canonical_forms(graph_module: fx.GraphModule) -> None:
         _mean_slope(graph_module, node)
     for node in calls(graph, aten.silu.default, aten.hardsigmoid.default, aten.hardswish.default):
         _gate(graph_module, node)
+    for node in calls(graph, aten.clamp.Tensor):
+        _clamp_by_numbers(graph_module, node)
     for node in calls(graph, aten.cat.default):
         _without_nothing(graph_module, node)
     for node in calls(graph, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
@@ -129,6 +132,24 @@ def _mean_slope(graph_module: fx.GraphModule, node: fx.Node) -> None:
     replace(graph_module, result, leaky)
     if result is not node and not node.users:
         graph.erase_node(node)
+
+
+def _clamp_by_numbers(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """A clamp by constant tensors of one value as one by numbers, which quantizers take over; none by infinities."""
+    a = arguments(node)
+    numbers: list[float | None] = []
+    for name, nothing in (("min", -math.inf), ("max", math.inf)):
+        bound = a[name]
+        if bound is not None:
+            value = attribute(graph_module, str(bound.target)) if bound.op == "get_attr" else None
+            if value is None or value.numel() != 1 or isinstance(value, nn.Parameter) or len(shape(bound)) > 1:
+                return
+            bound = float(value)
+        numbers.append(None if bound in (None, nothing) else bound)
+    if numbers == [None, None]:
+        replace(graph_module, node, a["self"])
+    else:
+        node.target, node.args, node.kwargs = aten.clamp.default, (a["self"], *numbers), {}
 
 
 def _without_nothing(graph_module: fx.GraphModule, node: fx.Node) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, fx, nn
 from pqk.core.aten import (
     DEQUANTIZE,
     DYNAMIC,
-    MOVEMENT,
     MULTIPLY,
     OUTPUT_AXIS,
     PADS,
@@ -200,10 +199,14 @@ def _needs_copy(image: fx.Node, pixels_last: bool) -> bool:
     height, width = shape(image)[-2:]
     if height is not None and width is not None and height * width <= 127:
         return False
-    while image.op == "call_function" and image.target in MOVEMENT:
-        if image.target in (aten.permute.default, aten.transpose.int):
-            return True
-        image = operand(image)
+    queue, seen = [image], {image}
+    while (
+        queue and not pixels_last
+    ):  # convolutions keep the layout of what they read, so that a permutation reaches far
+        node = queue.pop()
+        pixels_last = node.target in (aten.permute.default, aten.transpose.int)
+        queue += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
     return pixels_last
 
 

@@ -194,6 +194,7 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.select_scatter.default),
     Operator(aten.index_put.default),
     Operator(aten.where.self),
+    Operator(aten.clamp.Tensor),
     Operator(aten.any.dim),
     Operator(aten._to_copy.default, autograd=("ToCopy",)),
     # what `capture` takes out

@@ -109,15 +109,28 @@ def emit_onnx(
     names = _names_of_outputs(module, example, input_names)
     names = list(output_names or names)
     try:
+        model = _written(module, example, input_names, names, axes)
+    except InputError:
+        plain = _written_as_captured(module, example, input_names, names, axes)
+        if plain is None:
+            raise
+        model = plain
+    write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
+
+
+def _written(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    names: list[str],
+    axes: Axes | None,
+) -> onnx.ModelProto:
+    """The model, valid and with its names. Raises `InputError` where the exporter cannot write one."""
+    try:
         model = _exported(module, example, len(input_names), len(names), axes)
     except Exception as error:  # the exporter's own, and what its translations raise
-        plain = _captured(module, example, axes)
-        if plain is None:
-            raise InputError(_refusal(module, error)) from error
-        try:
-            model = _exported(plain, example, len(input_names), len(names), axes)
-        except Exception:
-            raise InputError(_refusal(module, error)) from error
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}") from error
     _anonymize(model)
     ends = {_end(kind, i): n for kind, all_ in (("input", input_names), ("output", names)) for i, n in enumerate(all_)}
     _rename(model.graph, {**ends, **_making_way(model.graph, set(ends.values()))})
@@ -133,7 +146,7 @@ def emit_onnx(
             f"emit_onnx: the exporter wrote {type(module).__name__} as ONNX that is not valid: {reason}. Replace the "
             "operator that is named there"
         ) from error
-    write_whole(Path(path), lambda partial: partial.write_bytes(model.SerializeToString()))
+    return model
 
 
 def _exported(
@@ -156,22 +169,21 @@ def _exported(
     return program.model_proto
 
 
-def _captured(module: nn.Module, example: tuple[Tensor, ...], axes: Axes | None) -> nn.Module | None:
-    """The graph of a float module, in whose plain operators the exporter may know what it does not in the module's.
+def _written_as_captured(
+    module: nn.Module, example: tuple[Tensor, ...], input_names: Sequence[str], names: list[str], axes: Axes | None
+) -> onnx.ModelProto | None:
+    """A float module by its graph, in whose plain operators the exporter may know what it does not in the module's.
 
-    It translates attention of four axes alone, for one. None where there is no graph, or this is one.
+    It translates attention of four axes alone, for one. None where there is no graph, it is refused, too, or the module
+    is one.
     """
     if isinstance(module, fx.GraphModule):
         return None
     try:
-        return capture(copy_of(module), example, axes=axes)
+        graph = capture(copy_of(module), example, axes=axes)
+        return _written(graph, example, input_names, names, axes)
     except PqkError:
         return None
-
-
-def _refusal(module: nn.Module, error: Exception) -> str:
-    reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
-    return f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {reason}"
 
 
 def _end(kind: str, number: int) -> str:

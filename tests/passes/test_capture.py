@@ -415,3 +415,26 @@ def test_attention_of_every_kind_becomes_products(how: str) -> None:
     out = graph(torch.randn(6, 5, 16))
     out.square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in graph.parameters())
+
+
+class Bounded(nn.Module):
+    """Clamps by buffers: by numbers, on one side, and by infinities until weights are loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("low", -0.5), ("high", 0.5), ("open", float("inf"))):
+            self.register_buffer(name, torch.tensor(value))
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.clamp(self.layer(x), self.low, self.high)
+        return torch.clamp(torch.clamp(x, -self.open, self.open) * 2, max=self.high)
+
+
+def test_clamps_by_constants_are_clamps_by_numbers() -> None:
+    graph = agree(Bounded().eval(), torch.randn(5, 8))
+    clamps = [n for n in graph.graph.nodes if "clamp" in str(n.target)]
+    assert [(n.target, n.args[1:]) for n in clamps] == [
+        (aten.clamp.default, (-0.5, 0.5)),
+        (aten.clamp.default, (None, 0.5)),
+    ]

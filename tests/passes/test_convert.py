@@ -115,16 +115,19 @@ def test_converting_twice_gives_graphs_that_load_each_other(both: Any, captured:
 
 
 class Pooled(nn.Module):
-    """A pool of more pixels than 8 bits count, of values that a permutation lays channels last."""
+    """A pool of more pixels than 8 bits count, of values that lie channels last: permuted, or behind what was."""
 
-    def __init__(self, permuted: bool) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.stem, self.tail, self.permuted = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), permuted
+        self.stem, self.tail, self.how = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), how
+        self.norm, self.point = nn.LayerNorm(8), nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        if self.permuted:
+        if self.how == "permuted":
             x = x.transpose(2, 3).permute(0, 2, 3, 1).reshape(-1, 16, 16, 8).permute(0, 3, 1, 2)
+        if self.how == "normed":  # the convolution behind it puts out what lies as what it reads
+            x = self.point(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return self.tail(F.max_pool2d(x, 2)).mean((2, 3))
 
 
@@ -142,13 +145,13 @@ def both_forms(module: nn.Module, x: Tensor) -> tuple[nn.Module, fx.GraphModule]
     return fake.eval(), int8
 
 
-@pytest.mark.parametrize("permuted", [True, False])
-def test_integers_that_lie_channels_last_are_pooled(permuted: bool) -> None:
+@pytest.mark.parametrize("how", ["permuted", "normed", "inputs"])
+def test_integers_that_lie_channels_last_are_pooled(how: str) -> None:
     """Torch's pool of 8-bit integers in that layout counts pixels in 8 bits, and raises."""
     torch.manual_seed(0)
     x = torch.randn(8, 3, 16, 16)
-    x = x if permuted else x.contiguous(memory_format=torch.channels_last)
-    fake, int8 = both_forms(Pooled(permuted), x)
+    x = x if how != "inputs" else x.contiguous(memory_format=torch.channels_last)
+    fake, int8 = both_forms(Pooled(how), x)
     with torch.no_grad():
         assert torch.equal(int8(x), fake(x))
     pool = next(n for n in int8.graph.nodes if n.target is aten.max_pool2d.default)
