@@ -1,16 +1,17 @@
 """Convolutions that torch computes by writing over other memory, computed in another way.
 
 In the backward pass of a 1 x 1 convolution with a stride, oneDNN (3.12, in torch 2.13) first moves the pixels that
-count into scratch memory. Where channels are the last axis in memory it books that by channels and fills it by whole
-vectors, so that fewer channels than a vector holds are written behind its end: the heap is damaged, or gradients are
-wrong without a word, or the process ends or never ends. A convolution without a stride on every second pixel is the
-same function, has no such step, and is right in every layout and on every CPU.
+count into scratch memory. Where channels are the last axis in memory, it books as many channels as there are, but
+begins each later part of an image as if there were a whole vector of them: with fewer, it writes behind the end. The
+heap is damaged, gradients are wrong without a word, or the process ends or never ends. A convolution without a stride,
+of the pixels that count, is the same function, takes no such step, and is right in every layout and on every CPU.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,21 +20,20 @@ from torch.overrides import TorchFunctionMode
 log = logging.getLogger(__name__)
 
 VECTOR = 16
-"""float32 values of the widest vector register (AVX-512, SVE): as many channels or more are never written too far"""
-AXES = {"conv1d": 1, "conv2d": 2}
-"""the functions, each with its spatial axes; oneDNN does not take that way in three dimensions"""
+"""float32 values of the widest vector register (AVX-512, SVE): from as many channels on nothing is written too far"""
 
 
 class UnitStrides(TorchFunctionMode):
     """A context in which 1 x 1 convolutions of few channels take no stride: they are given only the pixels that count.
 
-    It sees every call of torch's `conv1d` and `conv2d`, whether of a module, a captured graph or anybody's code, and
-    changes those alone that `strides_of_few` describes. Each kind of them is logged once.
+    It sees every call of torch's `conv2d` and `conv_transpose2d`, whether of a module, a captured graph or anybody's
+    code, and changes those alone that `strides_of_few` describes. Each kind of them is logged once. (`conv1d` lays its
+    input out anew, and in three dimensions oneDNN does not take that step.)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[tuple[int, tuple[int, ...]]] = set()
+        self.found: set[tuple[int, tuple[int, int]]] = set()
         """channels and strides of what was computed so"""
 
     def __torch_function__(
@@ -43,62 +43,90 @@ class UnitStrides(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        axes = AXES.get(getattr(func, "__name__", "").partition(".")[0])  # an overload is called `conv2d.default`
-        if axes is None:
-            return func(*args, **(kwargs or {}))
-        call = _Call(*args, **(kwargs or {}))
-        strides = strides_of_few(call.weight, call.stride, call.padding, call.groups, axes)
+        kwargs = kwargs or {}
+        form = FORMS.get(getattr(func, "__name__", "").partition(".")[0])  # an overload is called `conv2d.default`
+        if form is None:
+            return func(*args, **kwargs)
+        call = form(*args, **kwargs)
+        strides = strides_of_few(call.weight, call.stride, call.padding, call.groups)
         if strides is None:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         self._note(call.weight.shape[1], strides)
-        index: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in strides))
-        pixels = call.input[index]
-        padding = call.padding if call.padding == "valid" else _each(call.padding, axes)
-        return func(pixels, call.weight, call.bias, (1,) * axes, padding, _each(call.dilation, axes), call.groups)
+        return call.of_unit_stride(func, strides)
 
-    def _note(self, channels: int, strides: tuple[int, ...]) -> None:
+    def _note(self, channels: int, strides: tuple[int, int]) -> None:
         if (channels, strides) in self.found:
             return
         self.found.add((channels, strides))
         log.info(
-            "a 1 x 1 convolution of %d channels with stride %s is computed without a stride on the pixels that count: "
-            "oneDNN's backward pass would write over other memory (pqk/training/README.md)",
+            "a 1 x 1 convolution of %d channels with stride %d x %d is computed without a stride on the pixels that "
+            "count: oneDNN's backward pass would write over other memory (pqk/training/README.md)",
             channels,
-            " x ".join(map(str, strides)),
+            *strides,
         )
 
 
-class _Call:
-    """The arguments of `torch.conv1d` and `torch.conv2d`, under the names that they have there."""
+@dataclass
+class Convolution:
+    """A call of `torch.conv2d`, by its arguments."""
 
-    def __init__(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> None:
-        self.input, self.weight, self.bias, self.stride = input, weight, bias, stride
-        self.padding, self.dilation, self.groups = padding, dilation, groups
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    def of_unit_stride(self, function: Callable[..., Tensor], strides: tuple[int, int]) -> Tensor:
+        """Its result by `function`, which is torch's, on every pixel that a stride steps on."""
+        return function(self.input[..., :: strides[0], :: strides[1]], self.weight, self.bias)
 
 
-def strides_of_few(weight: Tensor, stride: Any, padding: Any, groups: int, axes: int) -> tuple[int, ...] | None:
-    """The strides of a convolution whose backward pass may write too far, one for each of `axes`; None for all others.
+@dataclass
+class TransposedConvolution:
+    """A call of `torch.conv_transpose2d`, by its arguments."""
 
-    Such a one has a `weight` [out, in, 1, …] of fewer than 16 input channels, a stride, one group and no padding. The
-    layout of its input is not asked for: a network may change it. `stride` and `padding` are as torch takes them: a
-    number, one for each of the `axes`, or (padding) "valid".
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    output_padding: Any = 0
+    groups: int = 1
+    dilation: Any = 1
+
+    def of_unit_stride(self, function: Callable[..., Tensor], strides: tuple[int, int]) -> Tensor:
+        """Its result: what `function` makes of every pixel, with the bias alone between them."""
+        pixels = function(self.input, self.weight)
+        sizes = [
+            (size - 1) * stride + 1 + more
+            for size, stride, more in zip(pixels.shape[-2:], strides, _pair(self.output_padding), strict=True)
+        ]
+        result = pixels.new_zeros(*pixels.shape[:-2], *sizes)
+        result[..., :: strides[0], :: strides[1]] = pixels
+        return result if self.bias is None else result + self.bias.to(result.dtype)[:, None, None]
+
+
+FORMS: dict[str, type[Convolution] | type[TransposedConvolution]] = {
+    "conv2d": Convolution,
+    "conv_transpose2d": TransposedConvolution,
+}
+
+
+def strides_of_few(weight: Tensor, stride: Any, padding: Any, groups: int) -> tuple[int, int] | None:
+    """The strides of a convolution whose backward pass may write too far; None for all others.
+
+    Such a one has a `weight` [out, in, 1, 1] of fewer than 16 input channels (transposed: [in, out, 1, 1] and output
+    channels), a stride, one group and no padding. The layout of its input is not asked for: a network may change it.
+    `stride` and `padding` are as torch takes them: a number, one or two of them, or (padding) "valid".
     """
-    strides, paddings = _each(stride, axes), (0,) * axes if padding == "valid" else _each(padding, axes)
-    pointwise = all(size == 1 for size in weight.shape[2:]) and not any(paddings)
-    few = groups == 1 and weight.shape[1] < VECTOR
-    return strides if pointwise and few and any(s > 1 for s in strides) else None
+    pointwise = tuple(weight.shape[2:]) == (1, 1) and (padding == "valid" or not any(_pair(padding)))
+    strides = _pair(stride)
+    return strides if pointwise and groups == 1 and weight.shape[1] < VECTOR and max(strides) > 1 else None
 
 
-def _each(value: Any, axes: int) -> tuple[Any, ...]:
-    """A number, or a sequence of one or of `axes`, as a tuple of `axes`."""
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return values * axes if len(values) == 1 else values
+def _pair(value: Any) -> tuple[Any, Any]:
+    """A number, or a sequence of one or two, as a pair."""
+    first, *rest = value if isinstance(value, list | tuple) else (value,)
+    return (first, *rest) if rest else (first, first)
