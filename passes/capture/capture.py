@@ -45,6 +45,7 @@ from pqk.passes.capture.batch_norm import fold_batch_norms
 from pqk.passes.capture.canonicalize import canonical_forms
 from pqk.passes.capture.draws import refuse_draws
 from pqk.passes.capture.free_sizes import check_free_sizes
+from pqk.passes.capture.regions import inline_regions
 from pqk.passes.capture.traced_axes import SpelledSizes, TracedAxes, fixing_line, literal_line, user_inputs
 from pqk.passes.capture.writes import plain_writes
 from pqk.task.axes import BATCH, Axes, batch_axes, free_axes
@@ -116,10 +117,13 @@ def _export(student: nn.Module, example: Example, axes: Axes) -> tuple[fx.GraphM
         with quiet_export(), fused_layers(False):
             free = free_axes(student, example, axes)
             program = torch.export.export(student, example, dynamic_shapes=free, strict=False)
+            inline_regions(program.graph_module)
             traced = TracedAxes.of(program, axes)
             if any(_mutates(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table: only functionalizes
             return program.module(check_guards=False), traced
+    except InputError:
+        raise
     except Exception as error:  # whatever the user's code or the tracer raised
         message = str(error).strip().partition("\n")[0]
         if "specialized" in str(error) or "Constraints violated" in str(error):

@@ -438,3 +438,36 @@ def test_clamps_by_constants_are_clamps_by_numbers() -> None:
         (aten.clamp.default, (-0.5, 0.5)),
         (aten.clamp.default, (None, 0.5)),
     ]
+
+
+class Frozen(nn.Module):
+    """Convolutions without gradients, the second in a part where autocast is switched off (or on), in another one."""
+
+    def __init__(self, autocast: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.autocast = autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.first(x)
+            x.relu_()
+            with torch.autocast("cpu", enabled=self.autocast):
+                x = self.second(x.float()) * x.shape[-1]
+        with torch.set_grad_enabled(False):
+            x = F.relu(x)
+        return self.head(x.float().mean((2, 3)))
+
+
+def test_what_is_computed_without_gradients_or_autocast_is_plain_operators_that_train() -> None:
+    torch.manual_seed(0)
+    graph = agree(Frozen().eval(), torch.randn(4, 3, 8, 8))
+    assert targets(graph).count(aten.conv2d.default) == 2
+    assert all(isinstance(t, torch._ops.OpOverload) for t in targets(graph))
+    graph(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert graph.get_parameter("first.weight").grad is not None
+
+
+def test_parts_in_lower_precision_are_refused() -> None:
+    with pytest.raises(InputError, match=r'under torch.autocast\("cpu", torch.bfloat16\).*enabled=False'):
+        capture(Frozen(autocast=True), (torch.randn(2, 3, 8, 8),))
