@@ -26,6 +26,8 @@ class Unmeasured:
     """Networks that a rehearsal does not measure and a compile will, and the seconds that those took that it did."""
 
     architectures: set[str] = field(default_factory=set)
+    estimates: dict[str, float] = field(default_factory=dict)
+    """architecture -> what it is taken to spend"""
     seconds: list[float] = field(default_factory=list)
 
     def estimate(self) -> dict[str, float]:
@@ -55,7 +57,8 @@ class Budget:
             return count_parameters(model)
         if self.kind == "size":
             return integer_bytes(model)
-        return self.run.decide(f"latency/{digest(model)}", lambda: self._latency(model))
+        known = self.unmeasured.estimates.get(architecture := digest(model))
+        return known or self.run.decide(f"latency/{architecture}", lambda: self._latency(model))
 
     def _latency(self, model: nn.Module) -> float:
         began = time.perf_counter()
@@ -73,6 +76,11 @@ class Budget:
             return self.value(whole), self.value(part)
         self.unmeasured.architectures.add(digest(part))
         return value, value * count_macs(part, self.example) / max(1, count_macs(whole, self.example))
+
+    def take(self, model: nn.Module, value: float) -> float:
+        """Takes `value` for what `model` spends, without measuring it, from now on."""
+        self.unmeasured.estimates[digest(model)] = value
+        return value
 
     def ratio(self, value: float) -> float:
         """How many times less than the teacher `value` is."""

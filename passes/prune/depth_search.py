@@ -75,6 +75,8 @@ class DepthSearch(WidthSearch):
         super().__init__(config, task, budget)
         self.savings: dict[str, float] = {}
         """signature of a block, or a narrowing of one architecture -> what its removal saves"""
+        self.near_goal = False
+        """a rehearsal has measured a latency at the goal, from which the next ones are estimated"""
 
     def reach(self, program: Program, goal: float, step: int) -> Program:
         """Remove what does least harm until the student is at `goal`. Raises `Missed` where all of it is not enough."""
@@ -116,10 +118,17 @@ class DepthSearch(WidthSearch):
         else:
             self._rank(search, removable, rows, key)
         estimate = search.value - self._remove(search, rows, removable)
-        # a latency is worth measuring when it may be the last one; in a rehearsal, when it seems so
-        close = 1.0 if self.budget.run.rough else CLOSE
-        measured = self.budget.kind != "latency" or self.budget.ratio(estimate) >= close * search.goal
-        search.value = self.budget.value(search.student) if measured else estimate
+        if self.budget.kind != "latency" or self._worth_measuring(estimate, search.goal):
+            search.value = self.budget.value(search.student)
+        else:
+            search.value = self.budget.take(search.student, estimate) if self.budget.run.rough else estimate
+
+    def _worth_measuring(self, estimate: float, goal: float) -> bool:
+        """Whether a latency may be the last one; in a rehearsal, whether it is the first that seems so."""
+        if not self.budget.run.rough:
+            return self.budget.ratio(estimate) >= CLOSE * goal
+        first, self.near_goal = not self.near_goal, self.near_goal or self.budget.ratio(estimate) >= goal
+        return first and self.near_goal
 
     def _removable(self, search: Search, key: str) -> Removable:
         """The candidates for removal; why everything else may not go is noted in `refused`."""

@@ -1,4 +1,4 @@
-"""A few of each of the campaigns' faults; the whole campaigns are full tests."""
+"""A few of each of the campaigns' faults; the whole campaigns, whose results are in `results.json`, are full tests."""
 
 from __future__ import annotations
 
@@ -55,3 +55,12 @@ def run(script: str, folder: Path, *options: str) -> Any:
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(into.read_text())
+
+
+def test_the_committed_results_are_of_whole_campaigns_without_a_fault() -> None:
+    results = json.loads((HERE / "results.json").read_text())
+    interruptions, mutations = results["interruptions"], results["mutations"]
+    assert interruptions.keys() == {"kills", "disk", "twice", "closed", "clocks"}
+    assert [part["problems"] for part in (*interruptions.values(), mutations)] == [[]] * 6
+    assert interruptions["kills"]["kills"] >= 100
+    assert sum(mutations["outcomes"].values()) >= 10_000 and "wrong" not in mutations["outcomes"]

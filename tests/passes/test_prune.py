@@ -363,10 +363,11 @@ def test_a_rehearsal_measures_what_is_left_and_estimates_single_candidates() -> 
         config = config.rehearsal(1.0) if rough else config  # type: ignore[assignment]
         program = config.apply(program_of(model, oracle=oracle, rough=rough), task)
         reached = program.details["budget"]["reached"]
-        assert reached >= 1.5 and reached == pytest.approx(base / staircase([])(program.student))
+        true = base / staircase([])(program.student)
+        assert reached >= 1.5 and reached == pytest.approx(true, rel=0.2 if rough else 1e-6)
         estimated = program.details.get("estimated", {"candidates": 0})
         assert (estimated["candidates"] >= 2 and estimated["seconds"] > 0) == rough
-    assert len(calls[True]) < len(calls[False]) - 1
+    assert len(calls[True]) == 2 < len(calls[False]) - 1, "the student before, and the first that seems to be enough"
 
 
 def test_recovery_trains_between_steps() -> None:

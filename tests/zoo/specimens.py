@@ -288,7 +288,7 @@ TIMM = (
     timm("nfnet", "test_nfnet"),
     timm("nfnet", "nf_resnet26", keep={"stages.[0-9]": 1}),
     timm("pit", "pit_ti_224", img_size=64, depth=(1, 1, 1)),
-    replace(timm("pnasnet", "pnasnet5large", 96), seconds=900),
+    replace(timm("pnasnet", "pnasnet5large", 96), seconds=900, candidates=128),
     timm("pvt_v2", "pvt_v2_b0", depths=ONE),
     timm("qwen3_vit", "qwen3_vit_88m", **SMALL_VIT),
     timm("rdnet", "rdnet_tiny", num_init_features=32, growth_rates=(32, 32, 32), num_blocks_list=(1, 1, 1),
