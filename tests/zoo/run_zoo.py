@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -189,22 +189,37 @@ def stage_of(error: BaseException, finished: list[str]) -> str:
 # ---- processes
 
 
-def child(specimen: Specimen, answer: Connection, log: Path) -> None:
+def check_one(specimen: Specimen) -> dict[str, Any]:
+    """How long `pqk check` of one network takes, in seconds on the clock, in this process."""
+    import torch
+
+    from pqk import Recipe, check
+
+    torch.set_num_threads(2)
+    warnings.simplefilter("ignore")
+    teacher = specimen.build()
+    task = task_of(specimen, teacher)
+    began = time.monotonic()
+    check(teacher, task, Recipe.loads(RECIPE))
+    return {"check_seconds": round(time.monotonic() - began, 1)}
+
+
+def child(specimen: Specimen, answer: Connection, log: Path, work: Callable[[Specimen], dict[str, Any]]) -> None:
     """One network in a process of its own, silent, whose processor time is limited by the system."""
     resource.setrlimit(resource.RLIMIT_CPU, (specimen.seconds, specimen.seconds + 5))
     with log.open("w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    answer.send(compile_one(specimen))
+    answer.send(work(specimen))
 
 
-def run_one(name: str) -> dict[str, Any]:
+def run_one(name: str, work: Callable[[Specimen], dict[str, Any]] = compile_one) -> dict[str, Any]:
     """The row of one network. Packages that this process has imported need not be imported again."""
     import psutil
 
     context, limit = multiprocessing.get_context("fork"), ZOO[name].seconds
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="zoo-log-") as folder:
-        process = context.Process(target=child, args=(ZOO[name], theirs, Path(folder) / "log"))
+        process = context.Process(target=child, args=(ZOO[name], theirs, Path(folder) / "log", work))
         began, peak, row = time.monotonic(), 0.0, None
         process.start()
         theirs.close()
@@ -274,34 +289,46 @@ def describe(specimen: Specimen) -> dict[str, Any]:
     return row | {name: value for name, value in smaller.items() if value}
 
 
+def save(path: Path, rows: Mapping[str, dict[str, Any]]) -> None:
+    """Writes what is known so far, in the zoo's order."""
+    document = {
+        "conditions": conditions(),
+        "goal": MACS_RATIO,
+        "networks": {n: rows[n] for n in ZOO if n in rows},
+        "not_run": [n for n in ZOO if n not in rows],
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=["*"], help="shell patterns of names, such as timm/vit*")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--again", action="store_true", help="run networks again that have a row")
+    parser.add_argument("--check", action="store_true", help="time `check` of what compiled, and nothing else")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the results")
     options = parser.parse_args()
     preload()
     document = json.loads(options.out.read_text()) if options.out.exists() else {}
     rows: dict[str, Any] = document.get("networks", {})
     chosen = [n for n in ZOO if any(fnmatch.fnmatchcase(n, p) or p == n.partition("/")[2] for p in options.only)]
-    wanted = [n for n in chosen if options.again or n not in rows]
+    if options.check:
+        wanted = [n for n in chosen if n in rows and rows[n]["outcome"] == "compiled"]
+        wanted = [n for n in wanted if options.again or "check_seconds" not in rows[n]]
+    else:
+        wanted = [n for n in chosen if options.again or n not in rows]
 
     def finish(name: str) -> None:
-        rows[name] = describe(ZOO[name]) | run_one(name)
-        ordered = {n: rows[n] for n in ZOO if n in rows}
-        left = [n for n in ZOO if n not in rows]
-        document = {"conditions": conditions(), "goal": MACS_RATIO, "networks": ordered, "not_run": left}
-        text = json.dumps(document, indent=1) + "\n"
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(options.out)
-        row = rows[name]
-        print(
-            f"{row['outcome']:9} {name:45} {row['seconds']:6.1f} s  {row.get('stage', '')} {row.get('reason', '')}"[
-                :300
-            ]
-        )
+        if options.check:
+            rows[name]["check_seconds"] = run_one(name, check_one).get("check_seconds")
+            what = f"check: {rows[name]['check_seconds']} s"
+        else:
+            rows[name] = describe(ZOO[name]) | run_one(name)
+            what = f"{rows[name]['seconds']} s  {rows[name].get('stage', '')} {rows[name].get('reason', '')}"
+        save(options.out, rows)
+        sys.stdout.write(f"{rows[name]['outcome']:9} {name:45} {what}"[:300] + "\n")
         sys.stdout.flush()
 
     with ThreadPoolExecutor(options.jobs) as pool:
