@@ -9,6 +9,7 @@
 <!-- kernels -->          what `pqk kernels` found of the committed students and of all kernels' cases
 <!-- families -->         which passes apply to which family of encoders: models/results/encoder_families.json
 <!-- zoo -->              what became of every network of the zoo: tests/zoo/results.json
+<!-- growth -->           how time and memory of a compile grow: models/results/compile_growth.json
 <!-- terms -->            the distillation terms, with the first sentence of each
 <!-- sources -->          where teachers come from, likewise
 <!-- passes -->           the passes of a recipe, likewise
@@ -205,6 +206,32 @@ def costs() -> str:
     )
 
 
+def growth() -> str:
+    """Time and memory of a compile at three sizes of one thing."""
+    measured = json.loads((RESULTS / "compile_growth.json").read_text())
+    rows = [
+        [
+            name,
+            f"{axis['unit']}: {', '.join(map(str, axis['sizes']))}",
+            f"{axis['seconds_at_smallest']:.0f}",
+            ", ".join(f"{ratio:.2f}" for ratio in axis["core_time"]),
+            ", ".join(f"{ratio:.1f}" for ratio in axis["pass_time"]["distill"]),
+            ", ".join(f"{size / 1e6:.0f}" for size in axis["more_bytes"]),
+        ]
+        for name, axis in measured["axes"].items()
+    ]
+    header = ("what grows", "sizes", "smallest, s", "time", "training", "more memory, MB")
+    conditions = measured["conditions"]
+    return (
+        markdown_table(header, rows, texts=2)
+        + f"\n\nA small residual network, for the length two layers of attention, compiled whole for "
+        f"{conditions['target']} with one epoch of training, each in a process with one thread "
+        f"({conditions['machine']['cpu']}, {conditions['isa']}). Times are ratios to the smallest, those of a core; "
+        "memory is what a compile comes to hold beyond what was held with teacher and data in it: "
+        "`python tests/tools/growth.py`."
+    )
+
+
 def zoo() -> str:
     """The outcomes counted, a row for each network, and the reasons of what did not compile."""
     document = json.loads((ROOT / "tests" / "zoo" / "results.json").read_text())
@@ -331,6 +358,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "kernels": kernels,
     "families": families_table,
     "zoo": zoo,
+    "growth": growth,
     "terms": lambda: listed("terms", ("term", "what it compares")),
     "sources": lambda: listed("sources", ("source", "who teaches")),
     "passes": pass_list,

@@ -41,6 +41,8 @@ from specimens import CLASSES, SEED, ZOO, Specimen, packages
 RESULTS = Path(__file__).with_name("results.json")
 MEGABYTES = 6144
 """of memory that a network may take"""
+UNSURE = 0.02
+"""of the pixels of a map, whose margin says how sure a network is of it"""
 PATIENCE = 10
 """a network that waits or shares its core is given so many times its seconds"""
 TARGET = "x86-avx2"
@@ -88,8 +90,9 @@ def task_of(specimen: Specimen, teacher: Any = None) -> Any:
     if specimen.candidates and teacher is not None:
         inputs = specimen.inputs(specimen.candidates, 13)
         with torch.no_grad():
-            first, second = teacher(*inputs).topk(2, -1).values.unbind(-1)
-        surest = (first - second).argsort(descending=True)[:HELD_OUT]
+            first, second = teacher(*inputs).topk(2, 1).values.unbind(1)
+        sureness = (first - second).flatten(1).quantile(UNSURE, dim=1)
+        surest = sureness.argsort(descending=True)[:HELD_OUT]
         judged = ArrayData(tuple(t[surest] for t in inputs), judged.targets, BATCH)
     names = ("input_ids", "attention_mask") if specimen.kind == "text" else ("input",)
     return Task(

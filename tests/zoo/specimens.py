@@ -198,7 +198,9 @@ def vision(
 
 
 def segmentation(family: str, model: str, size: int = 64, *, keep: Mapping[str, int] | None = None) -> Specimen:
-    return Specimen("torchvision", model, family, {}, keep or {}, shape=(3, size, size), kind="map", output="out")
+    return Specimen(
+        "torchvision", model, family, {}, keep or {}, shape=(3, size, size), kind="map", output="out", candidates=128
+    )
 
 
 def text(family: str, model: str, **arguments: Any) -> Specimen:
@@ -361,7 +363,10 @@ TORCHVISION = (
     vision("wide_resnet", "wide_resnet50_2", keep={"layer[1-4]": 1}),
     segmentation("fcn", "fcn_resnet50", keep={"backbone.layer[1-4]": 1}),
     segmentation("deeplabv3", "deeplabv3_resnet50", keep={"backbone.layer[1-4]": 1}),
-    segmentation("deeplabv3_mobilenet", "deeplabv3_mobilenet_v3_large"),
+    replace(
+        segmentation("deeplabv3_mobilenet", "deeplabv3_mobilenet_v3_large"),
+        drop=tuple(f"backbone.{number}" for number in (5, 6, 8, 9, 10, 12, 14, 15)),
+    ),
     segmentation("lraspp", "lraspp_mobilenet_v3_large"),
 )  # fmt: skip
 

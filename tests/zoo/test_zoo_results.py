@@ -24,17 +24,12 @@ def committed() -> dict[str, Any]:
     return networks
 
 
-KNOWN_FAILURES = {"timm/test_maxvit", "timm/rexnet_100"}
-"""every layer keeps the contract, and of 16 decisions on random weights 2 and 3 are others: in ReXNet one of 262,144
-first values is a half that float sums round the other way, and layers without training make 16 % of the answer of it.
-They are to be judged on inputs that they are sure of (`Specimen.candidates`), which these rows are not"""
-
-
-def test_every_network_has_a_row_or_is_said_to_have_none_and_failures_are_known() -> None:
-    rows, left = committed(), json.loads(RESULTS.read_text())["not_run"]
-    assert list(rows) == [name for name in ZOO if name not in left] and {*rows, *left} == {*ZOO}
-    assert {name for name, row in rows.items() if row["outcome"] == "failed"} == KNOWN_FAILURES
-    assert {row["outcome"] for row in rows.values()} <= {"compiled", "refused", "failed"}
+def test_every_network_has_a_row_and_none_failed() -> None:
+    rows = committed()
+    assert list(rows) == list(ZOO) and not json.loads(RESULTS.read_text())["not_run"]
+    outcomes = [row["outcome"] for row in rows.values()]
+    assert {*outcomes} <= {"compiled", "refused"} and len(outcomes) >= 120
+    assert outcomes.count("compiled") >= 105
 
 
 def test_what_compiled_keeps_the_contract_and_what_was_refused_says_why() -> None:
@@ -49,7 +44,7 @@ def test_what_compiled_keeps_the_contract_and_what_was_refused_says_why() -> Non
 
 def test_most_networks_are_really_pruned() -> None:
     compiled = [row for row in committed().values() if row["outcome"] == "compiled"]
-    assert sum(row["macs"][0] >= 1.1 * row["macs"][1] for row in compiled) >= 0.8 * len(compiled)
+    assert sum(row["macs"][0] >= 1.1 * row["macs"][1] for row in compiled) >= max(90, 0.8 * len(compiled))
 
 
 def test_the_rows_were_made_with_the_recipe_that_is_here() -> None:
@@ -74,8 +69,6 @@ def test_no_family_of_timm_is_left_out() -> None:
 def test_a_network_does_what_is_written_of_it(name: str) -> None:
     if ZOO[name].package != "transformers" and not INSTALLED:
         pytest.skip(NEEDED)
-    if name not in committed():
-        pytest.skip("it has not been run for the committed results")
     row = run_one(name)
     assert row["outcome"] == committed()[name]["outcome"], row
 
