@@ -196,7 +196,8 @@ def check_one(specimen: Specimen) -> dict[str, Any]:
     """How long `pqk check` of one network takes, in seconds on the clock, in this process."""
     import torch
 
-    from pqk import Recipe, check
+    from pqk import Recipe
+    from pqk.check import check
 
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")
@@ -325,8 +326,9 @@ def main() -> None:
 
     def finish(name: str) -> None:
         if options.check:
-            rows[name]["check_seconds"] = run_one(name, check_one).get("check_seconds")
-            what = f"check: {rows[name]['check_seconds']} s"
+            row = run_one(name, check_one)
+            rows[name]["check_seconds"] = row.get("check_seconds")
+            what = f"check: {rows[name]['check_seconds']} s {row.get('reason', '')}"
         else:
             rows[name] = describe(ZOO[name]) | run_one(name)
             what = f"{rows[name]['seconds']} s  {rows[name].get('stage', '')} {rows[name].get('reason', '')}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_zoo import RECIPE, RESULTS, compile_one, run_one, task_of
+from run_zoo import RECIPE, RESULTS, check_one, compile_one, run_one, task_of
 from specimens import CLASSES, SITE, ZOO, Specimen, shorten, spread
 from torch import Tensor, nn
 
@@ -114,3 +114,8 @@ def test_inputs_and_labels_are_those_of_the_kind() -> None:
 def test_what_cannot_be_built_is_a_failure_with_its_words() -> None:
     row = compile_one(Specimen("transformers", "NoSuchModel", "none"))
     assert row["outcome"] == "failed" and row["stage"] == "build" and "NoSuchModel" in row["reason"]
+
+
+@pytest.mark.slow
+def test_check_of_a_network_is_timed() -> None:
+    assert 0 < check_one(ZOO["transformers/ResNetForImageClassification"])["check_seconds"] < 240
