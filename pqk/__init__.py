@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from pqk.data.synthesis import synthesize as synthesize
     from pqk.data.views import Views as Views
     from pqk.deploy.artifact import Artifact as Artifact
+    from pqk.errors import ContractError as ContractError
     from pqk.errors import InputError as InputError
     from pqk.errors import ParityError as ParityError
     from pqk.errors import PqkError as PqkError
     from pqk.evaluation.settings import Evaluation as Evaluation
+    from pqk.recipe.contract import Contract as Contract
     from pqk.recipe.recipe import Recipe as Recipe
     from pqk.target.target import Target as Target
     from pqk.task.metrics import Metric as Metric
@@ -30,6 +32,8 @@ _HOME = {
     "ArrayData": "pqk.data.data",
     "Artifact": "pqk.deploy.artifact",
     "Comparison": "pqk.comparison.config",
+    "Contract": "pqk.recipe.contract",
+    "ContractError": "pqk.errors",
     "Evaluation": "pqk.evaluation.settings",
     "InputError": "pqk.errors",
     "LoaderData": "pqk.data.data",

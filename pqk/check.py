@@ -37,6 +37,7 @@ from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.law import check_groups
 from pqk.recipe.recipe import Recipe, why_not_for_target
 from pqk.rehearsal import why_not_deployed, why_not_exported
+from pqk.search.candidates import first_student
 from pqk.target.machine import peak_memory
 from pqk.target.target import Target
 from pqk.task.state import frozen_copy
@@ -99,8 +100,12 @@ class Findings:
 def check(teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer | None = None) -> Findings:
     """Rehearse `recipe` on a copy of `teacher`. Nothing is written.
 
+    Of a contract without passes, the first student that the search cuts is rehearsed.
+
     Raises `InputError` where teacher and task do not fit each other; everything later is a finding.
     """
+    if recipe.contract is not None and not recipe.passes:
+        recipe = dataclasses.replace(recipe, passes=first_student(teacher, task))
     rehearsal = Rehearsal(teacher, task, recipe, observer or Silent())
     try:
         with fused_layers(False):

@@ -30,16 +30,20 @@ from pqk.data.data import digest_of
 from pqk.deploy.artifact import MANIFEST, MODEL, Artifact, describe_interface, seal, write_report, write_student
 from pqk.deploy.tuning import Tuning
 from pqk.documents import digest_of_file, digest_of_values
-from pqk.errors import InputError, ParityError
+from pqk.errors import ContractError, InputError, ParityError, Reason
 from pqk.evaluation.evaluate import evaluate
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
 from pqk.gpu.autotune import choose_tuning, gpu_for, read_tuning
 from pqk.knowledge.teachers.base import weights_fingerprint
+from pqk.recipe.contract import Contract
 from pqk.recipe.fit import fit_recipe
 from pqk.recipe.recipe import Recipe, TargetSpec, why_not_for_target
 from pqk.rehearsal import rehearse
+from pqk.report.promise import Promise
 from pqk.report.schema import Report
+from pqk.search.on_evaluation import broken_in_words, on_evaluation
+from pqk.search.search import ContractSearch
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 from pqk.task.axes import BATCH
@@ -61,13 +65,17 @@ def compress(
     evaluation: Evaluation | None = None,
     allow_parity_failure: bool = False,
     observer: Observer | None = None,
+    contract: Contract | None = None,
 ) -> Artifact:
     """Compiles `teacher` into an INT8 student for `target`, and measures what it is worth.
+
+    Where there is a contract, in the recipe or beside it, a student that keeps it is searched for; so it is, with
+    `Contract()`, where there is neither a recipe nor a contract.
 
     Args:
         teacher: a trained module in float32; it is copied, put into eval mode and never changed.
         task: data, metric and loss.
-        recipe: a `Recipe`, or the path of its TOML file; `Recipe.default()` where None.
+        recipe: a `Recipe`, or the path of its TOML file; None: whatever keeps the contract.
         target: a `Target` or its name; the recipe's, or this machine, where None.
         out: the artifact's directory, empty or new (or, with `resume`, that of the run to continue).
         seed: overrides the recipe's.
@@ -75,6 +83,7 @@ def compress(
         evaluation: what is measured of the student, beside what, and how long; `Evaluation()` where None.
         allow_parity_failure: finish the artifact although its numbers differ from the trained ones.
         observer: shows progress.
+        contract: what must hold of the student, instead of the recipe's; the recipe's passes compete for it.
 
     Returns:
         The artifact in `out`.
@@ -82,8 +91,9 @@ def compress(
     Raises:
         InputError: teacher, task, recipe, target and out do not fit, and nothing was trained; or the disk is full.
         ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
+        ContractError: no student keeps the contract; the nearest one is in `out`.
     """
-    job = _job(teacher, task, recipe, target, Path(out), seed, evaluation or Evaluation())
+    job = _job(teacher, task, recipe, target, Path(out), seed, evaluation or Evaluation(), contract)
     with contextlib.ExitStack() as held, _unwritable(job.out):
         identity = job.identity()
         from_main(lambda: held.enter_context(job.folder.opened(identity, resume)))
@@ -91,19 +101,28 @@ def compress(
             with fused_layers(False):
                 _compile(job, digest_of_values(identity), observer or Silent(), allow_parity_failure)
             wait_for_all()
-    return Artifact.load(job.out)
+    artifact = Artifact.load(job.out)
+    promise = artifact.report.promise
+    if promise is not None and not promise.kept:
+        raise ContractError(f"contract: {broken_in_words(promise)}. It is in {job.out}, with what was tried")
+    return artifact
 
 
 def _compile(job: Job, identity: str, observer: Observer, allow_parity_failure: bool) -> None:
     """Rehearse, run the passes, and leave the artifact where it goes."""
     if is_main_process():
         _rehearse(job, allow_parity_failure)
-    program = _run(job, identity, observer)
+    promise = None
+    if job.recipe.contract is None:
+        program = _run(job, identity, observer)
+    else:
+        found = ContractSearch(job.teacher, job.task, job.target, job.recipe, _context(job, identity, observer)).run()
+        job, program, promise = dataclasses.replace(job, recipe=found.recipe), found.program, found.promise
     if is_main_process():
         interface = _interface(job, program)
         names = _write(job, program)
         _compare_sizes(job, program, interface, allow_parity_failure)
-        report = _judge(job, program)
+        report = _judge(job, program, promise)
         _ship(job, program, interface, names, report, allow_parity_failure)
 
 
@@ -147,6 +166,7 @@ def _job(
     out: Path,
     seed: int | None,
     evaluation: Evaluation,
+    contract: Contract | None = None,
 ) -> Job:
     """Check everything that can be checked before a pass runs. Raises `InputError`."""
     if not isinstance(task, Task):
@@ -155,14 +175,19 @@ def _job(
         )
     if not isinstance(evaluation, Evaluation):
         raise InputError(f"evaluation: a {type(evaluation).__name__} is no pqk.Evaluation; such as Evaluation.quick()")
-    chosen = _recipe(recipe, target, seed, task)
+    chosen = _recipe(recipe, target, seed, contract, task)
     assert chosen.target is not None
     machine = Target.named(chosen.target.name)
-    last = check_order(chosen.passes)
-    if last != Stage.INT8:
-        raise InputError(f'recipe: it leaves the student in stage {last}; the last pass must be "convert" or "fuse"')
-    if (reason := why_not_for_target(chosen.passes, machine)) is not None:
-        raise InputError(f"recipe: {reason}")
+    if chosen.contract is not None and (reason := _why_not_searched(chosen.contract, machine)) is not None:
+        raise InputError(f"contract: {reason}")
+    if chosen.passes:
+        last = check_order(chosen.passes)
+        if last != Stage.INT8:
+            raise InputError(
+                f'recipe: it leaves the student in stage {last}; the last pass must be "convert" or "fuse"'
+            )
+        if (reason := why_not_for_target(chosen.passes, machine)) is not None:
+            raise InputError(f"recipe: {reason}")
     read_tuning(chosen.passes)
     for p in chosen.passes:
         if p.training_epochs:
@@ -181,15 +206,43 @@ def _job(
     return Job(teacher, task, chosen, machine, out, evaluation)
 
 
-def _recipe(recipe: Recipe | str | Path | None, target: Target | str | None, seed: int | None, task: Task) -> Recipe:
+def _why_not_searched(contract: Contract, machine: Target) -> Reason | None:
+    """Why no student is searched for under this contract, for this target and in this many processes."""
+    if accelerator().num_processes > 1:
+        return "the search runs in one process; start it in one, or give the passes in a recipe"
+    if machine.runtime != "onnxruntime":
+        return f"the search is for ONNX Runtime, and {machine.name} runs {machine.runtime}; give the passes in a recipe"
+    if contract.timed and (reason := machine.why_not_measured()) is not None:
+        return f"{reason}; leave out min_speedup and max_latency_ms, or compile on the target"
+    return None
+
+
+def _default(target: Target | str | None, contract: Contract | None, task: Task) -> Recipe:
+    """A search for what keeps the contract; for a GPU, whose latency no compile measures, the default passes."""
+    name = target.name if isinstance(target, Target) else target
+    runtime = "onnxruntime" if name is None else Target.named(name).runtime
+    if contract is None and runtime != "onnxruntime":
+        return Recipe.default(task.train is not None, runtime)
+    return Recipe(passes=(), contract=contract or Contract())
+
+
+def _recipe(
+    recipe: Recipe | str | Path | None,
+    target: Target | str | None,
+    seed: int | None,
+    contract: Contract | None,
+    task: Task,
+) -> Recipe:
+    if contract is not None and not isinstance(contract, Contract):
+        raise InputError(f"contract: a {type(contract).__name__} is no pqk.Contract; such as Contract(max_drop=0.5)")
     if recipe is None:
-        name = target.name if isinstance(target, Target) else target
-        runtime = "onnxruntime" if name is None else Target.named(name).runtime
-        recipe = Recipe.default(task.train is not None, runtime)
+        recipe = _default(target, contract, task)
     elif isinstance(recipe, str | Path):
         recipe = Recipe.load(recipe)
     elif not isinstance(recipe, Recipe):
         raise InputError(f"recipe: a {type(recipe).__name__} is neither a pqk.Recipe nor the path of one")
+    if contract is not None:
+        recipe = dataclasses.replace(recipe, contract=contract)
     if target is not None:
         name = target.name if isinstance(target, Target) else Target.named(target).name
         recipe = dataclasses.replace(recipe, target=TargetSpec(name=name))
@@ -219,14 +272,14 @@ def _is_in(path: object, folder: Path) -> bool:
 
 def _rehearse(job: Job, allow_parity_failure: bool) -> None:
     """Deploy the untrained student, unless a pass of this run is finished. Raises `InputError` before any training."""
-    if job.evaluation.rehearsal and not job.folder.is_finished(0, job.recipe.passes[0].name):
+    begun = job.recipe.contract is not None or job.folder.is_finished(0, job.recipe.passes[0].name)
+    if job.evaluation.rehearsal and not begun:
         rehearse(job.teacher, job.task, job.recipe.passes, job.target, parity=not allow_parity_failure)
 
 
 def _run(job: Job, identity: str, observer: Observer) -> Program:
     """The passes, with a latency oracle where this machine is the target."""
-    journal = Journal(job.folder.journal if is_main_process() else None, identity)
-    run = RunContext(job.recipe.seed, job.folder.path, journal, observer, identity=identity)
+    run = _context(job, identity, observer)
     student = copy_of(job.teacher).requires_grad_(True)
     program = Program(job.teacher, student, Stage.MODULE, job.target, run)
     if job.target.why_not_measured() is not None:
@@ -237,6 +290,11 @@ def _run(job: Job, identity: str, observer: Observer) -> Program:
         return run_passes(dataclasses.replace(program, run=run), job.task, job.recipe.passes)
     finally:
         oracle.folder.cleanup()
+
+
+def _context(job: Job, identity: str, observer: Observer) -> RunContext:
+    journal = Journal(job.folder.journal if is_main_process() else None, identity)
+    return RunContext(job.recipe.seed, job.folder.path, journal, observer, identity=identity)
 
 
 def _interface(job: Job, program: Program) -> dict[str, Any]:
@@ -286,10 +344,12 @@ def _compare_sizes(job: Job, program: Program, interface: dict[str, Any], allow_
         )
 
 
-def _judge(job: Job, program: Program) -> Report:
+def _judge(job: Job, program: Program, promise: Promise | None) -> Report:
     """Measure what is deployed, and write the report beside it."""
     folder = job.folder.unfinished_artifact
     report = evaluate(program, job.task, job.recipe.passes, folder, job.evaluation, seed=job.recipe.seed)
+    if promise is not None:
+        report = report.model_copy(update={"promise": on_evaluation(promise, report)})
     write_report(report, folder)
     return report
 

@@ -1,6 +1,6 @@
 """What pqk raises. Every message says what, where, which numbers, and what to do.
 
-The command line maps these to exit codes: `InputError` to 2, `ParityError` to 3.
+The command line maps these to exit codes: `InputError` to 2, `ParityError` to 3, `ContractError` to 4.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ class InputError(PqkError, ValueError):
 
 class ParityError(PqkError):
     """The deployed numbers differ from the trained ones (exit code 3)."""
+
+
+class ContractError(PqkError):
+    """No student keeps the contract; the nearest one is kept (exit code 4)."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import nn
 
-from pqk import Artifact, Evaluation, Recipe, Target, Task, compress
+from pqk import Artifact, Evaluation, Target, Task, compress
 from pqk.cli.app import app
 from pqk.core.program import Program, Stage, replay
 from pqk.core.run_context import RunContext
@@ -38,7 +38,7 @@ def _tool() -> ModuleType:
 
 TOOL = _tool()
 READMES: dict[Path, str] = {path: path.read_text() for path in TOOL.readmes()}
-QUICKLY: dict[str, Any] = {"recipe": Recipe.default(trains=False), "evaluation": Evaluation.quick()}
+QUICKLY: dict[str, Any] = {"evaluation": Evaluation.quick()}
 CHANGELOG = ROOT / "pqk" / "CHANGELOG.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -174,12 +174,12 @@ def test_every_command_of_pqk_is_shown() -> None:
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """README.md's Python, as it stands there, with quantization alone where it leaves the recipe to pqk."""
+    """README.md's Python, as it stands there, with next to no budget."""
     (code,) = [body for language, body in FENCE.findall(READMES[ROOT / "README.md"]) if language == "python"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pqk.compress", functools.partial(compress, **QUICKLY))
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code.replace('budget="2m"', 'budget="0.1 epochs"'), "README.md", "exec"), names)
     assert Artifact.load(tmp_path / "out" / "mine").report.parity.passed
     assert names["logits"].shape == (1, 3)
     assert "accuracy" in capsys.readouterr().out

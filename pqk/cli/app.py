@@ -3,7 +3,8 @@
 A command here returns the work as a function that is called when the arguments are known to be right; so torch is
 imported only where something is to be done, and `pqk --help` is instant.
 
-Exit codes: 0 done, 2 bad input, 3 parity failure, 1 anything else that failed, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 2 bad input, 3 parity failure, 4 no student keeps the contract, 1 anything else that failed, 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from pqk.core.distributed import is_first_launched
-from pqk.errors import InputError, ParityError, PqkError
+from pqk.errors import ContractError, InputError, ParityError, PqkError
 from pqk.quiet import quiet
 
 Work = Callable[[], Any]
@@ -103,6 +104,22 @@ def compress(
     allow_parity_failure: Annotated[
         bool, typer.Option("--allow-parity-failure", help="Finish although the deployed numbers differ.")
     ] = False,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Contract: the most that the metric may fall; points for a share."),
+    ] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(metavar="X", help="Contract: times faster than the teacher in FP32, at least.")
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option("--max-latency-ms", metavar="MS", help="Contract: the longest for one sample.")
+    ] = None,
+    max_size_mb: Annotated[
+        float | None, typer.Option("--max-size-mb", metavar="MB", help="Contract: the largest file.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help='Contract: what the search may take: 30m, 2h or "40 epochs".')
+    ] = None,
     as_json: AsJson = False,
 ) -> Work:
     """Turn a recipe into an artifact: prune, distill, quantize, prove.
@@ -110,7 +127,16 @@ def compress(
     pqk compress my.toml --data data --out out/my
 
     pqk compress my.toml --out out/short --set distill.epochs=3
+
+    pqk compress my.toml --out out/kept --max-drop 1 --budget 30m
     """
+    clauses = {
+        "max_drop": max_drop,
+        "min_speedup": min_speedup,
+        "max_latency_ms": max_latency_ms,
+        "max_size_mb": max_size_mb,
+        "budget": budget,
+    }
 
     return lambda: _commands().compress(
         recipe,
@@ -122,6 +148,7 @@ def compress(
         resume=resume,
         evaluation=evaluation.value,
         allow_parity_failure=allow_parity_failure,
+        clauses={name: value for name, value in clauses.items() if value is not None},
         as_json=as_json,
     )
 
@@ -291,6 +318,8 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except ParityError as error:
         return _failed(str(error), 3, as_json)
+    except ContractError as error:
+        return _failed(str(error), 4, as_json)
     except InputError as error:
         return _failed(str(error), 2, as_json)
     except (PqkError, OSError, MemoryError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
 from pqk.recipe.factories import load_task, load_teacher
-from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec
+from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, with_clauses
 from pqk.recipe.schema import json_schema
 from pqk.recipe.strict import plain
 from pqk.report.schema import LatencyRow, Report, schema_text
-from pqk.report.text import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent
+from pqk.report.text import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent, promise_text
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 
@@ -79,9 +79,12 @@ def compress(
     resume: bool,
     evaluation: str,
     allow_parity_failure: bool,
+    clauses: Mapping[str, Any],
     as_json: bool,
 ) -> CommandAnswer:
     recipe, teacher_spec, task_spec = _open(path, settings, target, seed)
+    if clauses:
+        recipe = with_clauses(recipe, clauses)
     teacher, task = load_sources(teacher_spec, task_spec, data, path)
     artifact = compile_student(
         teacher,
@@ -98,7 +101,8 @@ def compress(
     files = sorted([*artifact.manifest["files"], MANIFEST])
     document = {"out": str(out), "files": files, "warnings": warnings, "report": json.loads(report.dumps())}
     spent = f"{clock(sum(report.seconds.values()))} in passes; parity {_parity(report)}"
-    shown = [attribution_table(report), spent, *_warnings(warnings), f"written to {out}: {', '.join(files)}"]
+    promised = [] if report.promise is None else [promise_text(report.promise)]
+    shown = [attribution_table(report), *promised, spent, *_warnings(warnings), f"written to {out}: {', '.join(files)}"]
     return CommandAnswer(document, shown)
 
 

@@ -46,12 +46,15 @@ def check_order(passes: Sequence[Pass], start: Stage = Stage.MODULE) -> Stage:
     return stage
 
 
-def run_passes(program: Program, task: Task, passes: Sequence[Pass], start: int = 0) -> Program:
+def run_passes(
+    program: Program, task: Task, passes: Sequence[Pass], start: int = 0, earlier: Sequence[Pass] = ()
+) -> Program:
     """Apply `passes` in order; those whose result is saved in the run's folder are loaded instead.
 
-    `start` numbers the first of them. Raises what a pass raises, and `PqkError` where verification finds a pass wrong.
+    `start` numbers the first of them; `earlier` are passes that the program went through before, whose rewrites a saved
+    plan names. Raises what a pass raises, and `PqkError` where verification finds a pass wrong.
     """
-    table = {f.__name__: f for p in passes for f in p.rewrites}
+    table = {f.__name__: f for p in (*earlier, *passes) for f in p.rewrites}
     for index, p in enumerate(passes, start):
         scope = scope_of(index, p.name)
         folder = None if program.run.folder is None else RunFolder(program.run.folder)

@@ -32,6 +32,7 @@ from pqk.core.pipeline import check_order
 from pqk.core.program import CONFIG, Pass, Stage
 from pqk.errors import InputError, Reason, nearest
 from pqk.passes import PASSES, Fuse
+from pqk.recipe.contract import Contract
 from pqk.recipe.defaults import DEFAULT, DEFAULT_PTQ, FUSE
 from pqk.recipe.strict import explain, parse, parse_toml, plain, read_text, toml_value
 from pqk.target.target import Target
@@ -87,10 +88,12 @@ class Recipe:
     """what will run the student; this machine where None"""
     seed: int = Field(default=0, ge=0, strict=True)
     """of everything that is drawn"""
+    contract: Contract | None = None
+    """what must hold of the student, which is then searched for; passes that are given compete with what is found"""
 
     def __post_init__(self) -> None:
-        if not self.passes:
-            raise InputError("recipe: it has no [[pass]]")
+        if not self.passes and self.contract is None:
+            raise InputError("recipe: it has no [[pass]] and no [contract]")
         check_order(self.passes)
         if self.target is not None:
             Target.named(self.target.name)
@@ -103,12 +106,13 @@ class Recipe:
             InputError: something is unknown, ill-typed, impossible or out of order.
         """
         table = parse_toml(text, where)
-        known = {"seed", "teacher", "task", "target", "pass"}
+        known = {"seed", "teacher", "task", "target", "contract", "pass"}
         for key in table:
             if key not in known:
                 raise InputError(f'{where}: unknown table "{key}"{nearest(key, known)}')
         passes = parse_passes(table.pop("pass", []), where)
-        for key, spec in (("teacher", TeacherSpec), ("task", TaskSpec), ("target", TargetSpec)):
+        specs = {"teacher": TeacherSpec, "task": TaskSpec, "target": TargetSpec, "contract": Contract}
+        for key, spec in specs.items():
             if key in table:
                 table[key] = parse(spec, table[key], f"{where}: [{key}]")
         try:
@@ -130,11 +134,12 @@ class Recipe:
     def dumps(self) -> str:
         """As TOML, without the values that are defaults."""
         table: dict[str, Any] = {"seed": self.seed} if self.seed else {}
-        for key in ("teacher", "task", "target"):
+        for key in ("teacher", "task", "target", "contract"):
             spec = getattr(self, key)
             if spec is not None:
                 table[key] = plain(spec)
-        table["pass"] = [{"name": p.name, **plain(p)} for p in self.passes]
+        if self.passes:
+            table["pass"] = [{"name": p.name, **plain(p)} for p in self.passes]
         return tomli_w.dumps(table)
 
     def override(self, settings: Sequence[str]) -> Recipe:
@@ -177,7 +182,7 @@ class Recipe:
 
     @staticmethod
     def default(trains: bool = True, runtime: str = "onnxruntime") -> Recipe:
-        """What `compress` does where no recipe is given: prune to a third of the teacher's latency, recover, quantize.
+        """One without a search: prune to a third of the teacher's latency, recover, quantize.
 
         Without training data: post-training quantization alone. For Triton, whose latency no compile measures: a third
         of the MACs, and the fused kernels.
@@ -193,6 +198,13 @@ class Recipe:
         for p in self.passes:
             stages.append(p.result_stage(stages[-1]))
         return stages[:-1]
+
+
+def with_clauses(recipe: Recipe, clauses: Mapping[str, Any]) -> Recipe:
+    """A recipe whose contract has these clauses, beside those that it had. Raises `InputError` for one that no contract
+    can have."""
+    before = {} if recipe.contract is None else plain(recipe.contract)
+    return replace(recipe, contract=parse(Contract, {**before, **clauses}, "contract"))
 
 
 def why_not_for_target(passes: Sequence[Pass], target: Target) -> Reason | None:

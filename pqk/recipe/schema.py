@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from pqk.passes import PASSES
+from pqk.recipe.contract import Contract
 from pqk.recipe.recipe import TargetSpec, TaskSpec, TeacherSpec
 from pqk.recipe.strict import documentation
 
@@ -33,12 +34,13 @@ def json_schema() -> dict[str, Any]:
         "title": "pqk recipe",
         "type": "object",
         "additionalProperties": False,
-        "required": ["pass"],
+        "anyOf": [{"required": ["pass"]}, {"required": ["contract"]}],
         "properties": {
             "seed": {"type": "integer", "minimum": 0, "default": 0},
             "teacher": of(TeacherSpec),
             "task": of(TaskSpec),
             "target": of(TargetSpec),
+            "contract": of(Contract),
             "pass": {"type": "array", "minItems": 1, "items": {"oneOf": passes}},
         },
         "$defs": definitions,

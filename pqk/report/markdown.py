@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from pqk.report.diagnostics import Calibration, Diagnostics, Interval, Robustness
+from pqk.report.promise import Promise
 from pqk.report.schema import TITLES, Parity, Report
-from pqk.report.text import ATTRIBUTION_HEADER, LATENCY_HEADER, attribution_cells, latency_cells, percent
+from pqk.report.text import (
+    ATTRIBUTION_HEADER,
+    LATENCY_HEADER,
+    attribution_cells,
+    latency_cells,
+    percent,
+    promise_text,
+)
 
 
 def markdown_table(header: tuple[str, ...], rows: list[list[str]], *, texts: int = 1) -> str:
@@ -20,6 +28,7 @@ def to_markdown(report: Report) -> str:
         f"# Compressed for {report.target}",
         markdown_table(ATTRIBUTION_HEADER, [attribution_cells(report, row) for row in report.attribution]),
         *missing_numbers(report),
+        *([] if report.promise is None else promise_section(report.promise)),
         "## Latency",
         latency_section(report),
         "## Parity",
@@ -44,6 +53,35 @@ def missing_numbers(report: Report) -> list[str]:
             reasons.setdefault((row.label or TITLES[row.variant], why), []).append(field)
     lines = [f"- {who}: no {', '.join(fields)}: {why}" for (who, why), fields in reasons.items()]
     return ["\n".join(lines)] if lines else []
+
+
+def promise_section(promise: Promise) -> list[str]:
+    """Whether the contract is kept, and everything that was tried for it."""
+    header = ("tried", "how", "fate", promise.metric, "lost at most", "speed-up", "MB", "epochs", "s")
+    rows = [
+        [
+            f"**{t.name}**" if t.name == promise.chosen else t.name,
+            t.what,
+            t.fate,
+            _number(t.metric),
+            _number(t.drop_high),
+            "–" if t.ratio is None else f"{t.ratio:.2f}x",
+            "–" if t.size_bytes is None else f"{t.size_bytes / 1e6:.2f}",
+            f"{t.epochs:.2g}",
+            f"{t.seconds:.0f}",
+        ]
+        for t in promise.tried
+    ]
+    return [
+        "## The contract",
+        "\n".join(f"- {line}" for line in promise_text(promise).splitlines()),
+        markdown_table(header, rows, texts=3),
+        f"On {promise.validation_samples} validation samples, where the teacher has {promise.teacher:.4g}.",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def latency_section(report: Report) -> str:

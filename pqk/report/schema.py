@@ -17,6 +17,7 @@ from pqk.documents import parse_json, read_bytes
 from pqk.errors import InputError
 from pqk.report.base import Count, Part, Positive, Share
 from pqk.report.diagnostics import ControlVariant, Diagnostics
+from pqk.report.promise import Promise
 
 SCHEMA_PATH = Path(__file__).with_name("report.schema.json")
 
@@ -257,6 +258,8 @@ class Report(Part):
     """null in reports of earlier versions"""
     notes: tuple[str, ...] = ()
     """warnings and other things worth knowing"""
+    promise: Promise | None = None
+    """null where the compile had no contract"""
 
     @staticmethod
     def loads(text: str | bytes) -> Report:

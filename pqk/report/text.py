@@ -7,6 +7,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
+from pqk.report.promise import Clause, Promise
 from pqk.report.schema import TITLES, AttributionRow, LatencyRow, MetricValues, Report
 
 
@@ -96,3 +97,28 @@ def latency_cells(row: LatencyRow) -> list[str]:
         percent(row.agreement) + (": other answers" if row.decides_otherwise else ""),
         row.verdict,
     ]
+
+
+def clause_text(clause: Clause) -> str:
+    """`max_drop 1: 0.4 (at most 0.9, by 95 %): held; on evaluation data 0.5: held`."""
+    told = {True: "held", False: "broken"}
+    known = "at least" if clause.name == "min_speedup" else "at most"
+    text = (
+        f"{clause.name} = {clause.bound:g}: {clause.validation:.3g} on validation data ({known} {clause.certain:.3g} "
+        f"for certain): {told[clause.held]}"
+    )
+    if clause.evaluation is None or clause.held_on_evaluation is None:
+        return text
+    return f"{text}; {clause.evaluation:.3g} on evaluation data: {told[clause.held_on_evaluation]}"
+
+
+def promise_text(promise: Promise) -> str:
+    """What was promised, whether it holds, and what ships, in lines."""
+    kept = "kept" if promise.kept else "not kept"
+    lines = [f"contract {kept} by {promise.chosen!r}, {len(promise.tried)} tried in {promise.seconds:.0f} s"]
+    lines += [clause_text(clause) for clause in promise.clauses]
+    if promise.obstacle:
+        lines.append(f"in the way: {promise.obstacle}")
+    if promise.dominated_by:
+        lines.append(f"better in metric and speed is {promise.dominated_by}")
+    return "\n".join(lines)

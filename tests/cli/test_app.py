@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_recipe import RECIPE
+from toy_recipe import RECIPE, SOURCES
 
 from pqk import files
 from pqk.cli import app as cli
@@ -453,3 +453,15 @@ def test_listed_is_short() -> None:
     assert console.listed({"a": 1, "b": [1, 2]}) == "a 1, b 1, 2"
     assert console.listed({"losses": [0.123456, True]}) == "losses 0.1235, true"
     assert console.listed(list(range(100))) == "100 entries"
+
+
+@pytest.mark.slow
+def test_the_command_line_gives_clauses_and_the_exit_code(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (toy / "contract.toml").write_text(SOURCES + '[target]\nname = "arm-dotprod"\n[contract]\nmax_size_mb = 9\n')
+    clauses = ["--max-size-mb", "0.00001", "--budget", "1 epochs"]
+    out = ["--out", str(tmp_path / "out"), "--evaluation", "quick", "--json"]
+    code = cli.run(["compress", str(toy / "contract.toml"), *out, *clauses])
+    answer = json.loads(capsys.readouterr().out)
+    assert code == 4 and answer["exit_code"] == 4 and "max_size_mb" in answer["error"]

@@ -239,10 +239,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 
 def test_without_training_data_the_default_recipe_quantizes() -> None:
-    recipe = compiler._recipe(None, "x86-avx2", None, no_train())
-    assert [p.name for p in recipe.passes] == ["capture", "quantize", "convert"]
-    recipe = compiler._recipe(None, "cuda-sm80", None, no_train())
-    assert [p.name for p in recipe.passes] == ["capture", "quantize", "convert", "fuse"]
+    assert [p.name for p in Recipe.default(trains=False).passes] == ["capture", "quantize", "convert"]
+    fused = Recipe.default(trains=False, runtime="triton")
+    assert [p.name for p in fused.passes] == ["capture", "quantize", "convert", "fuse"]
 
 
 def full(*arguments: Any, **options: Any) -> None:

@@ -1,0 +1,1 @@
+"""The compile that searches: students that may keep a contract, judged on validation data."""

@@ -1,0 +1,137 @@
+"""The networks that a search tries: integer forms of the teacher as it is, and of the teacher pruned ever further."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pqk.core.program import Pass
+from pqk.knowledge import CrossEntropy, KLDivergence
+from pqk.passes import Capture, Convert, Distill, Prune, Quantize
+from pqk.passes.distill.keep_best import Criterion
+from pqk.task.task import Task
+
+GOALS = (1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
+"""how many times fewer MACs than the teacher the rungs of the ladder have"""
+QAT_SHARE = 0.25
+"""of a final training, under quantization"""
+QAT_RATE = {"sgd": 0.05, "adamw": 0.2}
+"""of the rate before quantization"""
+CutKind = Literal["width", "depth"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network by the passes that make it, as an ordinary recipe has them."""
+
+    name: str
+    what: str
+    """how it is made, in words"""
+    passes: tuple[Pass, ...]
+    cut: CutKind | None = None
+    """how it was cut; None: it is the whole teacher, or of the user's own recipe"""
+    level: int = 0
+    """which of the goals it was cut to, from 1 on"""
+
+    @property
+    def floats(self) -> tuple[Pass, ...]:
+        """The passes before it is captured."""
+        return tuple(itertools.takewhile(lambda p: p.name != Capture.name, self.passes))
+
+    @property
+    def epochs(self) -> float:
+        return sum(p.training_epochs for p in self.passes)
+
+
+@dataclass(frozen=True)
+class TrainingChoice:
+    """How students of this teacher learn: what the trials chose, and what an epoch takes."""
+
+    optimizer: Literal["sgd", "adamw"]
+    learning_rate: float
+    seconds: float
+    """of an epoch of the first rung, before quantization"""
+
+
+STATIC, DYNAMIC, MIXED, FLOAT, UNGROUPED = "static", "dynamic", "mixed", "float", "ungrouped"
+
+
+def forms(teacher: nn.Module) -> list[Candidate]:
+    """What the teacher becomes without training."""
+    found = [
+        Candidate(STATIC, "INT8 with fixed ranges, not trained", _integers(Quantize())),
+        Candidate(
+            DYNAMIC, "linear layers INT8, with the ranges of each run", _integers(Quantize(activations="dynamic"))
+        ),
+        Candidate(FLOAT, "the teacher's layers in float", _integers(Quantize(float_layers=("*",)))),
+    ]
+    grouped = tuple(name for name, m in teacher.named_modules() if getattr(m, "groups", 1) > 1)
+    if grouped:
+        quantize = Quantize(float_layers=grouped)
+        found.append(Candidate(UNGROUPED, "INT8 but for grouped convolutions, not trained", _integers(quantize)))
+    return found
+
+
+def mixed() -> Candidate:
+    """INT8 where each layer, timed in turn, is faster for it."""
+    return Candidate(
+        MIXED, "INT8 where that is faster, each layer timed, not trained", _integers(Quantize(faster_float=True))
+    )
+
+
+def _integers(quantize: Quantize) -> tuple[Pass, ...]:
+    return (Capture(), quantize, Convert())
+
+
+def given(passes: Sequence[Pass]) -> list[Candidate]:
+    """The passes of the user's own recipe, which compete with what is found."""
+    return [Candidate("recipe", "the passes of the recipe", tuple(passes))] if passes else []
+
+
+def distillation(training: TrainingChoice, epochs: float) -> Distill:
+    """Training before quantization, from the labels and the teacher."""
+    return Distill(
+        epochs=epochs, optimizer=training.optimizer, learning_rate=training.learning_rate, clip=1.0,
+        terms=(CrossEntropy(weight=0.1), KLDivergence(weight=0.9)),
+    )  # fmt: skip
+
+
+def rung(
+    above: Sequence[Pass], cut: CutKind, level: int, form: Candidate, training: TrainingChoice, epochs: float
+) -> Candidate:
+    """A student cut further than what `above` makes, trained briefly, and in integers as `form` is."""
+    what = f"cut by {cut} to {GOALS[level - 1]:g} times fewer MACs, trained briefly; {form.what}"
+    passes = (*above, prune(level, cut), distillation(training, epochs), *form.passes)
+    return Candidate(f"{cut} {GOALS[level - 1]:g}x", what, passes, cut, level)
+
+
+def prune(level: int, cut: CutKind) -> Prune:
+    """Cuts a student to a goal, as far as that goes."""
+    return Prune(macs_ratio=GOALS[level - 1], width=cut == "width", depth=cut == "depth", best_effort=True)
+
+
+def finished(start: Candidate, form: Candidate, training: TrainingChoice, epochs: float, keep: Criterion) -> Candidate:
+    """A rung, or the teacher's form, that is trained for `epochs` more, the last of them under quantization."""
+    capture, quantize, convert = form.passes
+    rate = training.learning_rate * QAT_RATE[training.optimizer]
+    under = replace(distillation(training, QAT_SHARE * epochs), learning_rate=rate, teach_from=0.1, keep=keep)
+    float_ = distillation(training, (1 - QAT_SHARE) * epochs)
+    what = f"{start.name}, trained {epochs:.2g} epochs more, a quarter of them under quantization"
+    passes = (*start.floats, float_, capture, quantize, under, convert)
+    return replace(start, name=f"{start.name}, trained", what=what, passes=passes)
+
+
+def first_student(teacher: nn.Module, task: Task) -> tuple[Pass, ...]:
+    """The passes of the first student that a search cuts and trains, as a rehearsal takes them."""
+    form = forms(teacher)[0]
+    passes = form.passes
+    if task.train is not None:
+        passes = rung((), "width", 1, form, TrainingChoice("sgd", 0.02, 1.0), 1.0).passes
+    with torch.no_grad():
+        outputs = teacher(*task.example)
+    return tuple(p.fitted(task, outputs) for p in passes)

@@ -1,0 +1,181 @@
+"""What a student is worth on validation data beside its teacher, with the uncertainty of few samples and noisy times.
+
+The drop of the metric is that of the same samples: its interval is a paired bootstrap over them (Efron and Tibshirani,
+An Introduction to the Bootstrap, 1993, sections 8.3 and 13.3). Where nothing differs, a bootstrap knows no uncertainty;
+of n samples of which none went wrong, up to 3 / n may (Hanley and Lippman-Hand 1983, JAMA 249:1743).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pqk.bench.measure import fastest, ratio_to
+from pqk.core.costs import count_macs
+from pqk.core.onnxruntime_session import OnnxModel, session
+from pqk.core.program import Program
+from pqk.data.structures import Outputs, first_tensor, map_tensors
+from pqk.deploy.onnx_emitter import emit_onnx_for
+from pqk.errors import InputError
+from pqk.task.metrics import predict
+from pqk.task.task import Task
+
+PERMUTATIONS = 20
+"""of the samples' outputs, all of which a metric is better for where lower is better"""
+RESAMPLES = 400
+CERTAIN = 95.0
+"""per cent, one-sided, of the drop"""
+NONE_OF = 3.0
+"""of n samples of which none is wrong, this over n may be"""
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What one network is worth on validation data: plain numbers, as the journal keeps them."""
+
+    metric: float
+    drop: float
+    """of the metric below the teacher's, as a fraction for a share"""
+    drop_high: float
+    """the upper end of its one-sided 95 % interval"""
+    ratio: float | None
+    """times faster than the teacher in FP32; None where nothing can be timed here"""
+    ratio_low: float | None
+    ratio_high: float | None
+    milliseconds_high: float | None
+    """for one sample, by the lower end of the ratio"""
+    size_bytes: int
+    macs: int
+
+    @property
+    def speed(self) -> float:
+        """What students are ordered by: the ratio, or where nothing is timed how small the file is."""
+        return self.ratio if self.ratio is not None else 1e6 / self.size_bytes
+
+
+class Judge:
+    """Judges INT8 students of one teacher on its task's validation data. Files are written into `folder`."""
+
+    def __init__(self, teacher: nn.Module, task: Task, folder: Path, *, timed: bool, seed: int) -> None:
+        self.teacher, self.task, self.folder, self.timed, self.seed = teacher, task, folder, timed, seed
+        self.labelled = task.validation.labelled
+
+    @property
+    def unit(self) -> str:
+        """The metric's; where data has no labels, decisions that are the teacher's are a share."""
+        return self.task.metric.unit if self.labelled else "share"
+
+    @property
+    def name(self) -> str:
+        return self.task.metric.name if self.labelled else "decisions that are the teacher's"
+
+    @cached_property
+    def answers(self) -> tuple[Outputs, Any]:
+        """The teacher's outputs for all validation samples, and the targets: its own decisions where there are none."""
+        outputs, targets = predict(self.teacher, self.task.teachers(self.task.validation))
+        return outputs, targets if self.labelled else self.task.decision(outputs)
+
+    @cached_property
+    def samples(self) -> int:
+        return len(first_tensor(self.answers[0]))
+
+    @cached_property
+    def teacher_value(self) -> float:
+        """The teacher's metric on validation data.
+
+        Raises `InputError` where it is not finite, differs from call to call, or is better for other samples' outputs.
+        """
+        outputs, targets = self.answers
+        value, again = self.value(outputs, targets), self.value(outputs, targets)
+        if not math.isfinite(value):
+            raise InputError(f'contract: the metric "{self.name}" of the teacher on validation data is {value}')
+        if value != again:
+            raise InputError(
+                f'contract: the metric "{self.name}" of the same outputs is {value:.6g} and then {again:.6g}; one that '
+                "changes from call to call decides nothing: draw nothing in it, or seed what it draws"
+            )
+        rng = np.random.default_rng(0)
+        orders = [torch.from_numpy(rng.permutation(self.samples)) for _ in range(PERMUTATIONS)]
+        mixed = min(self.value(rows_of(outputs, order), targets) for order in orders)
+        if value < mixed:
+            raise InputError(
+                f'contract: the metric "{self.name}" of the teacher is {value:.6g}, and at least {mixed:.6g} where its '
+                "outputs are those of other samples: higher must be better; return its negative"
+            )
+        return value
+
+    def value(self, outputs: Outputs, targets: Any) -> float:
+        """The task's metric; where data has no labels, the share of decisions that are the teacher's."""
+        if self.labelled:
+            return float(self.task.metric.function(outputs, targets))
+        return float((self.task.decision(outputs) == targets).double().mean())
+
+    def refuse_few(self, allowed: float) -> None:
+        """Raises `InputError` where a drop of at most `allowed` could not be told on so few samples."""
+        if self.unit == "share" and 0 < allowed < NONE_OF / self.samples:
+            raise InputError(
+                f"contract: a drop of at most {100 * allowed:g} points cannot be told on {self.samples} validation "
+                f"samples: where none of them differs, {100 * NONE_OF / self.samples:.2g} points may still be lost "
+                f"(95 %). {math.ceil(NONE_OF / allowed)} samples are needed: pass more validation data, or allow more"
+            )
+
+    def worth(self, program: Program) -> Worth:
+        """What an INT8 program's deployed form is worth. Its file is written, and removed."""
+        path, task = self.folder / "candidate.onnx", self.task
+        try:
+            emit_onnx_for(program.student, task, path)
+            model: Callable[..., Outputs] = program.student
+            if self.timed:
+                with torch.no_grad():
+                    model = OnnxModel(path, program.student(*task.example))
+            outputs, _ = predict(model, task.validation)
+            drop, high = self.drop(outputs)
+            ratio = low = top = slowest = None
+            if self.timed:
+                ratio, low, top = ratio_to(self.baseline, session(path, threads=THREADS), task.feeds(1))
+                slowest = self.teacher_ms / low
+            size = path.stat().st_size
+        finally:
+            path.unlink(missing_ok=True)
+        metric = self.teacher_value - drop
+        return Worth(metric, drop, high, ratio, low, top, slowest, size, count_macs(program.student, task.example))
+
+    @cached_property
+    def baseline(self) -> Any:
+        """A session of the teacher in FP32."""
+        path = self.folder / "teacher.onnx"
+        emit_onnx_for(self.teacher, self.task, path)
+        return session(path, threads=THREADS)
+
+    @cached_property
+    def teacher_ms(self) -> float:
+        return float(fastest([self.baseline], self.task.feeds(1), rounds=7)[0])
+
+    def drop(self, outputs: Outputs) -> tuple[float, float]:
+        """How much the metric of `outputs` is below the teacher's, and the upper end of its one-sided interval."""
+        (reference, targets), samples = self.answers, self.samples
+        point = self.teacher_value - self.value(outputs, targets)
+        rng = np.random.default_rng(self.seed)
+        drops = np.empty(RESAMPLES)
+        for i in range(RESAMPLES):
+            rows = torch.from_numpy(rng.integers(0, samples, samples))
+            picked = rows_of(targets, rows)
+            drops[i] = self.value(rows_of(reference, rows), picked) - self.value(rows_of(outputs, rows), picked)
+        high = float(np.percentile(drops, CERTAIN))
+        if self.unit == "share" and float(np.ptp(drops)) == 0.0:
+            high = point + NONE_OF / samples
+        return point, max(point, high)
+
+
+def rows_of(values: Any, rows: Tensor) -> Any:
+    """Some samples of a structure of tensors."""
+    return map_tensors(lambda t: t[rows], values)

@@ -1,0 +1,63 @@
+"""A promise, held against the final report: evaluation data is looked at there, once."""
+
+from __future__ import annotations
+
+from pqk.report.promise import Clause, Promise
+from pqk.report.schema import TITLES, AttributionRow, Report
+from pqk.report.text import percent
+
+
+def on_evaluation(promise: Promise, report: Report) -> Promise:
+    """With what the report found of every clause, and a row of its table that beats the student."""
+    clauses = tuple(_measured(clause, report) for clause in promise.clauses)
+    better = "; ".join(_shown(row, report) for row in dominating(report)) or None
+    return promise.model_copy(update={"clauses": clauses, "dominated_by": better})
+
+
+def _measured(clause: Clause, report: Report) -> Clause:
+    student = next((row for row in report.attribution if row.variant == "student"), None)
+    value: float | None = None
+    if clause.name == "max_drop" and report.metric is not None and report.metric.teacher is not None:
+        if report.metric.student is not None:
+            scale = 100.0 if report.metric.unit == "share" else 1.0
+            value = scale * (report.metric.teacher - report.metric.student)
+    elif clause.name == "min_speedup" and student is not None:
+        value = student.ratio
+    elif clause.name == "max_latency_ms" and student is not None:
+        value = student.latency_ms
+    elif clause.name == "max_size_mb":
+        value = report.size_bytes / 1e6
+    if value is None:
+        return clause
+    held = value >= clause.bound if clause.name == "min_speedup" else value <= clause.bound + 1e-9
+    return clause.model_copy(update={"evaluation": value, "held_on_evaluation": held})
+
+
+def dominating(report: Report) -> list[AttributionRow]:
+    """The rows of the table that are no worse in the metric, and faster beyond both intervals."""
+    student = next((row for row in report.attribution if row.variant == "student"), None)
+    if student is None or student.metric is None or student.ratio_high is None:
+        return []
+    metric, high = student.metric, student.ratio_high
+    return [
+        row
+        for row in report.attribution
+        if row is not student and row.metric is not None and row.ratio_low is not None
+        if row.metric >= metric and row.ratio_low > high
+    ]
+
+
+def _shown(row: AttributionRow, report: Report) -> str:
+    share = report.metric is not None and report.metric.unit == "share"
+    value = percent(row.metric) if share else f"{row.metric:.4g}"
+    return f"{row.label or TITLES[row.variant]}: {value} at {row.ratio:.2f}x"
+
+
+def broken_in_words(promise: Promise) -> str:
+    """Says that no student keeps the contract, what stands in the way, and what the nearest ones are."""
+    rows = [t for t in promise.tried if t.on_front and t.metric is not None]
+    front = "; ".join(
+        f"{t.name} loses {t.drop:.3g}" + ("" if t.ratio is None else f" at {t.ratio:.2f}x")
+        for t in sorted(rows, key=lambda t: t.ratio or 0)
+    )
+    return f"no student keeps it: {promise.obstacle}. The nearest is {promise.chosen}. The front: {front}"

@@ -1,0 +1,61 @@
+"""Makes candidates: every pass is saved by all that led to it, so that what candidates share is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from pqk.bench.oracle import Oracle
+from pqk.copies import copy_of
+from pqk.core.decisions import Journal
+from pqk.core.pipeline import run_passes
+from pqk.core.program import Pass, Program, Stage
+from pqk.core.run_context import RunContext
+from pqk.core.run_folder import RunFolder
+from pqk.documents import digest_of_values
+from pqk.recipe.strict import plain
+from pqk.target.target import Target
+from pqk.task.task import Task
+
+
+def name_of(passes: Sequence[Pass]) -> str:
+    """The name of what some passes make of a teacher."""
+    return digest_of_values([{"name": p.name, **plain(p)} for p in passes])[:16]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The candidates of one search, in `place`."""
+
+    teacher: nn.Module
+    task: Task
+    target: Target
+    context: RunContext
+    """of the whole compile"""
+    place: Path
+
+    def program(self, passes: Sequence[Pass]) -> Program:
+        """The program that `passes` make of the teacher; what is saved of it is loaded."""
+        student = copy_of(self.teacher, "student").requires_grad_(True)
+        program = Program(self.teacher, student, Stage.MODULE, self.target, self.context)
+        timed = self.target.why_not_measured() is None
+        oracle = Oracle(self.teacher, self.task, self.target, passes, self.context) if timed else None
+        try:
+            for i, p in enumerate(passes):
+                run = replace(self._context(passes[: i + 1]), oracle=oracle)
+                program = run_passes(replace(program, run=run), self.task, [p], start=i, earlier=passes[:i])
+        finally:
+            if oracle is not None:
+                oracle.folder.cleanup()
+        return program
+
+    def _context(self, passes: Sequence[Pass]) -> RunContext:
+        """The surroundings of the last of some passes; what is saved says which ones led to it."""
+        name = name_of(passes)
+        folder, identity = self.place / name, f"{self.context.identity}/search/{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = Journal(RunFolder(folder).journal, identity)
+        return replace(self.context, folder=folder, journal=journal, identity=identity)

@@ -1,0 +1,203 @@
+"""What a contract promises, how sure of it one is on so many samples, and which student ships."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pqk import Contract, InputError, Metric, Recipe, Task
+from pqk.data.data import ArrayData
+from pqk.report.promise import Clause
+from pqk.report.schema import Report
+from pqk.search.candidates import Candidate
+from pqk.search.judge import NONE_OF, Judge, Worth
+from pqk.search.on_evaluation import dominating
+from pqk.search.verdict import Terms, Tried, obstacle, promise_of
+
+
+class Identity(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def judge(outputs: Tensor, labels: Tensor, folder: Path = Path(), metric: Metric | None = None) -> Judge:
+    data = ArrayData(outputs, labels, 64)
+    options: dict[str, Any] = {} if metric is None else {"metric": metric}
+    return Judge(Identity(), Task(None, data, validation=data, **options), folder, timed=False, seed=0)
+
+
+def right(count: int, samples: int) -> Tensor:
+    """Logits of two classes [samples, 2] of which the first `count` are for class 0."""
+    chosen = (torch.arange(samples) >= count).long()
+    return nn.functional.one_hot(chosen, 2).float()
+
+
+def worth(**numbers: Any) -> Worth:
+    given = {
+        "metric": 0.9, "drop": 0.0, "drop_high": 0.005, "ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1,
+        "milliseconds_high": 1.0, "size_bytes": 1000, "macs": 1000,
+    }  # fmt: skip
+    return Worth(**{**given, **numbers})
+
+
+def tried(name: str, **numbers: Any) -> Tried:
+    return Tried(Candidate(name, name, ()), worth(**numbers), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("contract", "unit", "teacher", "free", "allowed"),
+    [
+        (Contract(), "share", 0.9, "speed", 0.01),
+        (Contract(), "nats", -2.0, "speed", 0.02),
+        (Contract(max_drop=0.5), "share", 0.9, "speed", 0.005),
+        (Contract(max_drop=0.5), "nats", -2.0, "speed", 0.5),
+        (Contract(min_speedup=2), "share", 0.9, "metric", math.inf),
+        (Contract(max_latency_ms=2, max_drop=1), "share", 0.9, "metric", 0.01),
+        (Contract(max_size_mb=2), "share", 0.9, "metric", math.inf),
+        (Contract(max_size_mb=2, max_drop=1), "share", 0.9, "speed", 0.01),
+    ],
+)
+def test_what_is_free_and_what_may_be_lost(
+    contract: Contract, unit: str, teacher: float, free: str, allowed: float
+) -> None:
+    assert contract.free == free and contract.allowed_drop(unit, teacher) == pytest.approx(allowed)
+
+
+@pytest.mark.parametrize(
+    ("budget", "seconds", "epochs"),
+    [("30s", 30, math.inf), ("15m", 900, math.inf), ("1.5h", 5400, math.inf), ("40 epochs", math.inf, 40)],
+)
+def test_budgets_are_times_or_epochs(budget: str, seconds: float, epochs: float) -> None:
+    contract = Contract(budget=budget)
+    assert (contract.seconds, contract.epochs) == (seconds, epochs)
+
+
+@pytest.mark.parametrize(
+    "text", ['budget = "soon"', 'budget = "0m"', "max_drop = -1", "min_speedup = 0", "speedup = 2"]
+)
+def test_clauses_that_none_can_keep_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"contract"):
+        Recipe.loads(f"[contract]\n{text}")
+    with pytest.raises(InputError, match="100 points|has 100"):
+        Contract(max_drop=120).allowed_drop("share", 0.5)
+
+
+def test_a_recipe_may_be_a_contract_and_has_it_in_its_text() -> None:
+    recipe = Recipe.loads("[contract]\nmax_drop = 0.5\n")
+    assert recipe.passes == () and Recipe.loads(recipe.dumps()) == recipe
+    with pytest.raises(InputError, match=r"no \[\[pass\]\] and no \[contract\]"):
+        Recipe.loads("seed = 1")
+
+
+def test_a_drop_is_that_of_the_same_samples() -> None:
+    """The interval of paired samples: what teacher and student both get wrong does not widen it."""
+    samples = 1000
+    labels = torch.zeros(samples, dtype=torch.int64)
+    judged = judge(right(800, samples), labels)
+    assert judged.teacher_value == 0.8 and judged.samples == samples
+    point, high = judged.drop(right(790, samples))
+    assert point == pytest.approx(0.01)
+    # Ten samples of a thousand differ: a binomial's standard deviation is 0.0031, and 1.645 of them are 0.0052.
+    assert high == pytest.approx(0.0152, abs=0.0012)
+    unpaired = 1.645 * math.sqrt(2 * 0.8 * 0.2 / samples)
+    assert high - point < 0.3 * unpaired
+
+
+def test_where_nothing_differs_three_of_n_samples_may() -> None:
+    labels = torch.zeros(400, dtype=torch.int64)
+    judged = judge(right(300, 400), labels)
+    assert judged.drop(right(300, 400)) == (0.0, NONE_OF / 400)
+    judged.refuse_few(0.01)
+    with pytest.raises(InputError, match="0.5 points cannot be told on 400 validation samples.*600 samples are needed"):
+        judged.refuse_few(0.005)
+
+
+def test_metrics_that_decide_nothing_are_refused(tmp_path: Path) -> None:
+    outputs, labels = right(300, 400), torch.zeros(400, dtype=torch.int64)
+    labels[300:] = 1
+    numbers = itertools.count()
+    for function, message in (
+        (lambda o, t: float(next(numbers)), "changes from call to call"),
+        (lambda o, t: float((o.argmax(1) != t).double().mean()), "higher must be better"),
+        (lambda o, t: math.nan, "is nan"),
+    ):
+        with pytest.raises(InputError, match=message):
+            _ = judge(outputs, labels, metric=Metric("m", "share", function)).teacher_value
+
+
+def test_without_labels_drops_are_of_decisions_that_are_the_teachers() -> None:
+    outputs = right(300, 400)
+    data = ArrayData(outputs, None, 64)
+    judged = Judge(Identity(), Task(None, data, validation=data), Path(), timed=False, seed=0)
+    assert judged.teacher_value == 1.0 and judged.unit == "share"
+    assert judged.drop(right(290, 400))[0] == pytest.approx(10 / 400)
+
+
+# ---- which one ships
+
+
+def test_the_fastest_that_keeps_the_contract_ships_and_of_those_alike_the_best() -> None:
+    terms = Terms(Contract(), 0.01, share=True)
+    rows = [
+        tried("slow", ratio=1.0), tried("fast", ratio=3.0, drop_high=0.009, drop=0.006),
+        tried("as fast", ratio=2.95, drop_high=0.008, drop=0.002), tried("wrong", ratio=9.0, drop_high=0.2, drop=0.1),
+    ]  # fmt: skip
+    assert terms.best(rows).candidate.name == "as fast"
+    assert not terms.holds(rows[3].worth)
+
+
+def test_where_speed_is_bounded_the_one_that_loses_least_ships() -> None:
+    terms = Terms(Contract(min_speedup=2), math.inf, share=True)
+    rows = [
+        tried("exact", ratio=1.0), tried("fast", ratio=3.0, ratio_low=2.8, drop=0.02),
+        tried("faster", ratio=5.0, ratio_low=4.0, drop=0.1), tried("unsure", ratio=2.2, ratio_low=1.9, drop=0.0),
+    ]  # fmt: skip
+    assert terms.best(rows).candidate.name == "fast"
+
+
+def test_where_none_keeps_it_the_nearest_one_ships_and_what_is_in_the_way_is_said() -> None:
+    labels = torch.zeros(400, dtype=torch.int64)
+    judged = judge(right(300, 400), labels)
+    terms = Terms(Contract(min_speedup=4, max_drop=1), 0.01, share=True)
+    rows = [
+        tried("near", ratio=3.9, ratio_low=3.8),
+        tried("far", ratio=1.0),
+        Tried(Candidate("none", "", ()), None, 0, "x"),
+    ]
+    chosen = terms.best(rows)
+    promise = promise_of(terms, rows, chosen, judged, 10.0)
+    assert not promise.kept and promise.chosen == "near"
+    assert promise.obstacle is not None and "min_speedup: 3.9 (3.8 for certain), bound 4" in promise.obstacle
+    assert [t.fate for t in promise.tried] == ["the nearest one", "breaks min_speedup", "x"]
+    few = obstacle(terms, worth(drop=0.004, drop_high=0.016, ratio_low=5.0), judged)
+    assert few.startswith("data: it loses 0.4 where 1 are allowed") and "samples would tell" in few
+
+
+@pytest.mark.parametrize("clause", ["max_drop", "min_speedup", "max_latency_ms", "max_size_mb"])
+def test_a_clause_holds_where_the_end_of_its_interval_does(clause: str) -> None:
+    contract = Contract(max_drop=1, min_speedup=2, max_latency_ms=5, max_size_mb=1)
+    terms = Terms(contract, 0.01, share=True)
+    good = {"drop_high": 0.01, "ratio": 2.5, "ratio_low": 2.0, "milliseconds_high": 5.0, "size_bytes": 10**6}
+    bad = {"drop_high": 0.0101, "ratio_low": 1.99, "milliseconds_high": 5.01, "size_bytes": 10**6 + 1}
+    field = {"max_drop": "drop_high", "min_speedup": "ratio_low", "max_latency_ms": "milliseconds_high"}
+    changed = field.get(clause, "size_bytes")
+    assert terms.holds(worth(**good))
+    clauses = terms.clauses(worth(**{**good, changed: bad[changed]}))
+    assert [c.name for c in clauses if not c.held] == [clause] and all(isinstance(c, Clause) for c in clauses)
+
+
+def test_rows_of_the_table_that_beat_the_student_are_named() -> None:
+    report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
+    assert dominating(report) == []
+    student = next(row for row in report.attribution if row.variant == "student")
+    assert student.ratio_high is not None
+    better = student.model_copy(update={"variant": "teacher_ptq", "ratio": 99.0, "ratio_low": student.ratio_high + 1})
+    slower = better.model_copy(update={"ratio_low": student.ratio_high - 0.01})
+    found = report.model_copy(update={"attribution": (student, better, slower)})
+    assert dominating(found) == [better]

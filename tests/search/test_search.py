@@ -1,0 +1,187 @@
+"""The search itself, on a small trained network: what it ends in, that a killed one goes on, and that it says no."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluations import UNTIMED
+from torch import Tensor, nn
+
+from pqk import ArrayData, Artifact, Contract, ContractError, Recipe, Task, compress
+from pqk.errors import InputError
+from pqk.passes import Capture, Convert, Quantize
+
+pytestmark = pytest.mark.slow
+
+ELSEWHERE = "arm-dotprod"
+"""a target that this machine is not: nothing is timed, so that what is found does not depend on the machine"""
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)).relu()
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(2, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.body = nn.Sequential(*(Block(width) for _ in range(3)))
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.norm(self.stem(x)).relu()).mean((2, 3)))
+
+
+def inputs(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Four patterns in noise."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    patterns = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(99))
+    return patterns[labels] + 0.7 * torch.randn(count, 2, 8, 8, generator=g), labels
+
+
+def task(train: int = 256) -> Task:
+    data = {
+        name: ArrayData(*inputs(count, seed), 32)
+        for name, count, seed in (("train", train or 1, 1), ("validation", 400, 2), ("evaluation", 200, 3))
+    }
+    return Task(data["train"] if train else None, data["evaluation"], validation=data["validation"])
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    net, (x, y) = Net(), inputs(512, 0)
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for _ in range(40):
+        for rows in torch.randperm(512, generator=torch.Generator().manual_seed(5)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def search(teacher: nn.Module, out: Path, contract: Contract | None = None, **options: Any) -> Artifact:
+    contract = contract or Contract(max_drop=2, budget="8 epochs")
+    options = {"target": ELSEWHERE, "evaluation": UNTIMED, **options}
+    return compress(teacher, options.pop("task", None) or task(), out=out, contract=contract, **options)
+
+
+@pytest.fixture(scope="module")
+def found(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("found") / "out"
+    search(teacher, out)
+    return out
+
+
+def test_a_smaller_student_that_keeps_the_contract_ships_with_its_recipe(found: Path) -> None:
+    artifact = Artifact.load(found)
+    promise = artifact.report.promise
+    assert promise is not None and promise.kept and promise.free == "speed"
+    rows = {t.name: t for t in promise.tried}
+    chosen = rows[promise.chosen]
+    assert chosen.fate == "chosen" and chosen.epochs > 0 and chosen.on_front
+    assert chosen.macs is not None and rows["static"].macs is not None and chosen.macs < 0.8 * rows["static"].macs
+    assert [c.name for c in promise.clauses] == ["max_drop"] and promise.clauses[0].held
+    assert promise.clauses[0].evaluation is not None
+    assert 0 < sum(r.training_epochs for r in Recipe.load(found / "recipe.toml").passes) <= 8
+    assert Recipe.load(found / "recipe.toml").contract is None
+    assert "## The contract" in (found / "report.md").read_text()
+
+
+def test_its_recipe_alone_makes_the_same_student(found: Path, teacher: nn.Module, tmp_path: Path) -> None:
+    recipe = Recipe.load(found / "recipe.toml")
+    again = compress(teacher, task(), recipe, out=tmp_path / "again", evaluation=UNTIMED)
+    assert (again.folder / "model.onnx").read_bytes() == (found / "model.onnx").read_bytes()
+    assert again.report.promise is None
+
+
+def test_a_search_that_was_killed_goes_on_and_ends_in_the_same(
+    found: Path, teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    class Stopping:
+        """An observer that ends the process's work once a rung is judged."""
+
+        def task(self, description: str, total: int) -> Any:
+            from contextlib import nullcontext
+
+            def advance(steps: int, text: str = "") -> None:
+                if description == "searching" and text.startswith("width"):
+                    raise Stop
+
+            return nullcontext(advance)
+
+    with pytest.raises(Stop):
+        search(teacher, tmp_path / "out", observer=Stopping())
+    ended = search(teacher, tmp_path / "out", resume=True)
+    assert (ended.folder / "model.onnx").read_bytes() == (found / "model.onnx").read_bytes()
+    names = [[t.name for t in Artifact.load(out).report.promise.tried] for out in (found, ended.folder)]  # type: ignore[union-attr]
+    assert names[0] == names[1]
+    with pytest.raises(InputError, match="another recipe"):
+        search(teacher, tmp_path / "out", Contract(max_drop=3, budget="8 epochs"), resume=True)
+
+
+def test_where_none_keeps_it_the_nearest_is_kept_and_the_exit_code_is_4(
+    teacher: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    impossible = Contract(max_drop=2, max_size_mb=0.001, budget="1 epochs")
+    with pytest.raises(ContractError, match=r"no student keeps it: max_size_mb.*The front: ") as caught:
+        search(teacher, tmp_path / "out", impossible)
+    promise = Artifact.load(tmp_path / "out").report.promise
+    assert promise is not None and not promise.kept and promise.obstacle is not None
+    assert promise.chosen in str(caught.value)
+    with pytest.raises(ContractError):
+        search(teacher, tmp_path / "out", impossible, resume=True)
+
+
+def test_without_training_data_integer_forms_are_what_there_is(teacher: nn.Module, tmp_path: Path) -> None:
+    promise = search(teacher, tmp_path / "out", task=task(train=0)).report.promise
+    assert promise is not None and promise.kept and promise.chosen == "static"
+    assert {t.name for t in promise.tried} == {"static", "dynamic", "float"}
+
+
+def test_the_passes_of_a_recipe_compete(teacher: nn.Module, tmp_path: Path) -> None:
+    recipe = Recipe(passes=(Capture(), Quantize(samples=64), Convert()))
+    promise = search(teacher, tmp_path / "out", task=task(train=0), recipe=recipe).report.promise
+    assert promise is not None and "recipe" in [t.name for t in promise.tried]
+
+
+def test_a_timed_search_on_this_machine_ships_what_no_form_of_the_teacher_beats(
+    teacher: nn.Module, tmp_path: Path
+) -> None:
+    evaluation = replace(UNTIMED, latency=True)
+    artifact = search(teacher, tmp_path / "out", target=None, task=task(train=0), evaluation=evaluation)
+    promise = artifact.report.promise
+    assert promise is not None and promise.kept
+    speeds = {t.name: t.ratio for t in promise.tried if t.ratio is not None and t.fate != "breaks max_drop"}
+    assert speeds[promise.chosen] >= 0.97 * max(speeds.values())
+
+
+@pytest.mark.parametrize(
+    ("contract", "options", "message"),
+    [
+        (Contract(min_speedup=2), {}, "leave out min_speedup"),
+        (Contract(max_drop=0.5), {}, "0.5 points cannot be told on 400 validation samples.*600 samples are needed"),
+        (Contract(max_drop=150), {}, "which has 100"),
+        (Contract(budget="0.001s"), {}, "too small for one candidate"),
+        (Contract(), {"target": "cuda-sm80"}, "for ONNX Runtime"),
+    ],
+)
+def test_bad_contracts_are_refused_before_anything_is_trained(
+    teacher: nn.Module, tmp_path: Path, contract: Contract, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        search(teacher, tmp_path / "out", contract, **options)
+    assert not list((tmp_path / "out").rglob("*distill*"))
