@@ -75,6 +75,8 @@ class Promise(Part):
     """what stands in the way, where none keeps the contract"""
     dominated_by: str | None = None
     """a row of the table that is better in metric and speed on evaluation data, with certainty; null where none is"""
+    caution: str | None = None
+    """what to know of the validation data that decided"""
     validation_samples: Count
     budget: str
     seconds: Annotated[float, Field(ge=0)]

@@ -119,6 +119,8 @@ def promise_text(promise: Promise) -> str:
     lines += [clause_text(clause) for clause in promise.clauses]
     if promise.obstacle:
         lines.append(f"in the way: {promise.obstacle}")
+    if promise.caution and not promise.chosen.endswith("trained"):
+        lines.append(promise.caution)
     if promise.dominated_by:
         lines.append(f"better in metric and speed is {promise.dominated_by}")
     return "\n".join(lines)

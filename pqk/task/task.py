@@ -87,6 +87,8 @@ class Task:
         whole = None if train is None else as_data(train, "task train")
         self.evaluation = as_data(evaluation, "task evaluation")
         self.train, self.validation = _with_validation(whole, validation, validation_share)
+        self.validation_is_split = validation is None
+        """off the training data, which the teacher may have seen"""
         self.views = views
         if views is not None:
             self.train = None if self.train is None else TwoViews(self.train, views)

@@ -192,6 +192,15 @@ def test_a_clause_holds_where_the_end_of_its_interval_does(clause: str) -> None:
     assert [c.name for c in clauses if not c.held] == [clause] and all(isinstance(c, Clause) for c in clauses)
 
 
+def test_a_promise_says_where_the_teacher_may_have_seen_the_data_that_decide() -> None:
+    data = ArrayData(right(300, 400), torch.zeros(400, dtype=torch.int64), 64)
+    split = Judge(Identity(), Task(data, data, validation_share=0.5), Path(), timed=False, seed=0)
+    given = Judge(Identity(), Task(data, data, validation=data), Path(), timed=False, seed=0)
+    terms, rows = Terms(Contract(), 0.01, share=True), [tried("static")]
+    cautions = [promise_of(terms, rows, rows[0], j, 1.0).caution for j in (split, given)]
+    assert cautions[1] is None and cautions[0] is not None and "has not seen" in cautions[0]
+
+
 def test_rows_of_the_table_that_beat_the_student_are_named() -> None:
     report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
     assert dominating(report) == []

@@ -140,7 +140,7 @@ def test_where_none_keeps_it_the_nearest_is_kept_and_the_exit_code_is_4(
     with pytest.raises(ContractError, match=r"no student keeps it: max_size_mb.*The front: ") as caught:
         search(teacher, tmp_path / "out", impossible)
     promise = Artifact.load(tmp_path / "out").report.promise
-    assert promise is not None and not promise.kept and promise.obstacle is not None
+    assert promise is not None and not promise.kept and promise.obstacle is not None and promise.caution is None
     assert promise.chosen in str(caught.value)
     with pytest.raises(ContractError):
         search(teacher, tmp_path / "out", impossible, resume=True)
