@@ -17,13 +17,19 @@ OnnxSource = Path | str | bytes
 
 
 def session(
-    model: OnnxSource, *, threads: int = 1, spinning: bool = True, optimized: bool = True, save_to: Path | None = None
+    model: OnnxSource,
+    *,
+    threads: int = 1,
+    spinning: bool = True,
+    optimized: bool = True,
+    save_to: Path | None = None,
+    profile_to: Path | None = None,
 ) -> ort.InferenceSession:
     """A CPU session with `threads` intra-op threads.
 
     `optimized=False` disables every graph optimization, which makes the arithmetic that of the ONNX operators, the
-    same on every machine. `save_to` writes the graph that will be executed. Raises `InputError` for a model that
-    ONNX Runtime refuses.
+    same on every machine. `save_to` writes the graph that will be executed. `profile_to` starts the name of
+    the file that `end_profiling` writes. Raises `InputError` for a model that ONNX Runtime refuses.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -35,6 +41,9 @@ def session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
+    if profile_to is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_to)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -176,3 +177,8 @@ PRODUCTS = select(lambda o: o.product)
 MOVERS = select(lambda o: o.moves)
 QUANTIZERS = select(lambda o: o.quantizes)
 PLUMBING = select(lambda o: o.plumbing)
+
+
+def plain_name(name: str) -> str:
+    """The name of a node or value without what ONNX Runtime's optimizations append to it."""
+    return re.sub(r"(_token_\d+|_nchwc|_quant|_nhwc)+$", "", name)

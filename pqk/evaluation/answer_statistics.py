@@ -18,6 +18,7 @@ from pqk.errors import InputError
 from pqk.report.diagnostics import (
     BreakEven,
     Calibration,
+    ClassAccuracy,
     ControlRow,
     ControlVariant,
     CorruptionRow,
@@ -114,6 +115,27 @@ def fidelity(student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> 
         lost = float(((t == labels) & (s != labels)).double().mean())
         won = float(((s == labels) & (t != labels)).double().mean())
     return Fidelity(agreement=float(agree.mean()), kl=kl, lost=lost, won=won, agreement_per_class=per_class)
+
+
+def accuracy_by_class(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[ClassAccuracy, ...]:
+    """Accuracy of teacher and student on the samples of each class that occurs, and the difference."""
+    (student, checked), (teacher, _) = _checked(student, labels), _checked(teacher, labels)
+    assert checked is not None
+    _same(student, teacher)
+    rows = []
+    for label in checked.unique().tolist():
+        own = checked == label
+        s, t = student[own].argmax(1) == label, teacher[own].argmax(1) == label
+        rows.append(
+            ClassAccuracy(
+                label=label,
+                samples=len(s),
+                teacher=float(t.double().mean()),
+                student=float(s.double().mean()),
+                difference=paired_difference(s, t),
+            )
+        )
+    return tuple(rows)
 
 
 def negative_transfer(

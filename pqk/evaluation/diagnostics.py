@@ -17,6 +17,7 @@ from torch import Tensor
 from pqk.data.data import Batch, Data
 from pqk.data.structures import Inputs, Outputs, concatenate, map_tensors, tensors
 from pqk.evaluation.answer_statistics import (
+    accuracy_by_class,
     best_temperature,
     break_even,
     calibration,
@@ -105,7 +106,9 @@ def diagnose(task: Task, judged: Mapping[VariantName, Judged], seconds: float) -
     return found.model_copy(update={"warnings": tuple(_warnings(found))})
 
 
-DISTILLATION = ("teacher", "fidelity", "calibration", "negative_transfer", "robustness", "capacity_gap")
+DISTILLATION = (
+    "teacher", "fidelity", "accuracy_by_class", "calibration", "negative_transfer", "robustness", "capacity_gap",
+)  # fmt: skip
 
 
 def _distilled(
@@ -131,6 +134,7 @@ def _distilled(
 
     return parts | {
         "teacher": part(health),
+        "accuracy_by_class": part(lambda: accuracy_by_class(s.logits, t.logits, labels)),
         "calibration": part(lambda: _calibrated(task, answering, task.validation, s.logits, labels)),
         "negative_transfer": part(lambda: negative_transfer(s.logits, t.logits, labels, control, missing)),
         "robustness": part(lambda: robustness(task, asked, answering)),

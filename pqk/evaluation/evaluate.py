@@ -17,6 +17,7 @@ from pqk.core.run_folder import scope_of
 from pqk.deploy.torch_emitter import load_like
 from pqk.evaluation.diagnostics import diagnose
 from pqk.evaluation.latency_rows import time_variants
+from pqk.evaluation.profile import profile
 from pqk.evaluation.rows import Subject
 from pqk.evaluation.settings import Evaluation
 from pqk.evaluation.table import NEURAL_COMPRESSOR, TRITON, variants_of, with_optimized_teacher
@@ -75,6 +76,7 @@ def evaluate(
         conditions=_conditions(subject),
         passes=program.records,
         diagnostics=diagnose(task, by_variant, sum(seconds.values())),
+        layer_times=profile(variants, subject),
         notes=(*task.notes, *_uncounted(subject), *optimized, *notes),
     )
 

@@ -36,6 +36,8 @@ class Evaluation:
     """whether the float students after pruning and after distillation have rows"""
     latency: bool = True
     """whether anything is timed"""
+    layer_times: bool = True
+    """whether it is measured in which layers the time goes, where anything is timed; it takes seconds"""
     timing: TimingProtocol = field(default_factory=TimingProtocol)
     """how long contenders are measured in turn"""
     threads: int = 2
@@ -63,7 +65,7 @@ class Evaluation:
     @staticmethod
     def quick() -> Evaluation:
         """Accuracy, parity, coverage and size of teacher and student, and times that mean little: in seconds."""
-        return Evaluation(baselines=(), runtimes=(), steps_between=False, timing=QUICK, batches=(1,))
+        return Evaluation(baselines=(), runtimes=(), steps_between=False, layer_times=False, timing=QUICK, batches=(1,))
 
     @staticmethod
     def named(name: str) -> Evaluation:

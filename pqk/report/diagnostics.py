@@ -60,6 +60,18 @@ class Fidelity(Part):
     """by the label (without labels by the teacher's decision); null: the class does not occur"""
 
 
+class ClassAccuracy(Part):
+    """How often samples of one class are decided right."""
+
+    label: Count
+    samples: Annotated[int, Field(gt=0)]
+    """evaluation samples of this class"""
+    teacher: Share
+    student: Share
+    difference: Interval
+    """the student's accuracy less the teacher's, on the same samples"""
+
+
 class NegativeTransfer(Part):
     """How often the student gives the teacher's wrong label where the teacher is wrong."""
 
@@ -137,6 +149,8 @@ class Diagnostics(Part):
     """evaluation samples that logits were compared on"""
     teacher: TeacherHealth | None = None
     fidelity: Fidelity | None = None
+    accuracy_by_class: tuple[ClassAccuracy, ...] = ()
+    """by the label; classes that do not occur are left out"""
     calibration: Calibration | None = None
     """of the student; the teacher's is in `teacher`"""
     negative_transfer: NegativeTransfer | None = None

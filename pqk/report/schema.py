@@ -1,8 +1,9 @@
 """What a compile says about itself: the document `report.json`, and its JSON Schema.
 
 Shares and accuracies are 0 to 1, milliseconds are per call, bytes are on disk, MACs are per sample. A number that was
-not measured is null and its reason stands beside it. `report_diagnostics.py` holds the part on distillation,
-`report_table.py` the words and the table for a terminal, `report_markdown.py` the page `report.md`.
+not measured is null and its reason stands beside it. `diagnostics.py` holds the part on distillation, `promise.py` that
+on a contract, `layer_times.py` where the time goes; `text.py` has the words and the table for a terminal, `markdown.py`
+the page `report.md`, `html` the page `report.html`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pqk.documents import parse_json, read_bytes
 from pqk.errors import InputError
 from pqk.report.base import Count, Part, Positive, Share
 from pqk.report.diagnostics import ControlVariant, Diagnostics
+from pqk.report.layer_times import LayerTimes
 from pqk.report.promise import Promise
 
 SCHEMA_PATH = Path(__file__).with_name("report.schema.json")
@@ -256,10 +258,12 @@ class Report(Part):
     passes: tuple[PassRecord, ...] = ()
     diagnostics: Diagnostics | None = None
     """null in reports of earlier versions"""
+    promise: Promise | None = None
+    """null where no contract was given"""
+    layer_times: LayerTimes | None = None
+    """null where they were not measured, as in reports of earlier versions"""
     notes: tuple[str, ...] = ()
     """warnings and other things worth knowing"""
-    promise: Promise | None = None
-    """null where the compile had no contract"""
 
     @staticmethod
     def loads(text: str | bytes) -> Report:

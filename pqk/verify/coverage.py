@@ -7,7 +7,6 @@ from running that graph once with every intermediate value as an output; the bat
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from pqk.core.onnxruntime_session import OnnxSource, session
-from pqk.deploy.onnx_ops import INTEGER, MACS, UNCOUNTED, Operands, Shape
+from pqk.deploy.onnx_ops import INTEGER, MACS, UNCOUNTED, Operands, Shape, plain_name
 from pqk.errors import InputError, Reason
 
 
@@ -137,5 +136,4 @@ def human_name(node: onnx.NodeProto) -> str:
     weight = next((n for n in node.input if ".weight" in n), None)
     if weight is not None:
         return weight.partition(".weight")[0]
-    name = node.name or node.output[0]
-    return re.sub(r"(_token_\d+|_nchwc|_quant|_nhwc)+$", "", name).removeprefix("node_")
+    return plain_name(node.name or node.output[0]).removeprefix("node_")

@@ -28,6 +28,15 @@ logits = st.tuples(st.integers(1, 40), st.integers(2, 9), st.integers(0, 2**31))
 )
 
 
+def test_accuracy_is_counted_by_class() -> None:
+    """Classes 0 and 1 have two samples each, class 2 one; classes that do not occur have no row."""
+    teacher, student = answers(0, 1, 2, 1, 1, classes=4), answers(0, 0, 2, 0, 0, classes=4)
+    rows = d.accuracy_by_class(student, teacher, LABELS)
+    assert [(r.label, r.samples, r.teacher, r.student) for r in rows] == [(0, 2, 0.5, 1), (1, 2, 1, 0), (2, 1, 1, 1)]
+    assert [r.difference.mean for r in rows] == [0.5, -1, 0]
+    assert all(r.difference.low <= r.difference.mean <= r.difference.high for r in rows)
+
+
 def test_the_calibration_error_of_a_simple_case() -> None:
     """Four of five right at 0.8 is calibrated; five of five is off by 0.2; two bins are averaged by their samples."""
     assert d.calibration_error(answers(0, 1, 2, 0, 0), LABELS) == pytest.approx(0, abs=1e-6)

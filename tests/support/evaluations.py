@@ -7,7 +7,7 @@ from dataclasses import replace
 from pqk import Evaluation
 from pqk.bench.measure import QUICK
 
-TABLE = Evaluation(runtimes=(), timing=QUICK, rehearsal=False)
+TABLE = Evaluation(runtimes=(), layer_times=False, timing=QUICK, rehearsal=False)
 """every row of the table, in ONNX Runtime alone"""
 UNTIMED = replace(Evaluation.quick(), latency=False, rehearsal=False)
 """teacher and student, no time, and no rehearsal"""
