@@ -378,6 +378,11 @@ def test_no_folder_is_left_out_of_the_package() -> None:
     assert {name for path in SOURCES if path.stem == "__init__" for name in [module_of(path)]} == listed
 
 
+DATA = {
+    "pqk/report/report.schema.json", "pqk/report/html/page.html", "pqk/report/html/style.css", "pqk/py.typed",
+}  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_everything(tmp_path: Path) -> None:
     """Built from a copy, as building leaves folders beside the sources."""
@@ -395,6 +400,6 @@ def test_a_wheel_holds_everything(tmp_path: Path) -> None:
     code = {f"{module_of(p).replace('.', '/')}{'/__init__' if p.stem == '__init__' else ''}.py" for p in SOURCES}
     data = {f"pqk/models/{p.name}" for p in (ROOT / "models").iterdir() if p.suffix in (".toml", ".safetensors")}
     # typed for whoever imports it
-    assert code | data | {"pqk/report/report.schema.json", "pqk/py.typed"} <= there
+    assert code | data | DATA <= there
     assert not [name for name in there if name.endswith("README.md")], "documents are for those who have the repository"
     assert {name.partition("/")[0] for name in there} <= {"pqk", f"{wheel.name.partition('-py3')[0]}.dist-info"}

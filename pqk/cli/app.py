@@ -253,6 +253,28 @@ def inspect(
 
 
 @app.command()
+def report(
+    where: Annotated[Path, typer.Argument(metavar="DIR|report.json", help="An artifact or its report.")],
+    as_html: Annotated[bool, typer.Option("--html", help="Write a page with pictures, in one file.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the page goes; report.html beside report.json if left out."),
+    ] = None,
+    as_json: AsJson = False,
+) -> Work:
+    """Show a report, or write it as one HTML file that needs no server and no network.
+
+    Nothing but report.json is read: that of an artifact of any version will do.
+
+    pqk report out/my --html
+    """
+    if out is not None and not as_html:
+        raise InputError("pqk report: --out names the file of --html")
+
+    return lambda: _commands().report(where, as_html=as_html, out=out)
+
+
+@app.command()
 def passes(as_json: AsJson = False) -> Work:
     """List every pass and distillation term, with all fields."""
 

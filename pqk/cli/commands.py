@@ -19,7 +19,8 @@ from pqk.comparison.config import Comparison, comparison_schema
 from pqk.compiler import compress as compile_student
 from pqk.core.progress import Observer
 from pqk.core.run_folder import RunFolder, scope_of
-from pqk.deploy.artifact import MANIFEST, Artifact
+from pqk.deploy.artifact import MANIFEST, REPORT, REPORT_HTML, Artifact, write_html
+from pqk.deploy.manifest import read_manifest
 from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
@@ -27,6 +28,8 @@ from pqk.recipe.factories import load_task, load_teacher
 from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, with_clauses
 from pqk.recipe.schema import json_schema
 from pqk.recipe.strict import plain
+from pqk.report.html.page import why_not_drawn
+from pqk.report.markdown import to_markdown
 from pqk.report.schema import LatencyRow, Report, schema_text
 from pqk.report.text import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent, promise_text
 from pqk.target.machine import machine_fingerprint
@@ -103,6 +106,8 @@ def compress(
     spent = f"{clock(sum(report.seconds.values()))} in passes; parity {_parity(report)}"
     promised = [] if report.promise is None else [promise_text(report.promise)]
     shown = [attribution_table(report), *promised, spent, *_warnings(warnings), f"written to {out}: {', '.join(files)}"]
+    if REPORT_HTML not in files and (reason := why_not_drawn()) is not None:
+        shown.append(f"no {REPORT_HTML}, a page with pictures: {reason}")
     return CommandAnswer(document, shown)
 
 
@@ -255,6 +260,23 @@ def _launches(layer: dict[str, Any], arch: str) -> TableRows:
         rows.append([name, op, *made, *counted])
         name, op, counted = "", "", [None] * 4
     return rows or [[name, op, "not our kernel", *[None] * 8]]
+
+
+def report(where: Path, *, as_html: bool, out: Path | None) -> CommandAnswer:
+    source = where / REPORT if where.is_dir() else where
+    found = Report.load(source)
+    if not as_html:
+        return CommandAnswer(json.loads(found.dumps()), [to_markdown(found)])
+    if (reason := why_not_drawn()) is not None:
+        raise InputError(f"pqk report: {reason}")
+    page = out or source.with_name(REPORT_HTML)
+    manifest = page.parent / MANIFEST
+    if manifest.is_file() and page.name in read_manifest(manifest)["files"]:
+        raise InputError(
+            f"{page} is a file of the artifact there, which {MANIFEST} seals; open it, or write another with --out FILE"
+        )
+    write_html(found, page)
+    return CommandAnswer({"report": str(source), "written": str(page)}, [f"written: {page}"])
 
 
 def inspect(where: Path) -> CommandAnswer:

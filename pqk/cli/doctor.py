@@ -18,6 +18,7 @@ WITHOUT = {
     "ptq": "no neural-compressor row in the attribution table",
     "encoders": "no Hugging Face directories in or out",
     "triton": "no Triton kernels: cuda-* targets cannot be compiled",
+    "report": "no report.html beside report.md",
     "demo": "`make demo` has no data",
     "test": "`make test` cannot run",
 }

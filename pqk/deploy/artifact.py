@@ -7,6 +7,7 @@ student.safetensors   its tensors, and
 student.json          the plan of rewrites that rebuilds the module from the teacher
 recipe.toml           what was done
 report.json, .md      what it is worth
+report.html           a page of it with pictures, where the extra `report` is installed
 manifest.json         sha256 and size of every other file, versions, seed, data, target, inputs, outputs, and the sha256
                       of all this; written last
 """
@@ -39,6 +40,7 @@ from pqk.errors import InputError, first_line
 from pqk.files import read_json, read_tensors, write_json, write_sealed, write_tensors, write_whole
 from pqk.passes import REWRITES
 from pqk.recipe.recipe import Recipe
+from pqk.report.html.page import to_html, why_not_drawn
 from pqk.report.markdown import to_markdown
 from pqk.report.schema import Report
 from pqk.target.target import Target
@@ -50,8 +52,8 @@ MODEL, FUSED = DEPLOYED = ("model.onnx", "student.pt2")
 """what is run; an artifact has one of them or both"""
 TENSORS, PLAN = STUDENT = ("student.safetensors", "student.json")
 RECIPE = "recipe.toml"
-REPORT, REPORT_PAGE = "report.json", "report.md"
-OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, TUNING, *DEPLOYED)
+REPORT, REPORT_PAGE, REPORT_HTML = "report.json", "report.md", "report.html"
+OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, REPORT_HTML, TUNING, *DEPLOYED)
 """every file that a compile writes, but for the manifest and what the task adds"""
 SEEN = 64
 """validation samples whose integers say in which range inputs are"""
@@ -87,9 +89,16 @@ def _write_extra_files(program: Program, task: Task, folder: Path) -> tuple[str,
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write the report, as data and as a page."""
+    """Write the report, as data and as pages; that with pictures only where matplotlib is installed."""
     write_whole(folder / REPORT, lambda p: p.write_text(report.dumps()))
     write_whole(folder / REPORT_PAGE, lambda p: p.write_text(to_markdown(report)))
+    if why_not_drawn() is None:
+        write_html(report, folder / REPORT_HTML)
+
+
+def write_html(report: Report, path: Path) -> None:
+    """Write the report as one page that needs no other file. Its pictures need matplotlib."""
+    write_whole(path, lambda p: p.write_text(to_html(report), encoding="utf-8"))
 
 
 def describe_interface(student: fx.GraphModule, task: Task) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from pqk.report.diagnostics import Calibration, Diagnostics, Interval, Robustness
 from pqk.report.promise import Clause, Promise
-from pqk.report.schema import TITLES, AttributionRow, LatencyRow, MetricValues, Report
+from pqk.report.schema import TITLES, AttributionRow, LatencyRow, LayerParity, MetricValues, Parity, Report
 
 
 def percent(share: float | None) -> str:
@@ -74,6 +76,15 @@ def to_text(report: Report, width: int = 120) -> str:
     return buffer.getvalue()
 
 
+def reasons_of(rows: Sequence[AttributionRow]) -> list[str]:
+    """Why numbers are missing: a line for all of a row that are for the same reason."""
+    fields: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for field, why in row.reasons.items():
+            fields.setdefault((row.label or TITLES[row.variant], why), []).append(field)
+    return [f"{who}: no {', '.join(names)}: {why}" for (who, why), names in fields.items()]
+
+
 LATENCY_HEADER = (
     "network",
     "runtime",
@@ -124,3 +135,137 @@ def promise_text(promise: Promise) -> str:
     if promise.dominated_by:
         lines.append(f"better in metric and speed is {promise.dominated_by}")
     return "\n".join(lines)
+
+
+def findings(diagnostics: Diagnostics) -> list[str]:
+    """A sentence or two for each part that is a few numbers."""
+    lines = []
+    if (t := diagnostics.teacher) is not None:
+        lines.append(f"Teacher: mean top probability {percent(t.top)}, entropy {percent(t.entropy)} of a guess's.")
+    if (f := diagnostics.fidelity) is not None:
+        churn = "" if f.lost is None else f"; {percent(f.lost)} only the teacher has right, {percent(f.won)} only it"
+        lines.append(
+            f"Student and teacher, {diagnostics.samples} samples: {percent(f.agreement)} decided alike, KL {f.kl:.4f}"
+            f"{churn}. Least alike: {_least(f.agreement_per_class)}."
+        )
+    if (n := diagnostics.negative_transfer) is not None:
+        alone = f"no control: {n.control_reason}" if n.control is None else f"without the teacher {percent(n.control)}"
+        lines.append(
+            f"The teacher is wrong on {n.samples} samples; the student says the same on {percent(n.copied)} of them "
+            f"({alone})."
+        )
+    if (c := diagnostics.capacity_gap) is not None:
+        lines.append(
+            f"Gain of distillation: {span(c.gain)}, from a teacher of {c.teacher_parameters} parameters to a student "
+            f"of {c.student_parameters}."
+        )
+    if (b := diagnostics.break_even) is not None:
+        lines.append(
+            f"The {b.compile_seconds:.0f} s of the passes have paid after {b.queries:,} queries, each "
+            f"{b.saved_ms:.3f} ms shorter."
+        )
+    return lines
+
+
+def span(interval: Interval | None) -> str:
+    """A difference of shares in points, with its interval."""
+    if interval is None:
+        return "–"
+    return f"{100 * interval.mean:+.2f} % ({100 * interval.low:+.2f} to {100 * interval.high:+.2f})"
+
+
+def _least(shares: tuple[float | None, ...], most: int = 3) -> str:
+    classes = sorted((share, label) for label, share in enumerate(shares) if share is not None)
+    return ", ".join(f"class {label} ({percent(share)})" for share, label in classes[:most])
+
+
+def gathered(reasons: dict[str, str]) -> list[tuple[str, str]]:
+    """Names that have the same reason, together."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return [(", ".join(group), why) for why, group in names.items()]
+
+
+CALIBRATION_HEADER = ("", "accuracy", "ECE", "NLL", "best temperature", "ECE then", "NLL then")
+CALIBRATION_NOTE = (
+    "Temperatures are those of validation data; dividing the last layer's weights and biases by one applies it."
+)
+
+
+def calibrations(diagnostics: Diagnostics) -> dict[str, Calibration]:
+    """Calibration of teacher and student, where there is one."""
+    teacher = None if diagnostics.teacher is None else diagnostics.teacher.calibration
+    both = {"teacher": teacher, "student": diagnostics.calibration}
+    return {name: c for name, c in both.items() if c is not None}
+
+
+def calibration_cells(name: str, c: Calibration) -> list[str]:
+    return [name, percent(c.accuracy), percent(c.ece), f"{c.nll:.4f}", *_tempered(c)]
+
+
+def _tempered(c: Calibration) -> list[str]:
+    if c.temperature is None:
+        return ["–"] * 3
+    return [f"{c.temperature:.3f}", percent(c.ece_after), "–" if c.nll_after is None else f"{c.nll_after:.4f}"]
+
+
+ROBUSTNESS_HEADER = (
+    "corruption", "what", "teacher", "student", "teacher loses", "student loses", "more than the teacher",
+)  # fmt: skip
+
+
+def robustness_rows(robustness: Robustness) -> list[list[str]]:
+    """Accuracy without corruption, and under each."""
+    rows = [["none", "", percent(robustness.teacher), percent(robustness.student), "", "", ""]]
+    for r in robustness.rows:
+        drops = [span(r.teacher_drop), span(r.student_drop), span(r.excess)]
+        rows.append([r.corruption, r.what, percent(r.teacher), percent(r.student), *drops])
+    return rows
+
+
+def robustness_note(robustness: Robustness) -> str:
+    return f"On {robustness.samples} samples; losses are shares of the network's own accuracy."
+
+
+CONTROL_HEADER = ("control", "accuracy", "the student has more")
+
+
+def control_rows(diagnostics: Diagnostics) -> list[list[str]]:
+    return [[TITLES[c.variant], percent(c.accuracy), span(c.difference)] for c in diagnostics.controls]
+
+
+PARITY_HEADER = ("layer", "operators", "max LSB", "exact", "accumulators")
+ACCUMULATORS = {True: "equal", False: "differ", None: "–"}
+
+
+def parity_cells(layer: LayerParity) -> list[str]:
+    lsb = "–" if layer.max_lsb is None else f"{layer.max_lsb:g}"
+    return [layer.name, layer.op, lsb, percent(layer.exact), ACCUMULATORS[layer.accumulators]]
+
+
+def deployed_form(parity: Parity) -> str:
+    """What was run, and held against the graph that was trained."""
+    return "fused student, reference bodies" if parity.mode == "reference" else f"{parity.mode} ONNX Runtime"
+
+
+def parity_numbers(parity: Parity) -> str:
+    delta = "–" if parity.metric_delta is None else f"{parity.metric_delta:+.4f}"
+    return f"{percent(parity.agreement)} of {parity.samples} samples decided alike, metric differs by {delta}"
+
+
+def conditions_of(report: Report) -> list[str]:
+    """Under which conditions the numbers hold, a sentence each."""
+    conditions, machine = report.conditions, report.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    lines = [
+        f"Training: {conditions.training_epochs:g} epochs, {conditions.training_seconds:.0f} s; "
+        f"{conditions.train_samples} training, {conditions.validation_samples} validation, "
+        f"{conditions.evaluation_samples} evaluation samples; seed {report.seed}; at most "
+        f"{conditions.peak_memory_bytes / 1e9:.2f} GB of memory.",
+        f"Machine: {machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('os')}, "
+        f"instruction sets {' '.join(machine.get('isa', [])) or 'unknown'} ({machine.get('target')}).",
+        f"Versions: Python {machine.get('python')}, {versions}.",
+        f"Student: {report.size_bytes} bytes, {report.parameters} parameters, {report.macs} MACs.",
+    ]
+    return lines + [f"{name}: {seconds:.1f} s." for name, seconds in report.seconds.items()]

@@ -84,7 +84,7 @@ def test_help_needs_no_torch() -> None:
     code = "import sys; from pqk.cli.app import run; run(['--help']); print({'torch', 'onnx'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("set()")
-    for command in ("compress", "check", "benchmark", "inspect", "passes", "schema", "doctor"):
+    for command in ("compress", "check", "benchmark", "inspect", "report", "passes", "schema", "doctor"):
         assert command in done.stdout
 
 
@@ -153,9 +153,30 @@ def test_the_schema_accepts_recipes_and_refuses_mistakes(json_of: Callable[..., 
 # With an artifact
 
 
+def test_without_matplotlib_a_line_says_how_to_get_the_page(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    assert cli.run(["compress", str(toy_folder / "toy.toml"), "--out", str(out), "--evaluation", "quick"]) == 0
+    line = "no report.html, a page with pictures: matplotlib is not installed: pip install 'pqk[report]'"
+    assert line in capsys.readouterr().out.splitlines()
+    assert (out / "report.md").is_file() and not (out / "report.html").exists()
+
+
+def test_the_page_of_an_artifact_is_sealed(artifact: Path, tmp_path: Path, json_of: Callable[..., Any]) -> None:
+    before = snapshot(artifact)
+    error = json_of(2, "report", artifact, "--html")["error"]
+    assert "report.html is a file of the artifact there, which manifest.json seals" in error
+    assert json_of(0, "report", artifact, "--html", "--out", tmp_path / "p.html")["written"] == str(tmp_path / "p.html")
+    assert (tmp_path / "p.html").read_bytes() == (artifact / "report.html").read_bytes()
+    assert snapshot(artifact) == before
+
+
 def test_compress_writes_what_it_says(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = {p.name for p in artifact.iterdir()}
     assert {"model.onnx", "student.safetensors", "student.json", "recipe.toml", "report.json", "manifest.json"} <= there
+    assert {"report.md", "report.html"} <= there
     schema = json.loads(SCHEMA_PATH.read_text())
     jsonschema.validate(json.loads((artifact / "report.json").read_text()), schema)
 

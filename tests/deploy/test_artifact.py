@@ -71,7 +71,8 @@ def inputs() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.onnx", "student.safetensors", "student.json", "recipe.toml", "report.json", "report.md"]
+    "name",
+    ["model.onnx", "student.safetensors", "student.json", "recipe.toml", "report.json", "report.md", "report.html"],
 )
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_changed_byte_is_refused(copied: Path, name: str, place: int) -> None:
@@ -284,7 +285,7 @@ def test_it_is_benchmarked_beside_the_teacher_and_writes_nothing(sealed: Path, c
 def test_no_pickle_is_in_it(sealed: Path) -> None:
     for path in sealed.rglob("*"):
         if path.is_file():
-            known = {".onnx", ".safetensors", ".json", ".jsonl", ".toml", ".md", ".npy"}
+            known = {".onnx", ".safetensors", ".json", ".jsonl", ".toml", ".md", ".html", ".npy"}
             assert path.name == ".lock" or path.suffix in known, path
             assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04")
 

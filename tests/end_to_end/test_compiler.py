@@ -51,6 +51,7 @@ SHIPPED = {
     "recipe.toml",
     "report.json",
     "report.md",
+    "report.html",
     "manifest.json",
 }
 

@@ -24,6 +24,7 @@ from pqk.knowledge import CrossEntropy, KLDivergence
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
 from pqk.recipe.recipe import Recipe
 from pqk.report.diagnostics import Diagnostics, Robustness
+from pqk.report.html.page import to_html
 from pqk.report.markdown import to_markdown
 from pqk.report.schema import AttributionRow, VariantName
 from pqk.task.task import Task
@@ -179,11 +180,12 @@ def test_without_logits_or_labels_parts_are_null_with_their_reasons(task: Task) 
     found = of(task, teacher_fp32=unlabelled, student=unlabelled)
     assert found.teacher is not None and found.teacher.calibration is None and found.fidelity is not None
     assert {k for k, why in found.reasons.items() if why == "the evaluation data has no labels"} == {
-        "calibration", "negative_transfer", "robustness", "capacity_gap",
+        "accuracy_by_class", "calibration", "negative_transfer", "robustness", "capacity_gap",
     }  # fmt: skip
     none = of(task, student=Judged(AttributionRow(variant="student"), None, "no logits"))
     parts = {"teacher", "fidelity", "calibration", "negative_transfer", "robustness", "capacity_gap"}
-    assert {k for k, why in none.reasons.items() if why == "no logits"} == parts
+    assert {k for k, why in none.reasons.items() if why == "no logits"} == {*parts, "accuracy_by_class"}
+    assert none.accuracy_by_class == ()
     assert all(getattr(none, name) is None for name in parts)
 
 
@@ -225,7 +227,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         RECIPE,
         "x86-avx2",
         out,
-        evaluation=replace(TABLE, controls=Evaluation.full().controls, baselines=()),
+        evaluation=replace(TABLE, layer_times=True, controls=Evaluation.full().controls, baselines=()),
     )
 
 
@@ -242,6 +244,24 @@ def test_a_full_compile_trains_every_control(full: Artifact) -> None:
     assert found.capacity_gap is not None and found.robustness is not None and len(found.robustness.rows) == 4
     assert found.negative_transfer is not None and found.negative_transfer.control is not None
     assert found.fidelity is not None and found.fidelity.agreement_per_class is not None
+
+
+def test_a_full_compile_says_which_classes_and_layers(full: Artifact) -> None:
+    report = full.report
+    assert report.diagnostics is not None and report.metric is not None and report.layer_times is not None
+    classes = report.diagnostics.accuracy_by_class
+    assert [c.label for c in classes] == list(range(CLASSES))
+    whole = sum(c.samples * c.student for c in classes) / sum(c.samples for c in classes)
+    assert whole == pytest.approx(report.metric.student)
+    times = report.layer_times
+    assert [n.variant for n in times.networks] == ["teacher_fp32", "pruned_distilled", "student"] and not times.reasons
+    for network in times.networks:
+        layers = {la.layer: la for la in network.layers}
+        assert {"body.0", "body.3", "head"} <= layers.keys(), network
+        assert layers["body.3"].integer is (network.variant == "student")
+        assert network.total_ms > 0 and all(la.operators for la in network.layers)
+    page = (full.folder / "report.html").read_text(encoding="utf-8")
+    assert page == to_html(report) and "report.html" in full.manifest["files"]
 
 
 def test_controls_train_what_they_say(full: Artifact) -> None:

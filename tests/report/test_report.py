@@ -6,101 +6,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+from reports import a_report
 
 from pqk.errors import InputError
 from pqk.report.markdown import to_markdown
-from pqk.report.schema import (
-    SCHEMA_PATH,
-    AttributionRow,
-    Conditions,
-    Declined,
-    LatencyRow,
-    LayerParity,
-    MetricValues,
-    Parity,
-    PassRecord,
-    Report,
-    schema_text,
-)
+from pqk.report.schema import SCHEMA_PATH, Report, schema_text
 from pqk.report.text import to_text
 from pqk.target.machine import machine_fingerprint
-
-
-def a_report(**changes: Any) -> Report:
-    teacher = LatencyRow(
-        variant="teacher_fp32",
-        runtime="onnxruntime",
-        batch=1,
-        threads=2,
-        median_ms=2.0,
-        p05_ms=1.9,
-        p95_ms=2.2,
-        ratio=1.0,
-        ratio_low=1.0,
-        ratio_high=1.0,
-    )
-    faster = {"median_ms": 0.5, "p05_ms": 0.4, "p95_ms": 0.6, "ratio": 4.0, "ratio_low": 3.9, "ratio_high": 4.1}
-    student = teacher.model_copy(update={"variant": "student", "significant": True, **faster})
-    pruned = AttributionRow(variant="pruned", metric=0.8, reasons={"latency_ms": "not asked for"})
-    final = AttributionRow(
-        variant="student",
-        metric=0.91,
-        latency_ms=0.5,
-        ratio=4.0,
-        ratio_low=3.9,
-        ratio_high=4.1,
-        size_bytes=120_000,
-        parameters=100_000,
-        macs=20_000_000,
-        integer_coverage=1.0,
-    )
-    layer = LayerParity(name="conv1", op="Conv", max_lsb=1, exact=0.9999, accumulators=True, passed=True)
-    fields: dict[str, Any] = {
-        "metric": MetricValues(name="accuracy", unit="share", teacher=0.93, student=0.91),
-        "latency": (teacher, student),
-        "integer_coverage": 1.0,
-        "parity": Parity(
-            passed=True,
-            layers=(layer,),
-            agreement=0.999,
-            metric_delta=-0.0001,
-            first_divergence=None,
-            samples=1000,
-            mode="optimized",
-        ),
-        "size_bytes": 120_000,
-        "parameters": 100_000,
-        "macs": 20_000_000,
-        "seconds": {"00-prune": 1.5},
-        "declined": (Declined(pass_name="quantize", layer="softmax", reason="float | faster"),),
-        "machine": machine_fingerprint(),
-        "target": "x86-avx2",
-        "seed": 0,
-        "attribution": (AttributionRow(variant="teacher_fp32", metric=0.93, latency_ms=2.0, ratio=1.0), pruned, final),
-        "conditions": Conditions(
-            training_epochs=4,
-            training_seconds=100.0,
-            train_samples=45_000,
-            validation_samples=5_000,
-            evaluation_samples=10_000,
-            protocol="in turn",
-        ),
-        "passes": (
-            PassRecord(
-                index=0,
-                pass_name="prune",
-                stage="MODULE",
-                seconds=1.5,
-                parameters=1,
-                macs=1,
-                size_bytes=4,
-                metric=None,
-                details={"kept": [1, 2]},
-            ),
-        ),
-        "notes": ("a note",),
-    }
-    return Report(**{**fields, **changes})
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ SEED, TARGET = 1, "x86-avx2"
 LATENCY = re.compile(r"oracle/|\d+-[^/]+/(baseline$|latency/|float/)")
 """keys of a journal whose values are measured times"""
 VOLATILE = re.compile(
-    r"seconds|latency.*|layer_times|.*_ms|ratio|ratio_low|ratio_high|peak_memory_bytes|machine|significant|break_even|conditions"
-    r"|versions|pqk|files|notes"
+    r"seconds|latency.*|layer_times|.*_ms|ratio|ratio_low|ratio_high|peak_memory_bytes|machine|significant|break_even"
+    r"|conditions|versions|pqk|files|notes"
 )
 """keys of reports and manifests whose values are times, tell of them, or say what made the files"""
 
