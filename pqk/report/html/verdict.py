@@ -100,6 +100,8 @@ def promise(report: Report) -> Markup:
     notes = []
     if made.obstacle:
         notes.append(f"What stands in the way: {made.obstacle}.")
+    if made.caution:
+        notes.append(f"{made.caution[0].upper()}{made.caution[1:]}.")
     if made.dominated_by:
         notes.append(f"A row of the table below is better in metric and speed, for sure: {made.dominated_by}.")
     rows = [_clause_cells(clause, report) for clause in made.clauses]
