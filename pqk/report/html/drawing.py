@@ -82,7 +82,7 @@ def _svg(name: str, height: float, draw: Callable[[Plot], None]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings: dict[str, Any] = {**SETTINGS, "svg.hashsalt": name}
+    settings: Any = {**SETTINGS, "svg.hashsalt": name}
     with matplotlib.rc_context(settings):
         canvas = FigureCanvasSVG(Figure(figsize=(WIDTH / 72, height / 72), layout="constrained"))
         draw(canvas.figure.add_subplot())

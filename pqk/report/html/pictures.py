@@ -23,7 +23,7 @@ ROW = 20
 
 
 @dataclass(frozen=True)
-class Worth:
+class PlottedNetwork:
     """A point of the picture of metric against speed."""
 
     number: int
@@ -38,10 +38,10 @@ class Worth:
     on_front: bool = False
 
 
-def tried_students(promise: Promise) -> list[Worth]:
+def tried_students(promise: Promise) -> list[PlottedNetwork]:
     """Those of the networks that were tried that have a metric and a speed."""
     return [
-        Worth(
+        PlottedNetwork(
             number=number, name=t.name, metric=t.metric, metric_low=t.metric - _beyond(t), speed=t.ratio,
             speed_low=t.ratio_low or t.ratio, speed_high=t.ratio_high or t.ratio, chosen=t.name == promise.chosen,
             on_front=t.on_front,
@@ -56,10 +56,10 @@ def _beyond(tried: TriedStudent) -> float:
     return 0.0 if tried.drop is None or tried.drop_high is None else max(0.0, tried.drop_high - tried.drop)
 
 
-def networks(report: Report) -> list[Worth]:
+def networks(report: Report) -> list[PlottedNetwork]:
     """The rows of the attribution table that have a metric and a speed."""
     points = [
-        Worth(
+        PlottedNetwork(
             number=number, name=r.label or TITLES[r.variant], metric=r.metric, metric_low=r.metric, speed=r.ratio,
             speed_low=r.ratio_low or r.ratio, speed_high=r.ratio_high or r.ratio, chosen=r.variant == "student",
         )
@@ -67,7 +67,7 @@ def networks(report: Report) -> list[Worth]:
         if r.metric is not None and r.ratio is not None
     ]  # fmt: skip
 
-    def beaten(p: Worth) -> bool:
+    def beaten(p: PlottedNetwork) -> bool:
         others = ((q.speed, q.metric) for q in points if (q.speed, q.metric) != (p.speed, p.metric))
         return any(speed >= p.speed and metric >= p.metric for speed, metric in others)
 
@@ -75,7 +75,7 @@ def networks(report: Report) -> list[Worth]:
 
 
 def metric_against_speed(
-    name: str, points: Sequence[Worth], metric: str, share: bool, caption: str, bounds: Promise | None = None
+    name: str, points: Sequence[PlottedNetwork], metric: str, share: bool, caption: str, bounds: Promise | None = None
 ) -> Markup:
     """The front: every point with its intervals and number, the chosen one marked, a contract's bounds as lines."""
     chosen = next((f"; {p.name} is chosen" for p in points if p.chosen), "")
@@ -88,7 +88,7 @@ def metric_against_speed(
     return drawn(name, 340, what, caption, partial(_front, points, label, scale, lowest, bounds))
 
 
-def _lowest_shown(points: Sequence[Worth], scale: float, bounds: Promise | None) -> float:
+def _lowest_shown(points: Sequence[PlottedNetwork], scale: float, bounds: Promise | None) -> float:
     """The least metric that has a place in the picture: an untrained network would press all others together."""
     compared = [scale * p.metric for p in points if p.on_front or p.chosen or p is points[0]]
     least = None if bounds is None else _least_metric(bounds, scale)
@@ -103,7 +103,7 @@ def _least_metric(bounds: Promise, scale: float) -> float | None:
 
 
 def _front(
-    points: Sequence[Worth], label: str, scale: float, lowest: float, bounds: Promise | None, plot: Plot
+    points: Sequence[PlottedNetwork], label: str, scale: float, lowest: float, bounds: Promise | None, plot: Plot
 ) -> None:
     front = sorted((p for p in points if p.on_front), key=lambda p: p.speed)
     speeds, metrics = [p.speed for p in front], [scale * p.metric for p in front]
@@ -118,7 +118,7 @@ def _front(
     plot.set_ylabel(printable(label))
 
 
-def _point(p: Worth, scale: float, lowest: float, left: bool, plot: Plot) -> None:
+def _point(p: PlottedNetwork, scale: float, lowest: float, left: bool, plot: Plot) -> None:
     """One network with its number; one that is far below all others points down at the edge, with its metric."""
     x, y = p.speed, scale * p.metric
     colour = ACCENT if p.chosen else INK if p.on_front else MUTED
