@@ -35,11 +35,13 @@ from pqk.core.run_folder import scope_of
 from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.law import check_groups
+from pqk.recipe.factories import student_of
 from pqk.recipe.recipe import Recipe, why_not_for_target
 from pqk.rehearsal import why_not_deployed, why_not_exported
 from pqk.search.candidates import first_student
 from pqk.target.machine import peak_memory
 from pqk.target.target import Target
+from pqk.task.given import frozen_student
 from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.verify.coverage import integer_coverage
@@ -76,6 +78,8 @@ class Findings:
     seed: int
     teacher: dict[str, int]
     """parameters, macs (per sample), float_bytes"""
+    given: dict[str, int] | None = None
+    """the same of a student that is not cut out of its teacher; None: it is"""
     groups: list[dict[str, Any]] = field(default_factory=list)
     """channel groups under the law: name, channels, layers, reason (None: it may be cut)"""
     blocks: dict[str, Any] = field(default_factory=dict)
@@ -97,16 +101,24 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def check(teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer | None = None) -> Findings:
-    """Rehearse `recipe` on a copy of `teacher`. Nothing is written.
+def check(
+    teacher: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    observer: Observer | None = None,
+    *,
+    student: nn.Module | None = None,
+) -> Findings:
+    """Rehearse `recipe` on a copy of `student`, or of what its `[student]` names, or else of `teacher`. Nothing is
+    written.
 
     Of a contract without passes, the first student that the search cuts is rehearsed.
 
-    Raises `InputError` where teacher and task do not fit each other; everything later is a finding.
+    Raises `InputError` where teacher, student and task do not fit each other; everything later is a finding.
     """
     if recipe.contract is not None and not recipe.passes:
         recipe = dataclasses.replace(recipe, passes=first_student(teacher, task))
-    rehearsal = Rehearsal(teacher, task, recipe, observer or Silent())
+    rehearsal = Rehearsal(teacher, task, recipe, observer or Silent(), student)
     try:
         with fused_layers(False):
             return rehearsal.run()
@@ -117,9 +129,14 @@ def check(teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer | N
 class Rehearsal:
     """One rehearsal of a recipe, and what it has found so far."""
 
-    def __init__(self, teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer) -> None:
+    def __init__(
+        self, teacher: nn.Module, task: Task, recipe: Recipe, observer: Observer, student: nn.Module | None = None
+    ) -> None:
         self.teacher = frozen_copy(teacher, task.example)
         task.check(self.teacher)
+        if student is None:
+            student = student_of(recipe, self.teacher)
+        given = None if student is None else frozen_student(student, self.teacher, task)
         with torch.no_grad():
             self.outputs = self.teacher(*task.example)
         self.task, self.recipe = task, recipe
@@ -130,16 +147,14 @@ class Rehearsal:
         mismatch = self.target.why_not_measured()
         if mismatch is None:
             run = dataclasses.replace(run, oracle=self.oracle, rough=True)
-        student = copy_of(self.teacher).requires_grad_(True)
-        self.program = Program(self.teacher, student, Stage.MODULE, self.target, run)
-        example = task.example
-        costs = {"parameters": count_parameters(teacher), "macs": count_macs(self.teacher, example)}
-        costs["float_bytes"] = float_bytes(teacher)
-        self.found = Findings(self.target.name, recipe.seed, costs, latency_reason=mismatch)
+        self.program = Program.begin(self.teacher, self.target, run, given)
+        self.found = Findings(self.target.name, recipe.seed, _costs(self.teacher, task), latency_reason=mismatch)
+        self.found.given = None if given is None else _costs(given, task)
         if mismatch is not None:
             self.found.warnings.append(mismatch)
-        if (reason := why_not_counted(self.teacher, example)) is not None:
-            self.found.warnings.append(f"teacher: {reason}")
+        for whose, model in (("teacher", self.teacher), ("student", given)):
+            if model is not None and (reason := why_not_counted(model, task.example)) is not None:
+                self.found.warnings.append(f"{whose}: {reason}")
         if (reason := why_not_for_target(recipe.passes, self.target)) is not None:
             self.found.problems.append(reason)
         self.live_steps = _cacheable_steps(task)
@@ -171,14 +186,14 @@ class Rehearsal:
         protect = tuple(pattern for p in self.recipe.passes for pattern in p.protect)
         try:
             with self.watch.task("checking channel groups", 1) as advance:
-                groups = check_groups(self.teacher, self.task.example, ignore)
+                groups = check_groups(self.program.origin, self.task.example, ignore)
                 advance(1, f"{len(groups)} groups")
             self.found.groups = [dataclasses.asdict(g) for g in groups]
         except InputError as error:
             self.found.warnings.append(str(error))
         try:
             samples = next(self.task.calibration(8))
-            blocks, declined = find_blocks(self.teacher, samples, protect)
+            blocks, declined = find_blocks(self.program.origin, samples, protect)
             self.found.blocks = {"removable": [b.path for b in blocks], "declined": declined}
         except Exception as error:  # user-defined blocks, called in ways that they do not expect
             self.found.warnings.append(f"blocks: {first_line(error, 300)}")
@@ -248,7 +263,8 @@ class Rehearsal:
             self.found.problems += why_not_deployed(self.program, self.task, folder, here)
             if self.target.runtime == "onnxruntime":
                 self.found.problems += why_not_exported(self.program, self.task, teacher)
-            file = folder / ("student.pt2" if self.program.fused is not None else "model.onnx")
+            # A student that is fused for later, and runs on this CPU in ONNX Runtime until then, is measured there.
+            file = folder / ("student.pt2" if self.target.runtime == "triton" else "model.onnx")
             try:
                 self._measure(file, teacher, here)
             except PqkError as error:
@@ -296,7 +312,7 @@ def why_no_gain(found: Findings, ratio: Ratio) -> Reason:
     integer = "an unknown share" if found.integer_coverage is None else f"{100 * found.integer_coverage:.2f} %"
     return (
         f"it runs {ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f}) as fast as its teacher, which is no "
-        f"significant gain: {integer} of its MACs are integer, and {100 * left:.0f} % of the teacher's MACs are left; "
+        f"significant gain: {integer} of its MACs are integer, and it has {100 * left:.0f} % of the teacher's MACs; "
         "see what was declined above, and why"
     )
 
@@ -323,6 +339,11 @@ class Stopwatch:
                 show(steps, text)
 
             yield advance
+
+
+def _costs(model: nn.Module, task: Task) -> dict[str, int]:
+    macs = count_macs(model, task.example)
+    return {"parameters": count_parameters(model), "macs": macs, "float_bytes": float_bytes(model)}
 
 
 def _cacheable_steps(task: Task) -> int | None:

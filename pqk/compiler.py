@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from pqk.bench.oracle import Oracle
-from pqk.copies import copy_of
 from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process, wait_for_all
 from pqk.core.modes import fused_layers
@@ -35,8 +34,9 @@ from pqk.evaluation.evaluate import evaluate
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
 from pqk.gpu.autotune import choose_tuning, gpu_for, read_tuning
-from pqk.knowledge.teachers.base import weights_fingerprint
+from pqk.knowledge.teachers.base import network_fingerprint, weights_fingerprint
 from pqk.recipe.contract import Contract
+from pqk.recipe.factories import student_of
 from pqk.recipe.fit import fit_recipe
 from pqk.recipe.recipe import Recipe, TargetSpec, why_not_for_target
 from pqk.rehearsal import rehearse
@@ -47,6 +47,7 @@ from pqk.search.search import ContractSearch
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 from pqk.task.axes import BATCH
+from pqk.task.given import frozen_student
 from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.training.trainer import accelerator
@@ -60,6 +61,7 @@ def compress(
     target: Target | str | None = None,
     out: str | Path = "out",
     *,
+    student: nn.Module | None = None,
     seed: int | None = None,
     resume: bool = False,
     evaluation: Evaluation | None = None,
@@ -78,6 +80,10 @@ def compress(
         recipe: a `Recipe`, or the path of its TOML file; None: whatever keeps the contract.
         target: a `Target` or its name; the recipe's, or this machine, where None.
         out: the artifact's directory, empty or new (or, with `resume`, that of the run to continue).
+        student: a network of another shape that the passes begin with, in place of a copy of the teacher; its weights
+            may be random, and its outputs must have the structure, shapes and dtypes of the teacher's. None: what the
+            recipe's `[student]` names, or else a copy of the teacher. A resume needs the same module again, with the
+            same weights.
         seed: overrides the recipe's.
         resume: continue the run in `out` at its last finished pass.
         evaluation: what is measured of the student, beside what, and how long; `Evaluation()` where None.
@@ -89,11 +95,12 @@ def compress(
         The artifact in `out`.
 
     Raises:
-        InputError: teacher, task, recipe, target and out do not fit, and nothing was trained; or the disk is full.
+        InputError: teacher, student, task, recipe, target and out do not fit, and nothing was trained; or the disk is
+            full.
         ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
         ContractError: no student keeps the contract; the nearest one is in `out`.
     """
-    job = _job(teacher, task, recipe, target, Path(out), seed, evaluation or Evaluation(), contract)
+    job = _job(teacher, student, task, recipe, target, Path(out), seed, evaluation or Evaluation(), contract)
     with contextlib.ExitStack() as held, _unwritable(job.out):
         identity = job.identity()
         from_main(lambda: held.enter_context(job.folder.opened(identity, resume)))
@@ -132,6 +139,8 @@ class Job:
 
     teacher: nn.Module
     """a frozen copy, in eval mode"""
+    student: nn.Module | None
+    """likewise a frozen copy, of a student of another shape; None: it is cut out of the teacher"""
     task: Task
     recipe: Recipe
     target: Target
@@ -152,6 +161,8 @@ class Job:
         return {
             "recipe": self.recipe.dumps(),
             "teacher": weights_fingerprint(self.teacher),
+            # also where there is none: a run that was given a student is not continued without
+            "student": None if self.student is None else network_fingerprint(self.student),
             "data": data,
             # made by the data's own preprocessing, which `data` does not show
             "example": digest_of("example", self.task.example),
@@ -160,6 +171,7 @@ class Job:
 
 def _job(
     teacher: nn.Module,
+    student: nn.Module | None,
     task: Task,
     recipe: Recipe | str | Path | None,
     target: Target | str | None,
@@ -196,6 +208,15 @@ def _job(
         raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
     teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
+    if student is None:
+        student = student_of(chosen, teacher, recipe if isinstance(recipe, str | Path) else None)
+    if student is not None:
+        if chosen.contract is not None:
+            raise InputError(
+                "contract: the search cuts students out of the teacher, and does not begin with another one; give the "
+                "passes for a student of another shape in a recipe, without a contract"
+            )
+        student = frozen_student(student, teacher, task)
     if recipe is None:
         chosen = fit_recipe(chosen, teacher, task)
     with torch.no_grad():
@@ -203,7 +224,7 @@ def _job(
     for number, p in enumerate(chosen.passes, 1):
         if (reason := p.why_not_applied(task, outputs)) is not None:
             raise InputError(f"recipe: pass {number} {reason}")
-    return Job(teacher, task, chosen, machine, out, evaluation)
+    return Job(teacher, student, task, chosen, machine, out, evaluation)
 
 
 def _why_not_searched(contract: Contract, machine: Target) -> Reason | None:
@@ -274,14 +295,14 @@ def _rehearse(job: Job, allow_parity_failure: bool) -> None:
     """Deploy the untrained student, unless a pass of this run is finished. Raises `InputError` before any training."""
     begun = job.recipe.contract is not None or job.folder.is_finished(0, job.recipe.passes[0].name)
     if job.evaluation.rehearsal and not begun:
-        rehearse(job.teacher, job.task, job.recipe.passes, job.target, parity=not allow_parity_failure)
+        passes, parity = job.recipe.passes, not allow_parity_failure
+        rehearse(job.teacher, job.task, passes, job.target, student=job.student, parity=parity)
 
 
 def _run(job: Job, identity: str, observer: Observer) -> Program:
     """The passes, with a latency oracle where this machine is the target."""
     run = _context(job, identity, observer)
-    student = copy_of(job.teacher).requires_grad_(True)
-    program = Program(job.teacher, student, Stage.MODULE, job.target, run)
+    program = Program.begin(job.teacher, job.target, run, job.student)
     if job.target.why_not_measured() is not None:
         return run_passes(program, job.task, job.recipe.passes)
     oracle = Oracle(job.teacher, job.task, job.target, job.recipe.passes, run)
@@ -377,6 +398,8 @@ def _ship(
         "target": program.target.name,
         "seed": job.recipe.seed,
         "teacher": identity["teacher"],
+        # only of a student that was given: the plan of one without begins with the teacher
+        **({} if job.student is None else {"student": identity["student"]}),
         "data": identity["data"],
         **interface,
         "preprocessing": job.task.preprocessing,

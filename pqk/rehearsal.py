@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from pqk.copies import copy_of
 from pqk.core.aten import quantized_tensors
 from pqk.core.modes import fused_layers
 from pqk.core.pipeline import verify
@@ -42,26 +41,34 @@ LAYER_SAMPLES = 16
 """validation samples that layers are compared on, as at the end of a compile"""
 
 
-def rehearse(teacher: nn.Module, task: Task, passes: Sequence[Pass], target: Target, *, parity: bool = True) -> Program:
-    """Takes an untrained copy of `teacher` through `passes` to a deployed student, in seconds.
+def rehearse(
+    teacher: nn.Module,
+    task: Task,
+    passes: Sequence[Pass],
+    target: Target,
+    *,
+    student: nn.Module | None = None,
+    parity: bool = True,
+) -> Program:
+    """Takes an untrained student through `passes` to its deployed form, in seconds.
 
     Args:
         teacher: frozen, in eval mode.
         task: example inputs, and validation data of which a few samples are read.
         passes: the recipe's.
         target: what the student is for.
+        student: a network of another shape that the passes begin with, frozen; None: a copy of the teacher.
         parity: whether layers whose numbers differ are an error.
 
     Returns:
         The INT8 program of the untrained student.
 
     Raises:
-        InputError: this teacher cannot be compiled so, in the words in which the compile would end.
+        InputError: this network cannot be compiled so, in the words in which the compile would end.
     """
     with untouched_randomness(), fused_layers(False), tempfile.TemporaryDirectory(prefix="pqk-rehearsal-") as name:
         folder = Path(name)
-        student = copy_of(teacher).requires_grad_(True)
-        program = Program(teacher, student, Stage.MODULE, target, RunContext())
+        program = Program.begin(teacher, target, RunContext(), student)
         for p in short_forms(passes):
             program = _after(program, task, p)
         optimized = target.why_not_measured() is None

@@ -1,10 +1,10 @@
 """Capture: the float module becomes the ATen graph that will be deployed.
 
-`torch.export` traces the student in eval mode with a dynamic batch, and whatever else the task calls free. Then
-everything that inference does not need is taken out: guards, dropout, no-op slices and copies, and batch norm, which is
-folded into the convolution or linear layer before it (a batch norm with none before it becomes a depthwise 1x1
-convolution, for which runtimes have an integer kernel). Parameters keep their module paths, so the saved tensors read
-like the model they came from.
+Modules that train in one form and are deployed in another take the second (`for_inference`). `torch.export` traces the
+student in eval mode with a dynamic batch, and whatever else the task calls free. Then everything that inference does
+not need is taken out: guards, dropout, no-op slices and copies, and batch norm, which is folded into the convolution or
+linear layer before it (a batch norm with none before it becomes a depthwise 1x1 convolution, for which runtimes have an
+integer kernel). Parameters keep their module paths, so the saved tensors read like the model they came from.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from pqk.data.structures import members, plain_structure, refilled
 from pqk.errors import InputError
 from pqk.passes.capture.batch_norm import fold_batch_norms
 from pqk.passes.capture.canonicalize import canonical_forms
+from pqk.passes.capture.deployed_forms import take_deployed_forms
 from pqk.passes.capture.draws import refuse_draws
 from pqk.passes.capture.free_sizes import check_free_sizes
 from pqk.passes.capture.regions import inline_regions
@@ -75,7 +76,9 @@ class Capture(Pass):
 def capture(
     student: nn.Module, example: Example, *, input_names: Sequence[str] | None = None, axes: Axes | None = None
 ) -> nn.Module:
-    """The inference graph of `student` (changed to eval mode) as an `fx.GraphModule` that trains, batch dynamic.
+    """The inference graph of `student` as an `fx.GraphModule` that trains, batch dynamic.
+
+    `student` is changed to eval mode, and its parts to what they are for inference.
 
     `example` are inputs whose first axis is the batch, of at least 2; their layers are called by `input_names`, or by
     the names of the arguments of `forward`. `axes` names the free axes of each input, the batch alone by default.
@@ -84,7 +87,8 @@ def capture(
     """
     axes = axes or batch_axes(example)
     example = tuple(t.clone() for t in example)  # one tensor twice would be one input to the exporter
-    exported, traced = _export(student.eval(), example, axes)
+    student = take_deployed_forms(student.eval(), example)
+    exported, traced = _export(student, example, axes)
     refuse_draws(exported.graph)
     structure = _plain_signature(exported.graph)
     _spell_sizes(exported.graph)

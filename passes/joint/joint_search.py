@@ -32,6 +32,7 @@ from pqk.data.data import Batch
 from pqk.errors import InputError, PqkError, Reason
 from pqk.knowledge import KLDivergence, View
 from pqk.passes.capture.capture import Capture, capture
+from pqk.passes.capture.deployed_forms import offers_of, take_deployed_forms
 from pqk.passes.joint.slimmable import Widths, carry, two_widths
 from pqk.passes.prune.budget import UNITS
 from pqk.passes.prune.channel_group import ChannelGroup, layer_of
@@ -58,7 +59,7 @@ class JointSearch(Training, WidthSettings, Pass):
     name: ClassVar[str] = "pqk"
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.MODULE})
     produces: ClassVar[Stage | None] = Stage.FAKE_QUANT
-    rewrites: ClassVar[tuple[RewriteFunction, ...]] = (cut_channels, capture, insert_fake_quant)
+    rewrites: ClassVar[tuple[RewriteFunction, ...]] = (take_deployed_forms, cut_channels, capture, insert_fake_quant)
 
     epochs: float = Field(default=10.0, gt=0)
     """epochs over the training data, of both phases together"""
@@ -131,6 +132,8 @@ class JointSearch(Training, WidthSettings, Pass):
         data = task.need_train("pqk")
         if self.precision == "bf16":
             raise InputError("pqk: quantization-aware training needs fp32: bfloat16 is coarser than the INT8 grid")
+        if offers_of(program.student):  # the graph's tensors go back into modules, which must be those that it is of
+            program = program.rewrite(take_deployed_forms, task.example)
         rounds = PruningRounds(self, program, task)
         widths, run = rounds.widths, program.run
         first = fit(run, widths.graph, data, SlimPhase(rounds), self.training_of(self.phase1))

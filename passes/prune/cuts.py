@@ -140,7 +140,8 @@ def _cut_layer(module: nn.Module, cut: Cut) -> None:
         raise InputError(f"{what}: a layer keeps at least one of its {channels}")
     if channels != cut["of"] or not pruned < set(range(channels)):
         raise InputError(
-            f"{what}: it has {channels} channels and the plan was made for {cut['of']}; is this the teacher?"
+            f"{what}: it has {channels} channels and the plan was made for {cut['of']}; is this the network that the "
+            "compile began with?"
         )
     kept = [c for c in range(channels) if c not in pruned]
     with torch.no_grad():

@@ -141,12 +141,12 @@ class Prune(PruneSettings, Pass):
 
 
 def _widths(program: Program) -> dict[str, list[int]]:
-    """Output channels of every remaining layer that lost some: [teacher, student]."""
+    """Output channels of every remaining layer that lost some: [before any cut, now]."""
     cuts = [c for r in program.plan if r.function == cut_channels.__name__ for c in r.arguments["cuts"]]
     paths = [c["module"] for c in cuts if c["dim"] == "out"]
     modules = dict(program.student.named_modules())
     return {
-        p: [channels_of(program.teacher.get_submodule(p), "out") or 0, channels_of(modules[p], "out") or 0]
+        p: [channels_of(program.origin.get_submodule(p), "out") or 0, channels_of(modules[p], "out") or 0]
         for p in dict.fromkeys(paths)
         if p in modules
     }

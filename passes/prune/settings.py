@@ -37,27 +37,27 @@ class WidthSettings:
     multiple: int | None = Field(default=None, ge=1)
     """widths are multiples of this; by default what the target's kernels like"""
     floor: float = Field(default=0.25, gt=0)
-    """what every layer keeps at least: a share of the teacher's channels if below 1, else a number of channels"""
+    """what every layer keeps at least: a share of the channels before any cut if below 1, else a number of channels"""
     ignore: tuple[str, ...] = ()
     """layers, or modules around them, that are never cut (shell patterns: `layer1.*`, `conv1`)"""
 
-    def minimum(self, teacher: nn.Module, group: ChannelGroup) -> int:
+    def minimum(self, uncut: nn.Module, group: ChannelGroup) -> int:
         """The fewest channels that a group keeps."""
-        return self._least(teacher, group.members[0], group.channels)
+        return self._least(uncut, group.members[0], group.channels)
 
-    def minimums(self, teacher: nn.Module, group: ChannelGroup) -> list[int]:
+    def minimums(self, uncut: nn.Module, group: ChannelGroup) -> list[int]:
         """The fewest channels of a group that each of its members keeps, among those that the member has."""
         present = [sum(map(bool, m.places)) for m in group.members]
         return [
-            max(1, min(own, self._least(teacher, m, own) if m.dim == "out" else 0))
+            max(1, min(own, self._least(uncut, m, own) if m.dim == "out" else 0))
             for m, own in zip(group.members, present, strict=True)
         ]
 
-    def _least(self, teacher: nn.Module, member: Member, channels: int) -> int:
-        """How many of `channels` of a layer stay: as large a share of them as of all that the teacher has."""
+    def _least(self, uncut: nn.Module, member: Member, channels: int) -> int:
+        """How many of `channels` of a layer stay: as large a share of them as of all that there were before any cut."""
         if self.floor >= 1:
             return int(self.floor)
-        widest = channels_of(teacher.get_submodule(member.path), "out") or member.of
+        widest = channels_of(uncut.get_submodule(member.path), "out") or member.of
         return math.ceil(self.floor * (widest * channels // member.of))
 
 

@@ -23,8 +23,11 @@ from pqk.passes.prune.cuts import channels_of, cut_channels, drop_block, kept_ch
 def surviving_channels(program: Program, example: Example, point: str) -> Sequence[int] | None:
     """The teacher's channels, or heads, in order, that the student's output at module `point` has.
 
-    None where none was cut, and where it cannot be told. Raises `InputError` where pruning removed the module.
+    None where none was cut, where it cannot be told, and for a student of another shape, whose channels were never the
+    teacher's. Raises `InputError` where pruning removed the module.
     """
+    if program.given is not None:
+        return None
     kept = kept_channels(program.plan, point)
     table = {f.__name__: f for f in (cut_channels, drop_block)}
     steps = [*itertools.takewhile(lambda step: step.function in table, program.plan)]

@@ -66,7 +66,7 @@ class WidthSearch:
                 self.refused[group.name] = scores
                 continue
             entry = group, torch.tensor(scores)
-            floor, members = config.minimum(program.teacher, group), config.minimums(program.teacher, group)
+            floor, members = config.minimum(program.origin, group), config.minimums(program.origin, group)
             if not narrowing_schedule([entry], multiple, [floor], config.scope, [members]):
                 width = f"its {group.channels} channels and the floor of {floor}"
                 self.refused[group.name] = f"no multiple of {multiple} fits between {width}"

@@ -24,8 +24,8 @@ from pqk.deploy.manifest import read_manifest
 from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
-from pqk.recipe.factories import load_task, load_teacher
-from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, with_clauses
+from pqk.recipe.factories import load_student, load_task, load_teacher
+from pqk.recipe.recipe import TABLES, Recipe, TargetSpec, TaskSpec, TeacherSpec, with_clauses
 from pqk.recipe.schema import json_schema
 from pqk.recipe.strict import plain
 from pqk.report.html.page import why_not_drawn
@@ -36,6 +36,7 @@ from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 
 TableRows = list[list[Any]]
+OF_ANOTHER = " of a student of another shape, which was given and not cut out of its teacher"
 
 
 def _warnings(texts: Sequence[str]) -> list[RenderableType]:
@@ -71,6 +72,13 @@ def load_sources(teacher: TeacherSpec, task: TaskSpec, data: Path | None, recipe
     return model, load_task(task, data, beside, model)
 
 
+def _student(recipe: Recipe, teacher: Any, data: Path | None, path: Path) -> Any:
+    """The student of another shape that the recipe names; None: it is cut out of the teacher."""
+    if recipe.student is None:
+        return None
+    return load_student(recipe.student, teacher, recipe.seed, data, path.resolve().parent)
+
+
 def compress(
     path: Path,
     out: Path,
@@ -94,6 +102,7 @@ def compress(
         task,
         recipe,
         out=out,
+        student=_student(recipe, teacher, data, path),
         resume=resume,
         evaluation=Evaluation.named(evaluation),
         allow_parity_failure=allow_parity_failure,
@@ -138,7 +147,10 @@ def compare(
     teacher, task = load_sources(recipe.teacher, recipe.task, data, path)
     chosen = "" if seeds is None else f" --seeds {','.join(map(str, seeds))}"
     command = f"pqk compare {path}{'' if data is None else ' --data DATA'} --out {out}{chosen}"
-    document = run_cells(teacher, task, comparison, out, resume=resume, observer=observer(as_json), command=command)
+    student, shows = _student(recipe, teacher, data, path), observer(as_json)
+    document = run_cells(
+        teacher, task, comparison, out, student=student, resume=resume, observer=shows, command=command
+    )
     shown: list[RenderableType] = [
         table(title, markdown.HEADER, markdown.table_of(document, part), right=(2, 3, 4, 6))
         for part, title in (("screen", "Screened"), ("confirm", "Confirmed"))
@@ -156,7 +168,7 @@ def check(
     recipe, teacher_spec, task_spec = _open(path, settings, target, seed)
     teacher, task = load_sources(teacher_spec, task_spec, data, path)
     shows: Observer = observer(as_json)
-    found = rehearse(teacher, task, recipe, shows)
+    found = rehearse(teacher, task, recipe, shows, student=_student(recipe, teacher, data, path))
     document = {"recipe": str(path), **asdict(found)}
     return CommandAnswer(document, describe.findings(document), 2 if found.problems else 0)
 
@@ -298,10 +310,12 @@ def _passes_of(recipe: Recipe) -> list[dict[str, Any]]:
 
 def _inspect_recipe(path: Path) -> CommandAnswer:
     recipe = Recipe.load(path)
-    specs = {k: None if (s := getattr(recipe, k)) is None else plain(s) for k in ("teacher", "task", "target")}
+    specs = {k: None if (s := getattr(recipe, k)) is None else plain(s) for k in TABLES}
     rows = _passes_of(recipe)
     document = {"kind": "recipe", "path": str(path), "seed": recipe.seed, **specs, "passes": rows}
-    head = [f"{k}: {listed(v, 400) if v else 'none given'}" for k, v in {**specs, "seed": str(recipe.seed)}.items()]
+    without = {"student": "cut out of the teacher"}
+    values = {k: listed(v, 400) if v else without.get(k, "none given") for k, v in specs.items()}
+    head = [f"{k}: {v}" for k, v in {**values, "seed": str(recipe.seed)}.items()]
     cells = [
         [i + 1, r["pass"], f"{r['stage']} → {r['produces']}", listed(r["settings"], 400)] for i, r in enumerate(rows)
     ]
@@ -311,13 +325,16 @@ def _inspect_recipe(path: Path) -> CommandAnswer:
 
 def _inspect_unfinished(folder: Path) -> CommandAnswer:
     run = RunFolder.of(folder)
-    recipe = Recipe.loads(str(read_sealed(run.identity, ("recipe",))["recipe"]), str(run.identity))
+    identity = read_sealed(run.identity, ("recipe",))
+    recipe = Recipe.loads(str(identity["recipe"]), str(run.identity))
     names = [scope_of(i, p.name) for i, p in enumerate(recipe.passes)]
     done = [scope_of(i, p.name) for i, p in enumerate(recipe.passes) if run.is_finished(i, p.name)]
-    document = {"kind": "unfinished", "folder": str(folder), "finished": done, "passes": _passes_of(recipe)}
+    given = identity.get("student")
+    document: dict[str, Any] = {"kind": "unfinished", "folder": str(folder), "student": given, "finished": done}
+    document["passes"] = _passes_of(recipe)
     left = [n for n in names if n not in done]
     shown = [
-        f"{folder} is an unfinished compile: {len(done)} of {len(names)} passes are done",
+        f"{folder} is an unfinished compile{OF_ANOTHER if given else ''}: {len(done)} of {len(names)} passes are done",
         f"done: {', '.join(done) or 'none'}",
         f"left: {', '.join(left) or 'the evaluation'}",
         f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
@@ -349,6 +366,7 @@ def _inspect_artifact(artifact: Artifact) -> CommandAnswer:
         f"{report.size_bytes / 1e3:.0f} kB, for {manifest['target']}, seed {manifest['seed']}",
         f"inputs and outputs: {'; '.join(ports)}",
         f"integer coverage {percent(report.integer_coverage)}; parity {_parity(report)}",
+        *([f"this is a compile{OF_ANOTHER}"] if artifact.given else []),
         "every file is as it was written",
     ]
     shown = [*describe.passes_done(report), *_warnings(_diagnosed(report))]

@@ -165,6 +165,7 @@ def findings(found: dict[str, Any]) -> list[RenderableType]:
     shown: list[RenderableType] = [
         f"teacher: {teacher['parameters']} parameters, {teacher['macs'] / 1e6:.1f} MMAC, "
         f"{teacher['float_bytes'] / 1e6:.2f} MB in FP32; target {found['target']}, seed {found['seed']}",
+        *([_given(found["given"], teacher)] if found["given"] else []),
         _prunable(found),
     ]
     rows = []
@@ -186,6 +187,14 @@ def findings(found: dict[str, Any]) -> list[RenderableType]:
     shown += [f"problem: {p}" for p in found["problems"]]
     shown.append(_conclusion(found))
     return shown
+
+
+def _given(given: dict[str, int], teacher: dict[str, int]) -> str:
+    shares = (f"{100 * given[k] / max(1, teacher[k]):.0f} %" for k in ("parameters", "macs"))
+    return (
+        f"student of another shape, not cut out of its teacher: {given['parameters']} parameters, "
+        f"{given['macs'] / 1e6:.1f} MMAC, {' and '.join(shares)} of the teacher's"
+    )
 
 
 def _conclusion(found: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pqk.core.pipeline import check_order
 from pqk.core.program import CONFIG, Stage
 from pqk.errors import InputError, nearest
-from pqk.recipe.recipe import Recipe, parse_passes
+from pqk.recipe.recipe import TABLES, Recipe, parse_passes
 from pqk.recipe.schema import json_schema
 from pqk.recipe.strict import documentation, parse, parse_toml, read_text
 
@@ -212,7 +212,7 @@ class Comparison:
         return Comparison.loads(read_text(path, "comparison"), str(path))
 
 
-RECIPE_KEYS = ("teacher", "task", "target", "pass")
+RECIPE_KEYS = (*(name for name in TABLES if name != "contract"), "pass")
 
 
 def epochs(recipe: Recipe) -> float:

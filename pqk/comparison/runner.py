@@ -29,11 +29,10 @@ from pqk.bench.oracle import Oracle
 from pqk.comparison.config import Comparison, RecipeVariant, epochs
 from pqk.comparison.markdown import to_markdown
 from pqk.comparison.results import ComparedRow, Result, best, rows_of, significance
-from pqk.copies import copy_of
 from pqk.core.decisions import Journal
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.pipeline import load, run_passes
-from pqk.core.program import Pass, Program, Stage
+from pqk.core.program import Pass, Program
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
 from pqk.core.run_folder import WORK, RunFolder
@@ -41,12 +40,14 @@ from pqk.data.data import digest_of
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError, PqkError
 from pqk.files import read_sealed, write_json, write_sealed, write_whole
-from pqk.knowledge.teachers.base import weights_fingerprint
+from pqk.knowledge.teachers.base import network_fingerprint, weights_fingerprint
 from pqk.passes import REWRITES
+from pqk.recipe.factories import student_of
 from pqk.recipe.recipe import why_not_for_target
 from pqk.recipe.strict import plain
 from pqk.target.machine import machine_fingerprint, usable_cores
 from pqk.target.target import Target
+from pqk.task.given import frozen_student
 from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.training.trainer import accelerator
@@ -58,6 +59,7 @@ def compare(
     comparison: Comparison,
     out: str | Path,
     *,
+    student: nn.Module | None = None,
     resume: bool = False,
     observer: Observer | None = None,
     command: str = "",
@@ -71,6 +73,8 @@ def compare(
         task: data and metric of all variants.
         comparison: the variants, and the seeds that they are run on.
         out: a new or empty directory, or with `resume` one that holds cells.
+        student: a network of another shape that all variants begin with; None: what the recipe's `[student]` names, or
+            else a copy of the teacher.
         resume: go on with the cells in `out`; those that are finished are not run again.
         observer: shows progress.
         command: how to repeat it, for the document.
@@ -97,8 +101,12 @@ def compare(
         raise InputError(f"{folder} is not empty; choose another, or continue with --resume")
     teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
+    if student is None:
+        student = student_of(comparison.recipe, teacher)
+    if student is not None:
+        student = frozen_student(student, teacher, task)
     with RunFolder.of(folder).held():
-        bench = _Bench(teacher, task, comparison, target, folder, observer or Silent())
+        bench = _Bench(teacher, student, task, comparison, target, folder, observer or Silent())
         try:
             return bench.run(command)
         finally:
@@ -116,18 +124,21 @@ class _Bench:
     def __init__(
         self,
         teacher: nn.Module,
+        student: nn.Module | None,
         task: Task,
         comparison: Comparison,
         target: Target,
         folder: Path,
         observer: Observer,
     ) -> None:
-        self.teacher, self.task, self.comparison, self.target = teacher, task, comparison, target
+        self.teacher, self.student, self.task = teacher, student, task
+        self.comparison, self.target = comparison, target
         self.folder, self.observer = folder, observer
         for name in ("cells", "students", WORK):
             (folder / name).mkdir(parents=True, exist_ok=True)
         data = [None if d is None else d.fingerprint() for d in (task.train, task.validation, task.evaluation)]
         made_of = [weights_fingerprint(teacher), target.name, data, digest_of("example", task.example)]
+        made_of += [] if student is None else [network_fingerprint(student)]
         self.source = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         # Only asked where a budget is a latency; the recipes share its measurement of the teacher.
         work = RunFolder.of(folder)
@@ -213,7 +224,7 @@ class _Bench:
                 saved = read_sealed(path, (*identity, "cell"), unsealed=True)
                 other = [k for k in identity if saved[k] != identity[k]]
                 if other:
-                    what = "another recipe" if other == ["recipe"] else "other data, another teacher or another target"
+                    what = "another recipe" if other == ["recipe"] else "other data, another teacher, student or target"
                     raise InputError(f"{path} is of {what}; name the variant anew, or choose another --out")
                 try:
                     found[variant.name, seed] = Result(**saved["cell"])
@@ -241,8 +252,7 @@ class _Bench:
 
     def _compile(self, passes: Sequence[Pass], folders: Sequence[Path], seed: int) -> Program:
         """The INT8 student, from the last pass on whose result is saved. `folders[i]`: where passes 0 … i leave it."""
-        student = copy_of(self.teacher).requires_grad_(True)
-        program = Program(self.teacher, student, Stage.MODULE, self.target, RunContext())
+        program = Program.begin(self.teacher, self.target, RunContext(), self.student)
         runs = [RunFolder(folder) for folder in folders]
         saved = [i for i, p in enumerate(passes) if runs[i].is_finished(i, p.name)]
         if saved:
@@ -267,7 +277,7 @@ class _Bench:
         return Journal(run.journal, _identity_of(folder))
 
     def _digest(self, passes: Sequence[Pass]) -> str:
-        """Names what these passes make of the teacher."""
+        """Names what these passes make of the teacher, or of the student that was given."""
         text = json.dumps([self.source, [[p.name, plain(p)] for p in passes]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

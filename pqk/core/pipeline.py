@@ -68,7 +68,7 @@ def run_passes(
                 save(program, folder.of_pass(index, p.name))
                 folder.drop_checkpoints(scope)
         if folder is not None:
-            bare = replace(program, student=program.teacher, fused=None)  # a snapshot keeps no student in memory
+            bare = replace(program, student=program.origin, fused=None)  # a snapshot keeps no student in memory
             restore = partial(load, bare, task, folder.of_pass(index, p.name), table)
             snapshot = Snapshot(index, p, program.stage, restore)
             program = replace(program, snapshots=(*program.snapshots, snapshot))
@@ -153,7 +153,7 @@ def save(program: Program, folder: Path) -> None:
 
 
 def load(program: Program, task: Task, folder: Path, rewrites: Mapping[str, RewriteFunction]) -> Program:
-    """The program saved in `folder`, rebuilt from the teacher.
+    """The program saved in `folder`, rebuilt from what its plan begins with: the given student, or the teacher.
 
     Raises `InputError` for files that do not fit, were changed, or are of another run or pass.
     """
@@ -171,32 +171,35 @@ def load(program: Program, task: Task, folder: Path, rewrites: Mapping[str, Rewr
         records = tuple(PassRecord(**r) for r in saved["records"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} was changed or is of another version of pqk: {first_line(error)}") from error
-    student = rebuild(program.teacher, task.example, plan, rewrites, weights)
+    whose = "teacher" if program.given is None else "student"
+    student = rebuild(program.origin, task.example, plan, rewrites, weights, whose)
     return replace(program, student=student, stage=stage, plan=plan, declined=declined, records=records)
 
 
 def rebuild(
-    teacher: nn.Module,
+    origin: nn.Module,
     example: tuple[torch.Tensor, ...],
     plan: Sequence[Rewrite],
     rewrites: Mapping[str, RewriteFunction],
     weights: dict[str, torch.Tensor],
+    whose: str = "teacher",
 ) -> nn.Module:
-    """The student: the plan replayed on a copy of the teacher, filled with `weights`, in eval mode.
+    """The student: the plan replayed on a copy of `origin`, filled with `weights`, in eval mode.
 
-    Raises `InputError` where the plan or the weights are of another teacher.
+    `origin` is the teacher or, as `whose` says for messages, the student of another shape that was given. Raises
+    `InputError` where the plan or the weights are of another network.
     """
     unknown = sorted({r.function for r in plan} - set(rewrites))
     if unknown:
         raise InputError(f"plan: unknown rewrites {unknown}; it was written by another version of pqk")
     try:
-        # A frozen teacher makes a student that trains: rewrites freeze what must not.
-        student = replay(copy_of(teacher).requires_grad_(True), example, plan, rewrites)
+        # A frozen origin makes a student that trains: rewrites freeze what must not.
+        student = replay(copy_of(origin, whose).requires_grad_(True), example, plan, rewrites)
         student.load_state_dict(weights)
     except PqkError:
         raise
     except Exception as error:  # whatever a rewrite raises that is given another network's, or no, arguments
-        raise InputError(f"plan: it does not fit this teacher: {first_line(error, 400)}") from error
+        raise InputError(f"plan: it does not fit this {whose}: {first_line(error, 400)}") from error
     for module in student.modules():
         module.training = False
     return student

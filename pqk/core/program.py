@@ -6,7 +6,8 @@ done so far. A `Pass` decides; a *rewrite* does. A rewrite is a plain function
     rewrite(student, example, **arguments) -> student
 
 whose arguments are JSON. `Program.rewrite` calls it and writes it into the *plan*, so the plan replayed on a copy of
-the teacher, plus the saved tensors, gives the student back: without pickle, after a crash, or years later.
+what the student began as (the teacher, or a network of another shape), plus the saved tensors, gives the student back:
+without pickle, after a crash, or years later.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, fx, nn
 
+from pqk.copies import copy_of
 from pqk.errors import InputError, Reason
 from pqk.report.schema import Declined, PassRecord
 
@@ -94,6 +96,21 @@ class Program:
     """what the current pass wants noted in its record (JSON)"""
     fused: fx.GraphModule | None = None
     """the INT8 student as a program of fused operators; made from the student, so it is not saved"""
+    given: nn.Module | None = None
+    """the student of another shape that the compile was given, frozen; None: the student is cut out of the teacher"""
+
+    @staticmethod
+    def begin(teacher: nn.Module, target: Target, run: RunContext, given: nn.Module | None = None) -> Program:
+        """The program before its first pass: the student trains, and is a copy of the `given` one or of the teacher."""
+        origin = teacher if given is None else given
+        # A frozen origin makes a student that trains: rewrites freeze what must not.
+        student = copy_of(origin, "teacher" if given is None else "student").requires_grad_(True)
+        return Program(teacher, student, Stage.MODULE, target, run, given=given)
+
+    @property
+    def origin(self) -> nn.Module:
+        """What the plan begins with, unchanged: the given student, or else the teacher."""
+        return self.teacher if self.given is None else self.given
 
     def rewrite(self, function: RewriteFunction, example: Example, **arguments: Any) -> Program:
         """Apply one rewrite to the student and append it to the plan. `arguments` must be JSON."""
@@ -208,10 +225,10 @@ def parse_plan(entries: Any, where: object) -> tuple[Rewrite, ...]:
 
 
 def replay(
-    teacher_copy: nn.Module, example: Example, plan: Iterable[Rewrite], rewrites: Mapping[str, RewriteFunction]
+    origin_copy: nn.Module, example: Example, plan: Iterable[Rewrite], rewrites: Mapping[str, RewriteFunction]
 ) -> nn.Module:
-    """Apply a plan to a copy of the teacher (which is changed). Raises `KeyError` for a rewrite that is unknown."""
-    student = teacher_copy
+    """Apply a plan to a copy of what it begins with (which is changed). Raises `KeyError` for an unknown rewrite."""
+    student = origin_copy
     with torch.random.fork_rng(devices=[]):
         for step in plan:
             student = rewrites[step.function](student, example, **step.arguments)

@@ -20,7 +20,7 @@ ViewFunction = Callable[[Inputs], Inputs]
 class Views:
     """What teacher and student see of one batch (`Task(views=…)`).
 
-    The student is a rewritten copy of the teacher, so both views must have the same shapes and dtypes: a view may be
+    Both are compared and timed on inputs of the same shapes and dtypes, so the views must have them: a view may be
     cheaper (fewer bands or frames repeated in place, a lower resolution enlarged again, a sensor that is zero), not
     smaller.
     """

@@ -4,7 +4,8 @@ model.onnx            the student, INT8, self-contained; not where the target is
 student.pt2           the fused student, where the recipe fuses; it needs `import pqk.kernels`
 tuning.json           the block sizes that its kernels run with on a GPU
 student.safetensors   its tensors, and
-student.json          the plan of rewrites that rebuilds the module from the teacher
+student.json          the plan of rewrites that rebuilds the module from the teacher, or from the student of another
+                      shape that the compile was given
 recipe.toml           what was done
 report.json, .md      what it is worth
 report.html           a page of it with pictures, where the extra `report` is installed
@@ -55,6 +56,7 @@ RECIPE = "recipe.toml"
 REPORT, REPORT_PAGE, REPORT_HTML = "report.json", "report.md", "report.html"
 OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, REPORT_HTML, TUNING, *DEPLOYED)
 """every file that a compile writes, but for the manifest and what the task adds"""
+NOT_CUT = "this student is of another shape than its teacher, not cut out of it"
 SEEN = 64
 """validation samples whose integers say in which range inputs are"""
 
@@ -200,7 +202,7 @@ class Artifact:
 
     @property
     def plan(self) -> tuple[Rewrite, ...]:
-        """The rewrites that make the student out of the teacher."""
+        """The rewrites that make the student out of the teacher, or out of the student that was given."""
         document = read_json(self.folder / PLAN)
         return parse_plan(document.get("plan") if isinstance(document, dict) else None, self.folder / PLAN)
 
@@ -294,17 +296,35 @@ class Artifact:
     def _example_size(self, size: int | str) -> int:
         return self.manifest.get("axes", {}).get(size, {"example": 16})["example"] if isinstance(size, str) else size
 
-    def rebuild(self, teacher: nn.Module | None = None) -> nn.Module:
-        """The student as a torch module: the plan replayed on a copy of `teacher`, filled with the saved tensors.
+    @property
+    def given(self) -> bool:
+        """Whether the compile was given a student of another shape; False: it was cut out of the teacher."""
+        return self.manifest.get("student") is not None
 
-        Without `teacher`, the recipe's factory makes it (its weights do not matter). Raises `InputError` where the
-        recipe names none, or the plan does not fit.
+    def rebuild(self, teacher: nn.Module | None = None, student: nn.Module | None = None) -> nn.Module:
+        """Replays the plan on a copy of what the student began as, filled with the saved tensors.
+
+        Args:
+            teacher: what the student was cut out of; its weights do not matter.
+            student: the network of another shape that the compile was given, where it was `given` one; likewise.
+
+        Returns:
+            The student as a torch module. Of what is not passed the recipe's factory is called.
+
+        Raises:
+            InputError: the recipe names no factory, the plan does not fit, or the student was not cut out of the
+                teacher that was passed.
         """
-        if teacher is None:
-            teacher = self._teacher()
+        if self.given and student is None and teacher is not None and self.recipe.student is None:
+            raise InputError(f"rebuild: {self.folder}: {NOT_CUT}; pass the module that it was given as student=…")
+        if not self.given and student is not None:
+            raise InputError(f"rebuild: the student of {self.folder} was cut out of its teacher; pass it as teacher=…")
         weights, _ = read_tensors(self.folder / TENSORS)
         example = tuple(torch.from_numpy(x) for x in self.example(2).values())
-        return rebuild(teacher, example, self.plan, REWRITES, weights)
+        origin = student if self.given else teacher
+        if origin is None:
+            origin = self._student(teacher) if self.given else self._teacher()
+        return rebuild(origin, example, self.plan, REWRITES, weights, "student" if self.given else "teacher")
 
     def _teacher(self) -> nn.Module:
         from pqk.recipe.factories import load_teacher
@@ -313,6 +333,20 @@ class Artifact:
         if spec is None:
             raise InputError("rebuild: this artifact was compiled from a module in Python; pass it as teacher=…")
         return load_teacher(type(spec)(factory=spec.factory, arguments=spec.arguments), beside=self.folder)
+
+    def _student(self, teacher: nn.Module | None) -> nn.Module:
+        from pqk.recipe.factories import load_student
+
+        recipe = self.recipe
+        spec = recipe.student
+        if spec is None:
+            raise InputError(
+                f"rebuild: {NOT_CUT}, and it was given as a module in Python; pass that module as student=…"
+            )
+        if teacher is None and recipe.teacher is not None:
+            teacher = self._teacher()  # its factory may have a parameter for it
+        bare = type(spec)(factory=spec.factory, arguments=spec.arguments)
+        return load_student(bare, teacher, recipe.seed, beside=self.folder)
 
 
 def _run_torch(student: fx.GraphModule, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:

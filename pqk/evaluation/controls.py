@@ -2,8 +2,8 @@
 
 Each tells one explanation of a gain from another: with labels alone (does the teacher help?), with smoothed labels (or
 do soft targets help, whatever they say?), with an untrained teacher (or does any second network?), and as a network
-of that size from fresh weights (or would it have learned as much without being cut out of the teacher?). All draw
-what the student drew: the same passes on the same batches.
+of that size from fresh weights (or would it have learned as much without what it began with, which is the teacher's
+weights where it was cut out of it?). All draw what the student drew: the same passes on the same batches.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _from_scratch(program: Program, task: Task, passes: Sequence[Pass]) -> Again
     floats = [r.index for r in program.records if isinstance(passes[r.index], Distill) and r.stage == "MODULE"]
     if not floats or floats[-1] < cut:
         return "the recipe trains nothing in float after its last pruning"
-    start = dataclasses.replace(program, student=copy_of(program.teacher).requires_grad_(True), plan=())
+    start = dataclasses.replace(program, student=copy_of(program.origin).requires_grad_(True), plan=())
     start = dataclasses.replace(start, stage=Stage.MODULE, records=(), declined=())
     if cut >= 0:
         start = program.after(cut)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pqk.core.costs import why_not_counted
+from pqk.core.costs import count_macs, count_parameters, why_not_counted
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_folder import scope_of
 from pqk.deploy.torch_emitter import load_like
@@ -77,7 +77,22 @@ def evaluate(
         passes=program.records,
         diagnostics=diagnose(task, by_variant, sum(seconds.values())),
         layer_times=profile(variants, subject),
-        notes=(*task.notes, *_uncounted(subject), *optimized, *notes),
+        notes=(*task.notes, *_given(subject), *_uncounted(subject), *optimized, *notes),
+    )
+
+
+def _given(subject: Subject) -> Iterator[str]:
+    """What the report says of a student that is not cut out of its teacher."""
+    program, example = subject.program, subject.task.example
+    if program.given is None:
+        return
+    ours, theirs = (
+        f"{count_parameters(model):,} parameters, {count_macs(model, example) / 1e6:.1f} million MACs"
+        for model in (program.given, program.teacher)
+    )
+    yield (
+        f"the student is of another shape than its teacher: the passes began with a {type(program.given).__name__} of "
+        f"{ours}, which was given and not cut out of the teacher ({theirs})"
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -34,7 +35,9 @@ NEURAL_COMPRESSOR = "neural-compressor"
 TRITON = "triton"
 PADDED = 32
 """samples of a batch in which some are padded"""
-FLOAT_STEPS: tuple[VariantName, ...] = ("pruned", "pruned_distilled")
+FloatStep = Literal["pruned", "pruned_distilled"]
+"""what passes call the rows that they make of a float student (`Pass.row`)"""
+FLOAT_STEPS: tuple[FloatStep, ...] = get_args(FloatStep)
 
 
 def variants_of(subject: Subject) -> list[Variant]:
@@ -42,7 +45,7 @@ def variants_of(subject: Subject) -> list[Variant]:
     teacher = _emitted(subject, "teacher_fp32", subject.program.teacher, "teacher")
     rows: list[Variant] = [teacher, *_quantized_teachers(subject, teacher)]
     if subject.settings.steps_between:
-        rows += [_float_step(subject, name) for name in FLOAT_STEPS]
+        rows += _float_steps(subject)
     return [*rows, *_controls(subject), _student(subject)]
 
 
@@ -99,11 +102,22 @@ def _emitted_or_missing(
     return Missing(name, made.reason) if isinstance(made, Failure) else made
 
 
-def _float_step(subject: Subject, name: VariantName) -> Variant:
-    """The float student after the last pass that says it makes this row."""
+def _float_steps(subject: Subject) -> Iterator[Variant]:
+    """The float students that led to the deployed one; of a student of another shape first what was given."""
+    given = subject.program.given
+    if given is not None:
+        yield _emitted_or_missing(subject, "given", given)
+    if given is not None and not any(p.row == "pruned" for p in subject.passes):
+        yield _float_step(subject, "pruned_distilled", "given_distilled")
+    else:
+        yield from (_float_step(subject, row, row) for row in FLOAT_STEPS)
+
+
+def _float_step(subject: Subject, row: FloatStep, name: VariantName) -> Variant:
+    """The float student after the last pass that says it makes this row, which is called `name` in the table."""
 
     def makes_it(p: Pass) -> bool:
-        return p.row == name
+        return p.row == row
 
     for before_quantization in (Stage.GRAPH, Stage.MODULE):
         try:
@@ -111,7 +125,7 @@ def _float_step(subject: Subject, name: VariantName) -> Variant:
         except LookupError:
             continue
         return _emitted_or_missing(subject, name, program.student)
-    verb = {"pruned": "prune", "pruned_distilled": "distill"}[name]
+    verb = {"pruned": "prune", "pruned_distilled": "distill"}[row]
     return Missing(name, f'the recipe has no "{verb}" before it quantizes')
 
 

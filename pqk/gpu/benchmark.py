@@ -281,14 +281,14 @@ def benchmark(
     agreement = gate(cpu, student, example_on(artifact, GATE_SAMPLES), device.name)
     ceilings, macs = device.ceilings(), artifact.report.macs
     teacher, absent = _teacher(artifact)
-    graph = artifact.rebuild(teacher).eval().to(device.name) if teacher is not None else None
+    graph = _graph(artifact, teacher)
     latency, shares, skipped = [], [], [absent] if absent is not None else []
     for batch in batches:
         inputs = example_on(artifact, batch)
         placed = tuple(x.to(device.name) for x in inputs)
         tried = [] if teacher is None else teachers(device, teacher, inputs)
         if graph is not None:
-            tried.append(contender(device, "student", "torch, dequantized", graph, placed))
+            tried.append(contender(device, "student", "torch, dequantized", graph.to(device.name), placed))
         tried.append(contender(device, "student", "triton", student, placed))
         if isinstance(tried[-1], Skipped):
             raise InputError(f"{STUDENT} cannot be captured for batch {batch}: {tried[-1].reason}")
@@ -324,6 +324,12 @@ def in_turn(contenders: Sequence[Contender], timing: TimingProtocol) -> list[Lat
 def example_on(artifact: Artifact, batch: int) -> Inputs:
     """The artifact's random inputs of that batch size, on the CPU."""
     return tuple(torch.from_numpy(x) for x in artifact.example(batch).values())
+
+
+def _graph(artifact: Artifact, teacher: nn.Module | None) -> nn.Module | None:
+    """The INT8 graph as a torch module; None where nothing says how to make what it began as."""
+    known = teacher is not None if not artifact.given else artifact.recipe.student is not None
+    return artifact.rebuild(teacher).eval() if known else None
 
 
 def _teacher(artifact: Artifact) -> tuple[nn.Module | None, Skipped | None]:

@@ -1,4 +1,4 @@
-"""Import what a recipe names: the teacher's factory and the task's. Nothing else in pqk imports a user's code."""
+"""Import what a recipe names: the factories of teacher, student and task. Nothing else in pqk imports a user's code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from pqk.data.folders import data_folders
 from pqk.errors import InputError, nearest
 from pqk.files import read_tensors
-from pqk.recipe.recipe import TaskSpec, TeacherSpec
+from pqk.recipe.recipe import Recipe, StudentSpec, TaskSpec, TeacherSpec
 from pqk.task.task import Task
 
 
@@ -24,25 +24,59 @@ def load_teacher(spec: TeacherSpec, data: Path | None = None, beside: Path | Non
 
     Raises `InputError` for a factory or weights that do not fit.
     """
-    arguments = dict(spec.arguments)
-    if data is not None and "data" in _parameters(spec.factory, "[teacher]", beside):
+    return _load("[teacher]", spec, data, beside, {})
+
+
+def load_student(
+    spec: StudentSpec, teacher: nn.Module | None, seed: int, data: Path | None = None, beside: Path | None = None
+) -> nn.Module:
+    """The student of another shape, in eval mode, with weights from a file, or as its factory draws them from `seed`.
+
+    A factory with a parameter `data` gets the data folder, and one with a parameter `teacher` the teacher. What is
+    drawn elsewhere is not touched.
+
+    Raises `InputError` for a factory or weights that do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # a resumed run begins with the same student
+        return _load("[student]", spec, data, beside, {} if teacher is None else {"teacher": teacher})
+
+
+def student_of(recipe: Recipe, teacher: nn.Module, path: str | Path | None = None) -> nn.Module | None:
+    """The student that a recipe's [student] names, or None where there is none; `path` is where the recipe lies.
+
+    Raises `InputError` as `load_student` does.
+    """
+    if recipe.student is None:
+        return None
+    beside = None if path is None else Path(path).resolve().parent
+    return load_student(recipe.student, teacher, recipe.seed, beside=beside)
+
+
+def _load(
+    where: str, spec: TeacherSpec | StudentSpec, data: Path | None, beside: Path | None, given: dict[str, Any]
+) -> nn.Module:
+    """A module from its factory, which gets of `given` and the data folder what it has parameters for."""
+    arguments, taken = dict(spec.arguments), _parameters(spec.factory, where, beside)
+    if data is not None and "data" in taken:
         arguments = {"data": data, **arguments}
-    teacher = _call(spec.factory, arguments, "[teacher]", beside)
-    if not isinstance(teacher, nn.Module):
-        raise InputError(f"[teacher] {spec.factory} returned a {type(teacher).__name__}, not a torch module")
+    arguments |= {name: value for name, value in given.items() if name in taken}
+    model = _call(spec.factory, arguments, where, beside)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{where} {spec.factory} returned a {type(model).__name__}, not a torch module")
     if spec.weights is not None:
-        load_weights(teacher, find_weights(spec.weights, data, beside))
-    return teacher.eval()
+        load_weights(model, find_weights(spec.weights, data, beside, where))
+    return model.eval()
 
 
-def find_weights(name: str, data: Path | None, beside: Path | None) -> Path:
+def find_weights(name: str, data: Path | None, beside: Path | None, where: str = "[teacher]") -> Path:
     """The file `name` beside the recipe, in the data folder, or as a path. Raises `InputError` where it is nowhere."""
     places = [folder / name for folder in (beside, *data_folders(data)) if folder is not None]
     for path in [*places, Path(name)]:
         if path.is_file():
             return path
     raise InputError(
-        f"[teacher] weights: no file {name} (looked in {', '.join(sorted({str(p.parent) for p in places}))}); "
+        f"{where} weights: no file {name} (looked in {', '.join(sorted({str(p.parent) for p in places}))}); "
         "point --data or PQK_DATA at the folder that has it"
     )
 

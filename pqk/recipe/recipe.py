@@ -6,6 +6,9 @@ seed = 0
 factory = "pqk.models.resnet:resnet20"
 weights = "resnet20_cifar10.safetensors"
 
+[student]                                    # only where the student is not cut out of its teacher
+factory = "pqk.models.plain:plain"
+
 [task]
 factory = "pqk.models.cifar:cifar10"
 
@@ -53,6 +56,19 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class StudentSpec:
+    """Where a student comes from that is not cut out of its teacher. Only compress, check and rebuild import it."""
+
+    factory: str = Field(pattern=FACTORY)
+    """`module:function` that returns the module that the passes begin with, such as "pqk.models.plain:plain"; one with
+    a parameter `teacher` gets the teacher. What it draws is drawn from the recipe's seed"""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """keyword arguments of the factory"""
+    weights: str | None = None
+    """a safetensors file, looked for as the teacher's; without one the weights are those that the factory gives"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TaskSpec:
     """Where data, metric and loss come from."""
 
@@ -70,6 +86,13 @@ class TargetSpec:
     """such as "x86-avx2"; `pqk doctor` lists them"""
 
 
+TABLES: dict[str, type[Any]] = {
+    "teacher": TeacherSpec, "student": StudentSpec, "task": TaskSpec, "target": TargetSpec,
+    "contract": Contract,
+}  # fmt: skip
+"""the tables of a recipe beside its passes"""
+
+
 @dataclass(frozen=True, kw_only=True, config={**CONFIG, "arbitrary_types_allowed": True})
 class Recipe:
     """Passes in order, and what they are applied to. `Recipe.loads(r.dumps()) == r`.
@@ -82,6 +105,8 @@ class Recipe:
     """what is done to the student, in order"""
     teacher: TeacherSpec | None = None
     """the factory of the trained network; None where it is given in Python"""
+    student: StudentSpec | None = None
+    """the factory of a student of another shape; None: it is cut out of the teacher, or given in Python"""
     task: TaskSpec | None = None
     """the factory of the data; None where it is given in Python"""
     target: TargetSpec | None = None
@@ -106,13 +131,12 @@ class Recipe:
             InputError: something is unknown, ill-typed, impossible or out of order.
         """
         table = parse_toml(text, where)
-        known = {"seed", "teacher", "task", "target", "contract", "pass"}
+        known = {"seed", *TABLES, "pass"}
         for key in table:
             if key not in known:
                 raise InputError(f'{where}: unknown table "{key}"{nearest(key, known)}')
         passes = parse_passes(table.pop("pass", []), where)
-        specs = {"teacher": TeacherSpec, "task": TaskSpec, "target": TargetSpec, "contract": Contract}
-        for key, spec in specs.items():
+        for key, spec in TABLES.items():
             if key in table:
                 table[key] = parse(spec, table[key], f"{where}: [{key}]")
         try:
@@ -134,7 +158,7 @@ class Recipe:
     def dumps(self) -> str:
         """As TOML, without the values that are defaults."""
         table: dict[str, Any] = {"seed": self.seed} if self.seed else {}
-        for key in ("teacher", "task", "target", "contract"):
+        for key in TABLES:
             spec = getattr(self, key)
             if spec is not None:
                 table[key] = plain(spec)
@@ -168,6 +192,8 @@ class Recipe:
         name, number, key = match.groups()
         if name == "task" and self.task is not None:
             return replace(self, task=replace(self.task, arguments={**self.task.arguments, key: value}))
+        if name == "student" and self.student is not None:
+            return replace(self, student=replace(self.student, arguments={**self.student.arguments, key: value}))
         places = [i for i, p in enumerate(self.passes) if p.name == name]
         if not places:
             raise InputError(f'{where}: the recipe has no pass "{name}"{nearest(name, {p.name for p in self.passes})}')

@@ -7,8 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from pqk.passes import PASSES
-from pqk.recipe.contract import Contract
-from pqk.recipe.recipe import TargetSpec, TaskSpec, TeacherSpec
+from pqk.recipe.recipe import TABLES
 from pqk.recipe.strict import documentation
 
 
@@ -37,10 +36,7 @@ def json_schema() -> dict[str, Any]:
         "anyOf": [{"required": ["pass"]}, {"required": ["contract"]}],
         "properties": {
             "seed": {"type": "integer", "minimum": 0, "default": 0},
-            "teacher": of(TeacherSpec),
-            "task": of(TaskSpec),
-            "target": of(TargetSpec),
-            "contract": of(Contract),
+            **{name: of(spec) for name, spec in TABLES.items()},
             "pass": {"type": "array", "minItems": 1, "items": {"oneOf": passes}},
         },
         "$defs": definitions,

@@ -9,10 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from pqk.bench.oracle import Oracle
-from pqk.copies import copy_of
 from pqk.core.decisions import Journal
 from pqk.core.pipeline import run_passes
-from pqk.core.program import Pass, Program, Stage
+from pqk.core.program import Pass, Program
 from pqk.core.run_context import RunContext
 from pqk.core.run_folder import RunFolder
 from pqk.documents import digest_of_values
@@ -39,8 +38,7 @@ class Runs:
 
     def program(self, passes: Sequence[Pass]) -> Program:
         """The program that `passes` make of the teacher; what is saved of it is loaded."""
-        student = copy_of(self.teacher, "student").requires_grad_(True)
-        program = Program(self.teacher, student, Stage.MODULE, self.target, self.context)
+        program = Program.begin(self.teacher, self.target, self.context)
         timed = self.target.why_not_measured() is None
         oracle = Oracle(self.teacher, self.task, self.target, passes, self.context) if timed else None
         try:

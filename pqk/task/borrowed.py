@@ -12,13 +12,13 @@ from pqk.errors import Reason
 from pqk.task.checks import try_forward
 
 
-def why_not_its_own(teacher: nn.Module, twin: nn.Module, inputs: Inputs) -> Reason | None:
-    """Why `twin`, a copy of `teacher`, computes with tensors that are not its own; None where it does not."""
-    originals = {id(t): name for name, t in (*teacher.named_parameters(), *teacher.named_buffers())}
+def why_not_its_own(model: nn.Module, twin: nn.Module, inputs: Inputs, whose: str = "teacher") -> Reason | None:
+    """Why `twin`, a copy of `model`, computes with tensors that are not its own; None where it does not."""
+    originals = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
     own = {id(t) for t in (*twin.parameters(), *twin.buffers())}
     seen = _Seen()
     with seen:
-        try_forward(twin, inputs, "example")
+        try_forward(twin, inputs, "example", whose)
     name = next((originals[i] for i in seen.tensors if i in originals), None)
     if name is not None:
         return (

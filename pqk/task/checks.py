@@ -20,25 +20,28 @@ QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.
 """where the modules are that torch's own quantization leaves"""
 
 
-def check_teacher(teacher: object) -> None:
-    """Raises `InputError` for what is no float32 module of torch's that could be rewritten, and says what to pass."""
-    if not isinstance(teacher, nn.Module):
-        raise InputError(f"teacher: a {type(teacher).__name__} is no torch module")
-    if isinstance(teacher, torch.jit.ScriptModule):
-        raise InputError("teacher: a scripted module cannot be rewritten; pass the module that it was scripted from")
-    half = next((n for n, p in teacher.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+def check_module(model: object, whose: str = "teacher") -> None:
+    """Raises `InputError` for what is no float32 module of torch's that could be rewritten, and says what to pass.
+
+    `whose` it is, "teacher" or "student", begins the message.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{whose}: a {type(model).__name__} is no torch module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{whose}: a scripted module cannot be rewritten; pass the module that it was scripted from")
+    half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
-        raise InputError(f"teacher: {half} is in half precision; pass teacher.float(), pqk quantizes from float32")
-    for path, module in teacher.named_modules():
+        raise InputError(f"{whose}: {half} is in half precision; pass {whose}.float(), pqk quantizes from float32")
+    for path, module in model.named_modules():
         if type(module).__module__.startswith(QUANTIZED):
             raise InputError(
-                f"teacher: {path or 'it'} is a {type(module).__name__} of {type(module).__module__}: it is quantized "
+                f"{whose}: {path or 'it'} is a {type(module).__name__} of {type(module).__module__}: it is quantized "
                 "already; pass the float32 module that it was made from, pqk quantizes it"
             )
-    strange = next((n for n, t in teacher.state_dict().items() if not isinstance(t, Tensor)), None)
+    strange = next((n for n, t in model.state_dict().items() if not isinstance(t, Tensor)), None)
     if strange is not None:
         raise InputError(
-            f"teacher: its state has {strange}, which is no tensor, and the artifact keeps tensors alone; take "
+            f"{whose}: its state has {strange}, which is no tensor, and the artifact keeps tensors alone; take "
             "get_extra_state out of the module"
         )
 
@@ -48,30 +51,33 @@ def check_views(what: str, batch: Batch) -> None:
     sides = [[(tuple(t.shape), t.dtype) for t in x] for x in (batch.for_teacher().inputs, batch.inputs)]
     if sides[0] != sides[1]:
         raise InputError(
-            f"{what} data: the teacher's view is {sides[0]} and the student's {sides[1]}; the student is a rewritten "
-            "copy of the teacher and takes inputs of its shapes: bring the cheaper view to them (repeat, enlarge, pad)"
+            f"{what} data: the teacher's view is {sides[0]} and the student's {sides[1]}; both are compared and "
+            "timed on inputs of the same shapes: bring the cheaper view to them (repeat, enlarge, pad)"
         )
 
 
-def try_forward(teacher: nn.Module, inputs: Inputs, what: str) -> Outputs:
-    """The teacher's outputs. Raises `InputError` where it cannot take the inputs: whatever its own code raised."""
-    if by_name := _only_by_name(teacher):
+def try_forward(model: nn.Module, inputs: Inputs, what: str, whose: str = "teacher") -> Outputs:
+    """The outputs of a model. Raises `InputError` where it cannot take the inputs: whatever its own code raised.
+
+    `whose` it is, "teacher" or "student", begins the message.
+    """
+    if by_name := _only_by_name(model):
         raise InputError(
-            f"teacher: {type(teacher).__name__}.forward takes {', '.join(by_name)} by keyword alone, and pqk passes "
+            f"{whose}: {type(model).__name__}.forward takes {', '.join(by_name)} by keyword alone, and pqk passes "
             "all inputs by position, in the order of the task's example: wrap it in a module whose forward takes them "
             f"so, such as `def forward(self, x, {by_name[0]}): return self.model(x, {by_name[0]}={by_name[0]})`"
         )
     try:
         with torch.no_grad():  # not inference mode: what a module keeps of this call must be fit for training
-            return teacher(*inputs)
+            return model(*inputs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs)
-        raise InputError(f"teacher: the {what} inputs ({shapes}) do not fit it: {error}") from error
+        raise InputError(f"{whose}: the {what} inputs ({shapes}) do not fit it: {error}") from error
 
 
-def _only_by_name(teacher: nn.Module) -> list[str]:
+def _only_by_name(model: nn.Module) -> list[str]:
     """The inputs that `forward` needs and takes by keyword alone."""
-    parameters = inspect.signature(teacher.forward).parameters.values()
+    parameters = inspect.signature(model.forward).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 

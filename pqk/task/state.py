@@ -21,7 +21,7 @@ from pqk.copies import attributes, copy_of
 from pqk.data.structures import Inputs, Outputs, tensors
 from pqk.errors import InputError, Reason
 from pqk.task.borrowed import why_not_its_own
-from pqk.task.checks import check_teacher, try_forward
+from pqk.task.checks import check_module, try_forward
 
 SAME = 1e-4
 """largest difference of two answers that are the same, as a share of the largest magnitude: how memory lies counts"""
@@ -52,14 +52,15 @@ class HeldBuffers:
                 _put(model, name, buffer.copy_(value))
 
 
-def frozen_copy(teacher: nn.Module, inputs: Inputs) -> nn.Module:
-    """A copy of the teacher in eval mode, without gradients, that no call changes. Raises `InputError` as
-    `check_teacher` and `hold_counters` do, and for a module that cannot be copied or run."""
-    check_teacher(teacher)
-    twin = copy_of(teacher).eval().requires_grad_(False)
-    hold_counters(twin, inputs)
-    if (reason := why_not_its_own(teacher, twin, inputs)) is not None:
-        raise InputError(f"teacher: {reason}")
+def frozen_copy(model: nn.Module, inputs: Inputs, whose: str = "teacher") -> nn.Module:
+    """A copy of a model in eval mode, without gradients, that no call changes. Raises `InputError` as
+    `check_module` and `hold_counters` do, and for a module that cannot be copied or run; `whose` it is, "teacher" or
+    "student", begins the message."""
+    check_module(model, whose)
+    twin = copy_of(model, whose).eval().requires_grad_(False)
+    hold_counters(twin, inputs, whose)
+    if (reason := why_not_its_own(model, twin, inputs, whose)) is not None:
+        raise InputError(f"{whose}: {reason}")
     return twin
 
 
@@ -74,7 +75,7 @@ def held_counters(model: nn.Module, inputs: Inputs) -> Iterator[None]:
             handle.remove()
 
 
-def hold_counters(model: nn.Module, inputs: Inputs) -> list[RemovableHandle]:
+def hold_counters(model: nn.Module, inputs: Inputs, whose: str = "teacher") -> list[RemovableHandle]:
     """Holds still the buffers that a forward pass of `model` writes and no output depends on; else does nothing.
 
     What is filled once and stays, as a table of positions, is no counter. Everything is given back as it was.
@@ -82,7 +83,7 @@ def hold_counters(model: nn.Module, inputs: Inputs) -> list[RemovableHandle]:
     Raises:
         InputError: an output depends on what earlier calls wrote, and it names where; or the model cannot be run.
     """
-    probe = _Probe(model, inputs)
+    probe = _Probe(model, inputs, whose)
     moving = probe.moving()
     reasons = [why for name in moving if (why := probe.why_not_held(name)) is not None]
     repeated = probe.why_not_repeated()
@@ -90,7 +91,7 @@ def hold_counters(model: nn.Module, inputs: Inputs) -> list[RemovableHandle]:
     if reasons or repeated is not None:
         reason = f"its outputs depend on {', '.join(reasons)}, which its forward pass writes" if reasons else repeated
         raise InputError(
-            f"teacher: {reason}: what it answers depends on what it was asked before, and a compiled file keeps no "
+            f"{whose}: {reason}: what it answers depends on what it was asked before, and a compiled file keeps no "
             "state. Write to it in training mode only, or take it in and give it back as an input and an output"
         )
     buffers = [name for name in moving if name in probe.buffers]
@@ -100,8 +101,8 @@ def hold_counters(model: nn.Module, inputs: Inputs) -> list[RemovableHandle]:
 class _Probe:
     """Calls a model and looks at what that changes: parameters, buffers, and attributes that are tensors or numbers."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: nn.Module, inputs: Inputs, whose: str) -> None:
+        self.model, self.inputs, self.whose = model, inputs, whose
         self.other = tuple(t[:1].expand_as(t).contiguous() for t in inputs)
         """the first sample in place of all"""
         self.buffers = {name for name, _ in model.named_buffers()}
@@ -157,7 +158,7 @@ class _Probe:
     def _call(self, inputs: Inputs) -> Outputs:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            outputs = try_forward(self.model, inputs, "example")
+            outputs = try_forward(self.model, inputs, "example", self.whose)
         return [t.clone() for t in tensors(outputs)]
 
     def _state(self) -> dict[str, Any]:

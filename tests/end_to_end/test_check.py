@@ -193,7 +193,7 @@ def test_a_student_without_gain_is_not_called_fine(toy: Any, monkeypatch: pytest
     monkeypatch.setattr(module, "ratio_to", lambda *args, **kwargs: Ratio(0.92, 0.9, 0.94))
     found = rehearse(toy, RECIPE)
     assert found.problems == [] and found.no_gain is not None
-    for fragment in ("0.92x (0.90 to 0.94)", "of its MACs are integer", "% of the teacher's MACs are left"):
+    for fragment in ("0.92x (0.90 to 0.94)", "of its MACs are integer", "% of the teacher's MACs;"):
         assert fragment in found.no_gain
     shown = str(views.findings(dataclasses.asdict(found))[-1])
     assert "gains nothing" in shown and "nothing stands in the way" not in shown
@@ -231,3 +231,11 @@ def test_a_gpu_s_recipe_is_rehearsed_without_a_gpu(toy: Any) -> None:
     assert found.problems == [] and found.student is not None and found.student["size_bytes"] > 0
     assert found.latency is None and "--device cuda" in (found.latency_reason or "")
     assert any('must be "fuse"' in p for p in rehearse(toy, target + recipe).problems)
+
+
+def test_a_student_that_is_fused_for_later_is_measured_where_it_runs(toy: Any) -> None:
+    """A recipe for a CPU may end in `fuse`: what is timed and weighed there is model.onnx, not student.pt2."""
+    recipe = '[[pass]]\nname = "capture"\n[[pass]]\nname = "quantize"\nsamples = 64\n[[pass]]\nname = "convert"\n'
+    found = [rehearse(toy, f'[target]\nname = "x86-avx2"\n{recipe}{end}') for end in ("", '[[pass]]\nname = "fuse"\n')]
+    assert [f.problems for f in found] == [[], []]
+    assert found[0].student == found[1].student and found[1].latency is not None

@@ -213,8 +213,8 @@ def test_a_slice_compares_the_surviving_channels() -> None:
     ("hint", "kept", "message"),
     [
         (Hint(point="body", projector_kind="identity"), None, r"shapes differ \(student \(2, 4, 6, 6\).*use slice"),
-        (Hint(point="body"), None, "not known which teacher channels survive"),
-        (Hint(point="body"), [1, 2], "not known which teacher channels survive"),
+        (Hint(point="body"), None, "not known which teacher channels the student has"),
+        (Hint(point="body"), [1, 2], "not known which teacher channels the student has"),
         (Hint(point="head", projector_kind="conv1x1"), None, "conv1x1 maps images"),
         (Hint(point="boddy", teacher_point="body"), None, r'no module "boddy".*"body"'),
         (Hint(point="body", teacher_point="haed"), None, r'no module "haed".*"head"'),

@@ -117,7 +117,7 @@ class Join(nn.Module):
 def test_where_it_cannot_be_told_it_is_refused() -> None:
     done = Prune(macs_ratio=1.3, multiple=1).apply(program(Cat()), task())
     assert surviving_channels(done, task().example, "join") is None
-    with pytest.raises(InputError, match="not known which teacher channels survive"):
+    with pytest.raises(InputError, match="not known which teacher channels the student has"):
         Distill(terms=(Hint(point="join"),)).apply(done, task())
     with pytest.raises(InputError, match='layer "layer1.0.conv1" is gone: pruning removed block "layer1.0"'):
         plan = (Rewrite("drop_block", {"block": "layer1.0"}),)

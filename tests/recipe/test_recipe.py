@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pqk.errors import InputError
 from pqk.knowledge import AttentionTransfer, CrossEntropy, Hint, KLDivergence, LogitMSE
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
-from pqk.recipe.recipe import Recipe, TargetSpec, TaskSpec, TeacherSpec, parse_passes
+from pqk.recipe.recipe import Recipe, StudentSpec, TargetSpec, TaskSpec, TeacherSpec, parse_passes
 from pqk.recipe.schema import json_schema
 
 MODELS_FOLDER = Path(__file__).parents[2] / "models"
@@ -49,6 +49,7 @@ recipes = st.builds(
     Recipe,
     passes=st.lists(distills, max_size=2).map(lambda d: (*d, Capture(), Quantize(), Convert())),
     teacher=st.none() | st.builds(TeacherSpec, factory=st.just("a.b:c"), arguments=st.dictionaries(names, values)),
+    student=st.none() | st.builds(StudentSpec, factory=st.just("a.b:c"), arguments=st.dictionaries(names, values)),
     task=st.none() | st.builds(TaskSpec, factory=st.just("a:c"), arguments=st.dictionaries(names, values)),
     target=st.none() | st.builds(TargetSpec, name=st.just("x86-avx2")),
     seed=st.integers(0, 2**40),

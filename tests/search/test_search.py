@@ -177,6 +177,7 @@ def test_a_timed_search_on_this_machine_ships_what_no_form_of_the_teacher_beats(
         (Contract(max_drop=150), {}, "which has 100"),
         (Contract(budget="0.001s"), {}, "too small for one candidate"),
         (Contract(), {"target": "cuda-sm80"}, "for ONNX Runtime"),
+        (Contract(max_drop=2), {"student": Net(8)}, "cuts students out of the teacher"),
     ],
 )
 def test_bad_contracts_are_refused_before_anything_is_trained(

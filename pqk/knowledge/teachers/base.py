@@ -7,6 +7,7 @@ With a keyed augmentation the teacher sees each (sample, view) once; later epoch
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -40,6 +41,12 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def network_fingerprint(model: nn.Module) -> str:
+    """A digest of a model's architecture, as far as its modules print it, and of its tensors and their names."""
+    printed = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # where a function lies in memory, another process another
+    return hashlib.sha256(f"{printed}{weights_fingerprint(model)}".encode()).hexdigest()
 
 
 class Teacher(nn.Module, ABC):

@@ -91,8 +91,8 @@ class FeatureTerm(Term):
             return None
         if place.kept is None or len(place.kept) != place.student.shape[axis]:
             raise InputError(
-                f"{self.called}: it is not known which teacher channels survive there ({place}); use a hint with "
-                "conv1x1 or linear"
+                f"{self.called}: it is not known which teacher channels the student has there ({place}); use a hint "
+                "with conv1x1 or linear"
             )
         return Slice(place.kept)
 
