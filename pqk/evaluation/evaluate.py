@@ -7,6 +7,7 @@ and timed in turn with the teacher. What they answered is what the diagnostics a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from pqk.core.costs import count_macs, count_parameters, why_not_counted
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_folder import scope_of
 from pqk.deploy.torch_emitter import load_like
-from pqk.evaluation.diagnostics import diagnose
+from pqk.evaluation.diagnostics import Judged, diagnose
 from pqk.evaluation.latency_rows import time_variants
 from pqk.evaluation.profile import profile
 from pqk.evaluation.rows import Subject
@@ -50,7 +51,7 @@ def evaluate(
     fusion, parity = _contracts(subject)
     variants, optimized = with_optimized_teacher(variants, subject)
     latency, notes = time_variants(variants, subject)
-    judged = [variant.judge(subject, latency) for variant in variants]
+    judged = [_entitled(variant.judge(subject, latency), passes) for variant in variants]
     by_variant = {j.row.variant: j for j in judged if j.row.runtime != NEURAL_COMPRESSOR}
     student, teacher = by_variant["student"].row, by_variant["teacher_fp32"].row
     seconds = {scope_of(r.index, r.pass_name): r.seconds for r in program.records}
@@ -94,6 +95,13 @@ def _given(subject: Subject) -> Iterator[str]:
         f"the student is of another shape than its teacher: the passes began with a {type(program.given).__name__} of "
         f"{ours}, which was given and not cut out of the teacher ({theirs})"
     )
+
+
+def _entitled(judged: Judged, passes: Sequence[Pass]) -> Judged:
+    """A student that nothing trained is not called by a training."""
+    if judged.row.variant != "student" or any(p.training_epochs for p in passes):
+        return judged
+    return replace(judged, row=judged.row.model_copy(update={"label": "student: INT8, not trained"}))
 
 
 def _uncounted(subject: Subject) -> Iterator[str]:

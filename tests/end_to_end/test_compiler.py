@@ -351,7 +351,7 @@ def test_a_gpu_s_student_is_student_pt2_alone(tmp_path: Path) -> None:
     assert report.fusion.bytes_after < report.fusion.bytes_before
     student = next(r for r in report.attribution if r.variant == "student")
     assert student.runtime == "triton" and student.metric is not None and student.latency_ms is None
-    assert student.label is None  # it is no quantized teacher
+    assert student.label == "student: INT8, not trained"
     assert report.size_bytes == student.size_bytes == (out / "student.pt2").stat().st_size
     page = (out / "report.md").read_text()
     assert "## Fusion" in page and "| launches |" in page and "fused student, reference bodies" in page

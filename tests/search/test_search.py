@@ -149,6 +149,8 @@ def test_where_none_keeps_it_the_nearest_is_kept_and_the_exit_code_is_4(
 def test_without_training_data_integer_forms_are_what_there_is(teacher: nn.Module, tmp_path: Path) -> None:
     promise = search(teacher, tmp_path / "out", task=task(train=0)).report.promise
     assert promise is not None and promise.kept and promise.chosen == "static"
+    labels = [row.label for row in Artifact.load(tmp_path / "out").report.attribution if row.variant == "student"]
+    assert labels == ["student: INT8, not trained"]
     assert {t.name for t in promise.tried} == {"static", "dynamic", "float"}
 
 
