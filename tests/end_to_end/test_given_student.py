@@ -37,6 +37,8 @@ from pqk.rehearsal import rehearse
 from pqk.target.target import Target
 from pqk.task.task import Task
 
+pytestmark = pytest.mark.slow
+
 TERMS = (CrossEntropy(weight=0.1), KLDivergence(weight=0.9))
 POINTS = Hint(point="stage2", teacher_point="body.3", projector_kind="conv1x1")
 TARGET = Target.named("x86-avx2")
@@ -158,7 +160,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_the_table_has_rows_of_its_own(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What was given, and what distillation made of it; nothing is called pruned, and nothing was."""
     report = Artifact.load(table / "out").report
@@ -178,7 +179,6 @@ def test_the_table_has_rows_of_its_own(table: Path, capsys: pytest.CaptureFixtur
     assert "of a student of another shape, which was given and not cut out of its teacher" in shown
 
 
-@pytest.mark.slow
 def test_a_recipe_s_student_is_made_alike_in_every_run(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its random weights are drawn from the recipe's seed, so a run goes on; and a rebuild asks the factory."""
     artifact = compress(Net(), task(), table / "recipe.toml", out=table / "out", evaluation=TABLE, resume=True)
@@ -298,13 +298,11 @@ def test_a_joint_search_trains_what_is_deployed() -> None:
     assert len(weights) == 4 and not any(torch.equal(p, untrained[name]) for name, p in weights.items())
 
 
-@pytest.mark.slow
 def test_the_rehearsal_is_of_the_student_that_was_given() -> None:
     program = rehearse(Net().eval(), task(), WHOLE.passes, TARGET, student=student().eval())
     assert "stage2.0.0.weight_int8" in program.student.state_dict()
 
 
-@pytest.mark.slow
 def test_check_says_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "THREADS", 1)
     given = student()
@@ -317,7 +315,6 @@ def test_check_says_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(dataclasses.asdict(found))
 
 
-@pytest.mark.slow
 def test_a_comparison_begins_with_it(tmp_path: Path) -> None:
     variants = '[[variant]]\nname = "plain"\n[[variant]]\nname = "hot"\nset = { "distill@1.learning_rate" = 0.02 }\n'
     comparison = Comparison.loads(
