@@ -35,13 +35,12 @@ from pqk.core.run_folder import scope_of
 from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.law import check_groups
-from pqk.recipe.factories import student_of
+from pqk.recipe.factories import frozen_student_of
 from pqk.recipe.recipe import Recipe, why_not_for_target
 from pqk.rehearsal import why_not_deployed, why_not_exported
 from pqk.search.candidates import first_student
 from pqk.target.machine import peak_memory
 from pqk.target.target import Target
-from pqk.task.given import frozen_student
 from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.verify.coverage import integer_coverage
@@ -116,8 +115,6 @@ def check(
 
     Raises `InputError` where teacher, student and task do not fit each other; everything later is a finding.
     """
-    if recipe.contract is not None and not recipe.passes:
-        recipe = dataclasses.replace(recipe, passes=first_student(teacher, task))
     rehearsal = Rehearsal(teacher, task, recipe, observer or Silent(), student)
     try:
         with fused_layers(False):
@@ -134,11 +131,11 @@ class Rehearsal:
     ) -> None:
         self.teacher = frozen_copy(teacher, task.example)
         task.check(self.teacher)
-        if student is None:
-            student = student_of(recipe, self.teacher)
-        given = None if student is None else frozen_student(student, self.teacher, task)
         with torch.no_grad():
             self.outputs = self.teacher(*task.example)
+        if recipe.contract is not None and not recipe.passes:
+            recipe = dataclasses.replace(recipe, passes=first_student(self.teacher, task, self.outputs))
+        given = frozen_student_of(student, recipe, self.teacher, task)
         self.task, self.recipe = task, recipe
         self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
         self.watch = Stopwatch(observer)

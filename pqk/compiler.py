@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process, wait_for_all
 from pqk.core.modes import fused_layers
 from pqk.core.pipeline import check_order, run_passes
-from pqk.core.program import Program, Stage
+from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
 from pqk.core.run_folder import RunFolder
@@ -36,18 +36,17 @@ from pqk.files import read_sealed
 from pqk.gpu.autotune import choose_tuning, gpu_for, read_tuning
 from pqk.knowledge.teachers.base import network_fingerprint, weights_fingerprint
 from pqk.recipe.contract import Contract
-from pqk.recipe.factories import student_of
+from pqk.recipe.factories import frozen_student_of
 from pqk.recipe.fit import fit_recipe
 from pqk.recipe.recipe import Recipe, TargetSpec, why_not_for_target
 from pqk.rehearsal import rehearse
 from pqk.report.promise import Promise
 from pqk.report.schema import Report
 from pqk.search.on_evaluation import broken_in_words, on_evaluation
-from pqk.search.search import ContractSearch
+from pqk.search.search import ContractSearch, why_not_searched
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 from pqk.task.axes import BATCH
-from pqk.task.given import frozen_student
 from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.training.trainer import accelerator
@@ -190,16 +189,11 @@ def _job(
     chosen = _recipe(recipe, target, seed, contract, task)
     assert chosen.target is not None
     machine = Target.named(chosen.target.name)
-    if chosen.contract is not None and (reason := _why_not_searched(chosen.contract, machine)) is not None:
+    begun = student is not None or chosen.student is not None
+    if chosen.contract is not None and (reason := why_not_searched(chosen.contract, machine, begun)) is not None:
         raise InputError(f"contract: {reason}")
-    if chosen.passes:
-        last = check_order(chosen.passes)
-        if last != Stage.INT8:
-            raise InputError(
-                f'recipe: it leaves the student in stage {last}; the last pass must be "convert" or "fuse"'
-            )
-        if (reason := why_not_for_target(chosen.passes, machine)) is not None:
-            raise InputError(f"recipe: {reason}")
+    if chosen.passes and (reason := _why_not_deployed(chosen.passes, machine)) is not None:
+        raise InputError(f"recipe: {reason}")
     read_tuning(chosen.passes)
     for p in chosen.passes:
         if p.training_epochs:
@@ -208,15 +202,7 @@ def _job(
         raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
     teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
-    if student is None:
-        student = student_of(chosen, teacher, recipe if isinstance(recipe, str | Path) else None)
-    if student is not None:
-        if chosen.contract is not None:
-            raise InputError(
-                "contract: the search cuts students out of the teacher, and does not begin with another one; give the "
-                "passes for a student of another shape in a recipe, without a contract"
-            )
-        student = frozen_student(student, teacher, task)
+    student = frozen_student_of(student, chosen, teacher, task, recipe if isinstance(recipe, str | Path) else None)
     if recipe is None:
         chosen = fit_recipe(chosen, teacher, task)
     with torch.no_grad():
@@ -227,15 +213,12 @@ def _job(
     return Job(teacher, student, task, chosen, machine, out, evaluation)
 
 
-def _why_not_searched(contract: Contract, machine: Target) -> Reason | None:
-    """Why no student is searched for under this contract, for this target and in this many processes."""
-    if accelerator().num_processes > 1:
-        return "the search runs in one process; start it in one, or give the passes in a recipe"
-    if machine.runtime != "onnxruntime":
-        return f"the search is for ONNX Runtime, and {machine.name} runs {machine.runtime}; give the passes in a recipe"
-    if contract.timed and (reason := machine.why_not_measured()) is not None:
-        return f"{reason}; leave out min_speedup and max_latency_ms, or compile on the target"
-    return None
+def _why_not_deployed(passes: Sequence[Pass], machine: Target) -> Reason | None:
+    """Why passes do not end in what the target runs, else None."""
+    last = check_order(passes)
+    if last != Stage.INT8:
+        return f'it leaves the student in stage {last}; the last pass must be "convert" or "fuse"'
+    return why_not_for_target(passes, machine)
 
 
 def _default(target: Target | str | None, contract: Contract | None, task: Task) -> Recipe:

@@ -42,12 +42,11 @@ from pqk.errors import InputError, PqkError
 from pqk.files import read_sealed, write_json, write_sealed, write_whole
 from pqk.knowledge.teachers.base import network_fingerprint, weights_fingerprint
 from pqk.passes import REWRITES
-from pqk.recipe.factories import student_of
+from pqk.recipe.factories import frozen_student_of
 from pqk.recipe.recipe import why_not_for_target
 from pqk.recipe.strict import plain
 from pqk.target.machine import machine_fingerprint, usable_cores
 from pqk.target.target import Target
-from pqk.task.given import frozen_student
 from pqk.task.state import frozen_copy
 from pqk.task.task import Task
 from pqk.training.trainer import accelerator
@@ -101,10 +100,7 @@ def compare(
         raise InputError(f"{folder} is not empty; choose another, or continue with --resume")
     teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
-    if student is None:
-        student = student_of(comparison.recipe, teacher)
-    if student is not None:
-        student = frozen_student(student, teacher, task)
+    student = frozen_student_of(student, comparison.recipe, teacher, task)
     with RunFolder.of(folder).held():
         bench = _Bench(teacher, student, task, comparison, target, folder, observer or Silent())
         try:

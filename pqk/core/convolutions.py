@@ -67,14 +67,20 @@ class UnitStrides(TorchFunctionMode):
 
 
 @dataclass
-class Convolution:
-    """A call of `torch.conv2d`, by its arguments."""
+class ConvolutionCall:
+    """The arguments that `torch.conv2d` and `torch.conv_transpose2d` begin with."""
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None = None
     stride: Any = 1
     padding: Any = 0
+
+
+@dataclass
+class Convolution(ConvolutionCall):
+    """A call of `torch.conv2d`, by its arguments."""
+
     dilation: Any = 1
     groups: int = 1
 
@@ -84,14 +90,9 @@ class Convolution:
 
 
 @dataclass
-class TransposedConvolution:
+class TransposedConvolution(ConvolutionCall):
     """A call of `torch.conv_transpose2d`, by its arguments."""
 
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    stride: Any = 1
-    padding: Any = 0
     output_padding: Any = 0
     groups: int = 1
     dilation: Any = 1

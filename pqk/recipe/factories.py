@@ -16,6 +16,7 @@ from pqk.data.folders import data_folders
 from pqk.errors import InputError, nearest
 from pqk.files import read_tensors
 from pqk.recipe.recipe import Recipe, StudentSpec, TaskSpec, TeacherSpec
+from pqk.task.given import frozen_student
 from pqk.task.task import Task
 
 
@@ -51,6 +52,18 @@ def student_of(recipe: Recipe, teacher: nn.Module, path: str | Path | None = Non
         return None
     beside = None if path is None else Path(path).resolve().parent
     return load_student(recipe.student, teacher, recipe.seed, beside=beside)
+
+
+def frozen_student_of(
+    student: nn.Module | None, recipe: Recipe, teacher: nn.Module, task: Task, path: str | Path | None = None
+) -> nn.Module | None:
+    """A frozen copy of the student of another shape that a compile begins with, or None where there is none.
+
+    It is `student`, or else what the recipe's [student] names. Raises `InputError` as `student_of` and
+    `frozen_student` do.
+    """
+    given = student_of(recipe, teacher, path) if student is None else student
+    return None if given is None else frozen_student(given, teacher, task)
 
 
 def _load(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from pqk.core.program import Pass
@@ -126,12 +125,10 @@ def finished(start: Candidate, form: Candidate, training: TrainingChoice, epochs
     return replace(start, name=f"{start.name}, trained", what=what, passes=passes)
 
 
-def first_student(teacher: nn.Module, task: Task) -> tuple[Pass, ...]:
+def first_student(teacher: nn.Module, task: Task, outputs: Any) -> tuple[Pass, ...]:
     """The passes of the first student that a search cuts and trains, as a rehearsal takes them."""
     form = forms(teacher)[0]
     passes = form.passes
     if task.train is not None:
         passes = rung((), "width", 1, form, TrainingChoice("sgd", 0.02, 1.0), 1.0).passes
-    with torch.no_grad():
-        outputs = teacher(*task.example)
     return tuple(p.fitted(task, outputs) for p in passes)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pqk.bench.measure import fastest, ratio_to
@@ -160,16 +161,24 @@ class Judge:
     def teacher_ms(self) -> float:
         return float(fastest([self.baseline], self.task.feeds(1), rounds=7)[0])
 
+    def _resampled(self, outputs: Outputs) -> NDArray[np.float64]:
+        """The metric on every resample, `[RESAMPLES]`, the same samples for whatever outputs."""
+        rng, targets = np.random.default_rng(self.seed), self.answers[1]
+        values = np.empty(RESAMPLES)
+        for i in range(RESAMPLES):
+            rows = torch.from_numpy(rng.integers(0, self.samples, self.samples))
+            values[i] = self.value(rows_of(outputs, rows), rows_of(targets, rows))
+        return values
+
+    @cached_property
+    def _teacher_resampled(self) -> NDArray[np.float64]:
+        return self._resampled(self.answers[0])
+
     def drop(self, outputs: Outputs) -> tuple[float, float]:
         """How much the metric of `outputs` is below the teacher's, and the upper end of its one-sided interval."""
-        (reference, targets), samples = self.answers, self.samples
-        point = self.teacher_value - self.value(outputs, targets)
-        rng = np.random.default_rng(self.seed)
-        drops = np.empty(RESAMPLES)
-        for i in range(RESAMPLES):
-            rows = torch.from_numpy(rng.integers(0, samples, samples))
-            picked = rows_of(targets, rows)
-            drops[i] = self.value(rows_of(reference, rows), picked) - self.value(rows_of(outputs, rows), picked)
+        samples = self.samples
+        point = self.teacher_value - self.value(outputs, self.answers[1])
+        drops = self._teacher_resampled - self._resampled(outputs)
         high = float(np.percentile(drops, CERTAIN))
         if self.unit == "share" and float(np.ptp(drops)) == 0.0:
             high = point + NONE_OF / samples

@@ -14,8 +14,12 @@ def on_evaluation(promise: Promise, report: Report) -> Promise:
     return promise.model_copy(update={"clauses": clauses, "dominated_by": better})
 
 
+def _student(report: Report) -> AttributionRow | None:
+    return next((row for row in report.attribution if row.variant == "student"), None)
+
+
 def _measured(clause: Clause, report: Report) -> Clause:
-    student = next((row for row in report.attribution if row.variant == "student"), None)
+    student = _student(report)
     value: float | None = None
     if clause.name == "max_drop" and report.metric is not None and report.metric.teacher is not None:
         if report.metric.student is not None:
@@ -35,7 +39,7 @@ def _measured(clause: Clause, report: Report) -> Clause:
 
 def dominating(report: Report) -> list[AttributionRow]:
     """The rows of the table that are no worse in the metric, and faster beyond both intervals."""
-    student = next((row for row in report.attribution if row.variant == "student"), None)
+    student = _student(report)
     if student is None or student.metric is None or student.ratio_high is None:
         return []
     metric, high = student.metric, student.ratio_high

@@ -18,8 +18,9 @@ from torch import nn
 
 from pqk.core.program import Pass, Program
 from pqk.core.run_context import RunContext
-from pqk.errors import InputError, PqkError
+from pqk.errors import InputError, PqkError, Reason
 from pqk.passes.distill.keep_best import Criterion
+from pqk.recipe.contract import Contract
 from pqk.recipe.recipe import Recipe
 from pqk.report.promise import Promise
 from pqk.search.candidates import (
@@ -43,6 +44,7 @@ from pqk.search.trials import choose_training
 from pqk.search.verdict import Terms, Tried, promise_of
 from pqk.target.target import Target
 from pqk.task.task import Task
+from pqk.training.trainer import accelerator
 
 TRIALS, LONGEST_TRIALS = 0.08, 600.0
 """share of the budget that is left, and seconds, for trying how to train"""
@@ -322,6 +324,25 @@ class ContractSearch:
         text = tried.fate.partition("\n")[0] if tried.worth is None else _numbers(tried.worth)
         self.advance(percent - self.shown, f"{tried.candidate.name}: {text}"[:60])
         self.shown = percent
+
+
+def why_not_searched(contract: Contract, machine: Target, begun: bool) -> Reason | None:
+    """Why no student is searched for under this contract, for this target and in this many processes, else None.
+
+    `begun`: whether the compile begins with a student of another shape.
+    """
+    if accelerator().num_processes > 1:
+        return "the search runs in one process; start it in one, or give the passes in a recipe"
+    if machine.runtime != "onnxruntime":
+        return f"the search is for ONNX Runtime, and {machine.name} runs {machine.runtime}; give the passes in a recipe"
+    if contract.timed and (reason := machine.why_not_measured()) is not None:
+        return f"{reason}; leave out min_speedup and max_latency_ms, or compile on the target"
+    if begun:
+        return (
+            "the search cuts students out of the teacher, and does not begin with another one; give the passes for a "
+            "student of another shape in a recipe, without a contract"
+        )
+    return None
 
 
 def _numbers(worth: Worth) -> str:

@@ -12,6 +12,7 @@ from evaluations import UNTIMED
 from torch import Tensor, nn
 
 from pqk import ArrayData, Artifact, Contract, ContractError, Recipe, Task, compress
+from pqk.check import check
 from pqk.errors import InputError
 from pqk.passes import Capture, Convert, Quantize
 
@@ -188,3 +189,11 @@ def test_bad_contracts_are_refused_before_anything_is_trained(
     with pytest.raises(InputError, match=message):
         search(teacher, tmp_path / "out", contract, **options)
     assert not list((tmp_path / "out").rglob("*distill*"))
+
+
+def test_check_of_a_contract_rehearses_a_first_student_and_leaves_the_teacher_as_it_was() -> None:
+    net = Net().train()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    found = check(net, task(), Recipe(passes=(), contract=Contract(max_drop=2)))
+    assert [row.name for row in found.passes] == ["prune", "distill", "capture", "quantize", "convert"]
+    assert net.training and all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
