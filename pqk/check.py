@@ -35,7 +35,7 @@ from pqk.core.run_folder import scope_of
 from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.law import check_groups
-from pqk.recipe.factories import frozen_student_of
+from pqk.recipe.factories import students_of
 from pqk.recipe.recipe import Recipe, why_not_for_target
 from pqk.rehearsal import why_not_deployed, why_not_exported
 from pqk.search.candidates import first_student
@@ -135,7 +135,9 @@ class Rehearsal:
             self.outputs = self.teacher(*task.example)
         if recipe.contract is not None and not recipe.passes:
             recipe = dataclasses.replace(recipe, passes=first_student(self.teacher, task, self.outputs))
-        given = frozen_student_of(student, recipe, self.teacher, task)
+        students = students_of(student, recipe, self.teacher, task)
+        # of a contract, what is rehearsed is cut out of the teacher
+        given = students[0].module if students and recipe.contract is None else None
         self.task, self.recipe = task, recipe
         self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
         self.watch = Stopwatch(observer)

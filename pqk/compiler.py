@@ -9,7 +9,6 @@ import importlib.metadata
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +19,31 @@ from pqk.bench.oracle import Oracle
 from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process, wait_for_all
 from pqk.core.modes import fused_layers
-from pqk.core.pipeline import check_order, run_passes
-from pqk.core.program import Pass, Program, Stage
+from pqk.core.pipeline import run_passes
+from pqk.core.program import Program
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
-from pqk.core.run_folder import RunFolder
-from pqk.data.data import digest_of
 from pqk.deploy.artifact import MANIFEST, MODEL, Artifact, describe_interface, seal, write_report, write_student
 from pqk.deploy.tuning import Tuning
 from pqk.documents import digest_of_file, digest_of_values
-from pqk.errors import ContractError, InputError, ParityError, Reason
+from pqk.errors import ContractError, InputError, ParityError
 from pqk.evaluation.evaluate import evaluate
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
 from pqk.gpu.autotune import choose_tuning, gpu_for, read_tuning
-from pqk.knowledge.teachers.base import network_fingerprint, weights_fingerprint
+from pqk.job import Job, job_of
+from pqk.knowledge.teachers.base import network_fingerprint
 from pqk.recipe.contract import Contract
-from pqk.recipe.factories import frozen_student_of
-from pqk.recipe.fit import fit_recipe
-from pqk.recipe.recipe import Recipe, TargetSpec, why_not_for_target
+from pqk.recipe.recipe import Recipe
 from pqk.rehearsal import rehearse
 from pqk.report.promise import Promise
 from pqk.report.schema import Report
 from pqk.search.on_evaluation import broken_in_words, on_evaluation
-from pqk.search.search import ContractSearch, why_not_searched
+from pqk.search.search import ContractSearch
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 from pqk.task.axes import BATCH
-from pqk.task.state import frozen_copy
 from pqk.task.task import Task
-from pqk.training.trainer import accelerator
 from pqk.verify.other_sizes import answers_none, why_not_at_other_sizes
 
 
@@ -60,7 +54,7 @@ def compress(
     target: Target | str | None = None,
     out: str | Path = "out",
     *,
-    student: nn.Module | None = None,
+    student: nn.Module | Sequence[nn.Module] | None = None,
     seed: int | None = None,
     resume: bool = False,
     evaluation: Evaluation | None = None,
@@ -81,8 +75,8 @@ def compress(
         out: the artifact's directory, empty or new (or, with `resume`, that of the run to continue).
         student: a network of another shape that the passes begin with, in place of a copy of the teacher; its weights
             may be random, and its outputs must have the structure, shapes and dtypes of the teacher's. None: what the
-            recipe's `[student]` names, or else a copy of the teacher. A resume needs the same module again, with the
-            same weights.
+            recipe's `[student]` names, or else a copy of the teacher. Under a contract it competes with what is cut out
+            of the teacher, and may be several. A resume needs the same modules again, with the same weights.
         seed: overrides the recipe's.
         resume: continue the run in `out` at its last finished pass.
         evaluation: what is measured of the student, beside what, and how long; `Evaluation()` where None.
@@ -99,7 +93,7 @@ def compress(
         ParityError: the deployed numbers differ from the trained ones; saved passes are kept.
         ContractError: no student keeps the contract; the nearest one is in `out`.
     """
-    job = _job(teacher, student, task, recipe, target, Path(out), seed, evaluation or Evaluation(), contract)
+    job = job_of(teacher, student, task, recipe, target, Path(out), seed, evaluation or Evaluation(), contract)
     with contextlib.ExitStack() as held, _unwritable(job.out):
         identity = job.identity()
         from_main(lambda: held.enter_context(job.folder.opened(identity, resume)))
@@ -122,139 +116,18 @@ def _compile(job: Job, identity: str, observer: Observer, allow_parity_failure: 
     if job.recipe.contract is None:
         program = _run(job, identity, observer)
     else:
-        found = ContractSearch(job.teacher, job.task, job.target, job.recipe, _context(job, identity, observer)).run()
-        job, program, promise = dataclasses.replace(job, recipe=found.recipe), found.program, found.promise
+        assert job.deciding is not None
+        context = _context(job, identity, observer)
+        search = ContractSearch(job.teacher, job.students, job.task, job.target, job.recipe, context, job.deciding)
+        found = search.run()
+        job = dataclasses.replace(job, recipe=found.recipe, students=found.students)
+        program, promise = found.program, found.promise
     if is_main_process():
         interface = _interface(job, program)
         names = _write(job, program)
         _compare_sizes(job, program, interface, allow_parity_failure)
         report = _judge(job, program, promise)
         _ship(job, program, interface, names, report, allow_parity_failure)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One compile, checked: everything in it fits together."""
-
-    teacher: nn.Module
-    """a frozen copy, in eval mode"""
-    student: nn.Module | None
-    """likewise a frozen copy, of a student of another shape; None: it is cut out of the teacher"""
-    task: Task
-    recipe: Recipe
-    target: Target
-    out: Path
-    evaluation: Evaluation
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder.of(self.out)
-
-    def identity(self) -> dict[str, Any]:
-        """What a run is a run of: a resume must be of the same."""
-        data = {
-            "train": None if self.task.train is None else self.task.train.fingerprint(),
-            "validation": self.task.validation.fingerprint(),
-            "evaluation": self.task.evaluation.fingerprint(),
-        }
-        return {
-            "recipe": self.recipe.dumps(),
-            "teacher": weights_fingerprint(self.teacher),
-            # also where there is none: a run that was given a student is not continued without
-            "student": None if self.student is None else network_fingerprint(self.student),
-            "data": data,
-            # made by the data's own preprocessing, which `data` does not show
-            "example": digest_of("example", self.task.example),
-        }
-
-
-def _job(
-    teacher: nn.Module,
-    student: nn.Module | None,
-    task: Task,
-    recipe: Recipe | str | Path | None,
-    target: Target | str | None,
-    out: Path,
-    seed: int | None,
-    evaluation: Evaluation,
-    contract: Contract | None = None,
-) -> Job:
-    """Check everything that can be checked before a pass runs. Raises `InputError`."""
-    if not isinstance(task, Task):
-        raise InputError(
-            f"task: a {type(task).__name__} is no pqk.Task; make one of your data: Task(train, evaluation)"
-        )
-    if not isinstance(evaluation, Evaluation):
-        raise InputError(f"evaluation: a {type(evaluation).__name__} is no pqk.Evaluation; such as Evaluation.quick()")
-    chosen = _recipe(recipe, target, seed, contract, task)
-    assert chosen.target is not None
-    machine = Target.named(chosen.target.name)
-    begun = student is not None or chosen.student is not None
-    if chosen.contract is not None and (reason := why_not_searched(chosen.contract, machine, begun)) is not None:
-        raise InputError(f"contract: {reason}")
-    if chosen.passes and (reason := _why_not_deployed(chosen.passes, machine)) is not None:
-        raise InputError(f"recipe: {reason}")
-    read_tuning(chosen.passes)
-    for p in chosen.passes:
-        if p.training_epochs:
-            task.need_train(p.name)
-    if accelerator().num_processes > 1 and evaluation.controls:
-        raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
-    teacher = frozen_copy(teacher, task.example)
-    task.check(teacher)
-    student = frozen_student_of(student, chosen, teacher, task, recipe if isinstance(recipe, str | Path) else None)
-    if recipe is None:
-        chosen = fit_recipe(chosen, teacher, task)
-    with torch.no_grad():
-        outputs = teacher(*task.example)
-    for number, p in enumerate(chosen.passes, 1):
-        if (reason := p.why_not_applied(task, outputs)) is not None:
-            raise InputError(f"recipe: pass {number} {reason}")
-    return Job(teacher, student, task, chosen, machine, out, evaluation)
-
-
-def _why_not_deployed(passes: Sequence[Pass], machine: Target) -> Reason | None:
-    """Why passes do not end in what the target runs, else None."""
-    last = check_order(passes)
-    if last != Stage.INT8:
-        return f'it leaves the student in stage {last}; the last pass must be "convert" or "fuse"'
-    return why_not_for_target(passes, machine)
-
-
-def _default(target: Target | str | None, contract: Contract | None, task: Task) -> Recipe:
-    """A search for what keeps the contract; for a GPU, whose latency no compile measures, the default passes."""
-    name = target.name if isinstance(target, Target) else target
-    runtime = "onnxruntime" if name is None else Target.named(name).runtime
-    if contract is None and runtime != "onnxruntime":
-        return Recipe.default(task.train is not None, runtime)
-    return Recipe(passes=(), contract=contract or Contract())
-
-
-def _recipe(
-    recipe: Recipe | str | Path | None,
-    target: Target | str | None,
-    seed: int | None,
-    contract: Contract | None,
-    task: Task,
-) -> Recipe:
-    if contract is not None and not isinstance(contract, Contract):
-        raise InputError(f"contract: a {type(contract).__name__} is no pqk.Contract; such as Contract(max_drop=0.5)")
-    if recipe is None:
-        recipe = _default(target, contract, task)
-    elif isinstance(recipe, str | Path):
-        recipe = Recipe.load(recipe)
-    elif not isinstance(recipe, Recipe):
-        raise InputError(f"recipe: a {type(recipe).__name__} is neither a pqk.Recipe nor the path of one")
-    if contract is not None:
-        recipe = dataclasses.replace(recipe, contract=contract)
-    if target is not None:
-        name = target.name if isinstance(target, Target) else Target.named(target).name
-        recipe = dataclasses.replace(recipe, target=TargetSpec(name=name))
-    if recipe.target is None:
-        recipe = dataclasses.replace(recipe, target=TargetSpec(name=Target.detect().name))
-    if seed is not None and seed < 0:
-        raise InputError(f"seed={seed} must not be negative")
-    return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
 
 
 @contextmanager
@@ -382,7 +255,7 @@ def _ship(
         "seed": job.recipe.seed,
         "teacher": identity["teacher"],
         # only of a student that was given: the plan of one without begins with the teacher
-        **({} if job.student is None else {"student": identity["student"]}),
+        **({} if job.student is None else {"student": network_fingerprint(job.student)}),
         "data": identity["data"],
         **interface,
         "preprocessing": job.task.preprocessing,

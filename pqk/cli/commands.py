@@ -25,8 +25,9 @@ from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
 from pqk.recipe.factories import load_student, load_task, load_teacher
-from pqk.recipe.recipe import TABLES, Recipe, TargetSpec, TaskSpec, TeacherSpec, with_clauses
+from pqk.recipe.recipe import TABLES, Recipe, with_clauses
 from pqk.recipe.schema import json_schema
+from pqk.recipe.specs import TargetSpec, TaskSpec, TeacherSpec
 from pqk.recipe.strict import plain
 from pqk.report.html.page import why_not_drawn
 from pqk.report.markdown import to_markdown

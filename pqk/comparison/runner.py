@@ -42,7 +42,7 @@ from pqk.errors import InputError, PqkError
 from pqk.files import read_sealed, write_json, write_sealed, write_whole
 from pqk.knowledge.teachers.base import network_fingerprint, weights_fingerprint
 from pqk.passes import REWRITES
-from pqk.recipe.factories import frozen_student_of
+from pqk.recipe.factories import students_of
 from pqk.recipe.recipe import why_not_for_target
 from pqk.recipe.strict import plain
 from pqk.target.machine import machine_fingerprint, usable_cores
@@ -100,9 +100,11 @@ def compare(
         raise InputError(f"{folder} is not empty; choose another, or continue with --resume")
     teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
-    student = frozen_student_of(student, comparison.recipe, teacher, task)
+    students = students_of(student, comparison.recipe, teacher, task)
     with RunFolder.of(folder).held():
-        bench = _Bench(teacher, student, task, comparison, target, folder, observer or Silent())
+        bench = _Bench(
+            teacher, students[0].module if students else None, task, comparison, target, folder, observer or Silent()
+        )
         try:
             return bench.run(command)
         finally:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from pqk.recipe.recipe import (
-    FACTORY,
-    Recipe,
-    TargetSpec,
-    TaskSpec,
-    TeacherSpec,
-    parse_passes,
-    pass_named,
-    why_not_for_target,
-)
+from pqk.recipe.recipe import Recipe, parse_passes, pass_named, why_not_for_target
 from pqk.recipe.schema import json_schema
+from pqk.recipe.specs import FACTORY, TargetSpec, TaskSpec, TeacherSpec
 from pqk.recipe.strict import documentation, explain, parse, plain, read_text
 
 __all__ = [

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from pqk.core.program import CONFIG
 from pqk.errors import InputError
+from pqk.recipe.specs import StudentSpec
 
 Free = Literal["speed", "metric"]
 """what is made as good as it gets, where every clause holds"""
@@ -42,6 +43,8 @@ class Contract:
     """the largest that its file may be, in millions of bytes"""
     budget: str = "15m"
     """what the search may take: "30m", "2h", or "40 epochs" of training, all students together"""
+    shapes: tuple[StudentSpec, ...] = ()
+    """factories of students of another shape, which compete with those that are cut out of the teacher"""
 
     def __post_init__(self) -> None:
         match = BUDGET.fullmatch(self.budget.strip())

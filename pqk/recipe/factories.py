@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from pqk.data.folders import data_folders
 from pqk.errors import InputError, nearest
 from pqk.files import read_tensors
-from pqk.recipe.recipe import Recipe, StudentSpec, TaskSpec, TeacherSpec
+from pqk.recipe.recipe import Recipe
+from pqk.recipe.specs import StudentSpec, TaskSpec, TeacherSpec
 from pqk.task.given import frozen_student
 from pqk.task.task import Task
 
@@ -54,16 +56,55 @@ def student_of(recipe: Recipe, teacher: nn.Module, path: str | Path | None = Non
     return load_student(recipe.student, teacher, recipe.seed, beside=beside)
 
 
-def frozen_student_of(
-    student: nn.Module | None, recipe: Recipe, teacher: nn.Module, task: Task, path: str | Path | None = None
-) -> nn.Module | None:
-    """A frozen copy of the student of another shape that a compile begins with, or None where there is none.
+@dataclass(frozen=True)
+class GivenStudent:
+    """A student of another shape, as a compile begins with it."""
 
-    It is `student`, or else what the recipe's [student] names. Raises `InputError` as `student_of` and
-    `frozen_student` do.
+    name: str
+    """such as "plain(width=16)", or the name of its class where it was given in Python"""
+    module: nn.Module
+    """a frozen copy, in eval mode"""
+    spec: StudentSpec | None
+    """its factory; None: it was given in Python"""
+
+
+def students_of(
+    student: nn.Module | Sequence[nn.Module] | None,
+    recipe: Recipe,
+    teacher: nn.Module,
+    task: Task,
+    path: str | Path | None = None,
+) -> list[GivenStudent]:
+    """The students of another shape that a compile begins with: those given, else what the recipe's [student] names.
+
+    Of a contract those of its `shapes`, too. Raises `InputError` as `student_of` and `frozen_student` do, and for
+    several without a contract, which has nothing to choose by.
     """
-    given = student_of(recipe, teacher, path) if student is None else student
-    return None if given is None else frozen_student(given, teacher, task)
+    modules = [student] if isinstance(student, nn.Module) else list(student or [])
+    found: list[tuple[str, nn.Module, StudentSpec | None]] = [(type(m).__name__, m, None) for m in modules]
+    specs = [recipe.student] if recipe.student is not None and not modules else []
+    specs += () if recipe.contract is None else recipe.contract.shapes
+    beside = None if path is None else Path(path).resolve().parent
+    found += [(_name(spec), load_student(spec, teacher, recipe.seed, beside=beside), spec) for spec in specs]
+    if len(found) > 1 and recipe.contract is None:
+        raise InputError(
+            f"student: {len(found)} networks were given, and without a contract nothing chooses one; give one, or a "
+            "contract for which they compete"
+        )
+    names: list[str] = []
+    for name, _, _ in found:
+        count = sum(n.partition(" #")[0] == name for n in names)
+        names.append(name if not count else f"{name} #{count + 1}")
+    return [
+        GivenStudent(name, frozen_student(module, teacher, task), spec)
+        for name, (_, module, spec) in zip(names, found, strict=True)
+    ]
+
+
+def _name(spec: StudentSpec) -> str:
+    """`plain(width=16)`."""
+    arguments = ", ".join(f"{k}={v}" for k, v in spec.arguments.items())
+    return f"{spec.factory.partition(':')[2]}({arguments})"
 
 
 def _load(

@@ -37,54 +37,9 @@ from pqk.errors import InputError, Reason, nearest
 from pqk.passes import PASSES, Fuse
 from pqk.recipe.contract import Contract
 from pqk.recipe.defaults import DEFAULT, DEFAULT_PTQ, FUSE
+from pqk.recipe.specs import StudentSpec, TargetSpec, TaskSpec, TeacherSpec
 from pqk.recipe.strict import explain, parse, parse_toml, plain, read_text, toml_value
 from pqk.target.target import Target
-
-FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class TeacherSpec:
-    """Where the teacher comes from. Only compress, check and rebuild import the factory."""
-
-    factory: str = Field(pattern=FACTORY)
-    """`module:function` that returns the untrained module, such as "pqk.models.resnet:resnet56" """
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """keyword arguments of the factory"""
-    weights: str | None = None
-    """a safetensors file, looked for beside the recipe and in the data folder"""
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class StudentSpec:
-    """Where a student comes from that is not cut out of its teacher. Only compress, check and rebuild import it."""
-
-    factory: str = Field(pattern=FACTORY)
-    """`module:function` that returns the module that the passes begin with, such as "pqk.models.plain:plain"; one with
-    a parameter `teacher` gets the teacher. What it draws is drawn from the recipe's seed"""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """keyword arguments of the factory"""
-    weights: str | None = None
-    """a safetensors file, looked for as the teacher's; without one the weights are those that the factory gives"""
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class TaskSpec:
-    """Where data, metric and loss come from."""
-
-    factory: str = Field(pattern=FACTORY)
-    """`module:function(data_folder, **arguments)` that returns a `pqk.Task`; one with a parameter `teacher` gets it"""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """keyword arguments of the factory"""
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class TargetSpec:
-    """The machine that will run the student; this one where no table is given."""
-
-    name: str
-    """such as "x86-avx2"; `pqk doctor` lists them"""
-
 
 TABLES: dict[str, type[Any]] = {
     "teacher": TeacherSpec, "student": StudentSpec, "task": TaskSpec, "target": TargetSpec,

@@ -36,6 +36,8 @@ class Candidate:
     """how it was cut; None: it is the whole teacher, or of the user's own recipe"""
     level: int = 0
     """which of the goals it was cut to, from 1 on"""
+    shape: str | None = None
+    """the name of the student of another shape that its passes begin with; None: a copy of the teacher"""
 
     @property
     def floats(self) -> tuple[Pass, ...]:
@@ -87,9 +89,22 @@ def _integers(quantize: Quantize) -> tuple[Pass, ...]:
     return (Capture(), quantize, Convert())
 
 
-def given(passes: Sequence[Pass]) -> list[Candidate]:
-    """The passes of the user's own recipe, which compete with what is found."""
-    return [Candidate("recipe", "the passes of the recipe", tuple(passes))] if passes else []
+def given(passes: Sequence[Pass], shape: str | None) -> list[Candidate]:
+    """The passes of the user's own recipe, of the teacher or its own student, which compete with what is found."""
+    return [Candidate("recipe", "the passes of the recipe", tuple(passes), shape=shape)] if passes else []
+
+
+def shaped(shape: str, form: Candidate) -> Candidate:
+    """A student of another shape as it was given, in integers as `form` is."""
+    what = f"a student of another shape, as it was given; {form.what}"
+    return Candidate(f"{shape}, {form.name}", what, form.passes, shape=shape)
+
+
+def continued(start: Candidate, form: Candidate, training: TrainingChoice, epochs: float, number: int) -> Candidate:
+    """A student of another shape that is trained for `epochs` more, in its round of that number."""
+    passes = (*start.floats, distillation(training, epochs), *form.passes)
+    what = f"a student of another shape, trained for {epochs:.2g} epochs more; {form.what}"
+    return replace(start, name=f"{start.shape}, round {number}", what=what, passes=passes)
 
 
 def distillation(training: TrainingChoice, epochs: float) -> Distill:

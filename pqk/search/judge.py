@@ -23,6 +23,7 @@ from pqk.bench.measure import fastest, ratio_to
 from pqk.core.costs import count_macs
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.program import Program
+from pqk.data.data import Data
 from pqk.data.structures import Outputs, first_tensor, map_tensors
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError
@@ -64,11 +65,12 @@ class Worth:
 
 
 class Judge:
-    """Judges INT8 students of one teacher on its task's validation data. Files are written into `folder`."""
+    """Judges INT8 students of one teacher on the data that decides. Files are written into `folder`."""
 
-    def __init__(self, teacher: nn.Module, task: Task, folder: Path, *, timed: bool, seed: int) -> None:
-        self.teacher, self.task, self.folder, self.timed, self.seed = teacher, task, folder, timed, seed
-        self.labelled = task.validation.labelled
+    def __init__(self, teacher: nn.Module, task: Task, data: Data, folder: Path, *, timed: bool, seed: int) -> None:
+        self.teacher, self.task, self.data = teacher, task, data
+        self.folder, self.timed, self.seed = folder, timed, seed
+        self.labelled = data.labelled
 
     @property
     def unit(self) -> str:
@@ -82,7 +84,7 @@ class Judge:
     @cached_property
     def answers(self) -> tuple[Outputs, Any]:
         """The teacher's outputs for all validation samples, and the targets: its own decisions where there are none."""
-        outputs, targets = predict(self.teacher, self.task.teachers(self.task.validation))
+        outputs, targets = predict(self.teacher, self.task.teachers(self.data))
         return outputs, targets if self.labelled else self.task.decision(outputs)
 
     @cached_property
@@ -138,7 +140,7 @@ class Judge:
             if self.timed:
                 with torch.no_grad():
                     model = OnnxModel(path, program.student(*task.example))
-            outputs, _ = predict(model, task.validation)
+            outputs, _ = predict(model, self.data)
             drop, high = self.drop(outputs)
             ratio = low = top = slowest = None
             if self.timed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from pqk.target.target import Target
 from pqk.task.task import Task
 
 
-def name_of(passes: Sequence[Pass]) -> str:
-    """The name of what some passes make of a teacher."""
-    return digest_of_values([{"name": p.name, **plain(p)} for p in passes])[:16]
+def name_of(passes: Sequence[Pass], shape: str | None = None) -> str:
+    """The name of what some passes make of a teacher, or of the student of that shape."""
+    made_of = [{"name": p.name, **plain(p)} for p in passes]
+    return digest_of_values(made_of if shape is None else [shape, *made_of])[:16]
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,27 @@ class Runs:
     context: RunContext
     """of the whole compile"""
     place: Path
+    shapes: Mapping[str, nn.Module]
+    """students of another shape by name, frozen"""
 
-    def program(self, passes: Sequence[Pass]) -> Program:
-        """The program that `passes` make of the teacher; what is saved of it is loaded."""
-        program = Program.begin(self.teacher, self.target, self.context)
+    def program(self, passes: Sequence[Pass], shape: str | None = None) -> Program:
+        """The program that `passes` make of the teacher, or of the student of that shape; what is saved is loaded."""
+        given = None if shape is None else self.shapes[shape]
+        program = Program.begin(self.teacher, self.target, self.context, given)
         timed = self.target.why_not_measured() is None
         oracle = Oracle(self.teacher, self.task, self.target, passes, self.context) if timed else None
         try:
             for i, p in enumerate(passes):
-                run = replace(self._context(passes[: i + 1]), oracle=oracle)
+                run = replace(self._context(passes[: i + 1], shape), oracle=oracle)
                 program = run_passes(replace(program, run=run), self.task, [p], start=i, earlier=passes[:i])
         finally:
             if oracle is not None:
                 oracle.folder.cleanup()
         return program
 
-    def _context(self, passes: Sequence[Pass]) -> RunContext:
+    def _context(self, passes: Sequence[Pass], shape: str | None) -> RunContext:
         """The surroundings of the last of some passes; what is saved says which ones led to it."""
-        name = name_of(passes)
+        name = name_of(passes, shape)
         folder, identity = self.place / name, f"{self.context.identity}/search/{name}"
         folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(RunFolder(folder).journal, identity)

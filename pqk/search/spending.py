@@ -33,11 +33,11 @@ class Spending:
     counted: set[str] = field(default_factory=set)
     """passes whose epochs are counted: candidates share those that led to them"""
 
-    def count(self, passes: Sequence[Pass], seconds: float) -> None:
+    def count(self, passes: Sequence[Pass], seconds: float, shape: str | None = None) -> None:
         """Adds what a candidate took."""
         self.seconds += seconds
         for i, p in enumerate(passes):
-            if (name := name_of(passes[: i + 1])) not in self.counted:
+            if (name := name_of(passes[: i + 1], shape)) not in self.counted:
                 self.counted.add(name)
                 self.epochs += p.training_epochs
 
@@ -65,6 +65,10 @@ class Spending:
         """Epochs of a rung's training."""
         epochs = min(BRIEF * self.room / training.seconds, BRIEF * self.epochs_left, BRIEF * MOST_EPOCHS)
         return round(max(epochs, FEWEST_STEPS / self.steps), 3)
+
+    def epochs_in(self, training: TrainingChoice, seconds: float, epochs: float) -> float:
+        """Epochs of a training that may take so many seconds, and epochs."""
+        return round(max(min(seconds / training.seconds, epochs, MOST_EPOCHS), FEWEST_STEPS / self.steps), 3)
 
     def at_length(self, training: TrainingChoice, share_of_macs: float) -> float:
         """Epochs of a training at length of a student with so many of the teacher's MACs; 0 where it is too few."""

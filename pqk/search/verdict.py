@@ -14,11 +14,6 @@ from pqk.search.judge import NONE_OF, Judge, Worth
 
 NUMBERS = ("metric", "drop", "drop_high", "ratio", "ratio_low", "ratio_high", "size_bytes", "macs")
 """of a candidate's worth, that the report has"""
-SEEN = (
-    "validation data is split off the training data: where the teacher was trained on it, it is better there than on "
-    "new data, and students seem to lose more than they do; "
-    "Task(validation=…) of data that it has not seen decides better"
-)
 ALIKE = 0.97
 """share of the highest speed from which on students are as fast, and the one that loses least is taken"""
 
@@ -31,6 +26,12 @@ class Tried:
     worth: Worth | None
     seconds: float
     fate: str = ""
+
+    @property
+    def known(self) -> Worth:
+        """What it is worth, of one that compiles."""
+        assert self.worth is not None
+        return self.worth
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class Terms:
         return total
 
 
-def promise_of(terms: Terms, tried: Sequence[Tried], chosen: Tried, judge: Judge, seconds: float) -> Promise:
+def promise_of(
+    terms: Terms, tried: Sequence[Tried], chosen: Tried, judge: Judge, seconds: float, caution: str | None
+) -> Promise:
     """The report's part on the contract, as far as validation data says it."""
     assert chosen.worth is not None
     kept = terms.holds(chosen.worth)
@@ -123,7 +126,7 @@ def promise_of(terms: Terms, tried: Sequence[Tried], chosen: Tried, judge: Judge
         clauses=tuple(terms.clauses(chosen.worth)),
         tried=tuple(rows),
         obstacle=None if kept else obstacle(terms, chosen.worth, judge),
-        caution=SEEN if judge.task.validation_is_split and judge.labelled else None,
+        caution=caution,
         validation_samples=judge.samples,
         budget=terms.contract.budget,
         seconds=seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,8 +42,10 @@ class Task:
 
     Args:
         train: a `DataLoader`, a list of batches or `ArrayData`; None: nothing can be trained, calibration still works.
-        evaluation: likewise; touched by the final report only.
-        validation: calibration, sensitivity, and every choice; split off `train` (`validation_share`) if None.
+        evaluation: likewise; touched by the final report only, but for a contract without `validation`: then half of
+            it decides which student ships, and the report is about the other half.
+        validation: calibration, sensitivity, and every choice; split off `train` (`validation_share`) if None. Best of
+            samples that the teacher was not trained on.
         metric: a `Metric` or the name of one ("accuracy").
         loss: (outputs, targets) -> per-sample loss [B], float32; cross-entropy by default.
         decision: outputs -> what the user acts on, a tensor [B, …] compared for parity; argmax by default.
@@ -109,6 +112,12 @@ class Task:
         self.signature = Signature.of(inputs, input_names, output_names, dynamic_axes, timed)
         self.preprocessing, self.extra_files = preprocessing or {}, extra_files
         self._notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
+
+    def with_evaluation(self, data: Data, note: str) -> Task:
+        """The same task with other evaluation data, and a further note on it for the report."""
+        other = copy.copy(self)
+        other.evaluation, other._notes = data, (*self._notes, note)
+        return other
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -24,7 +24,8 @@ from pqk.deploy.artifact import Artifact, write_manifest
 from pqk.errors import InputError
 from pqk.models.resnet import resnet
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
-from pqk.recipe.recipe import Recipe, TeacherSpec
+from pqk.recipe.recipe import Recipe
+from pqk.recipe.specs import TeacherSpec
 from pqk.task.task import Task
 
 pytestmark = pytest.mark.slow

@@ -50,7 +50,8 @@ from pqk.gpu.device import Call, Ceilings, Cuda, Replay, why_not_present
 from pqk.kernels.common.gpu import gpu_of
 from pqk.models.resnet import resnet
 from pqk.passes import Capture, Convert, Fuse, Quantize
-from pqk.recipe.recipe import Recipe, TeacherSpec
+from pqk.recipe.recipe import Recipe
+from pqk.recipe.specs import TeacherSpec
 from pqk.report.schema import LatencyRow
 from pqk.task.task import Task
 

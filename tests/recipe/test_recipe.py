@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from pqk.errors import InputError
 from pqk.knowledge import AttentionTransfer, CrossEntropy, Hint, KLDivergence, LogitMSE
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
-from pqk.recipe.recipe import Recipe, StudentSpec, TargetSpec, TaskSpec, TeacherSpec, parse_passes
+from pqk.recipe.recipe import Recipe, parse_passes
 from pqk.recipe.schema import json_schema
+from pqk.recipe.specs import StudentSpec, TargetSpec, TaskSpec, TeacherSpec
 
 MODELS_FOLDER = Path(__file__).parents[2] / "models"
 FILES = sorted(MODELS_FOLDER.glob("*.toml"))

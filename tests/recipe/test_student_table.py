@@ -14,7 +14,8 @@ from pqk.errors import InputError
 from pqk.knowledge.teachers.base import network_fingerprint
 from pqk.models.plain import plain
 from pqk.recipe.factories import load_student, student_of
-from pqk.recipe.recipe import Recipe, StudentSpec
+from pqk.recipe.recipe import Recipe
+from pqk.recipe.specs import StudentSpec
 
 PASSES = '[[pass]]\nname = "capture"\n[[pass]]\nname = "quantize"\n[[pass]]\nname = "convert"\n'
 TABLE = '[student]\nfactory = "pqk.models.plain:plain"\narguments = { width = 4, stages = [1] }\n'

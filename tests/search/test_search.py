@@ -172,6 +172,50 @@ def test_a_timed_search_on_this_machine_ships_what_no_form_of_the_teacher_beats(
     assert speeds[promise.chosen] >= 0.97 * max(speeds.values())
 
 
+class Blind(nn.Module):
+    """A student that sees the mean of every channel, which all four patterns may share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.head = nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+
+def test_students_of_another_shape_compete_and_the_one_that_learns_ships(teacher: nn.Module, tmp_path: Path) -> None:
+    shapes = [Blind(), Net(6), Net(7)]
+    contract = Contract(max_drop=3, budget="60 epochs")
+    artifact = search(teacher, tmp_path / "out", contract, student=shapes)
+    promise = artifact.report.promise
+    assert promise is not None and promise.kept
+    rows = {t.name: t for t in promise.tried}
+    assert {"Blind, static", "Net, static", "Net #2, static", "Blind, round 1", "Net, round 1"} <= rows.keys()
+    assert "learned less than Net" in rows["Blind, round 1"].fate
+    assert promise.chosen.startswith("Net"), {name: (t.drop, t.size_bytes, t.fate) for name, t in rows.items()}
+    assert any("another shape" in note for note in artifact.report.notes)
+    student = shapes[2 if promise.chosen.startswith("Net #2") else 1]
+    recipe = Recipe.load(tmp_path / "out" / "recipe.toml")
+    again = compress(teacher, task(), recipe, out=tmp_path / "again", evaluation=UNTIMED, student=student)
+    assert (again.folder / "model.onnx").read_bytes() == (artifact.folder / "model.onnx").read_bytes()
+
+
+def test_several_students_need_a_contract(teacher: nn.Module, tmp_path: Path) -> None:
+    recipe = Recipe(passes=(Capture(), Quantize(samples=64), Convert()))
+    with pytest.raises(InputError, match="2 networks were given, and without a contract nothing chooses one"):
+        compress(teacher, task(), recipe, out=tmp_path / "out", student=[Net(6), Net(7)])
+
+
+def test_without_validation_data_half_of_the_evaluation_data_decides(teacher: nn.Module, tmp_path: Path) -> None:
+    x, y = inputs(300, 3)
+    given = Task(ArrayData(*inputs(256, 1), 32), ArrayData(x, y, 32))
+    report = search(teacher, tmp_path / "out", Contract(max_drop=2.5, budget="2 epochs"), task=given).report
+    assert report.promise is not None and report.promise.validation_samples == 150
+    assert report.conditions.evaluation_samples == 150
+    assert any("150 of the 300 evaluation samples" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("contract", "options", "message"),
     [
@@ -180,7 +224,7 @@ def test_a_timed_search_on_this_machine_ships_what_no_form_of_the_teacher_beats(
         (Contract(max_drop=150), {}, "which has 100"),
         (Contract(budget="0.001s"), {}, "too small for one candidate"),
         (Contract(), {"target": "cuda-sm80"}, "for ONNX Runtime"),
-        (Contract(max_drop=2), {"student": Net(8)}, "cuts students out of the teacher"),
+        (Contract(max_drop=2), {"student": [Net(8), nn.Linear(2, 4)]}, "student: "),
     ],
 )
 def test_bad_contracts_are_refused_before_anything_is_trained(

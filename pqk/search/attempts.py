@@ -1,0 +1,123 @@
+"""The networks that one search tries: each is made, judged and journaled once, and what it took is counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from pqk.core.program import Program
+from pqk.core.progress import Advance
+from pqk.core.run_context import RunContext
+from pqk.errors import PqkError
+from pqk.recipe.contract import Contract
+from pqk.search.candidates import Candidate, TrainingChoice
+from pqk.search.judge import Judge, Worth
+from pqk.search.runs import Runs
+from pqk.search.spending import Spending
+from pqk.search.trials import choose_training
+from pqk.search.verdict import Terms, Tried
+from pqk.task.task import Task
+
+TRIALS, LONGEST_TRIALS = 0.08, 600.0
+"""share of the budget that is left, and seconds, for trying how to train"""
+FASTER = 1.05
+"""by which a student must be faster than what holds already to be trained"""
+
+
+@dataclass
+class Attempts:
+    """What was tried so far, by what terms, and what may still be spent."""
+
+    task: Task
+    outputs: Any
+    """the teacher's for the example"""
+    context: RunContext
+    """of the whole compile"""
+    runs: Runs
+    judge: Judge
+    terms: Terms
+    spending: Spending
+    advance: Advance
+    tried: list[Tried] = field(default_factory=list)
+    shown: int = 0
+    """per cent of the budget that were shown as spent"""
+
+    @property
+    def contract(self) -> Contract:
+        return self.terms.contract
+
+    @property
+    def macs(self) -> int:
+        """MACs of the whole teacher, in integers."""
+        return next(t.worth.macs for t in self.tried if t.worth is not None)
+
+    @property
+    def best(self) -> Tried:
+        """What would ship if nothing else were tried."""
+        return self.terms.best(self.tried)
+
+    def judged(self, candidate: Candidate) -> Tried:
+        """Makes a candidate and judges it, once in a run; one that does not compile is told why."""
+        candidate = replace(candidate, passes=tuple(p.fitted(self.task, self.outputs) for p in candidate.passes))
+
+        def measure() -> Any:
+            began, worth, fate = time.perf_counter(), None, ""
+            try:
+                worth = asdict(self.judge.worth(self.runs.program(candidate.passes, candidate.shape)))
+            except PqkError as error:
+                fate = f"does not compile: {error}"
+            return {"worth": worth, "fate": fate, "seconds": time.perf_counter() - began}
+
+        entry = self.context.decide(f"candidate/{candidate.name}", measure)
+        self.spending.count(candidate.passes, entry["seconds"], candidate.shape)
+        worth = None if entry["worth"] is None else Worth(**entry["worth"])
+        return self._add(Tried(candidate, worth, entry["seconds"], entry["fate"]))
+
+    def untried(self, candidate: Candidate, why: str) -> Tried:
+        """Notes a candidate that was not made, and why."""
+        return self._add(Tried(candidate, None, 0.0, why))
+
+    def training(self, program: Callable[[], Program], what: str = "", share: float = 1.0) -> TrainingChoice | str:
+        """How a student learns, tried on a program with it, or why nothing can be trained.
+
+        `what` names the student where it is not cut out of the teacher; `share` is that of the usual time for trials.
+        """
+        room = share * min(TRIALS * self.spending.room, LONGEST_TRIALS)
+
+        def measure() -> Any:
+            began = time.perf_counter()
+            try:
+                found: Any = asdict(choose_training(program(), self.task, self.outputs, room))
+            except PqkError as error:
+                found = str(error)
+            return {"training": found, "seconds": time.perf_counter() - began}
+
+        entry = self.context.decide(f"training/{what}" if what else "training", measure)
+        self.spending.seconds += entry["seconds"]
+        found = entry["training"]
+        return found if isinstance(found, str) else TrainingChoice(**found)
+
+    def worth_training(self, start: Tried) -> bool:
+        """Whether a student may become better, in what is free, than the best of what there is."""
+        best = self.best
+        assert start.worth is not None and best.worth is not None
+        if self.terms.lacks_speed(start.worth):
+            return False
+        if not self.terms.holds(best.worth):
+            return True
+        return self.contract.free == "speed" and start.worth.speed > FASTER * best.worth.speed
+
+    def _add(self, tried: Tried) -> Tried:
+        self.tried.append(tried)
+        percent = round(100 * self.spending.part)
+        text = tried.fate.partition("\n")[0] if tried.worth is None else _numbers(tried.worth)
+        self.advance(percent - self.shown, f"{tried.candidate.name}: {text}"[:60])
+        self.shown = percent
+        return tried
+
+
+def _numbers(worth: Worth) -> str:
+    speed = "" if worth.ratio is None else f", {worth.ratio:.2f}x"
+    return f"{worth.metric:.4g}{speed}, {worth.size_bytes / 1e6:.2f} MB"

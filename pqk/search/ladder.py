@@ -1,0 +1,120 @@
+"""A ladder of ever smaller students, each cut out of the one before and trained briefly, judged in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pqk.core.program import Pass, Program
+from pqk.search.attempts import Attempts
+from pqk.search.candidates import FLOAT, GOALS, Candidate, CutKind, TrainingChoice, prune, rung
+from pqk.search.verdict import Terms, Tried
+
+PROMISING = 8.0
+"""times the drop that is allowed that a student may lose before it is trained at length"""
+LEAST_CUT = 0.95
+"""share of the MACs that a rung leaves at most, else nothing more can be cut"""
+NEXT = 1.15
+"""by which the goal of a rung is at least below what the one above it reached"""
+CUTS: tuple[CutKind, ...] = ("width", "depth")
+HOPELESS = "loses too much for a training at length to be tried"
+
+
+def promises(terms: Terms, tried: Tried) -> bool:
+    """Whether a training at length may bring a student to keep the contract."""
+    return tried.known.drop <= PROMISING * terms.allowed
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The students that are cut out of one teacher."""
+
+    attempts: Attempts
+    form: Candidate
+    """what they become"""
+    training: TrainingChoice
+
+    @staticmethod
+    def of(attempts: Attempts, form: Candidate) -> Ladder | None:
+        """The ladder, with what the trials chose; None where nothing can be trained."""
+        training = attempts.training(lambda: _first_cut(attempts))
+        if isinstance(training, str):
+            attempts.untried(Candidate("trained", "a student that is trained", ()), training)
+            return None
+        return Ladder(attempts, form, training)
+
+    def starts(self) -> list[Tried]:
+        """What may be trained at length, the fastest last: rungs, and the whole teacher where its form loses much."""
+        first = {cut: found for cut in CUTS if (found := self._rung((), cut, 1)) is not None}
+        starts = self._down(self._better(first), first) if first else []
+        whole = next(t for t in self.attempts.tried if t.candidate.name == self.form.name)
+        if not self.attempts.terms.holds(whole.worth) and self.form.name != FLOAT:
+            starts.insert(0, whole)  # all of the teacher, trained under quantization
+        return starts
+
+    def deeper(self, done: Tried) -> list[Tried]:
+        """What to train next where a student keeps the contract: one that is cut out of it, if speed is free."""
+        attempts, cut = self.attempts, done.candidate.cut
+        if attempts.contract.free == "metric" or cut is None or not attempts.spending.allows_more:
+            return []
+        following = self._next(done, cut)
+        return [] if following is None else [following]
+
+    def _down(self, cut: CutKind, first: dict[CutKind, Tried]) -> list[Tried]:
+        """The rungs of one way to cut as far as they promise to keep the contract, each cut out of the one before."""
+        rungs = [first[cut]]
+        while self._goes_on(rungs[-1]):
+            following = self._next(rungs[-1], cut)
+            if following is None:
+                break
+            rungs.append(following)
+        while len(rungs) > 1 and not promises(self.attempts.terms, rungs[-1]):
+            rungs.pop().fate = HOPELESS
+        return rungs
+
+    def _better(self, first: dict[CutKind, Tried]) -> CutKind:
+        """The faster way to cut, unless it loses more by half of what is allowed, or by a point."""
+        slack = 0.5 * min(self.attempts.terms.allowed, 0.02)
+        least = min(t.known.drop for t in first.values())
+        return min(first, key=lambda cut: (first[cut].known.drop > least + slack, -first[cut].known.speed))
+
+    def _goes_on(self, last: Tried) -> bool:
+        """Whether a still smaller student may be wanted, and may keep the contract."""
+        attempts = self.attempts
+        if not attempts.spending.allows_more:
+            return False
+        if attempts.contract.free == "metric":
+            return attempts.terms.lacks_speed(last.known)
+        return promises(attempts.terms, last)
+
+    def _next(self, last: Tried, cut: CutKind) -> Tried | None:
+        """The rung below one, which may have gone further than its own goal; None where there is none."""
+        reached = NEXT * self.attempts.macs / last.known.macs
+        level = next((i for i, goal in enumerate(GOALS, 1) if goal >= reached and i > last.candidate.level), None)
+        return None if level is None else self._rung(last.candidate.floats, cut, level)
+
+    def _rung(self, above: Sequence[Pass], cut: CutKind, level: int) -> Tried | None:
+        """The next rung in integers, briefly trained; None where nothing more can be cut."""
+        attempts = self.attempts
+        epochs = attempts.spending.brief(self.training)
+        candidate = rung(above, cut, level, self.form, self.training, epochs)
+        if any(t.candidate.name == candidate.name for t in attempts.tried):
+            candidate = replace(candidate, name=f"{candidate.name}, of what was trained")
+        known = [(t.candidate.floats, t.worth.macs) for t in attempts.tried if t.worth is not None]
+        before = min((macs for floats, macs in known if floats == tuple(above)), default=attempts.macs)
+        found = attempts.judged(candidate)
+        if found.worth is None:
+            return None
+        if found.worth.macs <= LEAST_CUT * before:
+            return found
+        found.fate = f"{cut} leaves {found.worth.macs / before:.0%} of the MACs: no more can be cut so"
+        return None
+
+
+def _first_cut(attempts: Attempts) -> Program:
+    """The teacher cut to the first rung, by width or else by depth; as it is where nothing is cut."""
+    for cut in CUTS:
+        program = attempts.runs.program((prune(1, cut).fitted(attempts.task, attempts.outputs),))
+        if program.plan:
+            return program
+    return attempts.runs.program(())
