@@ -22,6 +22,7 @@ from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantiz
 from pqk.core.graph import register_containers
 from pqk.core.modes import fused_layers
 from pqk.data.structures import named_tensors
+from pqk.deploy.float_gates import with_joined_gates
 from pqk.deploy.onnx_ops import QUANTIZERS
 from pqk.deploy.onnx_pools import Value, average_pool, max_pool
 from pqk.errors import InputError, PqkError
@@ -152,6 +153,8 @@ def _written(
 def _exported(
     module: nn.Module, example: tuple[Tensor, ...], inputs: int, outputs: int, axes: Axes | None
 ) -> onnx.ModelProto:
+    if isinstance(module, fx.GraphModule):
+        module = with_joined_gates(module)
     # The exporter prints, logs, and warns of itself.
     with quiet(level=logging.CRITICAL, printing=True), fused_layers(False), torch.no_grad():
         program = torch.onnx.export(
