@@ -9,12 +9,14 @@ import importlib.metadata
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pqk.bench.baselines import Tool
 from pqk.bench.oracle import Oracle
 from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process, wait_for_all
@@ -38,8 +40,8 @@ from pqk.recipe.recipe import Recipe
 from pqk.rehearsal import rehearse
 from pqk.report.promise import Promise
 from pqk.report.schema import Report
-from pqk.search.on_evaluation import broken_in_words, on_evaluation
-from pqk.search.search import ContractSearch
+from pqk.search.on_evaluation import broken_in_words, dominating, on_evaluation
+from pqk.search.search import ContractSearch, SearchResult
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 from pqk.task.axes import BATCH
@@ -112,22 +114,49 @@ def _compile(job: Job, identity: str, observer: Observer, allow_parity_failure: 
     """Rehearse, run the passes, and leave the artifact where it goes."""
     if is_main_process():
         _rehearse(job, allow_parity_failure)
-    promise = None
     if job.recipe.contract is None:
         program = _run(job, identity, observer)
-    else:
-        assert job.deciding is not None
-        context = _context(job, identity, observer)
-        search = ContractSearch(job.teacher, job.students, job.task, job.target, job.recipe, context, job.deciding)
-        found = search.run()
-        job = dataclasses.replace(job, recipe=found.recipe, students=found.students)
-        program, promise = found.program, found.promise
-    if is_main_process():
-        interface = _interface(job, program)
-        names = _write(job, program)
+        if is_main_process():
+            _ship(job, program, _finished(job, program, None, allow_parity_failure), allow_parity_failure)
+        return
+    assert job.deciding is not None
+    context = _context(job, identity, observer)
+    search = ContractSearch(job.teacher, job.students, job.task, job.target, job.recipe, context, job.deciding)
+    found: SearchResult | None = search.run()
+    while found is not None:  # until no row of the table beats what ships
+        result = found
+        job = dataclasses.replace(job, recipe=result.recipe, students=result.students)
+        finished = _finished(job, result.program, result, allow_parity_failure)
+        better = dominating(finished.report)
+        found = search.instead(result, better[0]) if better else None
+    _ship(job, result.program, finished, allow_parity_failure)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An artifact that is written and judged, and has not moved to where it goes."""
+
+    interface: dict[str, Any]
+    """inputs, outputs and axes, as the manifest has them"""
+    names: tuple[str, ...]
+    """of its files"""
+    report: Report
+    tool: Tool | None
+    """whose file is deployed; None: what the passes make"""
+
+
+def _finished(job: Job, program: Program, result: SearchResult | None, allow_parity_failure: bool) -> Finished:
+    """Write what is deployed, and judge it."""
+    tool = None if result is None else result.tool
+    interface = _interface(job, program)
+    names = _write(job, program)
+    if tool is None:
         _compare_sizes(job, program, interface, allow_parity_failure)
-        report = _judge(job, program, promise)
-        _ship(job, program, interface, names, report, allow_parity_failure)
+    else:
+        assert result is not None and result.file is not None
+        shutil.copyfile(result.file, job.folder.unfinished_artifact / MODEL)
+    report = _judge(job, program, None if result is None else result.promise, tool)
+    return Finished(interface, names, report, tool)
 
 
 @contextmanager
@@ -221,25 +250,19 @@ def _compare_sizes(job: Job, program: Program, interface: dict[str, Any], allow_
         )
 
 
-def _judge(job: Job, program: Program, promise: Promise | None) -> Report:
+def _judge(job: Job, program: Program, promise: Promise | None, tool: Tool | None) -> Report:
     """Measure what is deployed, and write the report beside it."""
     folder = job.folder.unfinished_artifact
-    report = evaluate(program, job.task, job.recipe.passes, folder, job.evaluation, seed=job.recipe.seed)
+    report = evaluate(program, job.task, job.recipe.passes, folder, job.evaluation, seed=job.recipe.seed, tool=tool)
     if promise is not None:
         report = report.model_copy(update={"promise": on_evaluation(promise, report)})
     write_report(report, folder)
     return report
 
 
-def _ship(
-    job: Job,
-    program: Program,
-    interface: dict[str, Any],
-    names: tuple[str, ...],
-    report: Report,
-    allow_parity_failure: bool,
-) -> None:
+def _ship(job: Job, program: Program, finished: Finished, allow_parity_failure: bool) -> None:
     """Move the finished files to where they go, the manifest last. Raises `ParityError` for a broken contract."""
+    report = finished.report
     contracts = [report.parity, None if report.fusion is None else report.fusion.parity]
     broken = next((c for c in contracts if c is not None and not c.passed), None)
     if broken is not None and not allow_parity_failure:
@@ -257,8 +280,10 @@ def _ship(
         # only of a student that was given: the plan of one without begins with the teacher
         **({} if job.student is None else {"student": network_fingerprint(job.student)}),
         "data": identity["data"],
-        **interface,
+        # only where another tool wrote model.onnx
+        **({} if finished.tool is None else {"tool": finished.tool}),
+        **finished.interface,
         "preprocessing": job.task.preprocessing,
         "teacher_files": {p.name: digest_of_file(p) for p in job.folder.teacher_files if p.exists()},
     }
-    seal(job.folder.unfinished_artifact, job.out, names, manifest)
+    seal(job.folder.unfinished_artifact, job.out, finished.names, manifest)

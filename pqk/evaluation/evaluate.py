@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from pqk.bench.baselines import Tool
 from pqk.core.costs import count_macs, count_parameters, why_not_counted
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_folder import scope_of
@@ -22,15 +23,27 @@ from pqk.evaluation.profile import profile
 from pqk.evaluation.rows import Subject
 from pqk.evaluation.settings import Evaluation
 from pqk.evaluation.table import NEURAL_COMPRESSOR, TRITON, variants_of, with_optimized_teacher
-from pqk.report.schema import Conditions, Fusion, MetricValues, Parity, Report
+from pqk.report.schema import TITLES, Conditions, Fusion, MetricValues, Parity, Report
 from pqk.target.machine import machine_fingerprint, peak_memory
 from pqk.task.task import Task
 from pqk.verify.fused_parity import check_fused_parity
 from pqk.verify.parity import check_parity
 
+NOTHING_TRAINED = Parity(
+    passed=True, layers=(), agreement=None, metric_delta=None, first_divergence=None, samples=0, mode="optimized"
+)
+"""the contract of a file that no pass made: there is nothing that it could differ from"""
+
 
 def evaluate(
-    program: Program, task: Task, passes: Sequence[Pass], folder: Path, settings: Evaluation, *, seed: int
+    program: Program,
+    task: Task,
+    passes: Sequence[Pass],
+    folder: Path,
+    settings: Evaluation,
+    *,
+    seed: int,
+    tool: Tool | None = None,
 ) -> Report:
     """Measures a finished program.
 
@@ -41,6 +54,7 @@ def evaluate(
         folder: what is deployed is in it, and other networks' files are written beside it.
         settings: what is measured.
         seed: the run's, for the report.
+        tool: that wrote what is deployed, of the teacher; None: the program was emitted.
 
     Returns:
         The report. A broken parity contract is a result in it, not an error.
@@ -48,10 +62,10 @@ def evaluate(
     fake_quant = program.last(Stage.FAKE_QUANT).student
     subject = Subject(program, task, passes, folder, settings, fake_quant)
     variants = variants_of(subject)
-    fusion, parity = _contracts(subject)
+    fusion, parity = _contracts(subject) if tool is None else (None, NOTHING_TRAINED)
     variants, optimized = with_optimized_teacher(variants, subject)
     latency, notes = time_variants(variants, subject)
-    judged = [_entitled(variant.judge(subject, latency), passes) for variant in variants]
+    judged = [_entitled(variant.judge(subject, latency), passes, tool) for variant in variants]
     by_variant = {j.row.variant: j for j in judged if j.row.runtime != NEURAL_COMPRESSOR}
     student, teacher = by_variant["student"].row, by_variant["teacher_fp32"].row
     seconds = {scope_of(r.index, r.pass_name): r.seconds for r in program.records}
@@ -78,7 +92,7 @@ def evaluate(
         passes=program.records,
         diagnostics=diagnose(task, by_variant, sum(seconds.values())),
         layer_times=profile(variants, subject),
-        notes=(*task.notes, *_given(subject), *_uncounted(subject), *optimized, *notes),
+        notes=(*task.notes, *_by_tool(tool), *_given(subject), *_uncounted(subject), *optimized, *notes),
     )
 
 
@@ -97,11 +111,22 @@ def _given(subject: Subject) -> Iterator[str]:
     )
 
 
-def _entitled(judged: Judged, passes: Sequence[Pass]) -> Judged:
+def _entitled(judged: Judged, passes: Sequence[Pass], tool: Tool | None) -> Judged:
     """A student that nothing trained is not called by a training."""
     if judged.row.variant != "student" or any(p.training_epochs for p in passes):
         return judged
-    return replace(judged, row=judged.row.model_copy(update={"label": "student: INT8, not trained"}))
+    label = "student: INT8, not trained" if tool is None else f"student: {TITLES[tool].removeprefix('teacher, ')}"
+    return replace(judged, row=judged.row.model_copy(update={"label": label}))
+
+
+def _by_tool(tool: Tool | None) -> Iterator[str]:
+    """What the report says of a file that is not pqk's."""
+    if tool is not None:
+        yield (
+            f"model.onnx is {TITLES[tool]}, as that tool wrote it: nothing that was tried is better in metric and "
+            "speed. No pass made it, so there is no trained form whose numbers it could have; recipe.toml and "
+            "student.safetensors are the teacher in float"
+        )
 
 
 def _uncounted(subject: Subject) -> Iterator[str]:

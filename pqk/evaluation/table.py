@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from pqk.bench.baselines import (
+    CALIBRATION,
+    Tool,
+    float_baseline,
+    is_transformer,
+    neural_compressor_ptq,
+    quantized_teacher,
+)
 from pqk.core.costs import count_parameters
 from pqk.core.program import Pass, Stage
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.torch_emitter import load_like
 from pqk.errors import Reason
 from pqk.evaluation.attempts import Failure, attempt
-from pqk.evaluation.baselines import (
-    CALIBRATION,
-    is_transformer,
-    neural_compressor_ptq,
-    onnxruntime_dynamic,
-    optimized_transformer,
-    optimum_ptq,
-    ptq,
-)
 from pqk.evaluation.controls import CONTROLS
 from pqk.evaluation.rows import FusedStudent, Missing, OnnxFile, Subject, TorchModule, Variant
 from pqk.quant.fake_quant import quantizers
@@ -33,8 +30,6 @@ from pqk.report.schema import VariantName
 
 NEURAL_COMPRESSOR = "neural-compressor"
 TRITON = "triton"
-PADDED = 32
-"""samples of a batch in which some are padded"""
 FloatStep = Literal["pruned", "pruned_distilled"]
 """what passes call the rows that they make of a float student (`Pass.row`)"""
 FLOAT_STEPS: tuple[FloatStep, ...] = get_args(FloatStep)
@@ -65,15 +60,11 @@ def with_optimized_teacher(variants: list[Variant], subject: Subject) -> tuple[l
     assert isinstance(teacher, OnnxFile)
     if subject.why_not_timed is not None or not is_transformer(teacher.path):
         return variants, []
-    task, path = subject.task, teacher.path.with_name("teacher_optimized.onnx")
-    batch = next(task.calibration(PADDED, teacher=True))
-    padded = {name: t.numpy() for name, t in zip(task.input_names, batch, strict=True)}
-    threads = subject.settings.threads
-    made = attempt(lambda: optimized_transformer(teacher.path, path, padded, task.feeds(1), threads))
+    path, threads = teacher.path.with_name("teacher_optimized.onnx"), subject.settings.threads
+    made = attempt(lambda: float_baseline(teacher.path, path, subject.task, threads))
     better, note = (False, f"teacher FP32 is as exported: {made.reason}") if isinstance(made, Failure) else made
     if better:
         return [replace(teacher, path=path), *others], [note]
-    path.unlink(missing_ok=True)  # where it stands, `pqk benchmark` takes it for the baseline, too
     return variants, [note]
 
 
@@ -136,41 +127,20 @@ def _quantized_teachers(subject: Subject, teacher: OnnxFile) -> list[Variant]:
         return []
     if target.runtime == TRITON:
         return [Missing("teacher_ptq", "the tools that quantize after training write for CPUs")]
-    rows: list[Variant] = []
-    if "onnxruntime" in tools:
-        path = subject.folder / "teacher_ptq.onnx"
-        rows.append(
-            _file_or_missing("teacher_ptq", teacher, path, lambda: ptq(teacher.path, path, subject.task, target))
-        )
+    names: list[Tool] = ["teacher_ptq"] if "onnxruntime" in tools else []
     if is_transformer(teacher.path):
-        if "onnxruntime" in tools:
-            dynamic = subject.folder / "teacher_dynamic.onnx"
-            rows.append(
-                _file_or_missing(
-                    "teacher_dynamic", teacher, dynamic, lambda: onnxruntime_dynamic(teacher.path, dynamic, target)
-                )
-            )
-        if "optimum" in tools:
-            rows += _by_optimum(subject, teacher)
+        names += ["teacher_dynamic"] if "onnxruntime" in tools else []
+        names += ["teacher_optimum_static", "teacher_optimum_dynamic"] if "optimum" in tools else []
+    rows = [_by_tool(subject, teacher, name) for name in names]
     return rows + ([_by_neural_compressor(subject)] if NEURAL_COMPRESSOR in tools else [])
 
 
-def _file_or_missing(name: VariantName, teacher: OnnxFile, path: Path, write: Callable[[], Reason | None]) -> Variant:
+def _by_tool(subject: Subject, teacher: OnnxFile, name: Tool) -> Variant:
     """The row of a file that a tool writes, or of why it did not."""
-    made = attempt(write)
+    path, target = subject.folder / f"{name}.onnx", subject.program.target
+    made = attempt(lambda: quantized_teacher(name, teacher.path, path, subject.task, target))
     reason = made.reason if isinstance(made, Failure) else made
     return Missing(name, reason) if reason else replace(teacher, name=name, path=path)
-
-
-def _by_optimum(subject: Subject, teacher: OnnxFile) -> list[Variant]:
-    rows = []
-    names: tuple[VariantName, ...] = ("teacher_optimum_static", "teacher_optimum_dynamic")
-    for name in names:
-        path = subject.folder / f"{name}.onnx"
-        samples = subject.task.calibration(CALIBRATION, teacher=True) if name == names[0] else None
-        write = partial(optimum_ptq, teacher.path, path, samples, subject.program.target)
-        rows.append(_file_or_missing(name, teacher, path, write))
-    return rows
 
 
 def _by_neural_compressor(subject: Subject) -> Variant:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pqk.core.program import Program
@@ -65,7 +66,8 @@ class Attempts:
         def measure() -> Any:
             began, worth, fate = time.perf_counter(), None, ""
             try:
-                worth = asdict(self.judge.worth(self.runs.program(candidate.passes, candidate.shape)))
+                program = self.runs.program(candidate.passes, candidate.shape)
+                worth = asdict(self.judge.worth(program, self.file(candidate)))
             except PqkError as error:
                 fate = f"does not compile: {error}"
             return {"worth": worth, "fate": fate, "seconds": time.perf_counter() - began}
@@ -74,6 +76,10 @@ class Attempts:
         self.spending.count(candidate.passes, entry["seconds"], candidate.shape)
         worth = None if entry["worth"] is None else Worth(**entry["worth"])
         return self._add(Tried(candidate, worth, entry["seconds"], entry["fate"]))
+
+    def file(self, candidate: Candidate) -> Path | None:
+        """What is deployed of a candidate that another tool makes; None: what its passes make."""
+        return None if candidate.tool is None else self.judge.by_tool(candidate.tool, self.runs.target)
 
     def untried(self, candidate: Candidate, why: str) -> Tried:
         """Notes a candidate that was not made, and why."""

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pqk.bench.baselines import Tool
 from pqk.core.program import Pass
 from pqk.knowledge import CrossEntropy, KLDivergence
 from pqk.passes import Capture, Convert, Distill, Prune, Quantize
 from pqk.passes.distill.keep_best import Criterion
+from pqk.report.schema import TITLES
 from pqk.task.task import Task
 
 GOALS = (1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
@@ -38,6 +40,8 @@ class Candidate:
     """which of the goals it was cut to, from 1 on"""
     shape: str | None = None
     """the name of the student of another shape that its passes begin with; None: a copy of the teacher"""
+    tool: Tool | None = None
+    """whose file of the teacher is deployed, in place of what the passes make: those of the teacher in float"""
 
     @property
     def floats(self) -> tuple[Pass, ...]:
@@ -78,6 +82,12 @@ def forms(teacher: nn.Module) -> list[Candidate]:
     return found
 
 
+def by_tool(tool: Tool) -> Candidate:
+    """What another tool makes of the teacher without training."""
+    passes, title = _integers(Quantize(float_layers=("*",))), TITLES[tool]
+    return Candidate(title.removeprefix("teacher, "), f"{title}, as that tool writes it", passes, tool=tool)
+
+
 def mixed() -> Candidate:
     """INT8 where each layer, timed in turn, is faster for it."""
     return Candidate(
@@ -87,6 +97,12 @@ def mixed() -> Candidate:
 
 def _integers(quantize: Quantize) -> tuple[Pass, ...]:
     return (Capture(), quantize, Convert())
+
+
+def in_float(student: Candidate) -> Candidate:
+    """A student as it was before quantization, which nothing follows."""
+    passes = (*student.floats, *_integers(Quantize(float_layers=("*",))))
+    return replace(student, name=f"{student.name}, in float", what=f"{student.what}; in float", passes=passes)
 
 
 def given(passes: Sequence[Pass], shape: str | None) -> list[Candidate]:

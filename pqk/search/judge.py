@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pqk.bench.baselines import Tool, float_baseline, is_transformer, quantized_teacher
 from pqk.bench.measure import fastest, ratio_to
 from pqk.core.costs import count_macs
 from pqk.core.onnxruntime_session import OnnxModel, session
@@ -27,6 +28,7 @@ from pqk.data.data import Data
 from pqk.data.structures import Outputs, first_tensor, map_tensors
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError
+from pqk.target.target import Target
 from pqk.task.metrics import predict
 from pqk.task.task import Task
 
@@ -131,11 +133,12 @@ class Judge:
                 f"(95 %). {math.ceil(NONE_OF / allowed)} samples are needed: pass more validation data, or allow more"
             )
 
-    def worth(self, program: Program) -> Worth:
-        """What an INT8 program's deployed form is worth. Its file is written, and removed."""
-        path, task = self.folder / "candidate.onnx", self.task
+    def worth(self, program: Program, file: Path | None = None) -> Worth:
+        """What an INT8 program's deployed form is worth, or `file` in its place. What is written is removed."""
+        path, task = file or self.folder / "candidate.onnx", self.task
         try:
-            emit_onnx_for(program.student, task, path)
+            if file is None:
+                emit_onnx_for(program.student, task, path)
             model: Callable[..., Outputs] = program.student
             if self.timed:
                 with torch.no_grad():
@@ -148,16 +151,30 @@ class Judge:
                 slowest = self.teacher_ms / low
             size = path.stat().st_size
         finally:
-            path.unlink(missing_ok=True)
+            if file is None:
+                path.unlink(missing_ok=True)
         metric = self.teacher_value - drop
         return Worth(metric, drop, high, ratio, low, top, slowest, size, count_macs(program.student, task.example))
 
     @cached_property
     def baseline(self) -> Any:
-        """A session of the teacher in FP32."""
-        path = self.folder / "teacher.onnx"
+        """A session of the teacher in FP32, as the report's table has it."""
+        return session(self.teacher_files[-1], threads=THREADS)
+
+    @cached_property
+    def teacher_files(self) -> list[Path]:
+        """The teacher in FP32 as exported; a transformer also as ONNX Runtime's tool has it, if faster."""
+        path, optimized = self.folder / "teacher.onnx", self.folder / "teacher_optimized.onnx"
         emit_onnx_for(self.teacher, self.task, path)
-        return session(path, threads=THREADS)
+        better = is_transformer(path) and float_baseline(path, optimized, self.task, THREADS)[0]
+        return [path, optimized] if better else [path]
+
+    def by_tool(self, tool: Tool, target: Target) -> Path:
+        """The file that another tool makes of the teacher without training. Raises `InputError` where there is none."""
+        path = self.folder / f"{tool}.onnx"
+        if not path.exists() and (reason := quantized_teacher(tool, self.teacher_files[0], path, self.task, target)):
+            raise InputError(reason)
+        return path
 
     @cached_property
     def teacher_ms(self) -> float:

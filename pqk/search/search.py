@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from pqk.bench.baselines import TOOLS, Tool, is_transformer
 from pqk.core.program import Program
 from pqk.core.run_context import RunContext
 from pqk.errors import InputError, Reason
@@ -22,8 +24,9 @@ from pqk.recipe.contract import Contract
 from pqk.recipe.factories import GivenStudent
 from pqk.recipe.recipe import Recipe
 from pqk.report.promise import Promise
+from pqk.report.schema import AttributionRow
 from pqk.search.attempts import Attempts
-from pqk.search.candidates import STATIC, Candidate, finished, forms, given, mixed
+from pqk.search.candidates import FLOAT, STATIC, Candidate, by_tool, finished, forms, given, in_float, mixed
 from pqk.search.deciding import Deciding
 from pqk.search.judge import Judge
 from pqk.search.ladder import HOPELESS, Ladder, promises
@@ -53,6 +56,10 @@ class SearchResult:
     """what they begin with, where that is not a copy of the teacher"""
     program: Program
     promise: Promise
+    tool: Tool | None = None
+    """whose file is deployed, in place of what the passes make"""
+    file: Path | None = None
+    """that file"""
 
 
 @dataclass
@@ -101,13 +108,38 @@ class ContractSearch:
             form = self._forms()
             if self.task.train is not None:
                 self._train(form)
-        tried, chosen = self.attempts.tried, self.attempts.best
-        promise = promise_of(terms, tried, chosen, self.judge, spending.seconds, self.deciding.caution)
-        candidate = chosen.candidate
+        return self._result(self.attempts.best)
+
+    def instead(self, result: SearchResult, row: AttributionRow) -> SearchResult | None:
+        """What ships in place of a student that a row of the report's table beats; None where that cannot be made."""
+        attempts = self.attempts
+        beaten = next(t for t in attempts.tried if t.candidate.name == result.promise.chosen)
+        tool = next((name for name in TOOLS if name == row.variant), None)
+        if tool is not None:
+            candidate = by_tool(tool)
+        elif row.variant == "teacher_fp32":
+            candidate = next(c for c in forms(self.teacher) if c.name == FLOAT)
+        elif row.variant in ("pruned", "pruned_distilled", "given_distilled"):
+            candidate = in_float(beaten.candidate)
+        else:
+            return None
+        known = (t for t in attempts.tried if t.candidate.name == candidate.name)
+        tried = next(known, None) or attempts.judged(candidate)
+        certain = attempts.terms.holds(tried.worth) or not attempts.terms.holds(beaten.worth)
+        if tried.worth is None or tried.fate.startswith("ships") or not certain:
+            return None  # it cannot be made, did ship before, or breaks the contract for all that is known
+        tried.fate = f"ships: on evaluation data better in metric and speed than {beaten.candidate.name}"
+        return self._result(tried)
+
+    def _result(self, chosen: Tried) -> SearchResult:
+        attempts, candidate = self.attempts, chosen.candidate
+        promise = promise_of(
+            attempts.terms, attempts.tried, chosen, self.judge, attempts.spending.seconds, self.deciding.caution
+        )
         begun = () if candidate.shape is None else (self.shapes[candidate.shape],)
-        spec = begun[0].spec if begun else None
-        recipe = replace(self.recipe, passes=candidate.passes, contract=None, student=spec)
-        return SearchResult(recipe, begun, self.runs.program(candidate.passes, candidate.shape), promise)
+        recipe = replace(self.recipe, passes=candidate.passes, contract=None, student=begun[0].spec if begun else None)
+        program = self.runs.program(candidate.passes, candidate.shape)
+        return SearchResult(recipe, begun, program, promise, candidate.tool, attempts.file(candidate))
 
     # ---- the teacher without training
 
@@ -125,7 +157,10 @@ class ContractSearch:
                 )
         if self.judge.timed:
             self._time_layers()
-        ready = [t for t in attempts.tried if t.worth is not None]
+            transformer = is_transformer(self.judge.teacher_files[0])
+            for tool in TOOLS[: 2 if transformer else 1]:
+                attempts.judged(by_tool(tool))
+        ready = [t for t in attempts.tried if t.worth is not None and t.candidate.tool is None]
         own = next((s.name for s in self.students if self.recipe.student is not None), None)
         for candidate in given(self.recipe.passes, own):
             attempts.judged(candidate)

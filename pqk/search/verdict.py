@@ -108,7 +108,9 @@ def promise_of(
     front = _front(tried)
     rows = []
     for t in tried:
-        fate = _fate(t, chosen, terms) if t is chosen or not t.fate else t.fate
+        fate = t.fate or _fate(t, chosen, terms)
+        if t is chosen and not t.fate.startswith("ships"):
+            fate = _fate(t, chosen, terms)
         numbers: dict[str, Any] = {} if t.worth is None else {name: getattr(t.worth, name) for name in NUMBERS}
         candidate = t.candidate
         rows.append(

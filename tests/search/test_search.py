@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from evaluations import UNTIMED
 from torch import Tensor, nn
 
-from pqk import ArrayData, Artifact, Contract, ContractError, Recipe, Task, compress
+from pqk import ArrayData, Artifact, Contract, ContractError, Evaluation, Recipe, Task, compress
+from pqk.bench.measure import QUICK
 from pqk.check import check
 from pqk.errors import InputError
 from pqk.passes import Capture, Convert, Quantize
+from pqk.report.schema import AttributionRow, Report
 
 pytestmark = pytest.mark.slow
 
@@ -214,6 +217,43 @@ def test_without_validation_data_half_of_the_evaluation_data_decides(teacher: nn
     assert report.promise is not None and report.promise.validation_samples == 150
     assert report.conditions.evaluation_samples == 150
     assert any("150 of the 300 evaluation samples" in note for note in report.notes)
+
+
+def test_a_row_of_another_tool_that_beats_the_student_ships(
+    teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What beats it is told here, once: whether a tool is better depends on the machine."""
+    told: list[str] = []
+
+    def better(report: Report) -> list[AttributionRow]:
+        rows = [row for row in report.attribution if row.variant == "teacher_ptq"]
+        told.append(report.promise.chosen if report.promise is not None else "")
+        return rows if len(told) == 1 else []
+
+    monkeypatch.setattr("pqk.compiler.dominating", better)
+    small = Evaluation(baselines=("onnxruntime",), runtimes=(), steps_between=False, timing=QUICK, batches=(1,))
+    out = tmp_path / "out"
+    artifact = search(
+        teacher, out, Contract(max_drop=3, budget="1 epochs"), target=None, task=task(train=0), evaluation=small
+    )
+    promise, report = artifact.report.promise, artifact.report
+    assert promise is not None and promise.chosen == told[1] == "INT8 by PTQ alone" != told[0]
+    assert [t.fate for t in promise.tried if t.name == promise.chosen] == [
+        f"ships: on evaluation data better in metric and speed than {told[0]}"
+    ]
+    kinds = {node.op_type for node in onnx.load(out / "model.onnx").graph.node}
+    assert "QuantizeLinear" in kinds and artifact.manifest["tool"] == "teacher_ptq"
+    rows = {row.variant: row for row in report.attribution}
+    assert (
+        rows["student"].metric == rows["teacher_ptq"].metric and rows["student"].label == "student: INT8 by PTQ alone"
+    )
+    assert any("as that tool wrote it" in note for note in report.notes)
+    x, y = inputs(200, 3)
+    answers = torch.from_numpy(artifact.run(x))
+    assert float((answers.argmax(1) == y).double().mean()) == pytest.approx(rows["student"].metric)
+    floats = artifact.rebuild(teacher)
+    with torch.no_grad():
+        assert torch.allclose(floats(x), teacher(x), atol=1e-4)
 
 
 @pytest.mark.parametrize(

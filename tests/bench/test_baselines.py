@@ -8,11 +8,8 @@ import torch
 from onnx import TensorProto, helper, load, numpy_helper, save
 from torch import nn
 
-from pqk.bench.statistics import Ratio
-from pqk.core.onnxruntime_session import session
-from pqk.errors import InputError
-from pqk.evaluation import baselines
-from pqk.evaluation.baselines import (
+from pqk.bench import baselines
+from pqk.bench.baselines import (
     is_transformer,
     neural_compressor_ptq,
     onnxruntime_dynamic,
@@ -20,6 +17,9 @@ from pqk.evaluation.baselines import (
     optimized_transformer,
     optimum_ptq,
 )
+from pqk.bench.statistics import Ratio
+from pqk.core.onnxruntime_session import session
+from pqk.errors import InputError
 from pqk.target.machine import installed
 from pqk.target.target import Target
 from pqk.verify.coverage import integer_coverage

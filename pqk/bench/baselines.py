@@ -14,7 +14,7 @@ import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -25,7 +25,7 @@ from pqk.bench.contenders import Feeds
 from pqk.bench.measure import ratio_to
 from pqk.core.onnxruntime_session import session
 from pqk.data.structures import Inputs
-from pqk.errors import InputError, first_line
+from pqk.errors import InputError, Reason, first_line
 from pqk.quiet import quiet
 from pqk.target.machine import installed
 from pqk.target.target import Target, machine_target
@@ -34,6 +34,8 @@ from pqk.task.task import Task
 
 CALIBRATION = 512
 """samples of the validation data: the ranges that min-max finds hardly move after a few hundred"""
+PADDED = 32
+"""samples of a batch in which some are padded"""
 SAME = 1e-3
 """largest difference of outputs, over the largest of them, that a rearranged float graph may make"""
 
@@ -184,6 +186,20 @@ def optimized_transformer(teacher: Path, out: Path, padded: Feeds, feeds: Feeds,
     return True, f"teacher FP32 is optimized by {tool}: {said}"
 
 
+def float_baseline(teacher: Path, out: Path, task: Task, threads: int) -> tuple[bool, str]:
+    """Whether `out` is written, the transformer of an ONNX file as ONNX Runtime's tool optimizes it, and a faster one.
+
+    The second value says in words for the report what was done, or why not. A file that is no better is removed: where
+    it stands, `pqk benchmark` takes it for the baseline.
+    """
+    batch = next(task.calibration(PADDED, teacher=True))
+    padded = {name: t.numpy() for name, t in zip(task.input_names, batch, strict=True)}
+    better, note = optimized_transformer(teacher, out, padded, task.feeds(1), threads)
+    if not better:
+        out.unlink(missing_ok=True)
+    return better, note
+
+
 def ptq(teacher: Path, out: Path, task: Task, target: Target, samples: int = CALIBRATION) -> str | None:
     """`onnxruntime_ptq` on (at most `samples`) validation samples: None, or why there is no such file."""
     try:
@@ -219,3 +235,18 @@ def neural_compressor_ptq(
                 return convert(prepared), None
         except Exception as error:  # a missing torchao, an operator it does not know: the row is left out, with this
             return None, f"neural-compressor {installed('neural-compressor')}: {first_line(error)}"
+
+
+Tool = Literal["teacher_ptq", "teacher_dynamic", "teacher_optimum_static", "teacher_optimum_dynamic"]
+"""what another tool makes of the teacher's file without training, as the report's rows are called"""
+TOOLS: tuple[Tool, ...] = get_args(Tool)
+
+
+def quantized_teacher(tool: Tool, teacher: Path, out: Path, task: Task, target: Target) -> Reason | None:
+    """Write what a tool makes of the FP32 ONNX file of the teacher: None, or why there is no such file."""
+    if tool == "teacher_ptq":
+        return ptq(teacher, out, task, target)
+    if tool == "teacher_dynamic":
+        return onnxruntime_dynamic(teacher, out, target)
+    samples = task.calibration(CALIBRATION, teacher=True) if tool == "teacher_optimum_static" else None
+    return optimum_ptq(teacher, out, samples, target)
