@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from pqk.recipe.contract import Contract
 from pqk.recipe.recipe import Recipe
 from pqk.rehearsal import rehearse
 from pqk.report.promise import Promise
-from pqk.report.schema import Report
+from pqk.report.schema import Report, VariantName
 from pqk.search.on_evaluation import broken_in_words, dominating, on_evaluation
 from pqk.search.search import ContractSearch, SearchResult
 from pqk.target.machine import machine_fingerprint
@@ -122,14 +123,22 @@ def _compile(job: Job, identity: str, observer: Observer, allow_parity_failure: 
     assert job.deciding is not None
     context = _context(job, identity, observer)
     search = ContractSearch(job.teacher, job.students, job.task, job.target, job.recipe, context, job.deciding)
-    found: SearchResult | None = search.run()
-    while found is not None:  # until no row of the table beats what ships
-        result = found
+    result: SearchResult | None = search.run()
+    while result is not None:  # until no row of the table beats what ships
         job = dataclasses.replace(job, recipe=result.recipe, students=result.students)
-        finished = _finished(job, result.program, result, allow_parity_failure)
-        better = dominating(finished.report)
-        found = search.instead(result, better[0]) if better else None
-    _ship(job, result.program, finished, allow_parity_failure)
+        program = result.program
+        finished = _finished(job, program, result, allow_parity_failure) if is_main_process() else None
+        better = from_main(partial(_beaten_by, finished))
+        result = None if better is None else search.instead(result, better)
+    if finished is not None:
+        _ship(job, program, finished, allow_parity_failure)
+
+
+def _beaten_by(finished: Finished | None) -> VariantName | None:
+    """The row of the report's table that beats the student, if any."""
+    assert finished is not None
+    better = dominating(finished.report)
+    return better[0].variant if better else None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,25 @@ that never set it up, the launcher's environment says which process this is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 from pqk.core.decisions import Json
+
+ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+"""whether this process works by itself"""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """This process works by itself, as the only one, while others do something else. Nobody may wait for it inside."""
+    token = ALONE.set(True)
+    try:
+        yield
+    finally:
+        ALONE.reset(token)
 
 
 def is_distributed() -> bool:
@@ -58,7 +73,9 @@ def wait_for_all() -> None:
 
 
 def _group() -> ModuleType | None:
-    """`torch.distributed`, where a process group is set up."""
+    """`torch.distributed`, where a process group is set up, and this process does not work by itself."""
+    if ALONE.get():
+        return None
     # Here, as the command line asks which process it is long before it needs torch, which takes seconds to import.
     from torch import distributed
 

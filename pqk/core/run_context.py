@@ -86,6 +86,10 @@ class RunContext:
         """A measured decision: journaled, replayed on resume, made by rank 0 for all processes."""
         return from_main(lambda: self.journal.decide(f"{self.scope}/{key}", measure))
 
+    def is_decided(self, key: str) -> bool:
+        """Whether this process has the decision in its journal."""
+        return f"{self.scope}/{key}" in self.journal.decisions
+
     def latency(self, student: nn.Module, where: str) -> float:
         """Milliseconds of `student`'s deployed INT8 form. Raises `InputError` where it cannot be measured here."""
         return self._oracle(_NO_BUDGET, where).latency(student)

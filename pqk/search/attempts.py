@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pqk.core.distributed import alone, from_main, rank, wait_for_all, world_size
 from pqk.core.program import Program
 from pqk.core.progress import Advance
 from pqk.core.run_context import RunContext
@@ -61,13 +63,14 @@ class Attempts:
 
     def judged(self, candidate: Candidate) -> Tried:
         """Makes a candidate and judges it, once in a run; one that does not compile is told why."""
-        candidate = replace(candidate, passes=tuple(p.fitted(self.task, self.outputs) for p in candidate.passes))
+        candidate = self._fitted(candidate)
 
         def measure() -> Any:
             began, worth, fate = time.perf_counter(), None, ""
             try:
-                program = self.runs.program(candidate.passes, candidate.shape)
-                worth = asdict(self.judge.worth(program, self.file(candidate)))
+                with alone():
+                    program = self.runs.program(candidate.passes, candidate.shape)
+                    worth = asdict(self.judge.worth(program, self.file(candidate)))
             except PqkError as error:
                 fate = f"does not compile: {error}"
             return {"worth": worth, "fate": fate, "seconds": time.perf_counter() - began}
@@ -76,6 +79,29 @@ class Attempts:
         self.spending.count(candidate.passes, entry["seconds"], candidate.shape)
         worth = None if entry["worth"] is None else Worth(**entry["worth"])
         return self._add(Tried(candidate, worth, entry["seconds"], entry["fate"]))
+
+    def all_judged(self, candidates: Sequence[Candidate]) -> list[Tried]:
+        """Judges candidates that do not depend on each other; several processes make a share of them each.
+
+        Where there is one process it makes them one after the other, with the same result: a candidate is made by one
+        process, whose passes the others find in the folder that they share.
+        """
+        if world_size() > 1:
+            names = [c.name for c in candidates]
+            todo = from_main(lambda: [n for n in names if not self.context.is_decided(f"candidate/{n}")])
+            mine = [self._fitted(c) for c in candidates if c.name in todo][rank() :: world_size()]
+            began = time.perf_counter()
+            with alone():
+                for candidate in mine:
+                    with contextlib.suppress(PqkError):  # the main process meets it, too, and notes it
+                        self.runs.program(candidate.passes, candidate.shape)
+            wait_for_all()
+            took = time.perf_counter() - began
+            self.spending.seconds += self.context.decide(f"together/{'; '.join(names)}", lambda: took)
+        return [self.judged(c) for c in candidates]
+
+    def _fitted(self, candidate: Candidate) -> Candidate:
+        return replace(candidate, passes=tuple(p.fitted(self.task, self.outputs) for p in candidate.passes))
 
     def file(self, candidate: Candidate) -> Path | None:
         """What is deployed of a candidate that another tool makes; None: what its passes make."""
@@ -95,7 +121,8 @@ class Attempts:
         def measure() -> Any:
             began = time.perf_counter()
             try:
-                found: Any = asdict(choose_training(program(), self.task, self.outputs, room))
+                with alone():
+                    found: Any = asdict(choose_training(program(), self.task, self.outputs, room))
             except PqkError as error:
                 found = str(error)
             return {"training": found, "seconds": time.perf_counter() - began}

@@ -45,7 +45,7 @@ class Ladder:
 
     def starts(self) -> list[Tried]:
         """What may be trained at length, the fastest last: rungs, and the whole teacher where its form loses much."""
-        first = {cut: found for cut in CUTS if (found := self._rung((), cut, 1)) is not None}
+        first = self._rungs((), CUTS, 1)
         starts = self._down(self._better(first), first) if first else []
         whole = next(t for t in self.attempts.tried if t.candidate.name == self.form.name)
         if not self.attempts.terms.holds(whole.worth) and self.form.name != FLOAT:
@@ -91,24 +91,26 @@ class Ladder:
         """The rung below one, which may have gone further than its own goal; None where there is none."""
         reached = NEXT * self.attempts.macs / last.known.macs
         level = next((i for i, goal in enumerate(GOALS, 1) if goal >= reached and i > last.candidate.level), None)
-        return None if level is None else self._rung(last.candidate.floats, cut, level)
+        return None if level is None else self._rungs(last.candidate.floats, (cut,), level).get(cut)
 
-    def _rung(self, above: Sequence[Pass], cut: CutKind, level: int) -> Tried | None:
-        """The next rung in integers, briefly trained; None where nothing more can be cut."""
+    def _rungs(self, above: Sequence[Pass], cuts: Sequence[CutKind], level: int) -> dict[CutKind, Tried]:
+        """The next rung by each way to cut, in integers, trained briefly and equally; not those that cut nothing."""
         attempts = self.attempts
         epochs = attempts.spending.brief(self.training)
-        candidate = rung(above, cut, level, self.form, self.training, epochs)
-        if any(t.candidate.name == candidate.name for t in attempts.tried):
-            candidate = replace(candidate, name=f"{candidate.name}, of what was trained")
+        names = {t.candidate.name for t in attempts.tried}
+        candidates = [rung(above, cut, level, self.form, self.training, epochs) for cut in cuts]
+        candidates = [replace(c, name=f"{c.name}, of what was trained") if c.name in names else c for c in candidates]
         known = [(t.candidate.floats, t.worth.macs) for t in attempts.tried if t.worth is not None]
         before = min((macs for floats, macs in known if floats == tuple(above)), default=attempts.macs)
-        found = attempts.judged(candidate)
-        if found.worth is None:
-            return None
-        if found.worth.macs <= LEAST_CUT * before:
-            return found
-        found.fate = f"{cut} leaves {found.worth.macs / before:.0%} of the MACs: no more can be cut so"
-        return None
+        found: dict[CutKind, Tried] = {}
+        for cut, tried in zip(cuts, attempts.all_judged(candidates), strict=True):
+            if tried.worth is None:
+                continue
+            if tried.worth.macs <= LEAST_CUT * before:
+                found[cut] = tried
+            else:
+                tried.fate = f"{cut} leaves {tried.worth.macs / before:.0%} of the MACs: no more can be cut so"
+        return found
 
 
 def _first_cut(attempts: Attempts) -> Program:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pqk.bench.oracle import Oracle
 from pqk.core.decisions import Journal
+from pqk.core.distributed import is_main_process
 from pqk.core.pipeline import run_passes
 from pqk.core.program import Pass, Program
 from pqk.core.run_context import RunContext
@@ -59,5 +60,5 @@ class Runs:
         name = name_of(passes, shape)
         folder, identity = self.place / name, f"{self.context.identity}/search/{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(RunFolder(folder).journal, identity)
+        journal = Journal(RunFolder(folder).journal if is_main_process() else None, identity)
         return replace(self.context, folder=folder, journal=journal, identity=identity)

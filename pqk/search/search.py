@@ -24,7 +24,7 @@ from pqk.recipe.contract import Contract
 from pqk.recipe.factories import GivenStudent
 from pqk.recipe.recipe import Recipe
 from pqk.report.promise import Promise
-from pqk.report.schema import AttributionRow
+from pqk.report.schema import VariantName
 from pqk.search.attempts import Attempts
 from pqk.search.candidates import FLOAT, STATIC, Candidate, by_tool, finished, forms, given, in_float, mixed
 from pqk.search.deciding import Deciding
@@ -36,7 +36,6 @@ from pqk.search.spending import Spending
 from pqk.search.verdict import Terms, Tried, promise_of
 from pqk.target.target import Target
 from pqk.task.task import Task
-from pqk.training.trainer import accelerator
 
 TIMING = 0.25
 """share of the budget that is left that timing single layers may take"""
@@ -110,16 +109,16 @@ class ContractSearch:
                 self._train(form)
         return self._result(self.attempts.best)
 
-    def instead(self, result: SearchResult, row: AttributionRow) -> SearchResult | None:
+    def instead(self, result: SearchResult, row: VariantName) -> SearchResult | None:
         """What ships in place of a student that a row of the report's table beats; None where that cannot be made."""
         attempts = self.attempts
         beaten = next(t for t in attempts.tried if t.candidate.name == result.promise.chosen)
-        tool = next((name for name in TOOLS if name == row.variant), None)
+        tool = next((name for name in TOOLS if name == row), None)
         if tool is not None:
             candidate = by_tool(tool)
-        elif row.variant == "teacher_fp32":
+        elif row == "teacher_fp32":
             candidate = next(c for c in forms(self.teacher) if c.name == FLOAT)
-        elif row.variant in ("pruned", "pruned_distilled", "given_distilled"):
+        elif row in ("pruned", "pruned_distilled", "given_distilled"):
             candidate = in_float(beaten.candidate)
         else:
             return None
@@ -146,20 +145,18 @@ class ContractSearch:
     def _forms(self) -> Candidate:
         """Judges the teacher's integer forms and the recipe of the user; returns the form that students will have."""
         attempts = self.attempts
-        for candidate in forms(self.teacher):
-            judged = attempts.judged(candidate)
-            if candidate.name == STATIC:
-                attempts.spending.overhead = judged.seconds
-            if candidate.name == STATIC and attempts.spending.room == 0:
-                raise InputError(
-                    f'contract: budget = "{self.contract.budget}" is too small for one candidate: INT8 without '
-                    f"training took {judged.seconds:.0f} s; give it more"
-                )
+        first, *others = forms(self.teacher)
+        attempts.spending.overhead = attempts.judged(first).seconds
+        if attempts.spending.room == 0:
+            raise InputError(
+                f'contract: budget = "{self.contract.budget}" is too small for one candidate: INT8 without '
+                f"training took {attempts.spending.overhead:.0f} s; give it more"
+            )
+        attempts.all_judged(others)
         if self.judge.timed:
             self._time_layers()
-            transformer = is_transformer(self.judge.teacher_files[0])
-            for tool in TOOLS[: 2 if transformer else 1]:
-                attempts.judged(by_tool(tool))
+            transformer = self.context.decide("transformer", lambda: is_transformer(self.judge.teacher_files[0]))
+            attempts.all_judged([by_tool(tool) for tool in TOOLS[: 2 if transformer else 1]])
         ready = [t for t in attempts.tried if t.worth is not None and t.candidate.tool is None]
         own = next((s.name for s in self.students if self.recipe.student is not None), None)
         for candidate in given(self.recipe.passes, own):
@@ -223,9 +220,7 @@ class ContractSearch:
 
 
 def why_not_searched(contract: Contract, machine: Target) -> Reason | None:
-    """Why no student is searched for under this contract, for this target and in this many processes, else None."""
-    if accelerator().num_processes > 1:
-        return "the search runs in one process; start it in one, or give the passes in a recipe"
+    """Why no student is searched for under this contract and for this target, else None."""
     if machine.runtime != "onnxruntime":
         return f"the search is for ONNX Runtime, and {machine.name} runs {machine.runtime}; give the passes in a recipe"
     if contract.timed and (reason := machine.why_not_measured()) is not None:

@@ -44,8 +44,9 @@ def best_shape(attempts: Attempts, names: Sequence[str]) -> Entrant | None:
     epochs_left = SHARE * attempts.spending.epochs_left / rounds
     for number in range(rounds):
         count = len(entrants)
-        spent = [_trained(attempts, e, number, room / count, epochs_left / count) for e in entrants]
-        alive = [e for e in spent if e is not None]
+        further = [_continued(attempts, e, number, room / count, epochs_left / count) for e in entrants]
+        tried = attempts.all_judged(further)
+        alive = [Entrant(t, e.form, e.training) for t, e in zip(tried, entrants, strict=True) if t.worth is not None]
         if not alive:
             return None
         alive.sort(key=lambda e: e.tried.known.drop)
@@ -80,9 +81,7 @@ def _entrant(attempts: Attempts, name: str, share: float) -> Entrant | None:
     return Entrant(tried, form, training)
 
 
-def _trained(attempts: Attempts, entrant: Entrant, number: int, seconds: float, epochs: float) -> Entrant | None:
-    """An entrant after a further round; None where it does not compile."""
+def _continued(attempts: Attempts, entrant: Entrant, number: int, seconds: float, epochs: float) -> Candidate:
+    """An entrant with a further round."""
     within = attempts.spending.epochs_in(entrant.training, seconds, epochs)
-    candidate = continued(entrant.tried.candidate, entrant.form, entrant.training, within, number + 1)
-    tried = attempts.judged(candidate)
-    return None if tried.worth is None else Entrant(tried, entrant.form, entrant.training)
+    return continued(entrant.tried.candidate, entrant.form, entrant.training, within, number + 1)

@@ -269,7 +269,8 @@ class _Trainer:
             losses = self.objective(model, batch)
         loss = losses.float().mean()
         late = float(time.monotonic() - self.saved_at > self.training.checkpoint_seconds)
-        value, due = self.accelerator.reduce(torch.stack([loss.detach(), loss.new_tensor(late)]), "mean").tolist()
+        said = torch.stack([loss.detach(), loss.new_tensor(late)])
+        value, due = (self.accelerator.reduce(said, "mean") if world_size() > 1 else said).tolist()
         if not math.isfinite(value):
             return value, False
         optimizer.zero_grad(set_to_none=True)

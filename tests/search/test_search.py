@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +65,7 @@ def task(train: int = 256) -> Task:
     return Task(data["train"] if train else None, data["evaluation"], validation=data["validation"])
 
 
-@pytest.fixture(scope="module")
-def teacher() -> nn.Module:
+def trained_teacher() -> nn.Module:
     net, (x, y) = Net(), inputs(512, 0)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     for _ in range(40):
@@ -72,6 +74,11 @@ def teacher() -> nn.Module:
             nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
             optimizer.step()
     return net.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return trained_teacher()
 
 
 def search(teacher: nn.Module, out: Path, contract: Contract | None = None, **options: Any) -> Artifact:
@@ -135,6 +142,40 @@ def test_a_search_that_was_killed_goes_on_and_ends_in_the_same(
     assert names[0] == names[1]
     with pytest.raises(InputError, match="another recipe"):
         search(teacher, tmp_path / "out", Contract(max_drop=3, budget="8 epochs"), resume=True)
+
+
+TWO = """
+import importlib.util
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path({support!r})))
+spec = importlib.util.spec_from_file_location("test_search", {this!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["test_search"] = module
+spec.loader.exec_module(module)
+
+if __name__ == "__main__":
+    module.search(module.trained_teacher(), Path({out!r}))
+"""
+
+
+@pytest.mark.full
+def test_two_workers_search_for_the_same_student(found: Path, tmp_path: Path) -> None:
+    """Under `torchrun` candidates that do not depend on each other are trained by one process each."""
+    script, out = tmp_path / "two.py", tmp_path / "out"
+    support = Path(__file__).parents[1] / "support"
+    script.write_text(TWO.format(this=__file__, support=str(support), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, one = Artifact.load(out).report.promise, Artifact.load(found).report.promise
+    assert ours is not None and one is not None
+    assert [(t.name, t.metric, t.size_bytes, t.epochs) for t in ours.tried] == [
+        (t.name, t.metric, t.size_bytes, t.epochs) for t in one.tried
+    ]
+    assert (out / "model.onnx").read_bytes() == (found / "model.onnx").read_bytes()
 
 
 def test_where_none_keeps_it_the_nearest_is_kept_and_the_exit_code_is_4(
