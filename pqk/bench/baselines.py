@@ -242,7 +242,7 @@ Tool = Literal["teacher_ptq", "teacher_dynamic", "teacher_optimum_static", "teac
 TOOLS: tuple[Tool, ...] = get_args(Tool)
 
 
-def quantized_teacher(tool: Tool, teacher: Path, out: Path, task: Task, target: Target) -> Reason | None:
+def why_not_quantized(tool: Tool, teacher: Path, out: Path, task: Task, target: Target) -> Reason | None:
     """Write what a tool makes of the FP32 ONNX file of the teacher: None, or why there is no such file."""
     if tool == "teacher_ptq":
         return ptq(teacher, out, task, target)

@@ -15,7 +15,7 @@ from pqk.bench.baselines import (
     float_baseline,
     is_transformer,
     neural_compressor_ptq,
-    quantized_teacher,
+    why_not_quantized,
 )
 from pqk.core.costs import count_parameters
 from pqk.core.program import Pass, Stage
@@ -138,7 +138,7 @@ def _quantized_teachers(subject: Subject, teacher: OnnxFile) -> list[Variant]:
 def _by_tool(subject: Subject, teacher: OnnxFile, name: Tool) -> Variant:
     """The row of a file that a tool writes, or of why it did not."""
     path, target = subject.folder / f"{name}.onnx", subject.program.target
-    made = attempt(lambda: quantized_teacher(name, teacher.path, path, subject.task, target))
+    made = attempt(lambda: why_not_quantized(name, teacher.path, path, subject.task, target))
     reason = made.reason if isinstance(made, Failure) else made
     return Missing(name, reason) if reason else replace(teacher, name=name, path=path)
 

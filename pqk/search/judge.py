@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pqk.bench.baselines import Tool, float_baseline, is_transformer, quantized_teacher
+from pqk.bench.baselines import Tool, float_baseline, is_transformer, why_not_quantized
 from pqk.bench.measure import fastest, ratio_to
 from pqk.core.costs import count_macs
 from pqk.core.onnxruntime_session import OnnxModel, session
@@ -172,7 +172,7 @@ class Judge:
     def by_tool(self, tool: Tool, target: Target) -> Path:
         """The file that another tool makes of the teacher without training. Raises `InputError` where there is none."""
         path = self.folder / f"{tool}.onnx"
-        if not path.exists() and (reason := quantized_teacher(tool, self.teacher_files[0], path, self.task, target)):
+        if not path.exists() and (reason := why_not_quantized(tool, self.teacher_files[0], path, self.task, target)):
             raise InputError(reason)
         return path
 
