@@ -153,7 +153,9 @@ def finished(start: Candidate, form: Candidate, training: TrainingChoice, epochs
     float_ = distillation(training, (1 - QAT_SHARE) * epochs)
     what = f"{start.name}, trained {epochs:.2g} epochs more, a quarter of them under quantization"
     passes = (*start.floats, float_, capture, quantize, under, convert)
-    return replace(start, name=f"{start.name}, trained", what=what, passes=passes)
+    stem, trained, number = start.name.partition(", trained")
+    name = f"{stem}, trained" + (f" ({int(number.strip(' ()') or 1) + 1})" if trained else "")
+    return replace(start, name=name, what=what, passes=passes)
 
 
 def first_student(teacher: nn.Module, task: Task, outputs: Any) -> tuple[Pass, ...]:

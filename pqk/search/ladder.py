@@ -10,7 +10,7 @@ from pqk.search.attempts import Attempts
 from pqk.search.candidates import FLOAT, GOALS, Candidate, CutKind, TrainingChoice, prune, rung
 from pqk.search.verdict import Terms, Tried
 
-PROMISING = 8.0
+PROMISING = 5.0
 """times the drop that is allowed that a student may lose before it is trained at length"""
 LEAST_CUT = 0.95
 """share of the MACs that a rung leaves at most, else nothing more can be cut"""

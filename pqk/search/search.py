@@ -1,8 +1,8 @@
 """The search for a student that keeps a contract, within its budget.
 
 First what costs no training: integer forms of the teacher. Then a ladder of ever smaller students, each cut out of the
-one before and trained briefly, and students of another shape where some are given, all judged in integers; then the
-fastest that promises to keep the contract is trained for the rest of the budget, and where it does not, the next one.
+one before and trained briefly, and students of another shape where some are given, all judged in integers; then those
+that may keep the contract are trained at length (see `finals`).
 Each decision is journaled, and each pass saved: a search that was killed goes on where it was.
 """
 
@@ -19,19 +19,19 @@ from pqk.bench.baselines import TOOLS, Tool, is_transformer
 from pqk.core.program import Program
 from pqk.core.run_context import RunContext
 from pqk.errors import InputError, Reason
-from pqk.passes.distill.keep_best import Criterion
 from pqk.recipe.contract import Contract
 from pqk.recipe.factories import GivenStudent
 from pqk.recipe.recipe import Recipe
 from pqk.report.promise import Promise
 from pqk.report.schema import VariantName
 from pqk.search.attempts import Attempts
-from pqk.search.candidates import FLOAT, STATIC, Candidate, by_tool, finished, forms, given, in_float, mixed
+from pqk.search.candidates import FLOAT, STATIC, Candidate, by_tool, forms, given, in_float, mixed
 from pqk.search.deciding import Deciding
+from pqk.search.finals import Finals
 from pqk.search.judge import Judge
 from pqk.search.ladder import HOPELESS, Ladder, promises
 from pqk.search.runs import Runs
-from pqk.search.shapes import Entrant, best_shape
+from pqk.search.shapes import best_shape
 from pqk.search.spending import Spending
 from pqk.search.verdict import Terms, Tried, promise_of
 from pqk.target.target import Target
@@ -180,43 +180,16 @@ class ContractSearch:
         elif static.worth.speed < SLOW:
             attempts.judged(mixed())
 
-    # ---- students
-
     def _train(self, form: Candidate) -> None:
-        """Trains at length what promises to keep the contract, as long as something does."""
+        """Cuts and trains students while the budget lasts."""
         ladder = Ladder.of(self.attempts, form)
         starts = [] if ladder is None else ladder.starts()
         entrant = best_shape(self.attempts, list(self.shapes)) if self.shapes else None
-        if entrant is not None:
-            if promises(self.attempts.terms, entrant.tried):
-                starts = sorted([*starts, entrant.tried], key=lambda t: t.known.speed)
-            else:
-                entrant.tried.fate = HOPELESS
-        while starts:
-            start = starts.pop()
-            if not self.attempts.worth_training(start):
-                continue
-            done = self._at_length(start, ladder, entrant)
-            if done is None:
-                return
-            if ladder is not None and self.attempts.terms.holds(done.worth):
-                starts = ladder.deeper(done)
-
-    def _at_length(self, start: Tried, ladder: Ladder | None, entrant: Entrant | None) -> Tried | None:
-        """A student, trained; None where no budget is left for it."""
-        attempts = self.attempts
-        if start.candidate.shape is not None:
-            assert entrant is not None
-            form, training, share = entrant.form, entrant.training, 1.0
-        else:
-            assert ladder is not None
-            form, training, share = ladder.form, ladder.training, start.known.macs / attempts.macs
-        epochs = attempts.spending.at_length(training, share)
-        if not epochs:
-            start.fate = "no budget was left to train it at length"
-            return None
-        keep: Criterion = "metric" if self.task.validation.labelled else "teacher"
-        return attempts.judged(finished(start.candidate, form, training, epochs, keep))
+        if entrant is not None and promises(self.attempts.terms, entrant.tried):
+            starts.append(entrant.tried)
+        elif entrant is not None:
+            entrant.tried.fate = HOPELESS
+        Finals(self.attempts, ladder, entrant).run(starts)
 
 
 def why_not_searched(contract: Contract, machine: Target) -> Reason | None:
