@@ -7,10 +7,12 @@ to 32x32 with three equal channels, so that the CIFAR ResNet is the network. The
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,13 +33,18 @@ log = logging.getLogger(__name__)
 def load_digits() -> tuple[Tensor, Tensor]:
     """(images uint8 [1797, 3, 32, 32], labels int64 [1797]), shuffled once and for all.
 
-    Raises `InputError` where scikit-learn is not installed.
+    Raises `InputError` where scikit-learn is not installed or its file cannot be read.
     """
+    # The file alone: importing scikit-learn takes a second.
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise InputError("digits: the images are in scikit-learn, which is not installed: pip install 'pqk[demo]'")
+    path = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
     try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise InputError(f"digits: the images are in scikit-learn ({error}): pip install 'pqk[demo]'") from error
-    raw, labels = datasets.load_digits(return_X_y=True)
+        rows = np.loadtxt(path, delimiter=",")
+    except (OSError, ValueError) as error:
+        raise InputError(f"digits: {path} cannot be read ({error}); install scikit-learn anew") from error
+    raw, labels = rows[:, :-1], rows[:, -1]
     grey = torch.from_numpy(raw).float().view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))

@@ -8,30 +8,34 @@ steps, the memory at its highest, and the latency of the student, which does not
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from pqk.bench.measure import ratio_to
+from pqk.bench.oracle import ROUNDS as ROUNDS_OF_COMPILE
 from pqk.bench.oracle import Oracle
 from pqk.bench.statistics import Ratio
+from pqk.bench.stopwatch import Stopwatch, training_seconds
 from pqk.copies import copy_of
 from pqk.core.costs import count_macs, count_parameters, float_bytes, why_not_counted
 from pqk.core.modes import evaluating, fused_layers
 from pqk.core.onnxruntime_session import session
 from pqk.core.pipeline import verify
 from pqk.core.program import Pass, Program, Stage
-from pqk.core.progress import Advance, Observer, Silent
+from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
 from pqk.core.run_folder import scope_of
+from pqk.data.augmentation import why_not_augmented
 from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.law import check_groups
@@ -141,11 +145,11 @@ class Rehearsal:
         self.task, self.recipe = task, recipe
         self.target = Target.detect() if recipe.target is None else Target.named(recipe.target.name)
         self.watch = Stopwatch(observer)
-        run = RunContext(recipe.seed, observer=self.watch)
+        run = RunContext(recipe.seed, observer=self.watch, rough=True)
         self.oracle = Oracle(self.teacher, task, self.target, recipe.passes, run, THREADS, ROUNDS)
         mismatch = self.target.why_not_measured()
         if mismatch is None:
-            run = dataclasses.replace(run, oracle=self.oracle, rough=True)
+            run = dataclasses.replace(run, oracle=self.oracle)
         self.program = Program.begin(self.teacher, self.target, run, given)
         self.found = Findings(self.target.name, recipe.seed, _costs(self.teacher, task), latency_reason=mismatch)
         self.found.given = None if given is None else _costs(given, task)
@@ -154,9 +158,11 @@ class Rehearsal:
         for whose, model in (("teacher", self.teacher), ("student", given)):
             if model is not None and (reason := why_not_counted(model, task.example)) is not None:
                 self.found.warnings.append(f"{whose}: {reason}")
+        if task.train is not None and (reason := why_not_augmented(task.train)) is not None:
+            self.found.warnings.append(reason)
         if (reason := why_not_for_target(recipe.passes, self.target)) is not None:
             self.found.problems.append(reason)
-        self.live_steps = _cacheable_steps(task)
+        self.fresh_steps = _cacheable_steps(task)
 
     def run(self) -> Findings:
         self._prunable()
@@ -204,7 +210,8 @@ class Rehearsal:
         )
         if program.stage == Stage.MODULE:  # a pass that fails half-way must not leave its cuts to the next one
             program = dataclasses.replace(program, student=copy_of(program.student, "student"))
-        self.watch.steps.clear()
+        self.watch.clear()
+        self.oracle.seconds.clear()
         began = time.perf_counter()
         try:
             if (reason := p.why_not_applied(self.task, self.outputs)) is not None:
@@ -223,32 +230,36 @@ class Rehearsal:
         row.declined = [{"layer": d.layer, "reason": d.reason} for d in after.declined]
         row.details = {} if p.notes_losses else dict(after.details)
         self.program = after
-        self._cost(row, p, took)
+        self._cost(row, p, took, after.details)
         return row
 
     def _short(self, p: Pass) -> Pass:
         """`p` with a few training steps instead of its epochs."""
         return p if self.task.train is None else p.rehearsal(STEPS / len(self.task.train))
 
-    def _cost(self, row: Rehearsed, p: Pass, took: float) -> None:
+    def _cost(self, row: Rehearsed, p: Pass, took: float, details: Mapping[str, Any]) -> None:
         """The estimate of a pass: what it took, and its remaining steps at the time of those that were taken."""
-        timed = [s for steps in self.watch.steps.values() for s in steps]
-        rest = took - sum(timed) + float(row.details.get("estimated", {}).get("seconds", 0.0))
+        timed, ends = self.watch.of_trainings(self.program.run.scope)
+        rest = took - sum(timed) + p.unrehearsed_seconds(details, self.task.validation.samples)
+        rest += self._longer_timing(details)
         if timed and p.training_epochs and self.task.train is not None:
             row.steps = max(1, round(p.training_epochs * len(self.task.train)))
             step = statistics.median(timed[2:] or timed)
             row.step_ms = round(1e3 * step, 3)
-            rest = p.rounds * rest + row.steps * step - self._cached(p, row.steps)
+            fresh = None if self.fresh_steps is None or p.why_not_cached() is not None else self.fresh_steps
+            if fresh is not None:
+                self.fresh_steps = max(0, fresh - row.steps)
+            answer = float(details.get("teacher_seconds", 0.0))
+            rest = p.rounds * rest + training_seconds(row.steps, fresh, step, answer)
+            rest += max(0, math.ceil(p.training_epochs) - p.rounds) * statistics.median(ends)
         row.seconds = round(max(rest, 0.0) + self._scoring(), 3)
 
-    def _cached(self, p: Pass, steps: int) -> float:
-        """Seconds that cached teacher logits save: of all steps after every view was seen once."""
-        if self.live_steps is None or p.why_not_cached() is not None:
+    def _longer_timing(self, details: Mapping[str, Any]) -> float:
+        """Seconds by which a compile times candidates longer: over more turns."""
+        if not self.oracle.seconds:
             return 0.0
-        live = min(steps, self.live_steps)
-        self.live_steps -= live
-        assert self.task.train is not None
-        return (steps - live) * forward_seconds(self.teacher, next(self.task.train.batches()).inputs)
+        count = len(self.oracle.seconds) + int(details.get("estimated", {}).get("candidates", 0))
+        return count * statistics.median(self.oracle.seconds) * (ROUNDS_OF_COMPILE / ROUNDS - 1)
 
     def _scoring(self) -> float:
         """Seconds of the metric on validation data, which is noted after every pass."""
@@ -259,6 +270,7 @@ class Rehearsal:
         """Emit student and teacher, hold them to their contracts, and time the student in turn with the teacher."""
         with tempfile.TemporaryDirectory(prefix="pqk-check-") as name:
             folder, here, teacher = Path(name), self.found.latency_reason is None, self.oracle.teacher_path
+            self._take_emitted(folder / "model.onnx")
             self.found.problems += why_not_deployed(self.program, self.task, folder, here)
             if self.target.runtime == "onnxruntime":
                 self.found.problems += why_not_exported(self.program, self.task, teacher)
@@ -272,6 +284,18 @@ class Rehearsal:
                 pass  # it was not written, which is a problem already
             except Exception as error:  # as above
                 self.found.problems.append(f"emit: {first_line(error, 300)}")
+
+    def _take_emitted(self, path: Path) -> None:
+        """Goes on with the student that was timed last, and its file, where it is the same graph with other weights.
+
+        Writing a file takes seconds; what refuses or slows it does not lie in its weights.
+        """
+        if self.oracle.emitted is None or self.program.fused is not None or self.target.runtime != "onnxruntime":
+            return
+        graph, file = self.oracle.emitted
+        if _alike(graph, self.program.student):
+            shutil.copyfile(file, path)
+            self.program = dataclasses.replace(self.program, student=graph)
 
     def _measure(self, path: Path, teacher: Path, here: bool) -> None:
         task = self.task
@@ -316,28 +340,10 @@ def why_no_gain(found: Findings, ratio: Ratio) -> Reason:
     )
 
 
-class Stopwatch:
-    """An `Observer` that notes the seconds of every training step and passes everything on."""
-
-    def __init__(self, inner: Observer) -> None:
-        self.inner = inner
-        self.steps: dict[str, list[float]] = {}
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Advance]:
-        seconds = self.steps.setdefault(description, [])
-        last = time.perf_counter()
-        with self.inner.task(description, total) as show:
-
-            def advance(steps: int, text: str = "") -> None:
-                nonlocal last
-                now = time.perf_counter()
-                if steps:
-                    seconds.append((now - last) / steps)
-                last = now
-                show(steps, text)
-
-            yield advance
+def _alike(graph: fx.GraphModule, other: nn.Module) -> bool:
+    """Whether two graphs compute the same but for the values of their tensors."""
+    shapes = [{k: (t.shape, t.dtype) for k, t in m.state_dict().items()} for m in (graph, other)]
+    return isinstance(other, fx.GraphModule) and graph.code == other.code and shapes[0] == shapes[1]
 
 
 def _costs(model: nn.Module, task: Task) -> dict[str, int]:
@@ -355,10 +361,10 @@ def _cacheable_steps(task: Task) -> int | None:
 
 @torch.no_grad()
 def forward_seconds(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
-    """The fastest of three forward passes in eval mode; the mode is restored."""
+    """The faster of two forward passes in eval mode; the mode is restored."""
     times = []
     with evaluating(model):
-        for _ in range(3):
+        for _ in range(2):
             began = time.perf_counter()
             model(*inputs)
             times.append(time.perf_counter() - began)

@@ -27,9 +27,11 @@ from pqk.core.program import Program
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
 from pqk.deploy.artifact import MANIFEST, MODEL, Artifact, describe_interface, seal, write_report, write_student
+from pqk.deploy.cascade import CASCADE_TEACHER, Routing
 from pqk.deploy.tuning import Tuning
 from pqk.documents import digest_of_file, digest_of_values
 from pqk.errors import ContractError, InputError, ParityError
+from pqk.evaluation.cascade import measure_cascade
 from pqk.evaluation.evaluate import evaluate
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
@@ -39,7 +41,6 @@ from pqk.knowledge.teachers.base import network_fingerprint
 from pqk.recipe.contract import Contract
 from pqk.recipe.recipe import Recipe
 from pqk.rehearsal import rehearse
-from pqk.report.promise import Promise
 from pqk.report.schema import Report, VariantName
 from pqk.search.on_evaluation import broken_in_words, dominating, on_evaluation
 from pqk.search.search import ContractSearch, SearchResult
@@ -152,6 +153,8 @@ class Finished:
     report: Report
     tool: Tool | None
     """whose file is deployed; None: what the passes make"""
+    routing: Routing | None = None
+    """of a cascade, whose teacher's file is among the others"""
 
 
 def _finished(job: Job, program: Program, result: SearchResult | None, allow_parity_failure: bool) -> Finished:
@@ -164,8 +167,11 @@ def _finished(job: Job, program: Program, result: SearchResult | None, allow_par
     else:
         assert result is not None and result.file is not None
         shutil.copyfile(result.file, job.folder.unfinished_artifact / MODEL)
-    report = _judge(job, program, None if result is None else result.promise, tool)
-    return Finished(interface, names, report, tool)
+    cascade = None if result is None else result.cascade
+    if cascade is not None:
+        shutil.copyfile(cascade.teacher, job.folder.unfinished_artifact / CASCADE_TEACHER)
+    report = _judge(job, program, result)
+    return Finished(interface, names, report, tool, None if cascade is None else cascade.choice.routing)
 
 
 @contextmanager
@@ -259,10 +265,15 @@ def _compare_sizes(job: Job, program: Program, interface: dict[str, Any], allow_
         )
 
 
-def _judge(job: Job, program: Program, promise: Promise | None, tool: Tool | None) -> Report:
+def _judge(job: Job, program: Program, result: SearchResult | None) -> Report:
     """Measure what is deployed, and write the report beside it."""
     folder = job.folder.unfinished_artifact
+    promise, tool, cascade = (None, None, None) if result is None else (result.promise, result.tool, result.cascade)
     report = evaluate(program, job.task, job.recipe.passes, folder, job.evaluation, seed=job.recipe.seed, tool=tool)
+    if cascade is not None:
+        choice, timed = cascade.choice, job.evaluation.latency and job.target.why_not_measured() is None
+        own = measure_cascade(folder, MODEL, job.task, choice.routing, choice.routed, timed=timed)
+        report = report.model_copy(update={"cascade": own})
     if promise is not None:
         report = report.model_copy(update={"promise": on_evaluation(promise, report)})
     write_report(report, folder)
@@ -291,6 +302,8 @@ def _ship(job: Job, program: Program, finished: Finished, allow_parity_failure: 
         "data": identity["data"],
         # only where another tool wrote model.onnx
         **({} if finished.tool is None else {"tool": finished.tool}),
+        # only where the teacher answers what the student is not sure of
+        **({} if finished.routing is None else {"cascade": dataclasses.asdict(finished.routing)}),
         **finished.interface,
         "preprocessing": job.task.preprocessing,
         "teacher_files": {p.name: digest_of_file(p) for p in job.folder.teacher_files if p.exists()},

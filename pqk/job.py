@@ -23,6 +23,7 @@ from pqk.recipe.contract import Contract
 from pqk.recipe.factories import GivenStudent, students_of
 from pqk.recipe.fit import fit_recipe
 from pqk.recipe.recipe import Recipe, TargetSpec, why_not_for_target
+from pqk.search.cascade import why_not_cascaded
 from pqk.search.deciding import Deciding, deciding
 from pqk.search.search import why_not_searched
 from pqk.target.target import Target
@@ -112,6 +113,9 @@ def job_of(
         raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
     teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
+    cascaded = chosen.contract is not None and chosen.contract.cascade
+    if cascaded and (reason := why_not_cascaded(task, teacher)) is not None:
+        raise InputError(f"contract: cascade: {reason}")
     path = recipe if isinstance(recipe, str | Path) else None
     students = tuple(students_of(student, chosen, teacher, task, path))
     if recipe is None:

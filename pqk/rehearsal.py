@@ -83,7 +83,10 @@ def rehearse(
 def why_not_deployed(
     program: Program, task: Task, folder: Path, optimized: bool, *, parity: bool = True
 ) -> Iterator[Reason]:
-    """Writes an INT8 student into `folder` as a compile does, and yields what refuses it there."""
+    """Writes an INT8 student into `folder` as a compile does, and yields what refuses it there.
+
+    A model.onnx that lies there already is taken for that of this very student.
+    """
     graph, fused = program.student, program.fused
     assert isinstance(graph, fx.GraphModule)
     layers: list[LayerParity] = []
@@ -97,7 +100,8 @@ def why_not_deployed(
             layers += check_launches(graph, fused, inputs)
         if program.target.runtime == "onnxruntime":
             path = folder / "model.onnx"
-            emit_onnx_for(graph, task, path)
+            if not path.exists():
+                emit_onnx_for(graph, task, path)
             layers += check_layers(graph, quantized_tensors(graph), path, inputs, optimized=optimized)
         elsewhere = why_not_at_other_sizes(program.teacher, graph, task, onnx=path, fused=fused, optimized=optimized)
     except PqkError as error:

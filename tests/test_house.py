@@ -31,8 +31,8 @@ from pqk.target import target
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"pqk": "pqk", "passes": "pqk.passes", "kernels": "pqk.kernels", "models": "pqk.models"}
 ORDER = (
-    ("cli",), ("compiler",), ("job",), ("gpu", "evaluation", "comparison", "check"), ("search",), ("rehearsal",),
-    ("bench", "verify"), ("deploy",),
+    ("cli",), ("strangers",), ("compiler",), ("job",), ("gpu", "evaluation", "comparison", "check"), ("search",),
+    ("rehearsal",), ("bench", "verify"), ("deploy",),
     ("recipe",), ("passes",), ("knowledge", "models"), ("training",), ("core",), ("kernels", "task", "target"),
     ("report", "quant", "data", "files"), ("copies", "documents"), ("errors", "quiet"),
 )  # fmt: skip

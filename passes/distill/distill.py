@@ -11,6 +11,7 @@ through the layers: on the pruned ResNet-20 of the digits the gradient's norm re
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,7 @@ from pqk.knowledge.teachers.base import LogitCache, Teacher, cache_for
 from pqk.knowledge.terms.feature import channel_axis
 from pqk.knowledge.terms.response import ResponseTerm
 from pqk.passes.distill.assistant import earlier_student
-from pqk.passes.distill.keep_best import CheckpointSelection, Criterion
+from pqk.passes.distill.keep_best import UNTRAINED, CheckpointSelection, Criterion
 from pqk.passes.prune.survivors import surviving_channels
 from pqk.quant.fake_quant import quantizers
 from pqk.task.task import Task
@@ -68,11 +69,11 @@ class Distill(Training, Pass):
     """share of a quantization-aware training after which all step sizes, and with them the activation ranges, stand
     still while the weights settle on them"""
     keep: Criterion = "last"
-    """which student a quantization-aware training ends in. "last": that of the last step, as a fixed schedule means it;
-    "metric" and "teacher": the best, once converted to integers, of the start and the end of every epoch, on validation
-    data: by the task's metric (ties by the next), or by the least divergence from the teacher's outputs, which also
-    tells students apart where the teacher has seen the validation data. Not the default, because a small validation
-    set picks by chance what a cosine schedule does not have to"""
+    """which student a training ends in. "last": that of the last step, as a fixed schedule means it; "metric" and
+    "teacher": the best of the start and the end of every epoch (under quantization: once converted to integers), on
+    validation data: by the task's metric (ties by the next), or by the least divergence from the teacher's outputs,
+    which also tells students apart where the teacher has seen the validation data. Not the default, because a small
+    validation set picks by chance what a cosine schedule does not have to"""
     teacher_precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
     """bf16 runs the frozen teacher in bfloat16 autocast"""
 
@@ -149,15 +150,17 @@ class Distill(Training, Pass):
         teacher, live = self._teacher_for(program, task, data)
         with frozen_parameters(program.student, self.frozen):
             log, kept_epoch = self._train(program, task, data, teacher)
-        notes = log.notes if kept_epoch is None else {"kept_epoch": kept_epoch, **log.notes}
+        notes: dict[str, Any] = log.notes if kept_epoch is None else {"kept_epoch": kept_epoch, **log.notes}
+        if kept_epoch == 0:
+            notes["kept"] = UNTRAINED
+        if program.run.rough and teacher.live_seconds:
+            notes["teacher_seconds"] = statistics.median(teacher.live_seconds)
         answers = "cached" if live is None else f"live: {live}"
         return program.note(losses=log.losses, steps=log.steps, retries=log.retries, teacher=answers, **notes)
 
     def _check_stage(self, stage: Stage) -> None:
         if stage == Stage.FAKE_QUANT and self.precision == "bf16":
             raise InputError("distill: quantization-aware training needs fp32: bfloat16 is coarser than the INT8 grid")
-        if stage != Stage.FAKE_QUANT and self.keep != "last":
-            raise InputError(f'distill: keep = "{self.keep}" compares converted students: it comes after `quantize`')
 
     def _teacher_for(self, program: Program, task: Task, data: Data) -> tuple[Teacher, Reason | None]:
         """The teacher, and why it answers every batch live; None where its answers are cached."""

@@ -1,12 +1,14 @@
-"""Checkpoint selection for quantization-aware training, by the students' deployed form.
+"""Checkpoint selection: the best student of a training, its start among them, on validation data.
 
-What is compared is what will be deployed, not what trains: converted to integers a student has no learned step, no
-clamp in float and no unrounded bias left, so the best epoch is the best of that form. What is best so far lies in
-buffers of the objective, which checkpoints hold: a run that was killed keeps the same epoch.
+Under quantization what is compared is what will be deployed, not what trains: converted to integers a student has no
+learned step, no clamp in float and no unrounded bias left, so the best epoch is the best of that form. Before it, the
+student is compared in float, in eval mode. What is best so far lies in buffers of the objective, which checkpoints
+hold: a run that was killed keeps the same epoch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,28 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from pqk.copies import copy_of
+from pqk.core.modes import evaluating
 from pqk.knowledge.objective import Distillation
 from pqk.passes.convert.convert import convert
+from pqk.quant.fake_quant import quantizers
 from pqk.task.metrics import predict
 from pqk.task.task import Task
 
 Criterion = Literal["last", "metric", "teacher"]
 Scorer = Callable[[nn.Module], list[float]]
 """a student -> its scores, higher is better, the most important score first"""
+UNTRAINED = "the student as it was before the training, since no epoch made it better on validation data"
+"""what is kept of a training whose best state is its start"""
 
 
 def scorer(task: Task, teacher: nn.Module, criterion: Criterion) -> Scorer:
-    """Scores FAKE_QUANT students (unchanged) as integers on validation data: [metric or 0, negative divergence].
+    """Scores students (unchanged) on validation data, FAKE_QUANT ones as integers: [metric or 0, negative divergence].
 
     The metric counts for "metric" where the data has labels; the divergence is that from `teacher`'s outputs.
     """
     answers, _ = predict(teacher, task.validation)
 
     def score(student: nn.Module) -> list[float]:
-        integer = convert(copy_of(student, "student"), task.example)
-        outputs, targets = predict(integer, task.validation)
+        deployed = convert(copy_of(student, "student"), task.example) if quantizers(student) else student
+        with evaluating(deployed):
+            outputs, targets = predict(deployed, task.validation)
         labelled = criterion == "metric" and targets is not None
-        return [task.metric.function(outputs, targets) if labelled else 0.0, -task.distance(outputs, answers)]
+        scores = [task.metric.function(outputs, targets) if labelled else 0.0, -task.distance(outputs, answers)]
+        return [s if math.isfinite(s) else -math.inf for s in scores]  # nothing compares with NaN
 
     return score
 

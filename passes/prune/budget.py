@@ -16,6 +16,12 @@ from pqk.errors import InputError, Reason
 
 UNITS = {"macs": "MACs", "parameters": "parameters", "size": "bytes", "latency": "ms"}
 
+CUT_MORE = (
+    "Lower the ratio below that, or lower floor or multiple, allow depth and width both, or shorten ignore and "
+    "protect; or set best_effort."
+)
+"""what to do where pruning cannot meet a budget"""
+
 
 class Missed(InputError):
     """A budget that cannot be met."""
@@ -47,6 +53,7 @@ class Budget:
     reference: float
     run: RunContext
     example: tuple[Tensor, ...]
+    pass_name: str = "prune"
     unmeasured: Unmeasured = field(default_factory=Unmeasured)
 
     def value(self, model: nn.Module) -> float:
@@ -62,7 +69,7 @@ class Budget:
 
     def _latency(self, model: nn.Module) -> float:
         began = time.perf_counter()
-        milliseconds = self.run.latency(model, "prune.latency_ratio")
+        milliseconds = self.run.latency(model, f"{self.pass_name}.latency_ratio")
         self.unmeasured.seconds.append(time.perf_counter() - began)
         return milliseconds
 
@@ -86,25 +93,26 @@ class Budget:
         """How many times less than the teacher `value` is."""
         return self.reference / max(value, 1e-12)
 
-    def missed(self, reached: float, what: str, refused: Mapping[str, Reason]) -> Missed:
+    def missed(
+        self, reached: float, what: str, refused: Mapping[str, Reason], advice: str = CUT_MORE, done: str = "cut"
+    ) -> Missed:
         """The error for a budget that cannot be met; `refused`: layer or block -> why it may not be cut."""
         unit = UNITS[self.kind]
         return Missed(
-            f"prune: {self.kind}_ratio = {self.goal:.4g} cannot be met: {what} is {self.ratio(reached):.3g} times less "
-            f"than the teacher ({reached:.4g} against {self.reference:.4g} {unit}). Lower the ratio below that, or "
-            "lower floor or multiple, allow depth and width both, or shorten ignore and protect; or set best_effort."
-            f"{_why_each(refused)}"
+            f"{self.pass_name}: {self.kind}_ratio = {self.goal:.4g} cannot be met: {what} is {self.ratio(reached):.3g} "
+            f"times less than the teacher ({reached:.4g} against {self.reference:.4g} {unit}). {advice}"
+            f"{_why_each(refused, done)}"
         )
 
 
-def _why_each(refused: Mapping[str, Reason]) -> str:
+def _why_each(refused: Mapping[str, Reason], done: str) -> str:
     """Every layer or block that may not be cut, under the reason that it shares with others."""
     if not refused:
         return ""
     alike: dict[Reason, list[str]] = {}
     for name, reason in refused.items():
         alike.setdefault(reason, []).append(name)
-    return " Not cut are " + "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
+    return f" Not {done} are " + "; ".join(f"{', '.join(names)}: {reason}" for reason, names in alike.items())
 
 
 def digest(model: nn.Module) -> str:

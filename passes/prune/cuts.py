@@ -21,6 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from pqk.core.program import Example, Rewrite
 from pqk.errors import InputError
 from pqk.passes.prune.heads import cut_heads
+from pqk.passes.prune.low_rank import ranks_split, whole_layer
 
 Dim = Literal["out", "in", "heads", "values"]
 """a layer's outputs or inputs; the heads of an attention module; the last axis of a bare parameter"""
@@ -115,8 +116,12 @@ def drop_block(student: nn.Module, example: Example, *, block: str, returns: int
 def kept_channels(plan: Iterable[Rewrite], module: str, dim: Dim = "out") -> list[int] | None:
     """The teacher's output channels that layer `module` still has, in order; None where none was cut.
 
-    With `dim="heads"` the heads of an attention. Raises `InputError` where a rewrite removed the block that holds it.
+    With `dim="heads"` the heads of an attention. The outputs of a layer that was split are those of its second half.
+    Raises `InputError` where a rewrite removed the block that holds it.
     """
+    plan = tuple(plan)
+    split = ranks_split(plan)
+    whole = whole_layer(module, dim, split)
     kept: list[int] | None = None
     for step in plan:
         if step.function == drop_block.__name__:
@@ -124,7 +129,7 @@ def kept_channels(plan: Iterable[Rewrite], module: str, dim: Dim = "out") -> lis
             if f"{module}.".startswith(f"{block}."):
                 raise InputError(f'layer "{module}" is gone: pruning removed block "{block}"')
         for cut in step.arguments["cuts"] if step.function == cut_channels.__name__ else ():
-            if cut["module"] == module and cut["dim"] == dim:
+            if cut["dim"] == dim and whole_layer(cut["module"], dim, split) == whole:
                 before = [*range(cut["of"])] if kept is None else kept
                 pruned = set(cut["indices"])
                 kept = [c for i, c in enumerate(before) if i not in pruned]

@@ -6,7 +6,8 @@ What is measured is journaled, so that a resumed prune decides as it did.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from pqk.data.structures import concatenate
 from pqk.errors import InputError, PqkError, first_line
 from pqk.passes.prune.blocks import Block, Edit, Inputs, edit_costs, find_blocks, without_block
 from pqk.passes.prune.budget import Budget, Missed, digest
-from pqk.passes.prune.cuts import Skip, cut_channels, drop_block
+from pqk.passes.prune.cuts import Cut, Skip, cut_channels, drop_block
 from pqk.passes.prune.importance import Narrowing, cuts_of
 from pqk.passes.prune.law import masked
 from pqk.passes.prune.settings import PruneSettings
@@ -40,9 +41,9 @@ class Removable:
     @property
     def edits(self) -> list[Edit]:
         """A trial of each candidate, blocks first."""
-        blocks = [Edit(path, _trial_without(block), (path,)) for path, block in self.blocks.items()]
+        blocks = [Edit(path, trial_without(block), (path,)) for path, block in self.blocks.items()]
         return blocks + [
-            Edit(name, _trial_masked(narrowing), tuple(cut["module"] for cut in narrowing.cuts))
+            Edit(name, trial_masked(narrowing.cuts), tuple(cut["module"] for cut in narrowing.cuts))
             for name, narrowing in self.narrowings.items()
         ]
 
@@ -147,9 +148,10 @@ class DepthSearch(WidthSearch):
         student, edits = search.student, removable.edits
 
         def measure() -> dict[str, Any]:
-            distance = self.task.distance
+            distance, began = self.task.distance, time.perf_counter()
             now = distance(student(*search.inputs), search.answers)
             costs = edit_costs(student, search.inputs, search.answers, edits, [*removable.blocks], distance)
+            self.ranking_seconds += time.perf_counter() - began
             return {"now": now, "costs": costs}
 
         measurements = journal_key((e.name, e.touches) for e in edits)
@@ -212,7 +214,7 @@ class DepthSearch(WidthSearch):
         for row in rows[: self.config.removals_per_ranking]:
             name = row["name"]
             block = removable.blocks.get(name)
-            if _inside(name, removed) or (block is not None and self._at_floor(search.student, name)):
+            if inside(name, removed) or (block is not None and self._at_floor(search.student, name)):
                 continue
             if block is None:
                 narrowed.append(removable.narrowings[name])
@@ -224,8 +226,8 @@ class DepthSearch(WidthSearch):
             self.ranking.append({"removed": name, "ranking": rows if not self.ranking else rows[:3]})
             if self.budget.ratio(search.value - saved) >= search.goal:
                 break
-        narrowed = [narrowing for narrowing in narrowed if not _inside(narrowing.group.name, removed)]
-        cuts = [cut for cut in cuts_of(narrowed) if not _inside(cut["module"], removed)]
+        narrowed = [narrowing for narrowing in narrowed if not inside(narrowing.group.name, removed)]
+        cuts = [cut for cut in cuts_of(narrowed) if not inside(cut["module"], removed)]
         if not cuts:
             return saved
         if self._broken(search.student, narrowed):
@@ -244,7 +246,8 @@ def alternation(model: nn.Module, block: str) -> tuple[int, int]:
     return (place & -place if place else 1 << 30), place
 
 
-def _inside(path: str, blocks: list[str]) -> bool:
+def inside(path: str, blocks: Sequence[str]) -> bool:
+    """Whether a module is one of `blocks`, or in one."""
     return any(f"{path}.".startswith(f"{block}.") for block in blocks)
 
 
@@ -253,9 +256,11 @@ def _harm(cost: float, saved: float) -> float:
     return cost / saved if cost > 0 else cost * saved
 
 
-def _trial_without(block: Block) -> Callable[[nn.Module], Any]:
+def trial_without(block: Block) -> Callable[[nn.Module], Any]:
+    """A trial in which a block is replaced by its shortcut."""
     return lambda model: without_block(model, block.path, block.returns)
 
 
-def _trial_masked(narrowing: Narrowing) -> Callable[[nn.Module], Any]:
-    return lambda model: masked(model, narrowing.cuts)
+def trial_masked(cuts: Sequence[Cut]) -> Callable[[nn.Module], Any]:
+    """A trial in which the channels that these cuts remove are zero."""
+    return lambda model: masked(model, cuts)

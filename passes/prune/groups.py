@@ -22,6 +22,7 @@ from pqk.passes.prune.dependencies import SECONDS, Dependencies, trace_dependenc
 from pqk.passes.prune.follower import trace_channels
 from pqk.passes.prune.heads import AttentionLayer, find_attention, find_whole_tables
 from pqk.passes.prune.labels import ChannelTrace, Joined, Key
+from pqk.passes.prune.low_rank import LowRank, whole_layer
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def trace_groups(
     attention = find_attention(model, example)
     whole = find_whole_tables(model, example)
     makers = {path for a in attention.values() for path in a.makers}
+    split = {path for path, module in model.named_modules() if isinstance(module, LowRank)}
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
 
     def built(dependencies: Sequence[Dependencies], labelled: bool) -> list[ChannelGroup]:
@@ -76,7 +78,7 @@ def trace_groups(
         for group in dependencies:
             if not any(m.dim == "out" and m.path in makers for m in group.members):
                 members = group.members + _read_whole(group.members, whole, model)
-                members = _one_channel_each(members + _around(members, attention), trace)
+                members = _one_channel_each(members + _around(members, attention, split), trace)
                 reason = _why_not_free(members, group.bare, model, ignore)
                 groups.append(_group(members, reason, model, trace, labelled))
         return groups
@@ -107,11 +109,15 @@ def _heads(path: str, attention: AttentionLayer, model: nn.Module, ignore: Seque
     return ChannelGroup(members[0].path, channels, tuple(members), units, reason)
 
 
-def _around(members: list[Member], attention: dict[str, AttentionLayer]) -> list[Member]:
-    """The attentions whose inputs have these channels, as members none of whose heads goes."""
-    read = {m.path for m in members if m.dim == "in"}
+def _around(members: list[Member], attention: dict[str, AttentionLayer], split: set[str]) -> list[Member]:
+    """The attentions whose inputs have these channels, as members none of whose heads goes.
+
+    Of layers that were `split` into two the first half reads the inputs and the second makes the heads.
+    """
+    read = {whole_layer(m.path, "in", split) for m in members if m.dim == "in"}
     nothing = tuple(() for _ in members[0].places)
-    return [Member(p, "heads", a.heads, nothing, a.size) for p, a in attention.items() if read & {*a.makers}]
+    makers = {path: {whole_layer(m, "out", split) for m in a.makers} for path, a in attention.items()}
+    return [Member(p, "heads", a.heads, nothing, a.size) for p, a in attention.items() if read & makers[p]]
 
 
 def _read_whole(members: list[Member], whole: dict[str, str], model: nn.Module) -> list[Member]:

@@ -11,9 +11,11 @@ next narrowings) the one goes that moves the outputs least away from the teacher
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import ClassVar
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
+import torch
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
@@ -21,10 +23,13 @@ from pqk.core.costs import count_macs, count_parameters, float_bytes, integer_by
 from pqk.core.program import CONFIG, Pass, Program, RewriteFunction, Stage
 from pqk.data.data import Batch
 from pqk.errors import InputError, nearest
+from pqk.passes.prune.allocation import AllocationSearch
 from pqk.passes.prune.budget import UNITS, Budget
 from pqk.passes.prune.cuts import channels_of, cut_channels, drop_block
 from pqk.passes.prune.depth_search import DepthSearch
+from pqk.passes.prune.low_rank import original_layer, ranks_split
 from pqk.passes.prune.settings import PruneSettings
+from pqk.passes.prune.statistics import reestimate_batch_norm
 from pqk.passes.prune.width_search import WidthSearch
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, fit
@@ -59,6 +64,11 @@ class Prune(PruneSettings, Pass):
         recovery, samples = min(self.recovery_epochs, epochs), min(self.samples, REHEARSED_SAMPLES)
         return dataclasses.replace(self, steps=1, recovery_epochs=recovery, samples=samples)
 
+    def unrehearsed_seconds(self, details: Mapping[str, Any], scored: int) -> float:
+        estimated = details.get("estimated", {})
+        more = min(self.samples, scored) / min(self.samples, REHEARSED_SAMPLES, scored) - 1
+        return float(estimated.get("seconds", 0.0) + more * details.get("ranking_seconds", 0.0))
+
     def apply(self, program: Program, task: Task) -> Program:
         """Cuts the student until it meets the budget, in `steps`, with recovery after each where that is asked for.
 
@@ -88,10 +98,12 @@ class Prune(PruneSettings, Pass):
         if start >= budget.goal:
             ratio = f"its {budget.kind}_ratio is {start:.3g}, the goal {budget.goal:.4g}"
             return program.decline(self.name, [("*", f"the student already meets the budget: {ratio}")])
-        search = (DepthSearch if self.depth else WidthSearch)(self, task, budget)
+        search = self._search()(self, task, budget)
         for step in range(1, self.steps + 1):
             goal = start * (budget.goal / start) ** (step / self.steps)
             program = search.reach(program, goal, step)
+            if self.batch_norm_batches and program.plan:
+                program = reestimate(self, program, task, step)
             if self.recovery_epochs:
                 program = recover(self, program, task, step)
         reached = budget.ratio(budget.value(program.student))
@@ -107,7 +119,13 @@ class Prune(PruneSettings, Pass):
             blocks_removed=[r.arguments["block"] for r in program.plan if r.function == drop_block.__name__],
             ranking=search.ranking,
             **({"estimated": estimated} if (estimated := budget.unmeasured.estimate()) else {}),
+            **({"ranking_seconds": search.ranking_seconds} if program.run.rough else {}),
         )
+
+    def _search(self) -> type[WidthSearch]:
+        if self.allocation == "table":
+            return AllocationSearch
+        return DepthSearch if self.depth else WidthSearch
 
     def _check_containers(self, student: nn.Module) -> None:
         modules = dict(student.named_modules())
@@ -145,11 +163,13 @@ def _widths(program: Program) -> dict[str, list[int]]:
     cuts = [c for r in program.plan if r.function == cut_channels.__name__ for c in r.arguments["cuts"]]
     paths = [c["module"] for c in cuts if c["dim"] == "out"]
     modules = dict(program.student.named_modules())
-    return {
-        p: [channels_of(program.origin.get_submodule(p), "out") or 0, channels_of(modules[p], "out") or 0]
-        for p in dict.fromkeys(paths)
-        if p in modules
-    }
+    ranks = ranks_split(program.plan)
+
+    def uncut(path: str) -> int:
+        layer = original_layer(program.origin, path)
+        return (channels_of(layer, "out") or 0) if layer is not None else ranks.get(path.rpartition(".")[0], 0)
+
+    return {p: [uncut(p), channels_of(modules[p], "out") or 0] for p in dict.fromkeys(paths) if p in modules}
 
 
 class _TaskLoss(Objective):
@@ -161,6 +181,16 @@ class _TaskLoss(Objective):
 
     def forward(self, student: nn.Module, batch: Batch) -> Tensor:
         return self.task.loss(student(*batch.inputs), batch.targets)
+
+
+def reestimate(config: Prune, program: Program, task: Task, step: int) -> Program:
+    """Estimate the statistics of batch norms again, in place. Raises `InputError` without training data."""
+    data = task.need_train("prune.batch_norm_batches")
+    seed = program.run.seed_for("batch_norm", step)
+    with torch.random.fork_rng(devices=[]):
+        batches = itertools.islice(data.batches(seed, step - 1), config.batch_norm_batches)
+        used = reestimate_batch_norm(program.student, (batch.inputs for batch in batches))
+    return program.note(batch_norm_batches=used)
 
 
 def recover(config: Prune, program: Program, task: Task, step: int) -> Program:

@@ -15,6 +15,7 @@ from pqk.passes.prune.budget import UNITS
 from pqk.passes.prune.channel_group import ChannelGroup, Member
 from pqk.passes.prune.cuts import channels_of
 from pqk.passes.prune.importance import Importance
+from pqk.passes.prune.low_rank import original_layer
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -57,7 +58,8 @@ class WidthSettings:
         """How many of `channels` of a layer stay: as large a share of them as of all that there were before any cut."""
         if self.floor >= 1:
             return int(self.floor)
-        widest = channels_of(uncut.get_submodule(member.path), "out") or member.of
+        before = original_layer(uncut, member.path)  # none for the channels between the halves of a split layer
+        widest = (None if before is None else channels_of(before, "out")) or member.of
         return math.ceil(self.floor * (widest * channels // member.of))
 
 
@@ -72,6 +74,10 @@ class PruneSettings(WidthSettings):
     blocks: Literal["ranked", "every_other"] = "ranked"
     """which blocks go first: those whose removal costs least on validation data, or every other one of each container,
     then every other one of those that are left, the first staying to the end (as DistilBERT was started)"""
+    allocation: Literal["greedy", "table"] = "greedy"
+    """how cuts are chosen: one after the other, or all at once: what each width of each group and each block costs on
+    data, and what each layer spends with fewer channels, is found once, and of all that is small enough by that the
+    cheapest is taken. For a latency budget layers are looked up in a table of this machine, measured once"""
     protect: tuple[str, ...] = ()
     """blocks that are never removed (shell patterns)"""
     keep_blocks: dict[str, int] = Field(default_factory=dict)
@@ -85,6 +91,9 @@ class PruneSettings(WidthSettings):
     """training after each step, in epochs"""
     recovery_rate: float = Field(default=0.01, gt=0)
     """peak learning rate of that training"""
+    batch_norm_batches: int = Field(default=0, ge=0)
+    """training batches on which the statistics of batch norms are estimated again after every step's cuts, before
+    anything trains; 0: they stay those of the network before the cuts"""
     samples: int = Field(default=256, ge=2)
     """validation samples that blocks are ranked on, and that taylor and activation importance are measured on"""
     removals_per_ranking: int = Field(default=1, ge=1)
@@ -106,6 +115,10 @@ class PruneSettings(WidthSettings):
             raise InputError(
                 'prune: blocks = "every_other" has no costs that narrowings could be compared with; set depth = true '
                 "and width = false, and narrow in a prune of its own"
+            )
+        if self.blocks == "every_other" and self.allocation == "table":
+            raise InputError(
+                'prune: blocks = "every_other" goes by places, and allocation = "table" by what blocks cost; set one'
             )
         if self.floor > 1 and self.floor != int(self.floor):
             raise InputError(f"prune: floor = {self.floor} is neither a share below 1 nor a whole number of channels")

@@ -18,6 +18,7 @@ from pqk.copies import copy_of
 from pqk.core.aten import SAME_CHANNELS
 from pqk.core.program import Example, Program, Rewrite, replay
 from pqk.passes.prune.cuts import channels_of, cut_channels, drop_block, kept_channels
+from pqk.passes.prune.low_rank import split_layers
 
 
 def surviving_channels(program: Program, example: Example, point: str) -> Sequence[int] | None:
@@ -29,7 +30,7 @@ def surviving_channels(program: Program, example: Example, point: str) -> Sequen
     if program.given is not None:
         return None
     kept = kept_channels(program.plan, point)
-    table = {f.__name__: f for f in (cut_channels, drop_block)}
+    table = {f.__name__: f for f in (cut_channels, drop_block, split_layers)}
     steps = [*itertools.takewhile(lambda step: step.function in table, program.plan)]
     if kept is not None or not any(step.function == cut_channels.__name__ for step in steps):
         return kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class WidthSearch:
         """groups of torch-pruning's that made way for others (see `exact_groups`)"""
         self.ranking: list[dict[str, Any]] = []
         """what was chosen, and among what"""
+        self.ranking_seconds = 0.0
+        """that ranking took on data, which grows with the samples"""
 
     def schedule(self, program: Program, key: str, check: bool) -> list[Narrowing]:
         """The narrowings of the student, in order; groups that may not be cut are refused.
@@ -104,7 +107,9 @@ class WidthSearch:
 
         def measure() -> list[list[float] | str]:
             observe = CRITERIA[kind].measure
+            began = time.perf_counter()
             measured = None if observe is None else observe(student, self.task, self.config.samples)
+            self.ranking_seconds += time.perf_counter() - began
             scores = (unit_importance(student, group, kind, measured) for group in groups)
             return [s if isinstance(s, str) else s.tolist() for s in scores]
 

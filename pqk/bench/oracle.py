@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime as ort
 import torch
-from torch import nn
+from torch import fx, nn
 
+from pqk.bench.latency.executed import executed_nodes
+from pqk.bench.latency.prediction import layer_times
+from pqk.bench.latency.table import LatencyTable
 from pqk.bench.measure import fastest, ratio_to
 from pqk.copies import copy_of
 from pqk.core.onnxruntime_session import session
 from pqk.core.program import Pass, Program, Stage
-from pqk.core.run_context import RunContext
+from pqk.core.run_context import Channels, RunContext, TimesByWidth
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.passes import Capture, Convert, Quantize
 from pqk.target.target import Target
 from pqk.task.task import Task
+
+ROUNDS = 9
+"""turns in which a candidate is timed"""
 
 
 class Oracle:
@@ -41,7 +48,7 @@ class Oracle:
         passes: Sequence[Pass],
         run: RunContext,
         threads: int = 2,
-        rounds: int = 9,
+        rounds: int = ROUNDS,
     ):
         self.teacher, self.task, self.target, self.run = teacher, task, target, run
         self.threads, self.rounds = threads, rounds
@@ -50,6 +57,11 @@ class Oracle:
         self.passes = tuple(named[p.name] for p in (Capture, Quantize, Convert))
         self.folder = tempfile.TemporaryDirectory(prefix="pqk-oracle-")
         self._session: ort.InferenceSession | None = None
+        self._table: LatencyTable | None = None
+        self.seconds: list[float] = []
+        """what timing each MODULE student took, beside making and writing its INT8 form"""
+        self.emitted: tuple[fx.GraphModule, Path] | None = None
+        """the INT8 form that was written last, and its file, which the next one overwrites"""
         self._last: tuple[nn.Module, tuple[str, ...], ort.InferenceSession] | None = None
 
     @property
@@ -64,7 +76,9 @@ class Oracle:
     def latency(self, student: nn.Module) -> float:
         """Milliseconds of the INT8 form of a MODULE student: the baseline over the ratio measured in turn."""
         candidate = session(self.emit(student), threads=self.threads)
-        teacher, student_ms = self._fastest(self._teacher(), candidate)
+        baseline, began = self._teacher(), time.perf_counter()
+        teacher, student_ms = self._fastest(baseline, candidate)
+        self.seconds.append(time.perf_counter() - began)
         return self.baseline() * student_ms / teacher
 
     def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str) -> tuple[float, float, float]:
@@ -79,6 +93,13 @@ class Oracle:
         ratio, low, high = ratio_to(self._last[2], candidate, self.task.feeds(1))
         return ratio, low, high
 
+    def layer_times(self, student: nn.Module, channels: Channels) -> TimesByWidth:
+        """What the layers of the INT8 form of a MODULE student take with other channels, by this machine's table."""
+        if self._table is None:
+            self._table = LatencyTable(self.threads)
+        nodes = executed_nodes(self.emit(student), self.task.feeds(1), threads=self.threads)
+        return layer_times(self._table, nodes, channels)
+
     def emit(self, student: nn.Module, stage: Stage = Stage.MODULE, floats: tuple[str, ...] = ()) -> Path:
         """The ONNX file of the INT8 form of a student in `stage`, with `floats` left in float beside the recipe's."""
         program = Program(self.teacher, copy_of(student, "student").eval(), stage, self.target, RunContext())
@@ -89,7 +110,10 @@ class Oracle:
                     after = timed.apply(program, self.task)
                     program = dataclasses.replace(after, stage=timed.result_stage(program.stage))
         path = Path(self.folder.name) / "candidate.onnx"
+        assert isinstance(program.student, fx.GraphModule)
+        self.emitted = None
         emit_onnx_for(program.student, self.task, path)
+        self.emitted = program.student, path
         return path
 
     def _fastest(self, *sessions: ort.InferenceSession) -> list[float]:

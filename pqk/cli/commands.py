@@ -19,20 +19,30 @@ from pqk.comparison.config import Comparison, comparison_schema
 from pqk.compiler import compress as compile_student
 from pqk.core.progress import Observer
 from pqk.core.run_folder import RunFolder, scope_of
+from pqk.data.augmentation import UNAUGMENTED
 from pqk.deploy.artifact import MANIFEST, REPORT, REPORT_HTML, Artifact, write_html
 from pqk.deploy.manifest import read_manifest
 from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
 from pqk.files import read_sealed
+from pqk.recipe.contract import Contract
 from pqk.recipe.factories import load_student, load_task, load_teacher
 from pqk.recipe.recipe import TABLES, Recipe, with_clauses
 from pqk.recipe.schema import json_schema
 from pqk.recipe.specs import TargetSpec, TaskSpec, TeacherSpec
-from pqk.recipe.strict import plain
+from pqk.recipe.strict import parse, plain
 from pqk.report.html.page import why_not_drawn
 from pqk.report.markdown import to_markdown
 from pqk.report.schema import LatencyRow, Report, schema_text
-from pqk.report.text import LATENCY_HEADER, attribution_table, latency_cells, metric_text, percent, promise_text
+from pqk.report.text import (
+    LATENCY_HEADER,
+    attribution_table,
+    cascade_text,
+    latency_cells,
+    metric_text,
+    percent,
+    promise_text,
+)
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 
@@ -111,10 +121,12 @@ def compress(
     )
     report = artifact.report
     warnings = [m for m in [artifact.target.why_not_here()] if m is not None] + _diagnosed(report)
+    warnings += [note for note in report.notes if note.startswith(UNAUGMENTED)]
     files = sorted([*artifact.manifest["files"], MANIFEST])
     document = {"out": str(out), "files": files, "warnings": warnings, "report": json.loads(report.dumps())}
     spent = f"{clock(sum(report.seconds.values()))} in passes; parity {_parity(report)}"
     promised = [] if report.promise is None else [promise_text(report.promise)]
+    promised += [] if report.cascade is None else [cascade_text(report)]
     shown = [attribution_table(report), *promised, spent, *_warnings(warnings), f"written to {out}: {', '.join(files)}"]
     if REPORT_HTML not in files and (reason := why_not_drawn()) is not None:
         shown.append(f"no {REPORT_HTML}, a page with pictures: {reason}")
@@ -159,6 +171,26 @@ def compare(
     ]
     shown += [*markdown.notes_of(document), f"written to {out}: comparison.json, comparison.md"]
     return CommandAnswer(document, shown, 1 if document["failed"] else 0)
+
+
+def strangers(
+    out: Path, *, data: Path | None, budget: str, only: Sequence[str], peers: bool, as_json: bool
+) -> CommandAnswer:
+    from pqk.models.strangers import STRANGERS
+    from pqk.models.strangers.stranger import named
+    from pqk.strangers.bench import DOCUMENT, Bench, Conditions
+    from pqk.strangers.peers import PEERS
+    from pqk.strangers.table import beside_peers, markdown, rows_of
+
+    if data is not None and not data.is_dir():
+        raise InputError(f"--data {data}: there is no such folder")
+    parse(Contract, {"budget": budget}, "contract")  # refuses what is none, before a teacher is trained
+    chosen = [named(name, STRANGERS) for name in only] or STRANGERS
+    bench = Bench(out, data, Conditions(budget=budget), observer(as_json), PEERS if peers else ())
+    document = bench.run(chosen)
+    tables = [markdown(document), *([beside_peers(document)] if peers else [])]
+    broken = any(not row.held for row in rows_of(document))
+    return CommandAnswer(document, [*tables, f"written: {out / DOCUMENT}"], 1 if broken else 0)
 
 
 def check(

@@ -196,6 +196,13 @@ class Pass(ABC):
         """This pass with at most so many epochs of training, and once what it does in rounds."""
         return self
 
+    def unrehearsed_seconds(self, details: Mapping[str, Any], scored: int) -> float:
+        """Seconds that this pass takes beyond its rehearsal and its training, by what the rehearsal noted in `details`.
+
+        `scored` is how many validation samples there are.
+        """
+        return 0.0
+
     def timed_form(self, floats: tuple[str, ...]) -> Pass | None:
         """This pass as it shapes the INT8 form that is timed, `floats` being further layers in float; None: not."""
         return None

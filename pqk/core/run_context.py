@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +31,20 @@ _NO_GAIN = (
 )
 
 
+Channels = Mapping[str, Sequence[tuple[int, int]]]
+"""layer -> input and output channels that it might have"""
+
+
+@dataclass(frozen=True)
+class TimesByWidth:
+    """What a network takes with layers of other channels, in milliseconds."""
+
+    layers: dict[str, list[float]]
+    """layer -> with each of the channels that were asked for, with the operators that follow it"""
+    rest: float
+    """everything else, and the call"""
+
+
 class LatencyOracle(Protocol):
     """Times the deployed INT8 form of students, batch 1, in the target's runtime."""
 
@@ -46,6 +60,9 @@ class LatencyOracle(Protocol):
         Returns the ratio and the ends of its 95 % interval.
         """
 
+    def layer_times(self, student: nn.Module, channels: Channels) -> TimesByWidth:
+        """Milliseconds of the layers of the INT8 form of a MODULE student, with other channels, by a table."""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -59,7 +76,8 @@ class RunContext:
     oracle: LatencyOracle | None = None
     """what times students in the target's runtime; None where this machine is not the target"""
     rough: bool = False
-    """a rehearsal: what candidates are only compared by may be estimated where measuring takes seconds for each"""
+    """a rehearsal: what candidates are only compared by may be estimated where measuring takes seconds for each, and
+    passes note what they take where a whole compile takes more of it"""
     scope: str = ""
     """the pass that is running, such as `02-distill`"""
     identity: str = ""
@@ -106,6 +124,13 @@ class RunContext:
         Raises `InputError` where it cannot be measured here.
         """
         return self._oracle(_NO_GAIN, where).float_gain(student, floats, layer)
+
+    def layer_times(self, student: nn.Module, channels: Channels, where: str) -> TimesByWidth:
+        """What the layers of `student`'s deployed INT8 form take with these channels, by a table of this machine.
+
+        Raises `InputError` where it cannot be measured here.
+        """
+        return self._oracle(_NO_BUDGET, where).layer_times(student, channels)
 
     def _oracle(self, refusal: str, where: str) -> LatencyOracle:
         if self.oracle is None:

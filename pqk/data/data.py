@@ -239,7 +239,8 @@ class LoaderData(Data):
     loader gives one fixed order. A loader with a generator of its own cannot be entered in the middle of an epoch.
 
     Args:
-        loader: batches are tuples or lists `(inputs…, target)` of tensors [B, …], or bare input tensors (no targets).
+        loader: batches are tuples or lists `(inputs…, target)` of tensors [B, …], or of one input without a
+            target, or bare input tensors.
 
     Raises:
         InputError: it is a one-shot iterator, has no length, is empty, or a batch is something else.
@@ -286,6 +287,8 @@ class LoaderData(Data):
     def _unpack(item: Any, number: int) -> tuple[Inputs, Any]:
         if isinstance(item, Tensor):
             inputs, targets = (item,), None
+        elif isinstance(item, tuple | list) and len(item) == 1 and isinstance(item[0], Tensor):
+            inputs, targets = (item[0],), None  # as a `TensorDataset` of inputs alone gives them
         elif isinstance(item, tuple | list) and len(item) >= 2 and all(isinstance(t, Tensor) for t in item[:-1]):
             inputs, targets = tuple(item[:-1]), item[-1]
         else:

@@ -31,6 +31,7 @@ from pqk.core.pipeline import rebuild
 from pqk.core.program import Program, Rewrite, parse_plan
 from pqk.core.run_folder import RunFolder
 from pqk.data.structures import tensors
+from pqk.deploy.cascade import CASCADE_TEACHER, Cascade, Routing
 from pqk.deploy.manifest import FORMAT, check_file, read_manifest
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.torch_emitter import emit_torch, load_student
@@ -54,7 +55,7 @@ MODEL, FUSED = DEPLOYED = ("model.onnx", "student.pt2")
 TENSORS, PLAN = STUDENT = ("student.safetensors", "student.json")
 RECIPE = "recipe.toml"
 REPORT, REPORT_PAGE, REPORT_HTML = "report.json", "report.md", "report.html"
-OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, REPORT_HTML, TUNING, *DEPLOYED)
+OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, REPORT_HTML, TUNING, *DEPLOYED, CASCADE_TEACHER)
 """every file that a compile writes, but for the manifest and what the task adds"""
 NOT_CUT = "this student is of another shape than its teacher, not cut out of it"
 SEEN = 64
@@ -226,7 +227,8 @@ class Artifact:
     def run(self, *inputs: NDArray[Any] | torch.Tensor) -> Any:
         """Outputs of `model.onnx` in ONNX Runtime: an array, or a dict by name where there are several.
 
-        Where there is only a `student.pt2`, of that on the CPU, by the reference bodies of its operators.
+        Where there is only a `student.pt2`, of that on the CPU, by the reference bodies of its operators. Of a cascade
+        the teacher answers the samples that the student is not sure of.
 
         Raises:
             InputError: inputs do not have the shapes and dtypes of the manifest, or a free axis has a size that the
@@ -235,8 +237,7 @@ class Artifact:
         arrays = [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs]
         feeds = self._feeds(arrays)
         if self._run is None:
-            onnx = self.folder / MODEL
-            self._run = partial(session(onnx).run, None) if onnx.exists() else partial(_run_torch, self.student())
+            self._run = self._runner()
         try:
             arrays = self._run(feeds)
         except Exception as error:  # onnxruntime's exceptions share no public base class
@@ -247,6 +248,21 @@ class Artifact:
             raise InputError(f"run: the student has {len(arrays)} outputs, and its manifest says {names}")
         outputs = dict(zip(names, arrays, strict=True))
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    @property
+    def routing(self) -> Routing | None:
+        """When the student's answer is taken and not its teacher's; None: it always is."""
+        entry = self.manifest.get("cascade")
+        return None if entry is None else Routing(float(entry["temperature"]), float(entry["threshold"]))
+
+    def _runner(self) -> Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]]:
+        onnx = self.folder / MODEL
+        if not onnx.exists():
+            return partial(_run_torch, self.student())
+        student = partial(session(onnx).run, None)
+        if self.routing is None:
+            return student
+        return Cascade(student, partial(session(self.folder / CASCADE_TEACHER).run, None), self.routing)
 
     def _feeds(self, arrays: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
         specs = self.manifest["inputs"]

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pqk.deploy.cascade import CASCADE_TEACHER
 from pqk.documents import digest_of_file
 from pqk.errors import InputError
 from pqk.files import read_json, read_sealed
@@ -61,6 +62,13 @@ class AxisEntry(ManifestPart):
     """another axis that has the same size"""
 
 
+class CascadeEntry(ManifestPart):
+    """The routing of a cascade: when the student's answer is taken."""
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    threshold: Annotated[float, Field(ge=0, le=1)]
+
+
 class ManifestForm(ManifestPart):
     """The whole document."""
 
@@ -71,6 +79,8 @@ class ManifestForm(ManifestPart):
     outputs: list[Port]
     axes: dict[str, AxisEntry] = {}
     teacher_files: dict[str, str] = {}
+    cascade: CascadeEntry | None = None
+    """null where the student answers everything"""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -97,6 +107,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise InputError(f"{path} was changed: a sample of {port.name} has more than {LARGEST_INPUT} values")
         if port.range is not None and port.range[0] > port.range[1]:
             raise InputError(f"{path} was changed: the integers of {port.name} are from {port.range[0]} to less")
+    if form.cascade is not None:
+        if CASCADE_TEACHER not in form.files:
+            raise InputError(f"{path} was changed: it has a cascade and does not list {CASCADE_TEACHER}")
+        if len(form.outputs) != 1 or len(form.outputs[0].shape) != 2 or not form.outputs[0].dtype.startswith("float"):
+            raise InputError(f"{path} was changed: a cascade has one output of logits [B, C]")
     return manifest
 
 

@@ -22,7 +22,7 @@ from pqk.errors import InputError, Reason
 from pqk.evaluation.diagnostics import SAMPLES, Answers, answers, sampled
 from pqk.knowledge import CrossEntropy, FromModule, LabelSmoothing
 from pqk.knowledge.sources import restart
-from pqk.passes import Distill, Prune
+from pqk.passes import Distill, Factorize, Prune
 from pqk.report.diagnostics import ControlVariant
 from pqk.task.task import Task
 from pqk.training.trainer import Training
@@ -95,7 +95,7 @@ def _untrained_teacher(program: Program, task: Task, passes: Sequence[Pass]) -> 
 
 def _from_scratch(program: Program, task: Task, passes: Sequence[Pass]) -> Again | str:
     """The student's architecture from fresh weights, on labels, with the epochs that the recipe spends in float."""
-    cut = max((i for i, p in enumerate(passes) if isinstance(p, Prune)), default=-1)
+    cut = max((i for i, p in enumerate(passes) if isinstance(p, Prune | Factorize)), default=-1)
     floats = [r.index for r in program.records if isinstance(passes[r.index], Distill) and r.stage == "MODULE"]
     if not floats or floats[-1] < cut:
         return "the recipe trains nothing in float after its last pruning"

@@ -18,7 +18,6 @@ from pqk.data.data import Batch, Data
 from pqk.data.structures import Inputs, Outputs, concatenate, map_tensors, tensors
 from pqk.evaluation.answer_statistics import (
     accuracy_by_class,
-    best_temperature,
     break_even,
     calibration,
     control_row,
@@ -42,6 +41,7 @@ from pqk.report.diagnostics import (
     TeacherHealth,
 )
 from pqk.report.schema import AttributionRow, VariantName
+from pqk.task.calibration import best_temperature
 from pqk.task.task import Task
 from pqk.verify.verdict import ModelFunction
 

@@ -16,6 +16,7 @@ from pqk.bench.baselines import Tool
 from pqk.core.costs import count_macs, count_parameters, why_not_counted
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_folder import scope_of
+from pqk.data.augmentation import why_not_augmented
 from pqk.deploy.torch_emitter import load_like
 from pqk.evaluation.diagnostics import Judged, diagnose
 from pqk.evaluation.latency_rows import time_variants
@@ -92,8 +93,22 @@ def evaluate(
         passes=program.records,
         diagnostics=diagnose(task, by_variant, sum(seconds.values())),
         layer_times=profile(variants, subject),
-        notes=(*task.notes, *_by_tool(tool), *_given(subject), *_uncounted(subject), *optimized, *notes),
+        notes=(
+            *task.notes,
+            *_by_tool(tool),
+            *_unaugmented(task),
+            *_given(subject),
+            *_uncounted(subject),
+            *optimized,
+            *notes,
+        ),
     )
+
+
+def _unaugmented(task: Task) -> Iterator[str]:
+    """What the report says of images to train on that are the same in every epoch."""
+    if task.train is not None and (reason := why_not_augmented(task.train)) is not None:
+        yield reason
 
 
 def _given(subject: Subject) -> Iterator[str]:

@@ -30,7 +30,7 @@ from pqk.report.schema import VariantName
 
 NEURAL_COMPRESSOR = "neural-compressor"
 TRITON = "triton"
-FloatStep = Literal["pruned", "pruned_distilled"]
+FloatStep = Literal["pruned", "factorized", "pruned_distilled"]
 """what passes call the rows that they make of a float student (`Pass.row`)"""
 FLOAT_STEPS: tuple[FloatStep, ...] = get_args(FloatStep)
 
@@ -98,10 +98,12 @@ def _float_steps(subject: Subject) -> Iterator[Variant]:
     given = subject.program.given
     if given is not None:
         yield _emitted_or_missing(subject, "given", given)
-    if given is not None and not any(p.row == "pruned" for p in subject.passes):
+    made = {p.row for p in subject.passes}
+    if given is not None and not made & {"pruned", "factorized"}:
         yield _float_step(subject, "pruned_distilled", "given_distilled")
     else:
-        yield from (_float_step(subject, row, row) for row in FLOAT_STEPS)
+        rows = [row for row in FLOAT_STEPS if row != "factorized" or row in made]
+        yield from (_float_step(subject, row, row) for row in rows)
 
 
 def _float_step(subject: Subject, row: FloatStep, name: VariantName) -> Variant:
@@ -116,7 +118,7 @@ def _float_step(subject: Subject, row: FloatStep, name: VariantName) -> Variant:
         except LookupError:
             continue
         return _emitted_or_missing(subject, name, program.student)
-    verb = {"pruned": "prune", "pruned_distilled": "distill"}[row]
+    verb = {"pruned": "prune", "factorized": "factorize", "pruned_distilled": "distill"}[row]
     return Missing(name, f'the recipe has no "{verb}" before it quantizes')
 
 

@@ -43,6 +43,8 @@ class Contract:
     """the largest that its file may be, in millions of bytes"""
     budget: str = "15m"
     """what the search may take: "30m", "2h", or "40 epochs" of training, all students together"""
+    cascade: bool = False
+    """where no student keeps it alone, let one answer what it is sure of and the teacher the rest; classifiers only"""
     shapes: tuple[StudentSpec, ...] = ()
     """factories of students of another shape, which compete with those that are cut out of the teacher"""
 

@@ -17,10 +17,12 @@ DEFAULT = """
 name = "prune"
 latency_ratio = 3.0
 best_effort = true
+batch_norm_batches = 16
 [[pass]]
 name = "distill"
 epochs = 10
 clip = 1.0
+keep = "metric"
 [[pass]]
 name = "capture"
 [[pass]]
@@ -31,6 +33,7 @@ epochs = 2
 learning_rate = 0.001
 clip = 1.0
 teach_from = 0.1
+keep = "metric"
 terms = [{ term = "cross_entropy", weight = 0.1 }, { term = "kl", weight = 0.9, temperature = 2.0 }]
 [[pass]]
 name = "convert"

@@ -17,6 +17,7 @@ from pqk.report.text import (
     attribution_cells,
     calibration_cells,
     calibrations,
+    cascade_text,
     conditions_of,
     control_rows,
     deployed_form,
@@ -47,6 +48,7 @@ def to_markdown(report: Report) -> str:
         markdown_table(ATTRIBUTION_HEADER, [attribution_cells(report, row) for row in report.attribution]),
         *missing_numbers(report),
         *([] if report.promise is None else promise_section(report.promise)),
+        *cascade_section(report),
         "## Latency",
         latency_section(report),
         "## Parity",
@@ -67,6 +69,12 @@ def missing_numbers(report: Report) -> list[str]:
     """One bullet for every reason of a null in the attribution table; nothing where there is none."""
     lines = [f"- {text}" for text in reasons_of(report.attribution)]
     return ["\n".join(lines)] if lines else []
+
+
+def cascade_section(report: Report) -> list[str]:
+    """Who answers how much of a cascade; nothing where the student answers everything."""
+    lines = cascade_text(report).splitlines()
+    return ["## The cascade", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def promise_section(promise: Promise) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pqk.documents import parse_json, read_bytes
 from pqk.errors import InputError
 from pqk.report.base import Count, Part, Positive, Share
+from pqk.report.cascade import CascadeResult
 from pqk.report.diagnostics import ControlVariant, Diagnostics
 from pqk.report.layer_times import LayerTimes
 from pqk.report.promise import Promise
@@ -32,6 +33,7 @@ VariantName = Literal[
     "given",
     "given_distilled",
     "pruned",
+    "factorized",
     "pruned_distilled",
     ControlVariant,
     "student",
@@ -46,6 +48,7 @@ TITLES = {
     "given": "student of another shape, as given, float",
     "given_distilled": "student of another shape, distilled, float",
     "pruned": "pruned, float",
+    "factorized": "split into low rank, float",
     "pruned_distilled": "pruned + distilled, float",
     "student_no_kd": "+ QAT without KD, INT8",
     "student_label_smoothing": "+ QAT with smoothed labels, INT8",
@@ -264,6 +267,8 @@ class Report(Part):
     """null in reports of earlier versions"""
     promise: Promise | None = None
     """null where no contract was given"""
+    cascade: CascadeResult | None = None
+    """null where the student answers everything"""
     layer_times: LayerTimes | None = None
     """null where they were not measured, as in reports of earlier versions"""
     notes: tuple[str, ...] = ()

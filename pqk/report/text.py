@@ -123,6 +123,32 @@ def clause_text(clause: Clause) -> str:
     return f"{text}; {clause.evaluation:.3g} on evaluation data: {told[clause.held_on_evaluation]}"
 
 
+def cascade_text(report: Report) -> str:
+    """Who answers how much of a cascade, how good the whole is, and how long it takes, in lines; "" where none is."""
+    made = report.cascade
+    if made is None:
+        return ""
+    lines = [
+        f"cascade: the student answers what it is sure of (at least {made.threshold:.4g} for a class at temperature "
+        f"{made.temperature:.3g}), the teacher the rest: {percent(made.routed)} of evaluation samples, "
+        f"{percent(made.routed_validation)} of those that it was chosen on"
+    ]
+    if made.metric is not None and report.metric is not None:
+        own, student, teacher = (
+            metric_text(report.metric, m) for m in (made.metric, made.student_metric, made.teacher_metric)
+        )
+        lines.append(
+            f"{report.metric.name} of the whole {own}; of the student alone {student}, of the teacher {teacher}"
+        )
+    if made.mean_ms is not None and made.ratio is not None:
+        lines.append(
+            f"{made.mean_ms:.3g} ms on average at batch 1, {made.ratio:.2f}x as fast as the teacher; p95 "
+            f"{made.p95_ms:.3g} ms, p99 {made.p99_ms:.3g} ms over {made.timed_samples} samples (student "
+            f"{made.student_ms:.3g} ms, teacher {made.teacher_ms:.3g} ms)"
+        )
+    return "\n".join([*lines, f"both files together {made.size_bytes / 1e6:.2f} MB"])
+
+
 def promise_text(promise: Promise) -> str:
     """What was promised, whether it holds, and what ships, in lines."""
     kept = "kept" if promise.kept else "not kept"

@@ -23,7 +23,10 @@ QAT_SHARE = 0.25
 """of a final training, under quantization"""
 QAT_RATE = {"sgd": 0.05, "adamw": 0.2}
 """of the rate before quantization"""
-CutKind = Literal["width", "depth"]
+CutKind = Literal["width", "depth", "both"]
+"""what is cut: channels, whole blocks, or both, decided at once by what they cost on data and in time"""
+STATISTICS = 16
+"""training batches on which batch norms are estimated again after a cut"""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,10 @@ def rung(
 
 def prune(level: int, cut: CutKind) -> Prune:
     """Cuts a student to a goal, as far as that goes."""
-    return Prune(macs_ratio=GOALS[level - 1], width=cut == "width", depth=cut == "depth", best_effort=True)
+    return Prune(
+        macs_ratio=GOALS[level - 1], width=cut != "depth", depth=cut != "width", best_effort=True,
+        allocation="table" if cut == "both" else "greedy", batch_norm_batches=STATISTICS,
+    )  # fmt: skip
 
 
 def finished(start: Candidate, form: Candidate, training: TrainingChoice, epochs: float, keep: Criterion) -> Candidate:

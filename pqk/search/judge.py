@@ -177,6 +177,10 @@ class Judge:
         return path
 
     @cached_property
+    def teacher_macs(self) -> int:
+        return count_macs(self.teacher, self.task.example)
+
+    @cached_property
     def teacher_ms(self) -> float:
         return float(fastest([self.baseline], self.task.feeds(1), rounds=7)[0])
 

@@ -16,7 +16,7 @@ LEAST_CUT = 0.95
 """share of the MACs that a rung leaves at most, else nothing more can be cut"""
 NEXT = 1.15
 """by which the goal of a rung is at least below what the one above it reached"""
-CUTS: tuple[CutKind, ...] = ("width", "depth")
+CUTS: tuple[CutKind, ...] = ("width", "depth", "both")
 HOPELESS = "loses too much for a training at length to be tried"
 
 

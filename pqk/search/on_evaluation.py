@@ -19,18 +19,19 @@ def _student(report: Report) -> AttributionRow | None:
 
 
 def _measured(clause: Clause, report: Report) -> Clause:
-    student = _student(report)
+    student, cascade = _student(report), report.cascade
     value: float | None = None
     if clause.name == "max_drop" and report.metric is not None and report.metric.teacher is not None:
         if report.metric.student is not None:
             scale = 100.0 if report.metric.unit == "share" else 1.0
-            value = scale * (report.metric.teacher - report.metric.student)
+            own = report.metric.student if cascade is None else cascade.metric
+            value = None if own is None else scale * (report.metric.teacher - own)
     elif clause.name == "min_speedup" and student is not None:
-        value = student.ratio
+        value = student.ratio if cascade is None else cascade.ratio
     elif clause.name == "max_latency_ms" and student is not None:
-        value = student.latency_ms
+        value = student.latency_ms if cascade is None else cascade.mean_ms
     elif clause.name == "max_size_mb":
-        value = report.size_bytes / 1e6
+        value = (report.size_bytes if cascade is None else cascade.size_bytes) / 1e6
     if value is None:
         return clause
     held = value >= clause.bound if clause.name == "min_speedup" else value <= clause.bound + 1e-9
@@ -38,9 +39,12 @@ def _measured(clause: Clause, report: Report) -> Clause:
 
 
 def dominating(report: Report) -> list[AttributionRow]:
-    """The rows of the table that are no worse in the metric, and faster beyond both intervals."""
+    """The rows of the table that are no worse in the metric, and faster beyond both intervals.
+
+    None beats a cascade: it ships where no network alone keeps the contract, and the table is of networks alone.
+    """
     student = _student(report)
-    if student is None or student.metric is None or student.ratio_high is None:
+    if report.cascade is not None or student is None or student.metric is None or student.ratio_high is None:
         return []
     metric, high = student.metric, student.ratio_high
     return [

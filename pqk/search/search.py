@@ -26,6 +26,7 @@ from pqk.report.promise import Promise
 from pqk.report.schema import VariantName
 from pqk.search.attempts import Attempts
 from pqk.search.candidates import FLOAT, STATIC, Candidate, by_tool, forms, given, in_float, mixed
+from pqk.search.cascade import ChosenCascade, best_cascade
 from pqk.search.deciding import Deciding
 from pqk.search.finals import Finals
 from pqk.search.judge import Judge
@@ -59,6 +60,8 @@ class SearchResult:
     """whose file is deployed, in place of what the passes make"""
     file: Path | None = None
     """that file"""
+    cascade: ChosenCascade | None = None
+    """where the student answers what it is sure of alone"""
 
 
 @dataclass
@@ -107,7 +110,12 @@ class ContractSearch:
             form = self._forms()
             if self.task.train is not None:
                 self._train(form)
-        return self._result(self.attempts.best)
+        best = self.attempts.best
+        if self.contract.cascade and not terms.holds(best.worth):
+            cascade = best_cascade(self.attempts)
+            if cascade is not None:
+                return replace(self._result(cascade.tried), cascade=cascade)
+        return self._result(best)
 
     def instead(self, result: SearchResult, row: VariantName) -> SearchResult | None:
         """What ships in place of a student that a row of the report's table beats; None where that cannot be made."""

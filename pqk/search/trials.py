@@ -24,8 +24,8 @@ from pqk.search.candidates import TrainingChoice, distillation
 from pqk.task.task import Task
 
 Option = tuple[Literal["sgd", "adamw"], float]
-CONVOLUTIONAL: tuple[Option, ...] = (("sgd", 0.1), ("sgd", 0.02), ("adamw", 1e-3))
-"""for networks with batch norm"""
+CONVOLUTIONAL: tuple[Option, ...] = (("sgd", 0.1), ("sgd", 0.02), ("sgd", 0.004), ("adamw", 1e-3))
+"""for networks with batch norm; the gentlest for small ones, which the others would have to learn anew"""
 OTHERS: tuple[Option, ...] = (("adamw", 1e-3), ("adamw", 2e-4), ("adamw", 5e-5))
 TIMED_STEPS = 3
 FEWEST, MOST = 6, 120

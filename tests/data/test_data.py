@@ -223,6 +223,16 @@ def test_tensors_in_structures_are_mapped() -> None:
     assert map_tensors(len, Batch((torch.ones(4),), None, None)) == Batch((4,), None, None)  # type: ignore[arg-type]
 
 
+def test_inputs_alone_are_unlabelled_however_they_come() -> None:
+    """A `TensorDataset` of inputs alone gives lists of one tensor."""
+    inputs = torch.arange(6.0).view(3, 2)
+    for loader in (DataLoader(TensorDataset(inputs), 3), [inputs], [(inputs,)]):
+        data = LoaderData(loader)
+        (batch,) = data.batches()
+        assert data.samples == 3 and not data.labelled
+        assert len(batch.inputs) == 1 and torch.equal(batch.inputs[0], inputs)
+
+
 def test_samples_are_counted() -> None:
     dataset = TensorDataset(torch.zeros(7, 2))
     assert LoaderData(DataLoader(dataset, 3)).samples == 7

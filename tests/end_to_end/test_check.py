@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from toy_recipe import PASSES
 from pqk import check as module
 from pqk import rehearsal
 from pqk.bench.statistics import Ratio
-from pqk.check import STEPS, Findings, Stopwatch, check
+from pqk.check import Findings, check
 from pqk.cli import app as cli
 from pqk.cli import views
-from pqk.core.progress import Silent
+from pqk.core.program import Program
+from pqk.core.run_context import RunContext
 from pqk.recipe.recipe import Recipe
+from pqk.target.target import Target
 from pqk.task.task import Task
 
 RECIPE = PASSES.replace("epochs = 1", "epochs = 5").replace("samples = 64", 'samples = 64\nfloat_layers = ["head"]')
@@ -109,16 +112,6 @@ def test_more_epochs_take_longer_and_the_rehearsal_does_not(toy: Any) -> None:
     assert found.seconds > 60 and found.problems == []
 
 
-def test_cached_answers_of_the_teacher_cost_nothing(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps see every view once; the teacher is then read from the cache."""
-    rehearsal = module.Rehearsal(toy.teacher(), toy.task(), Recipe.loads(RECIPE), Silent())
-    monkeypatch.setattr(module, "forward_seconds", lambda model, inputs: 1.0)
-    distill = rehearsal.recipe.passes[1]
-    assert rehearsal._cached(distill, 10) == 10 - 4
-    assert rehearsal._cached(distill, 10) == 10, "a second training finds them all"
-    rehearsal.oracle.folder.cleanup()
-
-
 @pytest.mark.usefixtures("undeployed")
 def test_the_teacher_is_not_changed(toy: Any) -> None:
     teacher = toy.teacher()
@@ -199,13 +192,39 @@ def test_a_student_without_gain_is_not_called_fine(toy: Any, monkeypatch: pytest
     assert "gains nothing" in shown and "nothing stands in the way" not in shown
 
 
-def test_the_stopwatch_times_steps() -> None:
-    watch = Stopwatch(Silent())
-    with watch.task("a pass", STEPS) as advance:
-        advance(0, "")
-        for _ in range(STEPS):
-            advance(1, "loss")
-    assert len(watch.steps["a pass"]) == STEPS and min(watch.steps["a pass"]) >= 0
+def test_a_student_that_was_timed_is_not_written_again(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of the network that met the latency budget is that of the student; its teacher's is the only other."""
+    written: list[str] = []
+    inner = rehearsal.emit_onnx_for
+
+    def emit(module: nn.Module, task: Task, path: Path) -> None:
+        written.append(path.name)
+        inner(module, task, path)
+
+    monkeypatch.setattr(rehearsal, "emit_onnx_for", emit)
+    monkeypatch.setattr(module.Oracle, "latency", lambda oracle, student: 0.1 if oracle.emit(student) else 0.0)
+    found = rehearse(toy, RECIPE.replace("macs_ratio = 1.5", "latency_ratio = 1.5\nbest_effort = true"))
+    assert found.problems == [] and found.student is not None and found.student["size_bytes"] > 0
+    assert written == ["teacher.onnx"], "the student of the oracle was taken"
+
+
+def test_an_estimate_is_what_a_training_takes(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that is most of a step, slower still on the samples that the data begins with, as on longer texts."""
+    monkeypatch.delenv("PQK_CACHE", raising=False)
+    recipe = Recipe.loads(RECIPE.replace("epochs = 5", "epochs = 40"))
+    teacher, student, task = toy.teacher(), toy.teacher(), toy.task()
+    first = next(task.train.batches()).inputs[0][0]
+    teacher.register_forward_pre_hook(
+        lambda module, inputs: time.sleep(0.0 if len(inputs[0]) < 32 else 0.2 if inputs[0][0].equal(first) else 0.05)
+    )
+    estimate = check(teacher, task, recipe, student=student).passes[1]
+    run = RunContext(0, folder=tmp_path).enter("01-distill")
+    program = Program.begin(teacher, Target.named("x86-avx2"), run, student)
+    began = time.perf_counter()
+    recipe.passes[1].apply(program, task)
+    took = time.perf_counter() - began
+    assert estimate.seconds is not None
+    assert took / 2 < estimate.seconds < 2 * took, "of 160 steps 4 ask the teacher"
 
 
 def test_the_command_says_it_in_words_and_exits_with_two(

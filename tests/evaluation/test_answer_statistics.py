@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pqk.errors import InputError
 from pqk.evaluation import answer_statistics as d
+from pqk.task.calibration import best_temperature
 
 
 def answers(*decisions: int, classes: int = 3, top: float = 0.8) -> Tensor:
@@ -51,7 +52,7 @@ def test_the_calibration_error_of_a_simple_case() -> None:
 def test_no_temperature_is_better_than_the_best(drawn: tuple[Tensor, int]) -> None:
     z, seed = drawn
     labels = torch.randint(z.shape[1], (len(z),), generator=torch.Generator().manual_seed(seed))
-    best = d.best_temperature(z, labels)
+    best = best_temperature(z, labels)
     right = float((z.argmax(1) == labels).double().mean())
     if best is None:
         assert right == 1
@@ -65,7 +66,7 @@ def test_no_temperature_is_better_than_the_best(drawn: tuple[Tensor, int]) -> No
 
 
 def test_where_all_is_right_no_temperature_is_best() -> None:
-    assert d.best_temperature(answers(0, 1, 2, 0, 1), LABELS) is None
+    assert best_temperature(answers(0, 1, 2, 0, 1), LABELS) is None
     found = d.calibration(answers(0, 1, 2, 0, 1), LABELS, None, "all are right")
     assert found.temperature is found.ece_after is found.nll_after is None and found.reason == "all are right"
 
@@ -74,7 +75,7 @@ def test_a_known_temperature_is_found_again() -> None:
     g = torch.Generator().manual_seed(0)
     z = torch.randn(20_000, 4, generator=g, dtype=torch.float64)
     labels = torch.multinomial(z.softmax(1), 1, generator=g)[:, 0]
-    assert d.best_temperature(3 * z, labels) == pytest.approx(3, rel=0.05)
+    assert best_temperature(3 * z, labels) == pytest.approx(3, rel=0.05)
     found = d.calibration(3 * z, labels, 3.0)
     assert found.ece > 0.1 and found.ece_after is not None and found.ece_after < 0.02
 
@@ -222,6 +223,6 @@ def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
 def test_half_precision_and_extremes_are_computed_in_float64() -> None:
     z = (1e4 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0))).bfloat16()
     labels = torch.arange(8) % 5
-    found = d.calibration(z, labels, d.best_temperature(z, labels))
+    found = d.calibration(z, labels, best_temperature(z, labels))
     assert all(math.isfinite(v) for v in found.model_dump(exclude={"reason"}).values())
     assert math.isfinite(d.fidelity(z, -z, labels).kl)

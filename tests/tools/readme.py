@@ -10,6 +10,8 @@
 <!-- families -->         which passes apply to which family of encoders: models/results/encoder_families.json
 <!-- zoo -->              what became of every network of the zoo: tests/zoo/results.json
 <!-- growth -->           how time and memory of a compile grow: models/results/compile_growth.json
+<!-- strangers -->        what became of models that no recipe knows: models/results/strangers.json, where it is there
+<!-- peers -->            the same models through other tools, from the same file
 <!-- terms -->            the distillation terms, with the first sentence of each
 <!-- sources -->          where teachers come from, likewise
 <!-- passes -->           the passes of a recipe, likewise
@@ -35,6 +37,8 @@ from pqk.kernels import KERNELS
 from pqk.report.markdown import markdown_table
 from pqk.report.schema import Report
 from pqk.report.text import ATTRIBUTION_HEADER, attribution_cells, metric_text, percent
+from pqk.strangers.table import beside_peers
+from pqk.strangers.table import markdown as strangers_table
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "support"))
@@ -295,6 +299,18 @@ def zoo() -> str:
     )
 
 
+def of_strangers(shown: Callable[[dict[str, Any]], str]) -> str:
+    """A table of the benchmark on strangers, or that it is not committed."""
+    path = RESULTS / "strangers.json"
+    return shown(json.loads(path.read_text())) if path.exists() else "No run is committed yet."
+
+
+def peers(document: dict[str, Any]) -> str:
+    """The table beside other tools, where the run had any."""
+    had = any(row["peers"] for row in document["strangers"])
+    return beside_peers(document) if had else "The committed run had no other tools."
+
+
 LONG_CHECK = 60
 """seconds that `check` of nine in ten of the zoo's networks is to take at most"""
 LEAST_CUT = 1.1
@@ -359,6 +375,8 @@ MAKERS: dict[str, Callable[..., str]] = {
     "families": families_table,
     "zoo": zoo,
     "growth": growth,
+    "strangers": lambda: of_strangers(strangers_table),
+    "peers": lambda: of_strangers(peers),
     "terms": lambda: listed("terms", ("term", "what it compares")),
     "sources": lambda: listed("sources", ("source", "who teaches")),
     "passes": pass_list,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +34,8 @@ TeacherAnswer = tuple[Any, dict[str, Tensor]]
 
 PROBE = 8
 """samples whose answers are compared with those that a cache holds"""
+TIMED = 64
+"""live answers whose times are remembered"""
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -65,6 +69,8 @@ class Teacher(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.training = False
+        self.live_seconds: deque[float] = deque(maxlen=TIMED)
+        """what the last live answers took, of those to training data"""
 
     @property
     def module(self) -> nn.Module | None:
@@ -123,7 +129,11 @@ class Teacher(nn.Module, ABC):
         # Whatever precision the student trains in: an answer is the same when it is kept.
         with torch.autocast(batch.inputs[0].device.type, enabled=False):
             if self.cache is None or batch.keys is None:
-                return self.live(batch)
+                began = time.perf_counter()
+                answer = self.live(batch)
+                if batch.keys is not None:
+                    self.live_seconds.append(time.perf_counter() - began)
+                return answer
             rows, present = self.cache.get(batch.keys)
             device, name = batch.inputs[0].device, self.cache.output
             if bool(present.all()):

@@ -6,7 +6,15 @@ from pqk.report.html.elements import Markup, bullets, element, joined, paragraph
 from pqk.report.html.pictures import metric_against_speed, networks, tried_students
 from pqk.report.promise import Clause, Promise, TriedStudent
 from pqk.report.schema import AttributionRow, Report
-from pqk.report.text import ATTRIBUTION_HEADER, attribution_cells, metric_text, percent, reasons_of, scaled
+from pqk.report.text import (
+    ATTRIBUTION_HEADER,
+    attribution_cells,
+    cascade_text,
+    metric_text,
+    percent,
+    reasons_of,
+    scaled,
+)
 
 CLAUSES = {
     "max_drop": ("loses at most", "of the metric"),
@@ -111,6 +119,12 @@ def promise(report: Report) -> Markup:
         f"for times. Budget {made.budget}; the search took {_clock(made.seconds)}."
     )
     return joined([*parts, bullets(notes), table(header, rows), paragraph(note, class_="note")])
+
+
+def cascade(report: Report) -> Markup:
+    """Who answers how much of a cascade; nothing where the student answers everything."""
+    lines = cascade_text(report).splitlines()
+    return bullets([f"{line[0].upper()}{line[1:]}." for line in lines]) if lines else Markup("")
 
 
 def _clause_cells(clause: Clause, report: Report) -> list[str]:

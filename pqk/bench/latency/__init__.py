@@ -1,0 +1,1 @@
+"""A latency table of this machine: what layers cost in ONNX Runtime, measured once, and networks predicted from it."""

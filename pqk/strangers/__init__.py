@@ -1,0 +1,1 @@
+"""What the default contract makes of models that no recipe knows: `pqk strangers`."""

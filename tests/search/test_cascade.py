@@ -1,0 +1,227 @@
+"""Cascades: the threshold on known answers, routing sample by sample, and an artifact that routes as it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluations import UNTIMED
+from torch import Tensor, nn
+
+from pqk import ArrayData, Artifact, Contract, Task, compress
+from pqk.deploy.cascade import Cascade, Routing
+from pqk.errors import InputError
+from pqk.search.cascade import RoutingChoice, choose_routing, why_not_cascaded, worth_of
+from pqk.search.judge import Judge, Worth
+
+COUNT = 800
+LABELS = torch.arange(COUNT) % 4
+
+
+def logits_of(classes: Tensor, strength: Tensor | float) -> Tensor:
+    """Logits [N, 4] that decide for these classes, by so much."""
+    return nn.functional.one_hot(classes, 4).float() * torch.as_tensor(strength).reshape(-1, 1)
+
+
+def judge_of(teacher: Tensor, targets: Tensor, folder: Path) -> Judge:
+    """A judge whose teacher answers by these logits."""
+    rows = ArrayData(torch.arange(len(targets), dtype=torch.float32)[:, None], targets, 64)
+    table = nn.Embedding.from_pretrained(teacher)
+
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table(x[:, 0].long())
+
+    task = Task(None, rows, validation=rows)
+    return Judge(Teacher().eval(), task, task.validation, folder, timed=False, seed=0)
+
+
+def chosen(student: Tensor, teacher: Tensor, allowed: float, folder: Path) -> RoutingChoice | str:
+    return choose_routing(student, teacher, LABELS, allowed, judge_of(teacher, LABELS, folder).drop)
+
+
+def test_a_student_that_is_right_answers_everything(tmp_path: Path) -> None:
+    found = chosen(logits_of(LABELS, 9.0), logits_of(LABELS, 5.0), 0.01, tmp_path)
+    assert isinstance(found, RoutingChoice)
+    assert found.routed == 0 and found.drop == 0 and 0 < found.routed_high < 0.01
+    assert found.drop_high == pytest.approx(3 / COUNT), "none of n differs, and 3 / n may"
+
+
+def test_a_student_that_guesses_has_no_threshold(tmp_path: Path) -> None:
+    """Sure or not, it is right as often."""
+    g = torch.Generator().manual_seed(0)
+    guess = logits_of(torch.randint(0, 4, (COUNT,), generator=g), torch.rand(COUNT, generator=g) * 6)
+    found = chosen(guess, logits_of(LABELS, 5.0), 0.01, tmp_path)
+    assert isinstance(found, str) and "surest of" in found and "0.01 are allowed" in found
+
+
+def test_the_teacher_gets_what_the_student_is_unsure_of_and_no_more_than_is_needed(tmp_path: Path) -> None:
+    """It is right on the 70 % that it is sure of, and wrong on the rest."""
+    unsure = torch.arange(COUNT) % 10 < 3
+    g = torch.Generator().manual_seed(1)
+    strength = torch.where(unsure, torch.rand(COUNT, generator=g) + 0.5, torch.rand(COUNT, generator=g) + 4)
+    student = logits_of(torch.where(unsure, (LABELS + 1) % 4, LABELS), strength)
+    found = chosen(student, logits_of(LABELS, 5.0), 0.01, tmp_path)
+    assert isinstance(found, RoutingChoice)
+    assert found.routed == pytest.approx(0.3) and found.drop == 0 and found.drop_high <= 0.01 < found.routed_high
+    sure = found.routing.sure(student.numpy())
+    assert (sure == ~unsure.numpy()).all()
+    more = chosen(student, logits_of(LABELS, 5.0), 0.2, tmp_path)
+    assert isinstance(more, RoutingChoice) and 0.1 < more.routed < 0.3 and more.drop_high <= 0.2
+
+
+def test_the_upper_end_keeps_the_bound_on_other_samples(tmp_path: Path) -> None:
+    """A student whose mistakes are the likelier the less sure it is: what it loses elsewhere is what was allowed."""
+    lost = []
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        strength = torch.rand(2 * COUNT, generator=g) * 5
+        wrong = torch.rand(2 * COUNT, generator=g) < 1 - logits_of(LABELS.repeat(2), strength).softmax(1).amax(1)
+        labels = LABELS.repeat(2)
+        student = logits_of(torch.where(wrong, (labels + 1) % 4, labels), strength)
+        found = chosen(student[:COUNT], logits_of(LABELS, 5.0), 0.04, tmp_path)
+        assert isinstance(found, RoutingChoice) and 0 < found.routed < 1
+        own = torch.from_numpy(found.routing.sure(student[COUNT:].numpy()))
+        lost.append(float((own & wrong[COUNT:]).double().mean()))
+    assert sum(x > 0.04 for x in lost) <= 2 and max(lost) > 0.01
+
+
+def test_a_cascade_answers_each_sample_as_whoever_it_is_routed_to() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=g).numpy()
+    routing, asked = Routing(0.8, 0.6), list[int]()
+
+    def student(feeds: dict[str, Any]) -> list[Any]:
+        return [np.stack([2 * feeds["x"][:, 0], -feeds["x"][:, 1]], 1)]
+
+    def teacher(feeds: dict[str, Any]) -> list[Any]:
+        asked.append(len(feeds["x"]))
+        return [feeds["x"][:, 1:] * 10]
+
+    cascade = Cascade(student, teacher, routing)
+    (whole,) = cascade({"x": x})
+    sure = routing.sure(student({"x": x})[0])
+    assert 5 < sure.sum() < 45 and asked == [int((~sure).sum())]
+    for i in range(50):
+        (own,) = cascade({"x": x[i : i + 1]})
+        want = student({"x": x[i : i + 1]}) if sure[i] else teacher({"x": x[i : i + 1]})
+        assert (own == want[0]).all() and (own == whole[i : i + 1]).all()
+    asked.clear()
+    assert Cascade(student, teacher, Routing(1.0, 0.0))({"x": x})[0].shape == (50, 2) and not asked
+    assert Cascade(student, teacher, routing)({"x": x[:0]})[0].shape == (0, 2) and not asked
+    nan = Cascade(lambda feeds: [np.full((50, 2), np.nan)], teacher, Routing(1.0, 0.0))({"x": x})
+    assert (nan[0] == teacher({"x": x})[0]).all(), "what is no number is no answer"
+
+
+@pytest.mark.parametrize(("temperature", "threshold"), [(0.0, 0.5), (float("nan"), 0.5), (1.0, 1.5), (1.0, -0.1)])
+def test_a_routing_that_means_nothing_is_refused(temperature: float, threshold: float) -> None:
+    with pytest.raises(InputError, match="the first is above 0"):
+        Routing(temperature, threshold)
+
+
+def test_the_mean_latency_is_the_students_and_the_teachers_for_its_share() -> None:
+    student = Worth(0.9, 0.05, 0.07, 8.0, 7.5, 8.5, 0.2, 1000, 50)
+    choice = RoutingChoice(Routing(1.0, 0.9), 0.1, 0.12, 0.002, 0.008)
+    worth = worth_of(student, choice, 9000, 400)
+    teacher_ms = 0.2 * 7.5
+    assert worth.ratio == pytest.approx(1 / (1 / 8 + 0.1)) and worth.ratio_low == pytest.approx(1 / (1 / 7.5 + 0.12))
+    assert worth.milliseconds_high == pytest.approx(0.2 + 0.12 * teacher_ms)
+    assert (worth.drop, worth.drop_high, worth.size_bytes, worth.macs) == (0.002, 0.008, 10000, 90)
+    assert worth.metric == pytest.approx(0.95 - 0.002)
+    untimed = worth_of(
+        replace(student, ratio=None, ratio_low=None, ratio_high=None, milliseconds_high=None), choice, 1, 1
+    )
+    assert untimed.ratio is None and untimed.milliseconds_high is None
+
+
+def test_only_classes_by_argmax_are_cascaded() -> None:
+    x = torch.randn(8, 3)
+
+    def reason(model: nn.Module, **options: Any) -> str:
+        part = ArrayData(x, torch.arange(8) % 3, 4)
+        return why_not_cascaded(Task(None, part, validation=part, **options), model) or ""
+
+    assert reason(nn.Linear(3, 3)) == ""
+    assert "one output of logits [B, C], not [B, 1]" in reason(nn.Linear(3, 1))
+    assert "its own decision" in reason(nn.Linear(3, 3), decision=lambda outputs: outputs[:, 0] > 0)
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    assert "not [B, 3], [B, 3]" in reason(Two())
+
+
+class Net(nn.Module):
+    """[B, 2, 8, 8] -> logits [B, 4]."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(2, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.one, self.two = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        return self.head(self.two(self.one(x).relu()).relu().mean((2, 3)))
+
+
+def patterns(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Four patterns, in noise that hides some of them."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    clean = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(99))
+    noise = torch.rand(count, 1, 1, 1, generator=g) * 1.5
+    return clean[labels] + noise * torch.randn(count, 2, 8, 8, generator=g), labels
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    net, (x, y) = Net(), patterns(1024, 0)
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for _ in range(12):
+        for rows in torch.randperm(1024, generator=torch.Generator().manual_seed(5)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def task() -> Task:
+    parts = [ArrayData(*patterns(count, seed), 64) for count, seed in ((256, 1), (300, 3), (1000, 2))]
+    return Task(parts[0], parts[1], validation=parts[2])
+
+
+@pytest.fixture(scope="module")
+def found(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compile of a contract that no student keeps alone, as times go by MACs here: in integers half of those."""
+    out, patch = tmp_path_factory.mktemp("cascade") / "out", pytest.MonkeyPatch()
+    original = Judge.worth
+
+    def worth(self: Judge, program: Any, file: Path | None = None) -> Worth:
+        own = original(self, program, file)
+        ratio = (1.0 if file is None and program.stage < 3 else 2.0) * self.teacher_macs / own.macs
+        return replace(own, ratio=ratio, ratio_low=ratio, ratio_high=ratio, milliseconds_high=1 / ratio)
+
+    with patch.context() as patched:
+        patched.setattr(Judge, "worth", worth)
+        contract = Contract(max_drop=1, min_speedup=3.0, budget="1 epochs", cascade=True)
+        compress(teacher, task(), out=out, contract=contract, evaluation=UNTIMED)
+    return out
+
+
+@pytest.mark.slow
+def test_a_contract_that_no_student_keeps_is_kept_by_a_cascade(found: Path) -> None:
+    artifact = Artifact.load(found)
+    promise, made = artifact.report.promise, artifact.report.cascade
+    assert promise is not None and made is not None and promise.kept and promise.chosen.endswith(", cascade")
+    print(promise.model_dump_json(indent=1)[:3000], made)
