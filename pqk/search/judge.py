@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pqk.bench.baselines import Tool, float_baseline, is_transformer, why_not_quantized
-from pqk.bench.measure import fastest, ratio_to
+from pqk.bench.measure import fastest, undisturbed_ratio
 from pqk.core.costs import count_macs
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.program import Program
@@ -147,7 +147,7 @@ class Judge:
             drop, high = self.drop(outputs)
             ratio = low = top = slowest = None
             if self.timed:
-                ratio, low, top = ratio_to(self.baseline, session(path, threads=THREADS), task.feeds(1))
+                ratio, low, top = undisturbed_ratio(self.baselines, session(path, threads=THREADS), task.feeds(1))
                 slowest = self.teacher_ms / low
             size = path.stat().st_size
         finally:
@@ -157,9 +157,10 @@ class Judge:
         return Worth(metric, drop, high, ratio, low, top, slowest, size, count_macs(program.student, task.example))
 
     @cached_property
-    def baseline(self) -> Any:
-        """A session of the teacher in FP32, as the report's table has it."""
-        return session(self.teacher_files[-1], threads=THREADS)
+    def baselines(self) -> tuple[Any, Any]:
+        """Two sessions of the teacher in FP32, as the report's table has it."""
+        first, second = (session(self.teacher_files[-1], threads=THREADS) for _ in range(2))
+        return first, second
 
     @cached_property
     def teacher_files(self) -> list[Path]:
@@ -182,7 +183,7 @@ class Judge:
 
     @cached_property
     def teacher_ms(self) -> float:
-        return float(fastest([self.baseline], self.task.feeds(1), rounds=7)[0])
+        return float(fastest(self.baselines, self.task.feeds(1), rounds=7)[0])
 
     def _resampled(self, outputs: Outputs) -> NDArray[np.float64]:
         """The metric on every resample, `[RESAMPLES]`, the same samples for whatever outputs."""

@@ -23,7 +23,16 @@ from pqk.bench.contenders import (
     torch_contender,
     torch_threads,
 )
-from pqk.bench.measure import PAUSE, TimingProtocol, fastest, interleave, measure, ratio_to, turn
+from pqk.bench.measure import (
+    PAUSE,
+    TimingProtocol,
+    fastest,
+    interleave,
+    measure,
+    ratio_to,
+    turn,
+    undisturbed_ratio,
+)
 from pqk.bench.statistics import Ratio, bootstrap_ratio
 from pqk.core.onnxruntime_session import session
 from pqk.errors import InputError
@@ -219,6 +228,43 @@ def test_quick_forms() -> None:
     assert ratio.low > 1.5
     slow, fast = fastest([session(big), session(small)], FEEDS, rounds=3)
     assert 0 < fast < slow
+
+
+class Simulated:
+    """A session whose calls take so long, each in its turn; the last one stays."""
+
+    def __init__(self, clock: Clock, *milliseconds: float) -> None:
+        self.clock, self.left = clock, list(milliseconds)
+
+    def run(self, names: None, feeds: object) -> None:
+        self.clock.sleep((self.left.pop(0) if len(self.left) > 1 else self.left[0]) / 1e3)
+
+
+def test_where_two_sessions_of_one_file_differ_the_interval_is_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them is disturbed in every call, which a bootstrap over rounds does not see."""
+    clock = Clock()
+    simulate(clock, monkeypatch)
+    feeds = {"x": np.zeros((1, 4), np.float32)}
+
+    def ratio(*twins: float, candidate: float) -> Ratio:
+        first, second, other = (Simulated(clock, ms) for ms in (*twins, candidate))
+        return undisturbed_ratio((first, second), other, feeds, rounds=5)  # type: ignore[arg-type]
+
+    assert ratio(4.0, 4.0, candidate=2.0) == pytest.approx((2.0, 2.0, 2.0))
+    assert ratio(4.0, 6.0, candidate=2.0) == pytest.approx((6**0.5, 6**0.5 / 1.5, 6**0.5 * 1.5))
+
+
+def test_the_fastest_call_of_a_round_counts_and_a_disturbed_measurement_is_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    simulate(clock, monkeypatch)
+    feeds = {"x": np.zeros((1, 4), np.float32)}
+    calls = 5 * (20 + 20)  # rounds of warm and timed calls
+    first = Simulated(clock, *[8.0] * calls, 4.0)  # disturbed for one measurement
+    second = Simulated(clock, *[4.0, 9.0] * calls, 4.0)  # every other call takes longer
+    ratio = undisturbed_ratio((first, second), Simulated(clock, 1.0), feeds, rounds=5)  # type: ignore[arg-type]
+    assert ratio == pytest.approx((4.0, 4.0, 4.0))
 
 
 def test_torch_rows_and_a_module_that_cannot_be_compiled() -> None:
