@@ -402,6 +402,8 @@ def _interrupted(arguments: Sequence[str]) -> str:
         again = [a for a in arguments if a != "--resume"]
         line, cells = shlex.join(["pqk", *again, "--resume"]), "cells, " if arguments[0] == "compare" else ""
         return f"stopped; finished {cells}passes and the last checkpoint are kept. Continue with: {line}"
+    if arguments and arguments[0] == "strangers":
+        return f"stopped; what is done is kept. Continue with: {shlex.join(['pqk', *arguments])}"
     return "stopped"
 
 

@@ -178,7 +178,7 @@ def strangers(
 ) -> CommandAnswer:
     from pqk.models.strangers import STRANGERS
     from pqk.models.strangers.stranger import named
-    from pqk.strangers.bench import DOCUMENT, Bench, Conditions
+    from pqk.strangers.bench import DOCUMENT, Bench, BenchConditions
     from pqk.strangers.peers import PEERS
     from pqk.strangers.table import beside_peers, markdown, rows_of
 
@@ -186,7 +186,7 @@ def strangers(
         raise InputError(f"--data {data}: there is no such folder")
     parse(Contract, {"budget": budget}, "contract")  # refuses what is none, before a teacher is trained
     chosen = [named(name, STRANGERS) for name in only] or STRANGERS
-    bench = Bench(out, data, Conditions(budget=budget), observer(as_json), PEERS if peers else ())
+    bench = Bench(out, data, BenchConditions(budget=budget), observer(as_json), PEERS if peers else ())
     document = bench.run(chosen)
     tables = [markdown(document), *([beside_peers(document)] if peers else [])]
     broken = any(not row.held for row in rows_of(document))

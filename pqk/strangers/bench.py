@@ -39,7 +39,7 @@ DOCUMENT = "strangers.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class BenchConditions:
     """Under which strangers are compiled. The defaults are those of the committed result."""
 
     budget: str = "10m"
@@ -61,7 +61,7 @@ class Bench:
 
     out: Path
     data: Path | None = None
-    conditions: Conditions = Conditions()
+    conditions: BenchConditions = BenchConditions()
     observer: Observer = Silent()  # noqa: RUF009 (it has no state)
     peers: Sequence[Peer] = ()
     """tools that get the same strangers, and the same time"""

@@ -84,7 +84,7 @@ class Contest:
             reason = make(path)
             return self.standing(name, path) if reason is None else Standing(name, reason=reason)
         except PqkError as error:
-            return Standing(name, reason=str(error))
+            return Standing(name, reason=str(error).replace(str(path), path.name))  # no result names a folder
         finally:
             path.unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pqk.bench.baselines import CALIBRATION, onnxruntime_ptq
 from pqk.copies import copy_of
 from pqk.deploy.onnx_emitter import emit_onnx_for
-from pqk.errors import PqkError, Reason, first_line
+from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.models.strangers.stranger import Samples, Stranger
 from pqk.quiet import quiet
 from pqk.strangers.contest import Contest, Standing
@@ -71,20 +71,20 @@ class Peer(ABC):
         return None
 
     @abstractmethod
-    def write(self, case: Case, path: Path) -> Reason | None:
-        """Writes an ONNX file of the compressed stranger: None, or why there is none."""
+    def write(self, case: Case, path: Path) -> None:
+        """Writes an ONNX file of the compressed stranger; raises whatever the tool does where it cannot."""
 
     def standing(self, case: Case) -> Standing:
         """What the tool makes of a stranger, or in which words it does not."""
 
-        def make(path: Path) -> Reason | None:
+        def make(path: Path) -> None:
             try:
                 with quiet(level=logging.ERROR, printing=True):
-                    return self.write(case, path)
+                    self.write(case, path)
             except PqkError:
                 raise
             except Exception as error:  # of a tool, whose errors share no base class
-                return first_line(error)
+                raise InputError(first_line(error)) from error
 
         return case.contest.made(self.name, make)
 
@@ -119,11 +119,11 @@ class TorchPruning(Peer):
     name = "Torch-Pruning + ONNX Runtime"
     package = "torch-pruning"
 
-    def write(self, case: Case, path: Path) -> Reason | None:
+    def write(self, case: Case, path: Path) -> None:
         import torch_pruning
 
         if not case.stranger.labelled:
-            return UNLABELLED
+            raise InputError(UNLABELLED)
         model, example = copy_of(case.teacher, "teacher").requires_grad_(True).eval(), case.task.example
         before, _ = torch_pruning.utils.count_ops_and_params(model, example[0])
         last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
@@ -138,13 +138,12 @@ class TorchPruning(Peer):
             if macs <= SHARE * before:
                 break
         else:
-            return f"it leaves {macs / before:.0%} of the MACs and prunes no more"
+            raise InputError(f"it leaves {macs / before:.0%} of the MACs and prunes no more")
         fine_tune(model, case)
         pruned = path.with_name("pruned.onnx")
         emit_onnx_for(model, case.task, pruned)
         onnxruntime_ptq(pruned, path, case.task.calibration(CALIBRATION), Target.detect())
         pruned.unlink()
-        return None
 
 
 class NncfPostTraining(Peer):
@@ -153,7 +152,7 @@ class NncfPostTraining(Peer):
     name = "NNCF, post-training"
     package = "nncf"
 
-    def write(self, case: Case, path: Path) -> Reason | None:
+    def write(self, case: Case, path: Path) -> None:
         import nncf
 
         names = case.task.input_names
@@ -163,7 +162,6 @@ class NncfPostTraining(Peer):
         ]
         model = nncf.quantize(onnx.load(case.contest.exported), nncf.Dataset(samples), **_model_type(case.teacher))
         onnx.save(model, path)
-        return None
 
 
 class NncfTrained(Peer):
@@ -175,11 +173,11 @@ class NncfTrained(Peer):
     name = "NNCF, fine-tuned"
     package = "nncf"
 
-    def write(self, case: Case, path: Path) -> Reason | None:
+    def write(self, case: Case, path: Path) -> None:
         import nncf
 
         if not case.stranger.labelled:
-            return UNLABELLED
+            raise InputError(UNLABELLED)
         model = copy_of(case.teacher, "teacher").requires_grad_(True).eval()
         samples = [inputs[0] for inputs in case.task.calibration(CALIBRATION)]
         quantized = nncf.quantize(model, nncf.Dataset(samples), **_model_type(model))
@@ -191,7 +189,6 @@ class NncfTrained(Peer):
         torch.onnx.export(
             native, example, str(path), input_names=names, output_names=outputs, dynamic_axes=axes, dynamo=False
         )
-        return None
 
 
 def _model_type(model: nn.Module) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Row:
     teacher_seconds: float
     """that training the teacher took"""
     seconds: float
-    """that the compile took, the report with it"""
+    """that the compile took, the report with it; of one that was stopped, since it went on"""
     peers: tuple[Standing, ...] = field(default=())
 
     @staticmethod
