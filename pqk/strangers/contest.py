@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pqk.bench.baselines import TOOLS, float_baseline, is_transformer, why_not_quantized
-from pqk.bench.measure import ratio_to
+from pqk.bench.measure import undisturbed_ratio
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.program import Pass
 from pqk.core.run_context import RunContext
@@ -62,7 +62,7 @@ class Contest:
         emit_onnx_for(teacher, self.task, self.exported)
         better = is_transformer(self.exported) and float_baseline(self.exported, optimized, self.task, THREADS)[0]
         self.file = optimized if better else self.exported
-        self.baseline = session(self.file, threads=THREADS)
+        self.baselines = session(self.file, threads=THREADS), session(self.file, threads=THREADS)
         with torch.no_grad():
             self.like = teacher(*self.task.example)
 
@@ -74,7 +74,9 @@ class Contest:
     def standing(self, name: str, path: Path) -> Standing:
         """What the ONNX file at `path` is worth."""
         metric = self.task.score(OnnxModel(path, self.like), self.task.evaluation)
-        ratio = ratio_to(self.baseline, session(path, threads=THREADS), self.task.feeds(1), rounds=self.rounds)
+        ratio = undisturbed_ratio(
+            self.baselines, session(path, threads=THREADS), self.task.feeds(1), rounds=self.rounds
+        )
         return Standing(name, metric, ratio.ratio, ratio.low, ratio.high)
 
     def made(self, name: str, make: Callable[[Path], Reason | None]) -> Standing:
