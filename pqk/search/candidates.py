@@ -67,6 +67,9 @@ class TrainingChoice:
 
 
 STATIC, DYNAMIC, MIXED, FLOAT, UNGROUPED = "static", "dynamic", "mixed", "float", "ungrouped"
+LEAST_SQNR = 25.0
+"""decibels that the outputs keep at least where a layer alone is quantized, else it stays in float; of a net whose
+layers read all before them, whose channels differ in range, 46 % were right in INT8, and 67 % so (69 % in FP32)"""
 
 
 def forms(teacher: nn.Module) -> list[Candidate]:
@@ -83,6 +86,20 @@ def forms(teacher: nn.Module) -> list[Candidate]:
         quantize = Quantize(float_layers=grouped)
         found.append(Candidate(UNGROUPED, "INT8 but for grouped convolutions, not trained", _integers(quantize)))
     return found
+
+
+def gentler() -> list[Candidate]:
+    """INT8 forms that lose less than with ranges of the least squared error, where that loses much."""
+    return [
+        Candidate(
+            "min-max", "INT8 with fixed ranges of all values, not trained", _integers(Quantize(calibration="minmax"))
+        ),
+        Candidate(
+            "guarded",
+            "INT8 but for layers that alone cost much, not trained",
+            _integers(Quantize(least_sqnr=LEAST_SQNR)),
+        ),
+    ]
 
 
 def by_tool(tool: Tool) -> Candidate:

@@ -25,7 +25,7 @@ from pqk.recipe.recipe import Recipe
 from pqk.report.promise import Promise
 from pqk.report.schema import VariantName
 from pqk.search.attempts import Attempts
-from pqk.search.candidates import FLOAT, STATIC, Candidate, by_tool, forms, given, in_float, mixed
+from pqk.search.candidates import FLOAT, STATIC, Candidate, by_tool, forms, gentler, given, in_float, mixed
 from pqk.search.cascade import ChosenCascade, best_cascade
 from pqk.search.deciding import Deciding
 from pqk.search.finals import Finals
@@ -160,6 +160,8 @@ class ContractSearch:
                 f'contract: budget = "{self.contract.budget}" is too small for one candidate: INT8 without '
                 f"training took {attempts.spending.overhead:.0f} s; give it more"
             )
+        if not attempts.terms.holds(attempts.tried[0].worth):
+            others += gentler()
         attempts.all_judged(others)
         if self.judge.timed:
             self._time_layers()
