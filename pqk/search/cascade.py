@@ -124,7 +124,7 @@ def _upper(share: float, count: int) -> float:
 
 
 def best_cascade(attempts: Attempts) -> ChosenCascade | None:
-    """Of the students that were tried, the one whose cascade keeps every clause with the best mean latency."""
+    """Finds the cascade of the tried students that keeps every clause with the best mean latency."""
     judge = attempts.judge
     teacher = attempts.context.decide(
         "cascade", lambda: {"bytes": judge.teacher_files[-1].stat().st_size, "macs": judge.teacher_macs}
