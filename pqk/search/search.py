@@ -126,7 +126,7 @@ class ContractSearch:
             candidate = by_tool(tool)
         elif row == "teacher_fp32":
             candidate = next(c for c in forms(self.teacher) if c.name == FLOAT)
-        elif row in ("pruned", "pruned_distilled", "given_distilled"):
+        elif row in ("pruned", "factorized", "pruned_distilled", "given_distilled"):
             candidate = in_float(beaten.candidate)
         else:
             return None
