@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pqk.copies import copy_of
 from pqk.core.program import Program, RewriteFunction
+from pqk.core.run_context import WidthPair
 from pqk.data.structures import concatenate
 from pqk.errors import InputError, PqkError, first_line
 from pqk.passes.prune.blocks import Block, Edit, edit_costs, find_blocks
@@ -30,8 +31,8 @@ from pqk.passes.prune.channel_group import ChannelGroup
 from pqk.passes.prune.cuts import Skip, cut_channels, drop_block, is_depthwise
 from pqk.passes.prune.depth_search import inside, trial_masked, trial_without
 from pqk.passes.prune.importance import Narrowing, cuts_of
-from pqk.passes.prune.knapsack import Allocation, Scope, Term, allocations, too_tangled
-from pqk.passes.prune.layer_budgets import Widths, layer_budgets, layers_of
+from pqk.passes.prune.knapsack import Allocation, KnapsackTerm, Scope, allocations, too_tangled
+from pqk.passes.prune.layer_budgets import layer_budgets, layers_of
 from pqk.passes.prune.width_search import WidthSearch, journal_key
 
 WIDTHS = 5
@@ -169,7 +170,7 @@ class AllocationSearch(WidthSearch):
             for layer in layers
         ]
         surfaces = [each.reshape(layer.widths.shape[:-1]) for each, layer in zip(spent, layers, strict=True)]
-        terms: list[Term] = []
+        terms: list[KnapsackTerm] = []
         for together in (TOGETHER, 1):
             terms = [*_costs_of(choices, costs)]
             for layer, surface in zip(layers, surfaces, strict=True):
@@ -297,7 +298,7 @@ def _layers(student: nn.Module, choices: Choices) -> list[_Layer]:
     return layers
 
 
-def _less(narrowings: Sequence[Narrowing]) -> dict[str, Widths]:
+def _less(narrowings: Sequence[Narrowing]) -> dict[str, WidthPair]:
     """How many channels each layer loses, in and out."""
     lost: dict[str, list[int]] = {}
     for cut in cuts_of(narrowings):
@@ -306,13 +307,13 @@ def _less(narrowings: Sequence[Narrowing]) -> dict[str, Widths]:
     return {path: (read, made) for path, (read, made) in lost.items()}
 
 
-def _costs_of(choices: Choices, costs: dict[str, float]) -> Iterator[Term]:
+def _costs_of(choices: Choices, costs: dict[str, float]) -> Iterator[KnapsackTerm]:
     """What picks cost: a block that goes, and a narrower group, which is no cheaper than a wider one of it.
 
     A group inside of a block costs nothing where the block goes.
     """
     for i, block in enumerate(choices.blocks):
-        yield Term((i,), np.zeros(2), np.array([0.0, costs[block.path]]))
+        yield KnapsackTerm((i,), np.zeros(2), np.array([0.0, costs[block.path]]))
     edits = iter([e.name for e in choices.edits][len(choices.blocks) :])
     for variable, widths in enumerate(choices.groups, len(choices.blocks)):
         cost = np.maximum.accumulate([0.0, *(costs[next(edits)] for _ in widths)])
@@ -320,7 +321,7 @@ def _costs_of(choices: Choices, costs: dict[str, float]) -> Iterator[Term]:
         yield _within(around, (variable,), np.zeros(len(cost)), cost)
 
 
-def _spent(choices: Choices, layer: _Layer, spent: NDArray[np.float64], together: int) -> Iterator[Term]:
+def _spent(choices: Choices, layer: _Layer, spent: NDArray[np.float64], together: int) -> Iterator[KnapsackTerm]:
     """What a layer spends, by the picks of its groups, and of the block that it is in.
 
     A layer of more groups than are looked at `together`, as one that reads a concatenation, spends what it does uncut,
@@ -337,9 +338,11 @@ def _spent(choices: Choices, layer: _Layer, spent: NDArray[np.float64], together
         yield _within(around, (variable,), alone - uncut)
 
 
-def _within(around: Scope, scope: Scope, times: NDArray[np.float64], costs: NDArray[np.float64] | None = None) -> Term:
+def _within(
+    around: Scope, scope: Scope, times: NDArray[np.float64], costs: NDArray[np.float64] | None = None
+) -> KnapsackTerm:
     """A term that is nothing where the block around it goes."""
     both = [times, np.zeros_like(times) if costs is None else costs]
     if around:
         both = [np.stack([each, np.zeros_like(each)]) for each in both]
-    return Term((*around, *scope), *both)
+    return KnapsackTerm((*around, *scope), *both)

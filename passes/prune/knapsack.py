@@ -28,7 +28,7 @@ Scope = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Term:
+class KnapsackTerm:
     """What a part of the whole takes and costs, by the picks of the variables that it depends on."""
 
     scope: Scope
@@ -91,7 +91,7 @@ def too_tangled(sizes: Sequence[int], scopes: Iterable[Scope]) -> bool:
     return any(math.prod(sizes[v] for v in around) > MOST for _, around in _order(sizes, scopes))
 
 
-def allocations(sizes: Sequence[int], terms: Sequence[Term]) -> list[Allocation]:
+def allocations(sizes: Sequence[int], terms: Sequence[KnapsackTerm]) -> list[Allocation]:
     """The Pareto front of all picks of all variables, by rising time; no pick is faster and cheaper than one of it.
 
     `sizes` are how many picks each variable has. Times and costs add up over terms.

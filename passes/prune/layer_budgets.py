@@ -10,26 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pqk.core.run_context import RunContext
+from pqk.core.run_context import RunContext, WidthPair
 from pqk.passes.prune.budget import Budget
 from pqk.passes.prune.cuts import channels_of, is_depthwise
 from pqk.passes.prune.width_search import journal_key
-
-Widths = tuple[int, int]
-"""channels in and out"""
 
 
 @dataclass(frozen=True)
 class LayerBudgets:
     """What the layers of a network spend, in the budget's unit."""
 
-    layers: dict[str, dict[Widths, float]]
+    layers: dict[str, dict[WidthPair, float]]
     """layer -> channels -> what it spends with them"""
     rest: float
     """what everything else spends"""
 
 
-def layers_of(model: nn.Module) -> dict[str, Widths]:
+def layers_of(model: nn.Module) -> dict[str, WidthPair]:
     """The convolutions and linear layers of a model, with their channels."""
     found = {}
     for path, layer in model.named_modules():
@@ -41,7 +38,7 @@ def layers_of(model: nn.Module) -> dict[str, Widths]:
 
 
 def layer_budgets(
-    run: RunContext, budget: Budget, student: nn.Module, asked: Mapping[str, Sequence[Widths]], key: str
+    run: RunContext, budget: Budget, student: nn.Module, asked: Mapping[str, Sequence[WidthPair]], key: str
 ) -> LayerBudgets:
     """What the layers of `student` spend with the channels that are asked for. Latencies are journaled under `key`.
 
@@ -65,14 +62,14 @@ def layer_budgets(
     )
 
 
-def _counted(budget: Budget, student: nn.Module, asked: Mapping[str, Sequence[Widths]]) -> LayerBudgets:
+def _counted(budget: Budget, student: nn.Module, asked: Mapping[str, Sequence[WidthPair]]) -> LayerBudgets:
     """By the MACs of layers, or their weights, which are as their channels are."""
     spent = _weights(student) if budget.kind in ("parameters", "size") else _macs(student, budget.example)
     whole, all_layers = budget.value(student), sum(spent.values())
     scale = whole / max(1.0, all_layers) if budget.kind == "latency" else 1.0
     known = layers_of(student)
 
-    def share(path: str, widths: Widths) -> float:
+    def share(path: str, widths: WidthPair) -> float:
         read, made = (now / was for now, was in zip(widths, known[path], strict=True))
         return made if is_depthwise(student.get_submodule(path)) else read * made
 

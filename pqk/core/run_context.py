@@ -31,7 +31,9 @@ _NO_GAIN = (
 )
 
 
-Channels = Mapping[str, Sequence[tuple[int, int]]]
+WidthPair = tuple[int, int]
+"""channels in and out, of a layer"""
+Channels = Mapping[str, Sequence[WidthPair]]
 """layer -> input and output channels that it might have"""
 
 

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from pqk.passes.prune import knapsack
-from pqk.passes.prune.knapsack import Term, allocations, too_tangled
+from pqk.passes.prune.knapsack import KnapsackTerm, allocations, too_tangled
 
 Scopes = list[tuple[int, ...]]
 
 
-def terms_of(sizes: list[int], scopes: Scopes, seed: int) -> list[Term]:
+def terms_of(sizes: list[int], scopes: Scopes, seed: int) -> list[KnapsackTerm]:
     draw = np.random.default_rng(seed)
     shapes = [tuple(sizes[v] for v in scope) for scope in scopes]
-    return [Term(s, draw.uniform(0, 9, n), draw.uniform(0, 9, n)) for s, n in zip(scopes, shapes, strict=True)]
+    return [KnapsackTerm(s, draw.uniform(0, 9, n), draw.uniform(0, 9, n)) for s, n in zip(scopes, shapes, strict=True)]
 
 
-def brute(sizes: list[int], terms: list[Term]) -> list[tuple[float, float, tuple[int, ...]]]:
+def brute(sizes: list[int], terms: list[KnapsackTerm]) -> list[tuple[float, float, tuple[int, ...]]]:
     """Every pick of all variables with its time and cost."""
     found = []
     for picks in itertools.product(*map(range, sizes)):
@@ -58,7 +58,7 @@ def test_a_known_answer() -> None:
     """Items of weight 1, 3, 4, 5 and worth 1, 4, 5, 7 in a knapsack of 7 (the cost is the worth left behind)."""
     weights, worth = [1.0, 3.0, 4.0, 5.0], [1.0, 4.0, 5.0, 7.0]
     items = enumerate(zip(weights, worth, strict=True))
-    terms = [Term((i,), np.array([w, 0.0]), np.array([0.0, v])) for i, (w, v) in items]
+    terms = [KnapsackTerm((i,), np.array([w, 0.0]), np.array([0.0, v])) for i, (w, v) in items]
     front = allocations([2] * 4, terms)
     best = min((a for a in front if a.time <= 7), key=lambda a: a.cost)
     assert best.picks == (1, 0, 0, 1) and sum(worth) - best.cost == 9
@@ -66,7 +66,7 @@ def test_a_known_answer() -> None:
 
 def test_a_long_front_is_thinned_and_stays_near(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, draw = [4] * 7, np.random.default_rng(0)
-    terms = [Term((v,), np.sort(draw.uniform(0, 9, 4)), -np.sort(-draw.uniform(0, 9, 4))) for v in range(7)]
+    terms = [KnapsackTerm((v,), np.sort(draw.uniform(0, 9, 4)), -np.sort(-draw.uniform(0, 9, 4))) for v in range(7)]
     whole = allocations(sizes, terms)
     monkeypatch.setattr(knapsack, "POINTS", 20)
     thin = allocations(sizes, terms)

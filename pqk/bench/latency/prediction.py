@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from pqk.bench.contenders import Feeds
-from pqk.bench.latency.executed import ExecutedNode, executed_nodes
-from pqk.bench.latency.table import LatencyTable, Widths
-from pqk.core.run_context import Channels, TimesByWidth
+from pqk.bench.latency.executed import ExecutedNode
+from pqk.bench.latency.table import LatencyTable
+from pqk.core.run_context import Channels, TimesByWidth, WidthPair
 
 
 def predict(table: LatencyTable, nodes: Iterable[ExecutedNode]) -> float:
@@ -18,12 +16,7 @@ def predict(table: LatencyTable, nodes: Iterable[ExecutedNode]) -> float:
     return table.call + sum(node_milliseconds(table, n) for n in nodes)
 
 
-def predict_file(table: LatencyTable, model: Path, feeds: Feeds) -> float:
-    """Milliseconds of an ONNX file on `feeds`. Raises `InputError` where ONNX Runtime refuses it."""
-    return predict(table, executed_nodes(model, feeds, threads=table.threads))
-
-
-def node_milliseconds(table: LatencyTable, node: ExecutedNode, channels: Widths | None = None) -> float:
+def node_milliseconds(table: LatencyTable, node: ExecutedNode, channels: WidthPair | None = None) -> float:
     """Milliseconds of a node, with other `channels` where it is a layer."""
     if node.shape is None:
         return table.light(node.kind, node.elements)
@@ -36,7 +29,7 @@ def layer_times(table: LatencyTable, nodes: Sequence[ExecutedNode], asked: Chann
     A layer's own node is interpolated. What follows it, as sums and pools, has as many elements for each channel that
     it makes; a product of two values, as attention's, takes as long for each.
     """
-    heavy: list[tuple[ExecutedNode, Widths]] = []
+    heavy: list[tuple[ExecutedNode, WidthPair]] = []
     owners: dict[str, ExecutedNode] = {}
     for node in nodes:
         if node.layer in asked and node.shape is not None:
@@ -54,7 +47,9 @@ def layer_times(table: LatencyTable, nodes: Sequence[ExecutedNode], asked: Chann
     return TimesByWidth(layers, rest)
 
 
-def _with_followers(table: LatencyTable, nodes: Sequence[ExecutedNode], owner: ExecutedNode, channels: Widths) -> float:
+def _with_followers(
+    table: LatencyTable, nodes: Sequence[ExecutedNode], owner: ExecutedNode, channels: WidthPair
+) -> float:
     share, total = channels[1] / owner.channels[1], node_milliseconds(table, owner, channels)
     for node in nodes:
         if node.layer == owner.layer and node is not owner:

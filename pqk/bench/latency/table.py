@@ -15,6 +15,7 @@ from pqk.bench.contenders import session_call, timed
 from pqk.bench.latency.executed import LayerShape, LightKind
 from pqk.bench.latency.samples import input_shape, layer_sample, light_sample, light_shape
 from pqk.core.onnxruntime_session import session
+from pqk.core.run_context import WidthPair
 from pqk.documents import digest_of_values
 from pqk.errors import InputError
 from pqk.files import read_sealed, write_sealed
@@ -22,8 +23,6 @@ from pqk.target.machine import machine_fingerprint
 
 log = logging.getLogger(__name__)
 
-Widths = tuple[int, int]
-"""channels in and out"""
 FEW, MANY = 2, 8
 """copies in the two files whose difference is measured, so that what a call costs anyway cancels out"""
 BURST_MS, MOST_CALLS = 5.0, 40
@@ -56,32 +55,25 @@ class LatencyTable:
         self.path = (folder or cache_folder()) / f"latency-{digest_of_values(self.key)[:16]}.json"
         self.timing = timing or self._timed
         self.lines, self.layers = self._read()
-        self.settled: dict[str, set[Widths]] = {}
+        self.settled: dict[str, set[WidthPair]] = {}
         """layers that were measured twice already"""
         self.measured = 0
         """how many samples were timed, and not found in the cache"""
 
     # ---- what networks ask
 
-    def prepare(
-        self, layers: Iterable[tuple[LayerShape, Widths]], advance: Callable[[int], None] | None = None
-    ) -> None:
-        """Measures everything that `layer` needs for these, and `light` for anything, and keeps it.
-
-        `advance` is told of every layer.
-        """
+    def prepare(self, layers: Iterable[tuple[LayerShape, WidthPair]]) -> None:
+        """Measures everything that `layer` needs for these, and `light` for anything, and keeps it."""
         before = self.measured
         self._lines()
         for shape, channels in layers:
             for corner in corners(shape, channels):
                 self._sample(shape, corner)
             self._settle(shape)
-            if advance is not None:
-                advance(1)
         if self.measured > before:
             self._write()
 
-    def layer(self, shape: LayerShape, channels: Widths) -> float:
+    def layer(self, shape: LayerShape, channels: WidthPair) -> float:
         """Milliseconds of a layer of `channels`, which does not fall with them; measured where `prepare` did not."""
         read, made = (_bracket(c, shape) for c in channels)
         for corner in corners(shape, channels):
@@ -104,24 +96,24 @@ class LatencyTable:
 
     # ---- measuring
 
-    def _envelope(self, shape: LayerShape, at: Widths) -> float:
+    def _envelope(self, shape: LayerShape, at: WidthPair) -> float:
         """The most that any layer of the shape takes of those measured that have no more channels."""
         known = self.layers[str(shape)]
         return max(ms for (read, made), ms in known.items() if read <= at[0] and made <= at[1])
 
-    def _sample(self, shape: LayerShape, at: Widths) -> None:
+    def _sample(self, shape: LayerShape, at: WidthPair) -> None:
         known = self.layers.setdefault(str(shape), {})
         if at not in known:
             known[at] = self._measured(shape, at)
 
-    def _measured(self, shape: LayerShape, at: Widths) -> float:
+    def _measured(self, shape: LayerShape, at: WidthPair) -> float:
         self.measured += 1
         draw, size = np.random.default_rng(0), input_shape(shape, at[0])
         x = draw.integers(0, 256, size).astype(np.uint8) if shape.integer else draw.normal(size=size).astype(np.float32)
         few, many = self.timing([layer_sample(shape, at, n) for n in (FEW, MANY)], {"x": x})
         return max((many - few) / (MANY - FEW) - self._ends(shape, at), 1e-4)
 
-    def _ends(self, shape: LayerShape, at: Widths) -> float:
+    def _ends(self, shape: LayerShape, at: WidthPair) -> float:
         """What a copy of a layer takes in a sample besides the layer: see `layer_sample`."""
         if shape.kernel and not shape.integer:
             made = [-(-size // stride) for size, stride in zip(shape.sizes, shape.strides, strict=True)]
@@ -186,7 +178,7 @@ class LatencyTable:
 
     # ---- the cache
 
-    def _read(self) -> tuple[dict[str, float], dict[str, dict[Widths, float]]]:
+    def _read(self) -> tuple[dict[str, float], dict[str, dict[WidthPair, float]]]:
         """The lines and the layers of the cache's file; none where there is no such file, or it is not whole."""
         if not self.path.exists():
             return {}, {}
@@ -253,7 +245,7 @@ def _bracket(channels: int, shape: LayerShape) -> tuple[int, int]:
     return steps(channels, max(1, shape.groups))
 
 
-def corners(shape: LayerShape, channels: Widths) -> list[Widths]:
+def corners(shape: LayerShape, channels: WidthPair) -> list[WidthPair]:
     """The channels at which a layer of `channels` is measured: up to four rungs around it."""
     read, made = (sorted(set(_bracket(c, shape))) for c in channels)
     return [(c, c) for c in made] if shape.groups == 0 else list(itertools.product(read, made))
@@ -265,6 +257,6 @@ def _between(at: int, ends: tuple[int, int], values: Sequence[float]) -> float:
     return first if low == high else first + (last - first) * (at - low) / (high - low)
 
 
-def _parsed(key: str) -> Widths:
+def _parsed(key: str) -> WidthPair:
     read, _, made = key.partition(" to ")
     return int(read), int(made)
