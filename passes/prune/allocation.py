@@ -274,7 +274,7 @@ def _rewrites(choices: Choices, picks: Sequence[int]) -> Iterator[tuple[RewriteF
 # ---- the terms of the knapsack
 
 
-def _distinct(widths: NDArray[np.int64]) -> list[Widths]:
+def _distinct(widths: NDArray[np.int64]) -> list[WidthPair]:
     """The pairs of channels that a layer may have, each once."""
     return list(dict.fromkeys((int(read), int(made)) for read, made in widths.reshape(-1, 2)))
 
