@@ -77,6 +77,7 @@ class Job:
             # made by the data's own preprocessing, which `data` does not show
             "example": digest_of("example", self.task.example),
             **({"shapes": shapes} if shapes else {}),
+            "judgement": self.task.judgement,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -111,7 +112,7 @@ def verify(program: Program, task: Task, scope: str) -> None:
 
 def _record(program: Program, task: Task, index: int, p: Pass, seconds: float) -> PassRecord:
     student = program.student
-    labelled = task.validation.labelled
+    metric = task.score(student, task.validation) if task.validation.labelled else None
     return PassRecord(
         index=index,
         pass_name=p.name,
@@ -120,7 +121,7 @@ def _record(program: Program, task: Task, index: int, p: Pass, seconds: float) -
         parameters=count_parameters(student),
         macs=count_macs(student, task.example),
         size_bytes=sum(t.numel() * t.element_size() for t in student.state_dict().values()),
-        metric=task.score(student, task.validation) if labelled else None,
+        metric=metric if metric is None or math.isfinite(metric) else None,
         peak_memory_bytes=peak_memory(),
         details=dict(program.details),
     )

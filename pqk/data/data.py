@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset, random_split
 
-from pqk.data.structures import Inputs, map_tensors
+from pqk.data.structures import Inputs, leaves, map_tensors
 from pqk.errors import InputError
 
 ONE_NUMBER = (
@@ -262,6 +262,9 @@ class LoaderData(Data):
         sampled = getattr(loader, "batch_sampler", None) is not None  # else an item of the dataset is a batch
         if sampled and isinstance(loader.sampler, Sized):  # type: ignore[attr-defined]
             self.samples = len(loader.sampler)  # type: ignore[attr-defined]
+            size = getattr(loader, "batch_size", None)
+            if getattr(loader, "drop_last", False) and size:
+                self.samples -= self.samples % size
         else:
             self.samples = sum(len(self._unpack(b, i)[0][0]) for i, b in enumerate(loader))
         outer = getattr(loader, "batch_sampler", None)
@@ -297,6 +300,12 @@ class LoaderData(Data):
             )
         for i, t in enumerate(inputs):
             _refuse_nan(t, f"batch {number}: input {i}")
+        other = next((leaf for _, leaf in leaves(targets) if not isinstance(leaf, Tensor | None)), None)
+        if other is not None:
+            raise InputError(
+                f"data: batch {number}: the target has a {type(other).__name__}; targets are tensors [B, …], or tuples "
+                "or dicts of them"
+            )
         return inputs, targets
 
     def batches(
@@ -366,7 +375,8 @@ def split(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
     # A sampler of the user's own (a subset, weights) says which samples count: it cannot be carried over to a part.
     known = (RandomSampler, SequentialSampler)
     if isinstance(loader, DataLoader) and type(loader.sampler) in known and loader.batch_size is not None:
-        rest_set, held_set = random_split(loader.dataset, [data.samples - count, count], generator=generator)
+        whole_count = len(loader.dataset)  # type: ignore[arg-type]
+        rest_set, held_set = random_split(loader.dataset, [whole_count - count, count], generator=generator)
         shuffle = isinstance(loader.sampler, RandomSampler)
         whole = _same_loader(loader, rest_set, shuffle=shuffle, drop_last=loader.drop_last)
         return LoaderData(whole), LoaderData(_same_loader(loader, held_set))

@@ -17,6 +17,7 @@ Free = Literal["speed", "metric"]
 """what is made as good as it gets, where every clause holds"""
 DEFAULT_DROP = 1.0
 """points of a share, or per cent of the teacher's value of any other metric"""
+LEAST_DROP = 1e-6
 SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|epochs?)")
 
@@ -49,8 +50,10 @@ class Contract:
     """factories of students of another shape, which compete with those that are cut out of the teacher"""
 
     def __post_init__(self) -> None:
+        if self.max_drop is not None and 0 < self.max_drop < LEAST_DROP:
+            raise InputError(f"contract: max_drop = {self.max_drop:g} is less than any data can tell; write 0.1 or so")
         match = BUDGET.fullmatch(self.budget.strip())
-        if match is None or float(match[1]) <= 0:
+        if match is None or not 0 < float(match[1]) < math.inf:
             raise InputError(
                 f'contract: budget = "{self.budget}" is neither a time nor a number of epochs; write "30m", "2h" or '
                 '"40 epochs"'

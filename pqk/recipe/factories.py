@@ -80,6 +80,8 @@ def students_of(
     Of a contract those of its `shapes`, too. Raises `InputError` as `student_of` and `frozen_student` do, and for
     several without a contract, which has nothing to choose by.
     """
+    if student is not None and not isinstance(student, nn.Module | list | tuple):
+        raise InputError(f"student: a {type(student).__name__} is no torch module, and no list of them")
     modules = [student] if isinstance(student, nn.Module) else list(student or [])
     found: list[tuple[str, nn.Module, StudentSpec | None]] = [(type(m).__name__, m, None) for m in modules]
     specs = [recipe.student] if recipe.student is not None and not modules else []

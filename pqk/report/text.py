@@ -156,7 +156,7 @@ def promise_text(promise: Promise) -> str:
     lines += [clause_text(clause) for clause in promise.clauses]
     if promise.obstacle:
         lines.append(f"in the way: {promise.obstacle}")
-    if promise.caution and not promise.chosen.endswith("trained"):
+    if promise.caution:
         lines.append(promise.caution)
     if promise.dominated_by:
         lines.append(f"better in metric and speed is {promise.dominated_by}")

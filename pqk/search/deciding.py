@@ -60,4 +60,4 @@ def deciding(task: Task, contract: Contract) -> Deciding:
 def _least(contract: Contract, unit: str) -> int:
     """Samples without which the drop that is allowed could not be told."""
     points = DEFAULT_DROP if contract.max_drop is None else contract.max_drop
-    return max(FEW, math.ceil(NONE_OF * 100 / points)) if unit == "share" and points else FEW
+    return max(FEW, math.ceil(NONE_OF * 100 / points)) if unit == "share" and points else FEW  # see Contract.max_drop

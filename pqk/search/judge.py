@@ -35,6 +35,10 @@ from pqk.task.task import Task
 PERMUTATIONS = 20
 """of the samples' outputs, all of which a metric is better for where lower is better"""
 RESAMPLES = 400
+UNDEFINED = 0.05
+"""share of resamples on which a metric may have no value, as where a class was not drawn"""
+LEAST = 30
+"""samples that decide at least about a metric that is no share, of which no rule says how many it takes"""
 CERTAIN = 95.0
 """per cent, one-sided, of the drop"""
 NONE_OF = 3.0
@@ -94,20 +98,25 @@ class Judge:
         return len(first_tensor(self.answers[0]))
 
     @cached_property
+    def counted(self) -> int:
+        """The samples that the metric counts: those with a label that is not ignored."""
+        targets = self.answers[1]
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or not self.labelled:
+            return self.samples
+        return int((targets.reshape(len(targets), -1) != self.task.ignored).any(1).sum())
+
+    @cached_property
     def teacher_value(self) -> float:
         """The teacher's metric on validation data.
 
-        Raises `InputError` where it is not finite, differs from call to call, or is better for other samples' outputs.
+        Raises `InputError` where it is not finite, differs from call to call, is better for other samples' outputs, or
+        the same whatever the outputs are.
         """
         outputs, targets = self.answers
         value, again = self.value(outputs, targets), self.value(outputs, targets)
         if not math.isfinite(value):
             raise InputError(f'contract: the metric "{self.name}" of the teacher on validation data is {value}')
-        if value != again:
-            raise InputError(
-                f'contract: the metric "{self.name}" of the same outputs is {value:.6g} and then {again:.6g}; one that '
-                "changes from call to call decides nothing: draw nothing in it, or seed what it draws"
-            )
+        self._refuse_changing(value, again)
         rng = np.random.default_rng(0)
         orders = [torch.from_numpy(rng.permutation(self.samples)) for _ in range(PERMUTATIONS)]
         mixed = min(self.value(rows_of(outputs, order), targets) for order in orders)
@@ -116,7 +125,20 @@ class Judge:
                 f'contract: the metric "{self.name}" of the teacher is {value:.6g}, and at least {mixed:.6g} where its '
                 "outputs are those of other samples: higher must be better; return its negative"
             )
+        self._refuse_changing(value, self.value(outputs, targets))  # a running mean has seen other outputs by now
+        turned = map_tensors(lambda t: -t if t.is_floating_point() else t, outputs)
+        if value == mixed == self.value(turned, targets):
+            raise InputError(
+                f'contract: the metric "{self.name}" is {value:.6g} whatever the outputs are, and decides nothing'
+            )
         return value
+
+    def _refuse_changing(self, value: float, again: float) -> None:
+        if value != again:
+            raise InputError(
+                f'contract: the metric "{self.name}" of the same outputs is {value:.6g} and then {again:.6g}; one that '
+                "changes from call to call decides nothing: draw nothing in it, seed what it draws, reset what it sums"
+            )
 
     def value(self, outputs: Outputs, targets: Any) -> float:
         """The task's metric; where data has no labels, the share of decisions that are the teacher's."""
@@ -126,11 +148,17 @@ class Judge:
 
     def refuse_few(self, allowed: float) -> None:
         """Raises `InputError` where a drop of at most `allowed` could not be told on so few samples."""
-        if self.unit == "share" and 0 < allowed < NONE_OF / self.samples:
+        if self.unit != "share" and self.counted < LEAST and math.isfinite(allowed):
             raise InputError(
-                f"contract: a drop of at most {100 * allowed:g} points cannot be told on {self.samples} validation "
-                f"samples: where none of them differs, {100 * NONE_OF / self.samples:.2g} points may still be lost "
-                f"(95 %). {math.ceil(NONE_OF / allowed)} samples are needed: pass more validation data, or allow more"
+                f'contract: a drop of "{self.name}" cannot be told on {self.counted} validation samples; pass '
+                f"{LEAST} or more"
+            )
+        if self.unit == "share" and allowed < NONE_OF / self.counted:
+            needed = f"{math.ceil(NONE_OF / allowed)} samples are needed" if allowed else "None are enough for no drop"
+            raise InputError(
+                f"contract: a drop of at most {100 * allowed:g} points cannot be told on {self.counted} validation "
+                f"samples: where none of them differs, {100 * NONE_OF / self.counted:.2g} points may still be lost "
+                f"(95 %). {needed}: pass more validation data, or allow more"
             )
 
     def worth(self, program: Program, file: Path | None = None) -> Worth:
@@ -199,13 +227,25 @@ class Judge:
         return self._resampled(self.answers[0])
 
     def drop(self, outputs: Outputs) -> tuple[float, float]:
-        """How much the metric of `outputs` is below the teacher's, and the upper end of its one-sided interval."""
-        samples = self.samples
+        """How much the metric of `outputs` is below the teacher's, and the upper end of its one-sided interval.
+
+        Of a share the interval is never narrower than where no sample differs: few that do, and for the better, are no
+        more certain. Resamples on which the metric has no value are left out. Raises `InputError` where the metric has
+        none, or has none on more than a few of them.
+        """
         point = self.teacher_value - self.value(outputs, self.answers[1])
+        if not math.isfinite(point):
+            raise InputError(f'contract: the metric "{self.name}" of the student is {self.teacher_value - point}')
         drops = self._teacher_resampled - self._resampled(outputs)
-        high = float(np.percentile(drops, CERTAIN))
-        if self.unit == "share" and float(np.ptp(drops)) == 0.0:
-            high = point + NONE_OF / samples
+        defined = drops[np.isfinite(drops)]
+        if len(defined) < (1 - UNDEFINED) * len(drops):
+            raise InputError(
+                f'contract: the metric "{self.name}" has no value on {len(drops) - len(defined)} of {len(drops)} draws '
+                f"from {self.samples} validation samples, so that nothing is certain of it: pass more of every kind"
+            )
+        high = float(np.percentile(defined, CERTAIN))
+        if self.unit == "share":
+            high = max(high, point + NONE_OF / self.counted)
         return point, max(point, high)
 
 

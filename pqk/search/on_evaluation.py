@@ -9,7 +9,8 @@ from pqk.report.text import percent
 
 def on_evaluation(promise: Promise, report: Report) -> Promise:
     """With what the report found of every clause, and a row of its table that beats the student."""
-    clauses = tuple(_measured(clause, report) for clause in promise.clauses)
+    same = report.metric is not None and promise.metric == report.metric.name
+    clauses = tuple(_measured(c, report) if same or c.name != "max_drop" else c for c in promise.clauses)
     better = "; ".join(_shown(row, report) for row in dominating(report)) or None
     return promise.model_copy(update={"clauses": clauses, "dominated_by": better})
 

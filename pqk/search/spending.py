@@ -64,11 +64,11 @@ class Spending:
     def brief(self, training: TrainingChoice) -> float:
         """Epochs of a rung's training."""
         epochs = min(BRIEF * self.room / training.seconds, BRIEF * self.epochs_left, BRIEF * MOST_EPOCHS)
-        return round(max(epochs, FEWEST_STEPS / self.steps), 3)
+        return round(max(epochs, FEWEST_STEPS / self.steps), 6)
 
     def epochs_in(self, training: TrainingChoice, seconds: float, epochs: float) -> float:
         """Epochs of a training that may take so many seconds, and epochs."""
-        return round(max(min(seconds / training.seconds, epochs, MOST_EPOCHS), FEWEST_STEPS / self.steps), 3)
+        return round(max(min(seconds / training.seconds, epochs, MOST_EPOCHS), FEWEST_STEPS / self.steps), 6)
 
     def at_length(self, training: TrainingChoice, share_of_macs: float) -> float:
         """Epochs of a training at length of a student with so many of the teacher's MACs; 0 where it is too few."""

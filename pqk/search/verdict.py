@@ -155,9 +155,13 @@ def _fate(t: Tried, chosen: Tried, terms: Terms) -> str:
     if broken:
         return f"breaks {' and '.join(broken)}"
     if terms.contract.free == "metric":
-        return "keeps the contract, and loses more of the metric"
+        more = t.worth.drop > chosen.worth.drop
+        return f"keeps the contract, and {'loses more of the metric' if more else 'is no better'}"
     slower = t.worth.speed < ALIKE * chosen.worth.speed
-    return "keeps the contract, and is slower" if slower else "keeps the contract, as fast, and loses more"
+    if slower:
+        return "keeps the contract, and is slower"
+    more = t.worth.drop > chosen.worth.drop
+    return "keeps the contract, as fast, and loses more" if more else "keeps the contract, and is no better"
 
 
 def obstacle(terms: Terms, worth: Worth, judge: Judge) -> str:

@@ -134,6 +134,13 @@ class Task:
         """Whether the loss is the cross-entropy."""
         return self._loss is cross_entropy
 
+    @property
+    def judgement(self) -> dict[str, Any]:
+        """What the metric, the loss and the decision are called: as far as a function says what it computes."""
+        functions = {"loss": self._loss, "decision": self._decision}
+        named = {what: getattr(f, "__qualname__", type(f).__qualname__) for what, f in functions.items()}
+        return {"metric": self.metric.name, "unit": self.metric.unit, **named}
+
     def loss(self, outputs: Outputs, targets: Any) -> Tensor:
         """Computes the loss of each sample.
 
@@ -339,6 +346,12 @@ class Task:
             judged[what] = (try_forward(teacher, few.inputs, what), few.targets)
         for pair in judged.values():  # all of them first: one may tell what another leaves open
             self._classes.learn(*pair)
+        for what, data in (("validation", self.validation), ("evaluation", self.evaluation)):
+            if data.fingerprint() != data.fingerprint():
+                raise InputError(
+                    f"{what} data: its first batch is another one each time it is read, so that outputs and targets of "
+                    "two readings are not of the same samples; give it one order, or let torch shuffle, which pqk seeds"
+                )
         for what, data in self._sources.items():
             check_scores(what, *judged[what], self.loss, self.metric)
             classes = None

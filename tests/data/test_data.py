@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -238,3 +240,15 @@ def test_samples_are_counted() -> None:
     assert LoaderData(DataLoader(dataset, 3)).samples == 7
     assert LoaderData(DataLoader(dataset, 3, sampler=SubsetRandomSampler(range(4)))).samples == 4
     assert LoaderData([torch.zeros(3, 2), torch.zeros(2, 2)]).samples == 5
+
+
+def test_a_loader_that_drops_its_last_batch_has_the_samples_that_it_gives() -> None:
+    loader = DataLoader(TensorDataset(torch.zeros(95, 2), torch.zeros(95)), batch_size=32, drop_last=True)
+    data = LoaderData(loader)
+    assert data.samples == 64 == sum(len(b.inputs[0]) for b in data.batches())
+
+
+@pytest.mark.parametrize("target", [["a", "b"], (1, 2), np.zeros(2), {"x": [1.0, 2.0]}])
+def test_targets_that_are_no_tensors_are_refused_by_their_type(target: Any) -> None:
+    with pytest.raises(InputError, match="batch 0: the target has a (str|int|ndarray|float)"):
+        next(LoaderData([(torch.zeros(2, 3), target)]).batches())

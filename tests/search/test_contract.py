@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from pqk import Contract, InputError, Metric, Recipe, Task
 from pqk.data.data import ArrayData
-from pqk.report.promise import Clause
+from pqk.report.promise import Clause, Promise
 from pqk.report.schema import Report
 from pqk.search.candidates import Candidate
 from pqk.search.judge import NONE_OF, Judge, Worth
-from pqk.search.on_evaluation import dominating
+from pqk.search.on_evaluation import dominating, on_evaluation
 from pqk.search.verdict import Terms, Tried, obstacle, promise_of
 
 
@@ -139,6 +139,79 @@ def test_without_labels_drops_are_of_decisions_that_are_the_teachers() -> None:
     assert judged.drop(right(290, 400))[0] == pytest.approx(10 / 400)
 
 
+def ten_right_of(labels: Tensor) -> Tensor:
+    """Logits of two classes that are right but on the first ten samples."""
+    logits = nn.functional.one_hot(labels, 2).float()
+    logits[:10] = logits[:10].flip(1)
+    return logits
+
+
+def test_few_answers_that_differ_for_the_better_are_no_more_certain_than_none() -> None:
+    labels = torch.arange(400) % 2
+    judged = judge(ten_right_of(labels), labels)
+    same, better = ten_right_of(labels), ten_right_of(labels)
+    better[0] = better[0].flip(0)
+    assert judged.drop(same) == (0.0, pytest.approx(3 / 400))
+    point, high = judged.drop(better)
+    assert point == pytest.approx(-1 / 400) and high == pytest.approx(2 / 400)
+
+
+def sensitivity_of_rare(outputs: Any, targets: Any) -> float:
+    """Undefined where no sample of class 1 is drawn."""
+    rare = targets == 1
+    return float((outputs.argmax(1)[rare] == 1).double().mean())
+
+
+def right_of_positive(outputs: Any, targets: Any) -> float:
+    """No value where all outputs are below -0.5; the negative of the others' is judged as it is."""
+    return math.nan if bool((outputs < -0.5).all()) else float((outputs.argmax(1) == targets).double().mean())
+
+
+def test_resamples_without_a_value_are_left_out_or_too_many() -> None:
+    labels = torch.zeros(300, dtype=torch.int64)
+    labels[:5] = 1  # a resample has none of them in 0.7 % of all cases
+    outputs = nn.functional.one_hot(labels, 2).float()
+    judged = judge(outputs, labels, metric=Metric("sensitivity", "share", sensitivity_of_rare))
+    worse = outputs.clone()
+    worse[0] = worse[0].flip(0)
+    point, high = judged.drop(worse)
+    assert point == pytest.approx(0.2) and high > 0.3
+    labels[1:5] = 0  # now in 37 %
+    rare = judge(nn.functional.one_hot(labels, 2).float(), labels, metric=Metric("s", "share", sensitivity_of_rare))
+    with pytest.raises(InputError, match="has no value on 1.. of 400 draws"):
+        rare.drop(worse)
+    with pytest.raises(InputError, match="of the student is nan"):
+        judge(outputs, labels, metric=Metric("s", "share", right_of_positive)).drop(-outputs - 1)
+
+
+def test_a_metric_that_sums_up_or_is_the_same_for_all_outputs_is_refused() -> None:
+    labels = torch.arange(400) % 2
+    seen: list[float] = []
+
+    def running(outputs: Any, targets: Any) -> float:
+        seen.append(float((outputs.argmax(1) == targets).double().mean()))
+        return sum(seen) / len(seen)
+
+    for function, message in ((running, "reset what it sums"), (lambda o, t: 0.5, "whatever the outputs are")):
+        with pytest.raises(InputError, match=message):
+            _ = judge(ten_right_of(labels), labels, metric=Metric("m", "share", function)).teacher_value
+
+
+def test_labels_that_are_ignored_are_no_samples_and_few_samples_of_any_unit_are_refused() -> None:
+    labels = torch.full((400,), -100)
+    labels[:12] = 0
+    judged = judge(right(400, 400), labels)
+    assert judged.counted == 12
+    with pytest.raises(InputError, match="cannot be told on 12 validation samples.*300 samples are needed"):
+        judged.refuse_few(0.01)
+    few = judge(
+        right(20, 20), torch.zeros(20, dtype=torch.int64), metric=Metric("dB", "dB", lambda o, t: float(o.sum()))
+    )
+    with pytest.raises(InputError, match='drop of "dB" cannot be told on 20 validation samples; pass 30 or more'):
+        few.refuse_few(0.5)
+    few.refuse_few(math.inf)
+
+
 # ---- which one ships
 
 
@@ -201,3 +274,14 @@ def test_rows_of_the_table_that_beat_the_student_are_named() -> None:
     slower = better.model_copy(update={"ratio_low": student.ratio_high - 0.01})
     found = report.model_copy(update={"attribution": (student, better, slower)})
     assert dominating(found) == [better]
+
+
+@pytest.mark.parametrize(("metric", "measured"), [("accuracy", True), ("decisions that are the teacher's", False)])
+def test_a_drop_is_held_against_the_report_where_it_is_of_the_same_metric(metric: str, measured: bool) -> None:
+    report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
+    clause = Clause(name="max_drop", bound=1.0, validation=0.0, certain=0.5, held=True)
+    made = Promise(
+        kept=True, chosen="static", free="speed", metric=metric, teacher=0.9, clauses=(clause,), tried=(),
+        validation_samples=400, budget="15m", seconds=1.0,
+    )  # fmt: skip
+    assert (on_evaluation(made, report).clauses[0].evaluation is not None) == measured
