@@ -108,7 +108,9 @@ def compress(
     artifact = Artifact.load(job.out)
     promise = artifact.report.promise
     if promise is not None and not promise.kept:
-        raise ContractError(f"contract: {broken_in_words(promise)}. It is in {job.out}, with what was tried")
+        found = artifact.report.metric
+        said = broken_in_words(promise, share=found is None or found.unit == "share")
+        raise ContractError(f"contract: {said}. It is in {job.out}, with what was tried")
     return artifact
 
 

@@ -24,6 +24,7 @@ from pqk.evaluation.profile import profile
 from pqk.evaluation.rows import Subject
 from pqk.evaluation.settings import Evaluation
 from pqk.evaluation.table import NEURAL_COMPRESSOR, TRITON, variants_of, with_optimized_teacher
+from pqk.passes import Quantize
 from pqk.report.schema import TITLES, Conditions, Fusion, MetricValues, Parity, Report
 from pqk.target.machine import machine_fingerprint, peak_memory
 from pqk.task.task import Task
@@ -128,8 +129,13 @@ def _given(subject: Subject) -> Iterator[str]:
 
 def _entitled(judged: Judged, passes: Sequence[Pass], tool: Tool | None) -> Judged:
     """A student that nothing trained is not called by a training."""
-    if judged.row.variant != "student" or any(p.training_epochs for p in passes):
+    trains = [i for i, p in enumerate(passes) if p.training_epochs]
+    quantizes = next((i for i, p in enumerate(passes) if p.name == Quantize.name), len(passes))
+    if judged.row.variant != "student" or any(i > quantizes for i in trains):
         return judged
+    if trains:
+        label = "student: INT8, trained in float alone"
+        return replace(judged, row=judged.row.model_copy(update={"label": label}))
     label = "student: INT8, not trained" if tool is None else f"student: {TITLES[tool].removeprefix('teacher, ')}"
     return replace(judged, row=judged.row.model_copy(update={"label": label}))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,6 +16,8 @@ from pqk.documents import check_depth, read_bytes
 from pqk.errors import InputError, first_line, nearest
 from pqk.knowledge import TERMS
 from pqk.knowledge.sources import SOURCES
+
+T = TypeVar("T")
 
 RENAMED = {"terms": {"rise": "ramp_up", "fall": "ramp_down"}}
 """field of a pass with a list of tables -> their keys that had another name once: recipes that say it go on working"""
@@ -114,9 +118,28 @@ def explain(error: ValidationError, kind: type[Any]) -> str:
             lines.append(f'{place}: it needs a key "{key}"{nearest("", _tags(key))} (got {e["input"]!r})')
         else:
             shown = "" if e["type"] in ("missing", "value_error") else f" (got {e['input']!r})"
-            text = e["msg"].removeprefix("Value error, ").removeprefix("recipe: ")
+            text = e["msg"].removeprefix("Value error, ").removeprefix("recipe: ").removeprefix("contract: ")
             lines.append((f"{place}: " if place else "") + text + shown)
     return "; ".join(lines)
+
+
+def in_words(what: str) -> Callable[[type[T]], type[T]]:
+    """A decorator of dataclasses whose constructor then raises `InputError` in words, not pydantic's error."""
+
+    def decorated(kind: type[T]) -> type[T]:
+        construct = kind.__init__
+
+        @functools.wraps(construct)
+        def constructed(self: T, *args: Any, **values: Any) -> None:
+            try:
+                construct(self, *args, **values)
+            except ValidationError as error:
+                raise InputError(f"{what}: {explain(error, kind)}") from error
+
+        setattr(kind, "__init__", constructed)  # noqa: B010 (mypy knows no other way)
+        return kind
+
+    return decorated
 
 
 def _tags(key: str) -> dict[str, type[Any]]:

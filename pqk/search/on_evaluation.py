@@ -62,11 +62,16 @@ def _shown(row: AttributionRow, report: Report) -> str:
     return f"{row.label or TITLES[row.variant]}: {value} at {row.ratio:.2f}x"
 
 
-def broken_in_words(promise: Promise) -> str:
-    """Says that no student keeps the contract, what stands in the way, and what the nearest ones are."""
+def broken_in_words(promise: Promise, *, share: bool) -> str:
+    """Says that no student keeps the contract, what stands in the way, and what the nearest ones are.
+
+    Drops of a share are in points, as the contract has them.
+    """
+    scale, unit = (100.0, " points") if share else (1.0, "")
     rows = [t for t in promise.tried if t.on_front and t.metric is not None]
     front = "; ".join(
-        f"{t.name} loses {t.drop:.3g}" + ("" if t.ratio is None else f" at {t.ratio:.2f}x")
+        f"{t.name} loses {scale * t.drop:.3g}{unit}" + ("" if t.ratio is None else f" at {t.ratio:.2f}x")
         for t in sorted(rows, key=lambda t: t.ratio or 0)
+        if t.drop is not None
     )
     return f"no student keeps it: {promise.obstacle}. The nearest is {promise.chosen}. The front: {front}"

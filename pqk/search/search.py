@@ -115,6 +115,9 @@ class ContractSearch:
             cascade = best_cascade(self.attempts)
             if cascade is not None:
                 return replace(self._result(cascade.tried), cascade=cascade)
+            result = self._result(best)
+            obstacle = f"{result.promise.obstacle}; no cascade of a student and the teacher keeps it either"
+            return replace(result, promise=result.promise.model_copy(update={"obstacle": obstacle}))
         return self._result(best)
 
     def instead(self, result: SearchResult, row: VariantName) -> SearchResult | None:

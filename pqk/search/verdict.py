@@ -185,6 +185,6 @@ def obstacle(terms: Terms, worth: Worth, judge: Judge) -> str:
             )
         else:
             said.append(
-                f"{clause.name}: {clause.validation:.3g} ({clause.certain:.3g} for certain), bound {clause.bound:.3g}"
+                f"{clause.name}: {clause.validation:.3g} ({clause.certain:.3g} for certain), bound {clause.bound:g}"
             )
     return "; ".join(said)

@@ -364,7 +364,12 @@ class Task:
             self._undecided = (
                 f"decisions are the argmax over the last axis: {why}, and Task(decision=…) is not given",
             )
-        self.decision(outputs)
+        decided = self.decision(outputs)
+        if isinstance(decided, Tensor) and decided.is_floating_point():
+            raise InputError(
+                f"task: the decision is {decided.dtype}, which integers cannot give exactly; pass Task(decision=…) "
+                "that returns integers or booleans, such as a rounded or a thresholded output"
+            )
 
 
 def _with_validation(train: Data | None, validation: Any, share: float) -> tuple[Data | None, Data]:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from pqk import Contract, InputError, Metric, Recipe, Task
 from pqk.data.data import ArrayData
-from pqk.report.promise import Clause, Promise
+from pqk.report.promise import Clause, Promise, TriedStudent
 from pqk.report.schema import Report
 from pqk.search.candidates import Candidate
 from pqk.search.judge import NONE_OF, Judge, Worth
-from pqk.search.on_evaluation import dominating, on_evaluation
+from pqk.search.on_evaluation import broken_in_words, dominating, on_evaluation
 from pqk.search.verdict import Terms, Tried, obstacle, promise_of
 
 
@@ -285,3 +285,28 @@ def test_a_drop_is_held_against_the_report_where_it_is_of_the_same_metric(metric
         validation_samples=400, budget="15m", seconds=1.0,
     )  # fmt: skip
     assert (on_evaluation(made, report).clauses[0].evaluation is not None) == measured
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": "soon"}, '^contract: budget = "soon" is neither'),
+        ({"max_drop": -1}, "^contract: max_drop: .*greater than or equal to 0"),
+        ({"max_drop": 1e-300}, "less than any data can tell"),
+        ({"budget": "9" * 400 + "s"}, "neither a time nor"),
+        ({"max_dropp": 1}, 'did you mean "max_drop"'),
+    ],
+)
+def test_a_contract_that_cannot_be_is_refused_in_words(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Contract(**fields)
+
+
+def test_the_front_is_in_the_unit_of_the_contract() -> None:
+    row = TriedStudent(name="a", what="", metric=0.9, drop=0.004, ratio=2.0, epochs=0, seconds=1, on_front=True)
+    made = Promise(
+        kept=False, chosen="a", free="speed", metric="accuracy", teacher=0.9, clauses=(), tried=(row,), obstacle="o",
+        validation_samples=400, budget="15m", seconds=1.0,
+    )  # fmt: skip
+    assert "a loses 0.4 points at 2.00x" in broken_in_words(made, share=True)
+    assert "a loses 0.004 at 2.00x" in broken_in_words(made, share=False)

@@ -217,3 +217,17 @@ def test_data_of_another_size_than_the_example_is_refused() -> None:
     task = Task(None, data(), validation=data(), example=torch.zeros(2, 5))
     with pytest.raises(InputError, match=r"input input is \(.*3\).*the example \(2, 5\)"):
         task.check(Any2())
+
+
+def test_a_decision_in_float_is_refused_before_anything_runs() -> None:
+    data = ArrayData(torch.randn(20, 3), torch.randn(20, 1), 10)
+    given = Task(
+        data,
+        data,
+        validation=data,
+        loss=lambda o, t: (o - t).square().sum(1),
+        decision=lambda o: o,
+        metric=Metric("m", "m", lambda o, t: -float((o - t).square().mean())),
+    )
+    with pytest.raises(InputError, match="decision is torch.float32, which integers cannot give exactly"):
+        given.check(nn.Linear(3, 1).eval())

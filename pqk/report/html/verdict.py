@@ -64,7 +64,8 @@ def lead(report: Report) -> str:
         )
     count = len(made.tried)
     if made.kept:
-        chosen = f"It is {FREE.get(made.free, made.free)} of those that keep every clause, of {count} that were tried"
+        best = f"{FREE.get(made.free, made.free)} of those that keep every clause"
+        chosen = f"It is {best}, or as good and loses less, of {count} that were tried"
     else:
         chosen = f"None of the {count} that were tried keeps every clause; it is the nearest"
     said = f"The student is “{made.chosen}”. {chosen}, judged on {made.validation_samples:,} validation samples"
