@@ -126,8 +126,9 @@ class Judge:
                 "outputs are those of other samples: higher must be better; return its negative"
             )
         self._refuse_changing(value, self.value(outputs, targets))  # a running mean has seen other outputs by now
-        turned = map_tensors(lambda t: -t if t.is_floating_point() else t, outputs)
-        if value == mixed == self.value(turned, targets):
+        noise = torch.Generator().manual_seed(0)
+        drawn = [map_tensors(lambda t: _noise_like(t, noise), outputs) for _ in range(3)]
+        if value == mixed and all(self.value(other, targets) == value for other in drawn):
             raise InputError(
                 f'contract: the metric "{self.name}" is {value:.6g} whatever the outputs are, and decides nothing'
             )
@@ -247,6 +248,10 @@ class Judge:
         if self.unit == "share":
             high = max(high, point + NONE_OF / self.counted)
         return point, max(point, high)
+
+
+def _noise_like(t: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(t.shape, generator=generator).to(t.dtype) if t.is_floating_point() else t
 
 
 def rows_of(values: Any, rows: Tensor) -> Any:

@@ -485,4 +485,4 @@ def test_the_command_line_gives_clauses_and_the_exit_code(
     out = ["--out", str(tmp_path / "out"), "--evaluation", "quick", "--json"]
     code = cli.run(["compress", str(toy / "contract.toml"), *out, *clauses])
     answer = json.loads(capsys.readouterr().out)
-    assert code == 4 and answer["exit_code"] == 4 and "max_size_mb" in answer["error"]
+    assert code == 4 and answer["exit_code"] == 4 and "max_size_mb" in answer["error"], answer

@@ -163,7 +163,7 @@ def sensitivity_of_rare(outputs: Any, targets: Any) -> float:
 
 
 def right_of_positive(outputs: Any, targets: Any) -> float:
-    """No value where all outputs are below -0.5; the negative of the others' is judged as it is."""
+    """No value where all outputs are below -0.5."""
     return math.nan if bool((outputs < -0.5).all()) else float((outputs.argmax(1) == targets).double().mean())
 
 
