@@ -13,11 +13,22 @@ from pqk.files import read_json
 from pqk.models.cifar import MEAN, STD, load_split
 from pqk.models.images import Normalize
 
-pytestmark = pytest.mark.slow
-
 RESULTS = Path(__file__).parents[2] / "models" / "results"
 
 
+def test_estimates_of_check_are_near_what_the_passes_took() -> None:
+    """Whatever the estimate is of: the digits as their recipe is, and two recipes with less training."""
+    document = read_json(RESULTS / "check_estimates.json")
+    assert document["bound"] == 1.5 and len(document["recipes"]) == 3
+    for name, row in document["recipes"].items():
+        took = sum(p["took_s"] for p in row["passes"].values())
+        estimated = sum(p["estimated_s"] for p in row["passes"].values())
+        assert 1 / 1.5 <= estimated / took <= 1.5, name
+        assert row["ratio"] == pytest.approx(estimated / took)
+    assert document["recipes"]["digits"]["epochs_of_trainings"] == {}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20_cifar10", pytest.param("resnet56_cifar10", marks=pytest.mark.full)])
 def test_a_committed_student_scores_what_its_report_says(name: str, data_file: Callable[[str], Path]) -> None:
     """On the grid of x86-avx2 no product saturates, so that no instruction set gives other integers."""

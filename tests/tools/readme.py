@@ -9,6 +9,7 @@
 <!-- kernels -->          what `pqk kernels` found of the committed students and of all kernels' cases
 <!-- families -->         which passes apply to which family of encoders: models/results/encoder_families.json
 <!-- zoo -->              what became of every network of the zoo: tests/zoo/results.json
+<!-- estimates -->        how near `pqk check` comes to what passes take: models/results/check_estimates.json
 <!-- growth -->           how time and memory of a compile grow: models/results/compile_growth.json
 <!-- strangers -->        what became of models that no recipe knows: models/results/strangers.json, where it is there
 <!-- peers -->            the same models through other tools, from the same file
@@ -210,6 +211,19 @@ def costs() -> str:
     )
 
 
+def estimates() -> str:
+    """What `pqk check` estimates of three recipes beside what their passes took."""
+    measured = json.loads((RESULTS / "check_estimates.json").read_text())
+    said = [
+        f"{row['estimated_s']:.0f} s for the {row['took_s']:.0f} s of `{name}` ({row['ratio']:.2f}x)"
+        for name, row in measured["recipes"].items()
+    ]
+    return (
+        f"Its estimate of the passes was {', '.join(said)}, in {measured['clock']}, the last two with fewer epochs: "
+        "`python tests/tools/estimates.py --data DATA`."
+    )
+
+
 def growth() -> str:
     """Time and memory of a compile at three sizes of one thing."""
     measured = json.loads((RESULTS / "compile_growth.json").read_text())
@@ -374,6 +388,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "kernels": kernels,
     "families": families_table,
     "zoo": zoo,
+    "estimates": estimates,
     "growth": growth,
     "strangers": lambda: of_strangers(strangers_table),
     "peers": lambda: of_strangers(peers),
