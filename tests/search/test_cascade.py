@@ -231,7 +231,7 @@ def found(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_contract_that_no_student_keeps_is_kept_by_a_cascade(found: Path) -> None:
     artifact = Artifact.load(found)
     promise, made = artifact.report.promise, artifact.report.cascade
@@ -246,7 +246,7 @@ def test_a_contract_that_no_student_keeps_is_kept_by_a_cascade(found: Path) -> N
     assert "the student answers what it is sure of" in cascade_text(artifact.report)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_its_artifact_answers_as_it_says_and_the_reported_metric_is_what_comes_out(
     found: Path, teacher: nn.Module
 ) -> None:
@@ -267,7 +267,7 @@ def test_its_artifact_answers_as_it_says_and_the_reported_metric_is_what_comes_o
     assert made.student_metric < made.metric <= made.teacher_metric + 0.02  # type: ignore[operator]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_was_changed_in_a_cascade_is_refused(found: Path, tmp_path: Path) -> None:
     manifest = read_json(found / "manifest.json")
     values = {k: v for k, v in manifest.items() if k not in ("files", "format", "sha256", "seal", "digest")}
@@ -304,7 +304,7 @@ def test_what_was_changed_in_a_cascade_is_refused(found: Path, tmp_path: Path) -
         Artifact.load(bare)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_cascade_is_timed_with_its_mix(found: Path) -> None:
     made = Artifact.load(found)
     assert made.routing is not None and made.report.cascade is not None
@@ -317,7 +317,7 @@ def test_a_cascade_is_timed_with_its_mix(found: Path) -> None:
     assert "p95" in text and "ms on average at batch 1" in text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_cascade_for_what_is_no_class_is_refused_before_training(tmp_path: Path) -> None:
     part = ArrayData(torch.randn(40, 3), torch.arange(40) % 3, 8)
     own = Task(part, part, validation=part, decision=lambda outputs: outputs[:, 0] > 0)

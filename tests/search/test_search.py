@@ -228,6 +228,7 @@ class Blind(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.full
 def test_students_of_another_shape_compete_and_the_one_that_learns_ships(teacher: nn.Module, tmp_path: Path) -> None:
     shapes = [Blind(), Net(6), Net(7)]
     contract = Contract(max_drop=3, budget="60 epochs")
@@ -260,6 +261,7 @@ def test_without_validation_data_half_of_the_evaluation_data_decides(teacher: nn
     assert any("150 of the 300 evaluation samples" in note for note in report.notes)
 
 
+@pytest.mark.full
 def test_a_row_of_another_tool_that_beats_the_student_ships(
     teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
