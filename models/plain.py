@@ -84,23 +84,29 @@ def _scaled(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return weight * gain[:, None, None, None], norm.bias - gain * norm.running_mean
 
 
-class Plain(nn.Module):
+class Staged(nn.Module):
     """A stem, stages of layers, and a linear layer on their mean: [B, channels, H, W] float32 -> logits [B, classes].
 
-    The first layer of every stage but the first has stride 2. Stages are modules `stage1`, `stage2`, …, whose outputs
-    terms that compare features can name.
+    Stages are modules `stage1`, `stage2`, …, whose outputs terms that compare features can name. Stage i, counted from
+    0, has `width * 2**i` channels, and its first layer the stride of that number.
     """
 
     def __init__(
-        self, layer: LayerFactory, width: int, stages: Sequence[int], classes: int, channels: int, stem: int
+        self,
+        stem: nn.Module,
+        layer: LayerFactory,
+        width: int,
+        stages: Sequence[int],
+        strides: Sequence[int],
+        classes: int,
     ) -> None:
         super().__init__()
-        self.stem = layer(channels, width, stem)
+        self.stem = stem
         wide = width
-        for stage, count in enumerate(stages):
+        for stage, (count, stride) in enumerate(zip(stages, strides, strict=True)):
             layers, out = [], width << stage
             for i in range(count):
-                layers.append(layer(wide, out, 2 if stage and not i else 1))
+                layers.append(layer(wide, out, 1 if i else stride))
                 wide = out
             self.add_module(f"stage{stage + 1}", nn.Sequential(*layers))
         self.stages = len(stages)
@@ -111,6 +117,20 @@ class Plain(nn.Module):
         for stage in range(self.stages):
             x = self.get_submodule(f"stage{stage + 1}")(x)
         return self.linear(x.mean((2, 3)))
+
+
+def halving(stages: Sequence[int]) -> tuple[int, ...]:
+    """The strides of stages of which each but the first has half the height and width of the one before."""
+    return tuple(2 if stage else 1 for stage in range(len(stages)))
+
+
+class Plain(Staged):
+    """A stem and stages of one kind of layer: [B, channels, H, W] float32 -> logits [B, classes]."""
+
+    def __init__(
+        self, layer: LayerFactory, width: int, stages: Sequence[int], classes: int, channels: int, stem: int
+    ) -> None:
+        super().__init__(layer(channels, width, stem), layer, width, stages, halving(stages), classes)
 
 
 def plain(

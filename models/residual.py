@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.errors import InputError
+from pqk.models.plain import Staged, convolution, halving
 
 
 class WideningBlock(nn.Module):
@@ -40,34 +41,13 @@ class WideningBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class Residual(nn.Module):
-    """A stem, stages of blocks, and a linear layer on their mean: [B, channels, H, W] float32 -> logits [B, classes].
-
-    Stages are modules `stage1`, `stage2`, …, whose outputs terms that compare features can name.
-    """
+class Residual(Staged):
+    """A stem and stages of residual blocks: [B, channels, H, W] float32 -> logits [B, classes]."""
 
     def __init__(
         self, width: int, stages: Sequence[int], strides: Sequence[int], classes: int, channels: int, stem: int
     ) -> None:
-        super().__init__()
-        conv = nn.Conv2d(channels, width, 3, stem, 1, bias=False)
-        nn.init.kaiming_normal_(conv.weight)
-        self.stem = nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
-        wide = width
-        for stage, (count, stride) in enumerate(zip(stages, strides, strict=True)):
-            blocks, out = [], width << stage
-            for i in range(count):
-                blocks.append(WideningBlock(wide, out, 1 if i else stride))
-                wide = out
-            self.add_module(f"stage{stage + 1}", nn.Sequential(*blocks))
-        self.stages = len(stages)
-        self.linear = nn.Linear(wide, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for stage in range(self.stages):
-            x = self.get_submodule(f"stage{stage + 1}")(x)
-        return self.linear(x.mean((2, 3)))
+        super().__init__(convolution(channels, width, stem), WideningBlock, width, stages, strides, classes)
 
 
 def residual(
@@ -97,7 +77,7 @@ def residual(
     Raises:
         InputError: a number is below 1, a stage has no block, or strides are not one a stage.
     """
-    chosen = tuple(1 if i == 0 else 2 for i in range(len(stages))) if strides is None else tuple(strides)
+    chosen = halving(stages) if strides is None else tuple(strides)
     if not stages or min(width, *stages, *chosen, classes, channels, stem) < 1 or len(chosen) != len(stages):
         raise InputError(
             f"residual: width={width}, stages={list(stages)}, strides={list(chosen)}, classes={classes}, "
