@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pqk.bench.measure import ratio_to
+from pqk.bench.measure import THREADS, ratio_to
 from pqk.bench.oracle import ROUNDS as ROUNDS_OF_COMPILE
 from pqk.bench.oracle import Oracle
 from pqk.bench.statistics import Ratio
@@ -51,7 +51,6 @@ from pqk.verify.coverage import integer_coverage
 
 STEPS = 6
 """training steps that are timed; the first two warm up"""
-THREADS = 2
 ROUNDS = 5
 """turns in which a candidate is timed"""
 

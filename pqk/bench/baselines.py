@@ -22,9 +22,10 @@ import torch
 from torch import fx, nn
 
 from pqk.bench.contenders import Feeds
-from pqk.bench.measure import ratio_to
+from pqk.bench.measure import THREADS, ratio_to
 from pqk.core.onnxruntime_session import session
 from pqk.data.structures import Inputs
+from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError, Reason, first_line
 from pqk.quiet import quiet
 from pqk.target.machine import installed
@@ -198,6 +199,17 @@ def float_baseline(teacher: Path, out: Path, task: Task, threads: int) -> tuple[
     if not better:
         out.unlink(missing_ok=True)
     return better, note
+
+
+def float_files(teacher: nn.Module, task: Task, folder: Path) -> tuple[Path, Path]:
+    """Write a teacher in FP32 into `folder`: as exported, and what students are held against, which may be the same.
+
+    The second one of a transformer is as ONNX Runtime's tool has it, if that is faster.
+    """
+    exported, optimized = folder / "teacher.onnx", folder / "teacher_optimized.onnx"
+    emit_onnx_for(teacher, task, exported)
+    better = is_transformer(exported) and float_baseline(exported, optimized, task, THREADS)[0]
+    return exported, optimized if better else exported
 
 
 def ptq(teacher: Path, out: Path, task: Task, target: Target, samples: int = CALIBRATION) -> str | None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
+THREADS = 2
+"""intra-op threads that runtimes are timed with, where nothing else is said"""
 ROUNDS, WARM, BURST, PAUSE = 15, 20, 20, 0.05
 LONG_MS, FEWEST = 1000.0, 4
 """calls of a burst are so few that it takes about so long, but at least so many"""

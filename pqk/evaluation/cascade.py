@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pqk.bench.contenders import timed
+from pqk.bench.measure import THREADS, WARM
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.data.structures import tensors
 from pqk.deploy.cascade import CASCADE_TEACHER, Cascade, Routing
@@ -20,8 +22,6 @@ from pqk.task.task import Task
 
 TIMED = 400
 """evaluation samples that are timed, one by one, at most"""
-WARM = 20
-THREADS = 2
 
 
 def measure_cascade(
@@ -75,7 +75,7 @@ def _times(files: list[Path], task: Task, routing: Routing, routed: float) -> di
     for feeds in samples[:WARM]:
         for contender in contenders:
             contender(feeds)
-    times = np.array([[_milliseconds(contender, feeds) for contender in contenders] for feeds in samples])
+    times = np.array([[timed(partial(contender, feeds)) for contender in contenders] for feeds in samples])
     student_ms, teacher_ms = (float(np.median(times[:, i])) for i in (0, 1))
     mean = student_ms + routed * teacher_ms
     p95, p99 = (float(p) for p in np.percentile(times[:, 2], [95, 99]))
@@ -95,9 +95,3 @@ def _samples(task: Task) -> Iterator[dict[str, np.ndarray]]:
         left -= len(batch.inputs[0])
         if left <= 0:
             return
-
-
-def _milliseconds(run: Callable[..., object], feeds: dict[str, np.ndarray]) -> float:
-    began = time.perf_counter()
-    run(feeds)
-    return 1e3 * (time.perf_counter() - began)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from pqk.bench.measure import QUICK, TimingProtocol
+from pqk.bench.measure import QUICK, THREADS, TimingProtocol
 from pqk.errors import InputError, nearest
 from pqk.report.diagnostics import ControlVariant
 
@@ -40,7 +40,7 @@ class Evaluation:
     """whether it is measured in which layers the time goes, where anything is timed; it takes seconds"""
     timing: TimingProtocol = field(default_factory=TimingProtocol)
     """how long contenders are measured in turn"""
-    threads: int = 2
+    threads: int = THREADS
     """intra-op threads of every runtime"""
     batches: tuple[int, ...] = (1, 32)
     """batch sizes that the table's networks are timed at; the first is the one that the table shows"""

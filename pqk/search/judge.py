@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pqk.bench.baselines import Tool, float_baseline, is_transformer, why_not_quantized
-from pqk.bench.measure import fastest, undisturbed_ratio
+from pqk.bench.baselines import Tool, float_files, why_not_quantized
+from pqk.bench.measure import THREADS, fastest, undisturbed_ratio
 from pqk.core.costs import count_macs
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.program import Program
@@ -43,7 +43,6 @@ CERTAIN = 95.0
 """per cent, one-sided, of the drop"""
 NONE_OF = 3.0
 """of n samples of which none is wrong, this over n may be"""
-THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -192,12 +191,9 @@ class Judge:
         return first, second
 
     @cached_property
-    def teacher_files(self) -> list[Path]:
-        """The teacher in FP32 as exported; a transformer also as ONNX Runtime's tool has it, if faster."""
-        path, optimized = self.folder / "teacher.onnx", self.folder / "teacher_optimized.onnx"
-        emit_onnx_for(self.teacher, self.task, path)
-        better = is_transformer(path) and float_baseline(path, optimized, self.task, THREADS)[0]
-        return [path, optimized] if better else [path]
+    def teacher_files(self) -> tuple[Path, Path]:
+        """The teacher in FP32: as exported, and what students are held against."""
+        return float_files(self.teacher, self.task, self.folder)
 
     def by_tool(self, tool: Tool, target: Target) -> Path:
         """The file that another tool makes of the teacher without training. Raises `InputError` where there is none."""

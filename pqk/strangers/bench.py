@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pqk.bench.measure import THREADS
 from pqk.compiler import compress
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_folder import RunFolder
@@ -25,7 +26,7 @@ from pqk.files import read_json, read_tensors, write_json, write_tensors
 from pqk.models.strangers.stranger import Samples, Stranger
 from pqk.recipe.contract import Contract
 from pqk.search.candidates import MIXED
-from pqk.strangers.contest import THREADS, Contest, Standing
+from pqk.strangers.contest import Contest, Standing
 from pqk.strangers.peers import Case, Peer
 from pqk.strangers.rows import End, Row, summary
 from pqk.target.machine import installed, machine_fingerprint

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pqk.bench.baselines import TOOLS, float_baseline, is_transformer, why_not_quantized
-from pqk.bench.measure import undisturbed_ratio
+from pqk.bench.baselines import TOOLS, float_files, why_not_quantized
+from pqk.bench.measure import THREADS, undisturbed_ratio
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.core.program import Pass
 from pqk.core.run_context import RunContext
@@ -24,8 +24,6 @@ from pqk.search.deciding import deciding
 from pqk.search.runs import Runs
 from pqk.target.target import Target
 from pqk.task.task import Task
-
-THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,7 @@ class Contest:
     def __init__(self, teacher: nn.Module, task: Task, contract: Contract, folder: Path, *, rounds: int) -> None:
         self.teacher, self.folder, self.rounds = teacher, folder, rounds
         self.task = deciding(task, contract).task
-        self.exported, optimized = folder / "teacher.onnx", folder / "teacher_optimized.onnx"
-        emit_onnx_for(teacher, self.task, self.exported)
-        better = is_transformer(self.exported) and float_baseline(self.exported, optimized, self.task, THREADS)[0]
-        self.file = optimized if better else self.exported
+        self.exported, self.file = float_files(teacher, self.task, folder)
         self.baselines = session(self.file, threads=THREADS), session(self.file, threads=THREADS)
         with torch.no_grad():
             self.like = teacher(*self.task.example)
