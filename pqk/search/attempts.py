@@ -135,12 +135,11 @@ class Attempts:
     def worth_training(self, start: Tried) -> bool:
         """Whether a student may become better, in what is free, than the best of what there is."""
         best = self.best
-        assert start.worth is not None and best.worth is not None
-        if self.terms.lacks_speed(start.worth):
+        if self.terms.lacks_speed(start.known):
             return False
         if not self.terms.holds(best.worth):
             return True
-        return self.contract.free == "speed" and start.worth.speed > FASTER * best.worth.speed
+        return self.contract.free == "speed" and start.known.speed > FASTER * best.known.speed
 
     def _add(self, tried: Tried) -> Tried:
         self.tried.append(tried)

@@ -16,16 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pqk.core.onnxruntime_session import OnnxModel
 from pqk.data.structures import tensors
 from pqk.deploy.cascade import Routing
-from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import Reason
 from pqk.search.attempts import Attempts
 from pqk.search.judge import Judge, Worth
 from pqk.search.verdict import Tried
 from pqk.task.calibration import best_temperature
-from pqk.task.metrics import predict
 from pqk.task.task import Task
 
 SHARES = tuple(n / 20 for n in range(19, -1, -1))
@@ -147,18 +144,12 @@ def best_cascade(attempts: Attempts) -> ChosenCascade | None:
 
 def _choice(attempts: Attempts, tried: Tried) -> RoutingChoice | Reason:
     """The routing of a student, journaled."""
-    judge, task = attempts.judge, attempts.task
+    judge = attempts.judge
 
     def measure() -> dict[str, object] | str:
         program = attempts.runs.program(tried.candidate.passes, tried.candidate.shape)
-        path = judge.folder / "cascade.onnx"
-        emit_onnx_for(program.student, task, path)
-        try:
-            with torch.no_grad():
-                model = OnnxModel(path, program.student(*task.example))
-            (student,) = tensors(predict(model, judge.data)[0])
-        finally:
-            path.unlink(missing_ok=True)
+        with judge.deployed(program) as (_, outputs):
+            (student,) = tensors(outputs)
         (teacher,), targets = tensors(judge.answers[0]), judge.answers[1]
         decided = targets if _classes(targets, student) else teacher.argmax(1)
         found = choose_routing(student, teacher, decided, attempts.terms.allowed, judge.drop)

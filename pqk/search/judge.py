@@ -8,7 +8,8 @@ of n samples of which none went wrong, up to 3 / n may (Hanley and Lippman-Hand 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -162,27 +163,36 @@ class Judge:
             )
 
     def worth(self, program: Program, file: Path | None = None) -> Worth:
-        """What an INT8 program's deployed form is worth, or `file` in its place. What is written is removed."""
-        path, task = file or self.folder / "candidate.onnx", self.task
-        try:
-            if file is None:
-                emit_onnx_for(program.student, task, path)
-            model: Callable[..., Outputs] = program.student
-            if self.timed:
-                with torch.no_grad():
-                    model = OnnxModel(path, program.student(*task.example))
-            outputs, _ = predict(model, self.data)
+        """What an INT8 program's deployed form is worth, or `file` in its place."""
+        with self.deployed(program, file) as (path, outputs):
             drop, high = self.drop(outputs)
             ratio = low = top = slowest = None
             if self.timed:
-                ratio, low, top = undisturbed_ratio(self.baselines, session(path, threads=THREADS), task.feeds(1))
+                ratio, low, top = undisturbed_ratio(self.baselines, session(path, threads=THREADS), self.task.feeds(1))
                 slowest = self.teacher_ms / low
             size = path.stat().st_size
+        metric, macs = self.teacher_value - drop, count_macs(program.student, self.task.example)
+        return Worth(metric, drop, high, ratio, low, top, slowest, size, macs)
+
+    @contextmanager
+    def deployed(self, program: Program, file: Path | None = None) -> Iterator[tuple[Path, Outputs]]:
+        """The file of an INT8 program, or `file` in its place, and its outputs for all samples.
+
+        What is written is removed. Where nothing can be timed, as this machine is not the target, the outputs are those
+        of the INT8 graph.
+        """
+        path = file or self.folder / "candidate.onnx"
+        try:
+            if file is None:
+                emit_onnx_for(program.student, self.task, path)
+            model: Callable[..., Outputs] = program.student
+            if self.timed:
+                with torch.no_grad():
+                    model = OnnxModel(path, program.student(*self.task.example))
+            yield path, predict(model, self.data)[0]
         finally:
             if file is None:
                 path.unlink(missing_ok=True)
-        metric = self.teacher_value - drop
-        return Worth(metric, drop, high, ratio, low, top, slowest, size, count_macs(program.student, task.example))
 
     @cached_property
     def baselines(self) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pqk.data.data import ONE_NUMBER, Batch, Data, as_data, split
+from pqk.data.data import ONE_NUMBER, Batch, Data, as_data, digest_of, split
 from pqk.data.structures import Inputs, Outputs, first_tensor, joined, map_tensors, tensors
 from pqk.data.views import TeachersView, TwoViews, Views
 from pqk.errors import InputError, Reason
@@ -339,6 +339,11 @@ class Task:
         judged: dict[str, tuple[Outputs, Any]] = {}
         for what, data in self._sources.items():
             batch = next(data.batches())
+            if what != "train" and digest_of(what, tensors(batch)) != digest_of(what, tensors(next(data.batches()))):
+                raise InputError(
+                    f"{what} data: its first batch is another one each time it is read, so that outputs and targets of "
+                    "two readings are not of the same samples; give it one order, or let torch shuffle, which pqk seeds"
+                )
             check_views(what, batch)
             batch = batch.for_teacher()
             self.signature.check_inputs(f"{what} data", batch.inputs)
@@ -346,12 +351,6 @@ class Task:
             judged[what] = (try_forward(teacher, few.inputs, what), few.targets)
         for pair in judged.values():  # all of them first: one may tell what another leaves open
             self._classes.learn(*pair)
-        for what, data in (("validation", self.validation), ("evaluation", self.evaluation)):
-            if data.fingerprint() != data.fingerprint():
-                raise InputError(
-                    f"{what} data: its first batch is another one each time it is read, so that outputs and targets of "
-                    "two readings are not of the same samples; give it one order, or let torch shuffle, which pqk seeds"
-                )
         for what, data in self._sources.items():
             check_scores(what, *judged[what], self.loss, self.metric)
             classes = None

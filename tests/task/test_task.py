@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -231,3 +231,28 @@ def test_a_decision_in_float_is_refused_before_anything_runs() -> None:
     )
     with pytest.raises(InputError, match="decision is torch.float32, which integers cannot give exactly"):
         given.check(nn.Linear(3, 1).eval())
+
+
+class Restless:
+    """A loader whose order is its own, another one each time."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.read += 1
+        yield torch.arange(12.0).roll(self.read).reshape(4, 3), torch.arange(4) % 3
+
+
+@pytest.mark.parametrize("what", ["validation", "evaluation", "train"])
+def test_data_that_is_judged_on_has_one_order(what: str) -> None:
+    data = ArrayData(torch.randn(20, 3), torch.arange(20) % 3, 10)
+    given = Task(**{"train": data, "validation": data, "evaluation": data, what: Restless()})
+    if what == "train":  # its order may be another one each time
+        given.check(nn.Linear(3, 3).eval())
+        return
+    with pytest.raises(InputError, match=f"{what} data: its first batch is another one each time"):
+        given.check(nn.Linear(3, 3).eval())
