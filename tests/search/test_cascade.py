@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from evaluations import UNTIMED
+from fitting import fitted
 from torch import Tensor, nn
 
 from pqk import ArrayData, Artifact, Contract, Recipe, Task, compress
@@ -194,14 +195,7 @@ def patterns(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def teacher() -> nn.Module:
-    net, (x, y) = Net(), patterns(1024, 0)
-    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
-    for _ in range(12):
-        for rows in torch.randperm(1024, generator=torch.Generator().manual_seed(5)).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return net.eval()
+    return fitted(Net(), *patterns(1024, 0), epochs=12)
 
 
 SMALL = (

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from evaluations import UNTIMED
+from fitting import fitted
 from torch import Tensor, nn
 
 from pqk import ArrayData, Artifact, Contract, ContractError, Evaluation, Recipe, Task, compress
@@ -66,14 +67,7 @@ def task(train: int = 256) -> Task:
 
 
 def trained_teacher() -> nn.Module:
-    net, (x, y) = Net(), inputs(512, 0)
-    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
-    for _ in range(40):
-        for rows in torch.randperm(512, generator=torch.Generator().manual_seed(5)).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return net.eval()
+    return fitted(Net(), *inputs(512, 0), epochs=40)
 
 
 @pytest.fixture(scope="module")
