@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import os
 import shlex
@@ -63,17 +64,16 @@ TargetName = Annotated[str | None, typer.Option(metavar="NAME", help="What will 
 Seed = Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")]
 
 
-def _commands() -> Any:
-    """The module that does the work; imported late, because it brings torch."""
+def _commands(module: str = "commands") -> Any:
+    """A module of this package that does the work; imported late, because it brings torch."""
     # A hundred thousand objects are made that stay: looking through them for garbage took a fifth of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        from pqk.cli import commands
+        return importlib.import_module(f"pqk.cli.{module}")
     finally:
         if collecting:
             gc.enable()
-    return commands
 
 
 def _version(wanted: bool) -> None:
@@ -263,7 +263,7 @@ def inspect(
     pqk inspect out/my
     """
 
-    return lambda: _commands().inspect(where)
+    return lambda: _commands("inspection").inspect(where)
 
 
 @app.command()

@@ -13,24 +13,22 @@ from rich.console import RenderableType
 from pqk.bench.artifact import benchmark as benchmark_artifact
 from pqk.bench.measure import TimingProtocol
 from pqk.cli import views as describe
-from pqk.cli.console import CommandAnswer, clock, listed, observer, table
+from pqk.cli.console import CommandAnswer, clock, observer, table
 from pqk.cli.doctor import examine
 from pqk.comparison.config import Comparison, comparison_schema
 from pqk.compiler import compress as compile_student
 from pqk.core.progress import Observer
-from pqk.core.run_folder import RunFolder, scope_of
 from pqk.data.augmentation import UNAUGMENTED
 from pqk.deploy.artifact import MANIFEST, REPORT, REPORT_HTML, Artifact, write_html
 from pqk.deploy.manifest import read_manifest
 from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
-from pqk.files import read_sealed
 from pqk.recipe.contract import Contract
 from pqk.recipe.factories import load_student, load_task, load_teacher
-from pqk.recipe.recipe import TABLES, Recipe, with_clauses
+from pqk.recipe.recipe import Recipe, with_clauses
 from pqk.recipe.schema import json_schema
 from pqk.recipe.specs import TargetSpec, TaskSpec, TeacherSpec
-from pqk.recipe.strict import parse, plain
+from pqk.recipe.strict import parse
 from pqk.report.html.page import why_not_drawn
 from pqk.report.markdown import to_markdown
 from pqk.report.schema import LatencyRow, Report, schema_text
@@ -39,19 +37,12 @@ from pqk.report.text import (
     attribution_table,
     cascade_text,
     latency_cells,
-    metric_text,
-    percent,
     promise_text,
 )
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
 
 TableRows = list[list[Any]]
-OF_ANOTHER = " of a student of another shape, which was given and not cut out of its teacher"
-
-
-def _warnings(texts: Sequence[str]) -> list[RenderableType]:
-    return [f"warning: {text}" for text in texts]
 
 
 # Compiling
@@ -120,29 +111,18 @@ def compress(
         observer=observer(as_json),
     )
     report = artifact.report
-    warnings = [m for m in [artifact.target.why_not_here()] if m is not None] + _diagnosed(report)
+    warnings = [m for m in [artifact.target.why_not_here()] if m is not None] + describe.diagnosed(report)
     warnings += [note for note in report.notes if note.startswith(UNAUGMENTED)]
     files = sorted([*artifact.manifest["files"], MANIFEST])
     document = {"out": str(out), "files": files, "warnings": warnings, "report": json.loads(report.dumps())}
-    spent = f"{clock(sum(report.seconds.values()))} in passes; parity {_parity(report)}"
+    spent = f"{clock(sum(report.seconds.values()))} in passes; parity {describe.parity(report)}"
     promised = [] if report.promise is None else [promise_text(report.promise)]
     promised += [] if report.cascade is None else [cascade_text(report)]
-    shown = [attribution_table(report), *promised, spent, *_warnings(warnings), f"written to {out}: {', '.join(files)}"]
+    written = f"written to {out}: {', '.join(files)}"
+    shown = [attribution_table(report), *promised, spent, *describe.warned(warnings), written]
     if REPORT_HTML not in files and (reason := why_not_drawn()) is not None:
         shown.append(f"no {REPORT_HTML}, a page with pictures: {reason}")
     return CommandAnswer(document, shown)
-
-
-def _diagnosed(report: Report) -> list[str]:
-    return [] if report.diagnostics is None else list(report.diagnostics.warnings)
-
-
-def _parity(report: Report) -> str:
-    if report.parity is None:
-        return f"not checked: {report.parity_reason or 'no reason given'}"
-    if report.parity.passed:
-        return f"met, {percent(report.parity.agreement)} of {report.parity.samples} samples decided alike"
-    return f"BROKEN: {report.parity.first_divergence}"
 
 
 def compare(
@@ -229,7 +209,7 @@ def benchmark(folder: Path, batches: Sequence[int], threads: int, rounds: int, d
     }
     title = f"{folder}, compiled for {artifact.target.name}"
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['target']}; measured in turn"
-    return CommandAnswer(document, [_latency(title, rows), where, *_warnings(warnings)])
+    return CommandAnswer(document, [_latency(title, rows), where, *describe.warned(warnings)])
 
 
 def _benchmark_cuda(folder: Path, batches: Sequence[int]) -> CommandAnswer:
@@ -248,7 +228,7 @@ def _benchmark_cuda(folder: Path, batches: Sequence[int]) -> CommandAnswer:
     }
     document = head | benchmark_on(artifact, Cuda(), batches).document()
     stores = "kernel configurations were measured first; to store them, compile with the file of --json as fuse.tuning"
-    return CommandAnswer(document, [*describe.gpu(document), stores, *_warnings(warnings)])
+    return CommandAnswer(document, [*describe.gpu(document), stores, *describe.warned(warnings)])
 
 
 def _latency(title: str, rows: Sequence[LatencyRow]) -> RenderableType:
@@ -322,88 +302,6 @@ def report(where: Path, *, as_html: bool, out: Path | None) -> CommandAnswer:
         )
     write_html(found, page)
     return CommandAnswer({"report": str(source), "written": str(page)}, [f"written: {page}"])
-
-
-def inspect(where: Path) -> CommandAnswer:
-    if not where.exists():
-        raise InputError(f"{where}: there is no such file or folder")
-    if not where.is_dir():
-        return _inspect_recipe(where)
-    if RunFolder.of(where).path.is_dir() and not (where / MANIFEST).exists():
-        return _inspect_unfinished(where)
-    return _inspect_artifact(Artifact.load(where))
-
-
-def _passes_of(recipe: Recipe) -> list[dict[str, Any]]:
-    return [
-        {"pass": p.name, "stage": str(stage), "produces": str(p.result_stage(stage)), "settings": plain(p)}
-        for p, stage in zip(recipe.passes, recipe.stages(), strict=True)
-    ]
-
-
-def _inspect_recipe(path: Path) -> CommandAnswer:
-    recipe = Recipe.load(path)
-    specs = {k: None if (s := getattr(recipe, k)) is None else plain(s) for k in TABLES}
-    rows = _passes_of(recipe)
-    document = {"kind": "recipe", "path": str(path), "seed": recipe.seed, **specs, "passes": rows}
-    without = {"student": "cut out of the teacher"}
-    values = {k: listed(v, 400) if v else without.get(k, "none given") for k, v in specs.items()}
-    head = [f"{k}: {v}" for k, v in {**values, "seed": str(recipe.seed)}.items()]
-    cells = [
-        [i + 1, r["pass"], f"{r['stage']} → {r['produces']}", listed(r["settings"], 400)] for i, r in enumerate(rows)
-    ]
-    shown = table(str(path), ("", "pass", "stage", "settings (the rest are defaults)"), cells)
-    return CommandAnswer(document, ["\n".join(head), shown])
-
-
-def _inspect_unfinished(folder: Path) -> CommandAnswer:
-    run = RunFolder.of(folder)
-    identity = read_sealed(run.identity, ("recipe",))
-    recipe = Recipe.loads(str(identity["recipe"]), str(run.identity))
-    names = [scope_of(i, p.name) for i, p in enumerate(recipe.passes)]
-    done = [scope_of(i, p.name) for i, p in enumerate(recipe.passes) if run.is_finished(i, p.name)]
-    given = identity.get("student")
-    document: dict[str, Any] = {"kind": "unfinished", "folder": str(folder), "student": given, "finished": done}
-    document["passes"] = _passes_of(recipe)
-    left = [n for n in names if n not in done]
-    shown = [
-        f"{folder} is an unfinished compile{OF_ANOTHER if given else ''}: {len(done)} of {len(names)} passes are done",
-        f"done: {', '.join(done) or 'none'}",
-        f"left: {', '.join(left) or 'the evaluation'}",
-        f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
-    ]
-    return CommandAnswer(document, ["\n".join(shown)])
-
-
-def _inspect_artifact(artifact: Artifact) -> CommandAnswer:
-    report, manifest = artifact.report, artifact.manifest
-    recipe = _passes_of(artifact.recipe)
-    rows = []
-    for record, planned in zip(report.passes, recipe, strict=False):
-        declined = [{"layer": d.layer, "reason": d.reason} for d in report.declined if d.pass_name == record.pass_name]
-        rows.append({**record.model_dump(mode="json"), "settings": planned["settings"], "declined": declined})
-    document = {
-        "kind": "artifact",
-        "folder": str(artifact.folder),
-        **{k: v for k, v in manifest.items() if k not in ("files", "format")},
-        "files": manifest["files"],
-        "rewrites": [r.function for r in artifact.plan],
-        "passes": rows,
-        "report": json.loads(report.dumps()),
-    }
-    ports = [f"{p['name']} {p['dtype']} {p['shape']}" for p in (*manifest["inputs"], *manifest["outputs"])]
-    head = [
-        f"{artifact.folder}: {report.metric.name if report.metric else 'metric'} "
-        f"{metric_text(report.metric, report.metric.student if report.metric else None)} "
-        f"(teacher {metric_text(report.metric, report.metric.teacher if report.metric else None)}), "
-        f"{report.size_bytes / 1e3:.0f} kB, for {manifest['target']}, seed {manifest['seed']}",
-        f"inputs and outputs: {'; '.join(ports)}",
-        f"integer coverage {percent(report.integer_coverage)}; parity {_parity(report)}",
-        *([f"this is a compile{OF_ANOTHER}"] if artifact.given else []),
-        "every file is as it was written",
-    ]
-    shown = [*describe.passes_done(report), *_warnings(_diagnosed(report))]
-    return CommandAnswer(document, ["\n".join(head), attribution_table(report), *shown])
 
 
 # Reference

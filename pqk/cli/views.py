@@ -150,6 +150,22 @@ def declined_table(entries: Iterable[tuple[str, str, str]]) -> RenderableType | 
     return table("Left alone, and why", ("pass", "layers", "reason"), rows) if rows else None
 
 
+def warned(texts: Sequence[str]) -> list[RenderableType]:
+    return [f"warning: {text}" for text in texts]
+
+
+def diagnosed(report: Report) -> list[str]:
+    return [] if report.diagnostics is None else list(report.diagnostics.warnings)
+
+
+def parity(report: Report) -> str:
+    if report.parity is None:
+        return f"not checked: {report.parity_reason or 'no reason given'}"
+    if report.parity.passed:
+        return f"met, {percent(report.parity.agreement)} of {report.parity.samples} samples decided alike"
+    return f"BROKEN: {report.parity.first_divergence}"
+
+
 def few(names: Sequence[str], most: int = 4) -> str:
     """The first of the names, and how many more there are."""
     more = len(names) - most

@@ -44,7 +44,7 @@ import torch
 from safetensors.torch import load_file
 
 from pqk import Artifact, Evaluation, Recipe, compress
-from pqk.cli.commands import inspect
+from pqk.cli.inspection import inspect
 from pqk.core.decisions import Journal
 from pqk.core.pipeline import load
 from pqk.core.program import Program, Stage
