@@ -139,6 +139,16 @@ def test_without_labels_drops_are_of_decisions_that_are_the_teachers() -> None:
     assert judged.drop(right(290, 400))[0] == pytest.approx(10 / 400)
 
 
+def test_a_teacher_may_be_worse_than_chance_in_accuracy_whose_direction_is_known() -> None:
+    """The front page's own example has an untrained one."""
+    labels = torch.arange(400) % 2
+    wrong = nn.functional.one_hot(1 - labels, 2).float()
+    assert judge(wrong, labels).teacher_value == 0.0
+    with pytest.raises(InputError, match="higher must be better"):
+        own = Metric("own", "share", lambda o, t: float((o.argmax(1) == t).double().mean()))
+        _ = judge(wrong, labels, metric=own).teacher_value
+
+
 def ten_right_of(labels: Tensor) -> Tensor:
     """Logits of two classes that are right but on the first ten samples."""
     logits = nn.functional.one_hot(labels, 2).float()
