@@ -11,6 +11,7 @@
 <!-- zoo -->              what became of every network of the zoo: tests/zoo/results.json
 <!-- estimates -->        how near `pqk check` comes to what passes take: models/results/check_estimates.json
 <!-- growth -->           how time and memory of a compile grow: models/results/compile_growth.json
+<!-- shapes -->           how fast students of another shape are untrained: models/results/student_shapes.json
 <!-- strangers -->        what became of models that no recipe knows: models/results/strangers.json, where it is there
 <!-- peers -->            the same models through other tools, from the same file
 <!-- terms -->            the distillation terms, with the first sentence of each
@@ -224,6 +225,29 @@ def estimates() -> str:
     )
 
 
+def shapes() -> str:
+    """How fast students of another shape are before anything trains."""
+    measured = json.loads((RESULTS / "student_shapes.json").read_text())
+    rows = [
+        [
+            f"`{row['shape']}`",
+            f"{row['parameters'] / 1e3:.0f} k",
+            f"{row['macs'] / 1e6:.1f}",
+            f"{row['ratio']:.1f}x ({row['low']:.1f} to {row['high']:.1f})",
+        ]
+        for row in measured["shapes"]
+    ]
+    conditions = measured["conditions"]
+    machine = conditions["machine"]
+    return (
+        markdown_table(("shape", "parameters", "million MACs", "speed-up"), rows, texts=1)
+        + f"\n\nINT8 with random weights, in turn with ResNet-56 in FP32: ONNX Runtime "
+        f"{machine['versions']['onnxruntime']}, batch 1, {conditions['threads']} threads, {machine['cpu']} "
+        f"({machine['target']}), target {conditions['target']}: `python tests/tools/shapes.py --data DATA`. What a net "
+        "can learn is another question."
+    )
+
+
 def growth() -> str:
     """Time and memory of a compile at three sizes of one thing."""
     measured = json.loads((RESULTS / "compile_growth.json").read_text())
@@ -390,6 +414,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "zoo": zoo,
     "estimates": estimates,
     "growth": growth,
+    "shapes": shapes,
     "strangers": lambda: of_strangers(strangers_table),
     "peers": lambda: of_strangers(peers),
     "terms": lambda: listed("terms", ("term", "what it compares")),
