@@ -17,14 +17,18 @@ from pqk.quant.qparams import Grid, QParams, dynamic_qparams, per_axis, quantize
 
 @torch.library.custom_op("pqk::quantize", mutates_args=())
 def quantize_op(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Per-tensor quantization as one node of the INT8 graph; `zero_point`'s dtype (uint8 or int8) is the result's."""
+    """Per-tensor quantization as one node of the INT8 graph; `zero_point`'s dtype (uint8 or int8) is the result's.
+
+    The integers are contiguous, however `x` lies in memory: with channels last, torch (2.13) refuses to pool integers
+    of planes with more values than their type has.
+    """
     dtype: Any = "uint8" if zero_point.dtype == torch.uint8 else "int8"
-    return quantize(x, QParams(scale, zero_point, Grid(dtype, qmin, qmax, symmetric=False)))
+    return quantize(x, QParams(scale, zero_point, Grid(dtype, qmin, qmax, symmetric=False))).contiguous()
 
 
 @quantize_op.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    return torch.empty_like(x, dtype=zero_point.dtype)
+    return torch.empty_like(x, dtype=zero_point.dtype, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("pqk::dequantize", mutates_args=())

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pqk.core.aten import DEQUANTIZE, PADS, QUANTIZE, quantized_tensors
+from pqk.core.graph import operand
 from pqk.passes.capture.capture import capture
 from pqk.passes.convert.convert import convert
 from pqk.passes.quantize.placement import placement
 from pqk.passes.quantize.quantize import calibrate, insert_fake_quant
 from pqk.target.target import Target
+from tests.support.lowered import int8_graph
 
 aten = torch.ops.aten
 TARGETS = ["x86-avx2", "arm-dotprod", "cuda-sm80"]
@@ -199,3 +201,19 @@ def test_what_is_quantized_alike_is_quantized_once() -> None:
     with torch.no_grad():
         assert torch.equal(int8(x), fake(x))
     assert len(quantized_tensors(int8)) == 1
+
+
+def test_integers_of_large_planes_are_pooled_however_images_lie_in_memory() -> None:
+    """Torch refuses to pool uint8 with channels last where a plane has more than 255 values."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 20, 20)
+    student = int8_graph(Net(), x)
+    pooled = [n for n in student.graph.nodes if n.target is aten.max_pool2d.default]
+    assert len(pooled) == 1 and operand(pooled[0]).target is QUANTIZE
+    with torch.no_grad():
+        want = student(x)
+        for p in (*student.parameters(), *student.buffers()):
+            if p.dim() == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        found = student(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(found.argmax(-1), want.argmax(-1)) and (found - want).abs().max() < 0.02 * want.abs().max()
