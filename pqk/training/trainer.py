@@ -29,6 +29,7 @@ from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.quant.fake_quant import bounded_steps
 from pqk.target.machine import autocast
 from pqk.training.checkpoint import Checkpoint, TrainingState
+from pqk.training.integer_form import integer_form
 from pqk.training.settings import Training, optimizer_for, rate
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,8 @@ class _Trainer:
             self._save()  # the state that a non-finite loss in this epoch goes back to
         home = next(self.student.parameters()).device
         # Not DDP, which would leave out projectors and trip over step sizes that freeze: `_reduce` does its work.
-        model = self.accelerator.prepare_model(self.objective.wrap(self.student), evaluation_mode=True)
+        form = integer_form(self.student, self.accelerator.device)
+        model = self.accelerator.prepare_model(self.objective.wrap(form), evaluation_mode=True)
         optimizer = self.accelerator.prepare(self.optimizer)
         self.objective.to(self.accelerator.device)
         with self.run.observer.task(self.run.scope, self.total) as advance:

@@ -202,13 +202,16 @@ def commands() -> str:
 
 def costs() -> str:
     measured = json.loads((RESULTS / "training_cost.json").read_text())
+    steps = json.loads((RESULTS / "training_steps.json").read_text())["steps"]
+    integers = ", ".join(f"{name} {step['ratio']:.2f}x" for name, step in steps.items())
     return (
         f"A distillation epoch with cached teacher logits costs {measured['cached_over_without']:.2f}x an epoch "
         f"without a teacher ({measured['live_over_without']:.2f}x with the live one), a fake-quantized step "
         f"{measured['fake_quantized_over_float']:.2f}x a float one. A step with another response term costs at "
         f"most {max(measured['response_over_kl'].values()):.2f}x one with plain KD, one with a relation term "
         f"beside it at most {max(measured['relation_over_kl'].values()):.2f}x: "
-        "`python tests/tools/costs.py --data DATA`."
+        "`python tests/tools/costs.py --data DATA`. Multiplying integers on the way forward, a quantization-aware step "
+        f"takes less of a core ({integers} of one with float products): `python tests/tools/steps.py`."
     )
 
 
