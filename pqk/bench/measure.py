@@ -9,9 +9,11 @@ contains 1 is no speed-up.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from pqk.bench.contenders import Contender, Feeds, Timer, batch_of, session_call, timed, torch_threads
 from pqk.bench.statistics import Ratio, bootstrap_ratio
+from pqk.core.onnxruntime_session import session
 from pqk.errors import InputError
 from pqk.report.schema import LatencyRow
 
@@ -183,36 +186,36 @@ def ratio_to(
     return bootstrap_ratio(reference / times, seed=seed)
 
 
+Twins = tuple["ort.InferenceSession", "ort.InferenceSession"]
+"""two sessions of one file"""
 TOLERATED = 1.05
 """times that two sessions of one file may differ by before a measurement is repeated"""
 REPEATS = 3
 
 
-def undisturbed_ratio(
-    twins: tuple[ort.InferenceSession, ort.InferenceSession],
-    candidate: ort.InferenceSession,
-    feeds: Feeds,
-    *,
-    rounds: int = 7,
-    seed: int = 0,
-) -> Ratio:
-    """How many times faster `candidate` is than the file that both `twins` run, by the fastest call of every round.
+def undisturbed_ratio(baseline: Twins, candidate: Twins, feeds: Feeds, *, rounds: int = 7, seed: int = 0) -> Ratio:
+    """How many times faster one file is than another, each in two sessions, by the fastest call of every round.
 
     What else a machine does disturbs sessions unequally, for as long as their threads stay where they are, which no
-    bootstrap over rounds sees: two files of one network differed by 1.7 times beside eight other processes. So the
-    baseline is timed in two sessions. Where they differ, it is measured again, up to three times, and what is left of
-    the difference widens the interval.
+    bootstrap over rounds sees: two files of one network differed by 1.7 times beside eight other processes. So each is
+    timed in two sessions. Where those of one file differ, all is measured again, up to three times, and what is left of
+    the differences widens the interval.
     """
     found: list[tuple[float, Ratio]] = []
     for _ in range(REPEATS):
-        first, second, times = np.min(sessions_in_turn([*twins, candidate], feeds, rounds), axis=2)
-        apart = float(np.median(first / second))
-        ratio = bootstrap_ratio(np.sqrt(first * second) / times, seed=seed)
-        found.append((max(apart, 1 / apart), ratio))
+        a, b, c, d = np.min(sessions_in_turn([*baseline, *candidate], feeds, rounds), axis=2)
+        apart = [float(np.median(first / second)) for first, second in ((a, b), (c, d))]
+        ratio = bootstrap_ratio(np.sqrt(a * b) / np.sqrt(c * d), seed=seed)
+        found.append((math.prod(max(share, 1 / share) for share in apart), ratio))
         if found[-1][0] <= TOLERATED:
             break
-    apart, ratio = min(found, key=lambda pair: pair[0])
-    return Ratio(ratio.ratio, ratio.low / apart, ratio.high * apart)
+    apart_in_all, ratio = min(found, key=lambda pair: pair[0])
+    return Ratio(ratio.ratio, ratio.low / apart_in_all, ratio.high * apart_in_all)
+
+
+def twins_of(path: Path) -> Twins:
+    """Two sessions of the ONNX file at `path`, with the threads that everything is timed with."""
+    return session(path, threads=THREADS), session(path, threads=THREADS)
 
 
 def sessions_in_turn(runs: Sequence[ort.InferenceSession], feeds: Feeds, rounds: int) -> NDArray[np.float64]:

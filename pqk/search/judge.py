@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pqk.bench.baselines import Tool, float_files, why_not_quantized
-from pqk.bench.measure import THREADS, fastest, undisturbed_ratio
+from pqk.bench.measure import Twins, fastest, twins_of, undisturbed_ratio
 from pqk.core.costs import count_macs
-from pqk.core.onnxruntime_session import OnnxModel, session
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Program
 from pqk.data.data import Data
 from pqk.data.structures import Outputs, first_tensor, map_tensors
@@ -168,7 +168,7 @@ class Judge:
             drop, high = self.drop(outputs)
             ratio = low = top = slowest = None
             if self.timed:
-                ratio, low, top = undisturbed_ratio(self.baselines, session(path, threads=THREADS), self.task.feeds(1))
+                ratio, low, top = undisturbed_ratio(self.baselines, twins_of(path), self.task.feeds(1))
                 slowest = self.teacher_ms / low
             size = path.stat().st_size
         metric, macs = self.teacher_value - drop, count_macs(program.student, self.task.example)
@@ -195,10 +195,9 @@ class Judge:
                 path.unlink(missing_ok=True)
 
     @cached_property
-    def baselines(self) -> tuple[Any, Any]:
+    def baselines(self) -> Twins:
         """Two sessions of the teacher in FP32, as the report's table has it."""
-        first, second = (session(self.teacher_files[-1], threads=THREADS) for _ in range(2))
-        return first, second
+        return twins_of(self.teacher_files[-1])
 
     @cached_property
     def teacher_files(self) -> tuple[Path, Path]:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pqk.bench.baselines import TOOLS, float_files, why_not_quantized
-from pqk.bench.measure import THREADS, undisturbed_ratio
-from pqk.core.onnxruntime_session import OnnxModel, session
+from pqk.bench.measure import twins_of, undisturbed_ratio
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Pass
 from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx_for
@@ -57,7 +57,7 @@ class Contest:
         self.teacher, self.folder, self.rounds = teacher, folder, rounds
         self.task = deciding(task, contract).task
         self.exported, self.file = float_files(teacher, self.task, folder)
-        self.baselines = session(self.file, threads=THREADS), session(self.file, threads=THREADS)
+        self.baselines = twins_of(self.file)
         with torch.no_grad():
             self.like = teacher(*self.task.example)
 
@@ -69,9 +69,7 @@ class Contest:
     def standing(self, name: str, path: Path) -> Standing:
         """What the ONNX file at `path` is worth."""
         metric = self.task.score(OnnxModel(path, self.like), self.task.evaluation)
-        ratio = undisturbed_ratio(
-            self.baselines, session(path, threads=THREADS), self.task.feeds(1), rounds=self.rounds
-        )
+        ratio = undisturbed_ratio(self.baselines, twins_of(path), self.task.feeds(1), rounds=self.rounds)
         return Standing(name, metric, ratio.ratio, ratio.low, ratio.high)
 
     def made(self, name: str, make: Callable[[Path], Reason | None]) -> Standing:

@@ -246,12 +246,13 @@ def test_where_two_sessions_of_one_file_differ_the_interval_is_as_wide(monkeypat
     simulate(clock, monkeypatch)
     feeds = {"x": np.zeros((1, 4), np.float32)}
 
-    def ratio(*twins: float, candidate: float) -> Ratio:
-        first, second, other = (Simulated(clock, ms) for ms in (*twins, candidate))
-        return undisturbed_ratio((first, second), other, feeds, rounds=5)  # type: ignore[arg-type]
+    def ratio(*milliseconds: float) -> Ratio:
+        a, b, c, d = (Simulated(clock, ms) for ms in milliseconds)
+        return undisturbed_ratio((a, b), (c, d), feeds, rounds=5)  # type: ignore[arg-type]
 
-    assert ratio(4.0, 4.0, candidate=2.0) == pytest.approx((2.0, 2.0, 2.0))
-    assert ratio(4.0, 6.0, candidate=2.0) == pytest.approx((6**0.5, 6**0.5 / 1.5, 6**0.5 * 1.5))
+    assert ratio(4.0, 4.0, 2.0, 2.0) == pytest.approx((2.0, 2.0, 2.0))
+    assert ratio(4.0, 6.0, 2.0, 2.0) == pytest.approx((6**0.5, 6**0.5 / 1.5, 6**0.5 * 1.5))
+    assert ratio(4.0, 4.0, 3.0, 2.0) == pytest.approx((4 / 6**0.5, 4 / 6**0.5 / 1.5, 4 / 6**0.5 * 1.5))
 
 
 def test_the_fastest_call_of_a_round_counts_and_a_disturbed_measurement_is_repeated(
@@ -263,7 +264,9 @@ def test_the_fastest_call_of_a_round_counts_and_a_disturbed_measurement_is_repea
     calls = 5 * (20 + 20)  # rounds of warm and timed calls
     first = Simulated(clock, *[8.0] * calls, 4.0)  # disturbed for one measurement
     second = Simulated(clock, *[4.0, 9.0] * calls, 4.0)  # every other call takes longer
-    ratio = undisturbed_ratio((first, second), Simulated(clock, 1.0), feeds, rounds=5)  # type: ignore[arg-type]
+    third = Simulated(clock, *[3.0] * calls, 1.0)
+    candidate = third, Simulated(clock, 1.0)
+    ratio = undisturbed_ratio((first, second), candidate, feeds, rounds=5)  # type: ignore[arg-type]
     assert ratio == pytest.approx((4.0, 4.0, 4.0))
 
 

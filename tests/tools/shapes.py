@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from pqk.bench.baselines import float_files
-from pqk.bench.measure import THREADS, undisturbed_ratio
+from pqk.bench.measure import THREADS, twins_of, undisturbed_ratio
 from pqk.core.costs import count_macs, count_parameters
-from pqk.core.onnxruntime_session import session
 from pqk.core.pipeline import run_passes
 from pqk.core.program import Program
 from pqk.core.run_context import RunContext
@@ -56,14 +55,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         teacher = float_files(resnet56().eval(), task, place)[1]
-        twins = session(teacher, threads=THREADS), session(teacher, threads=THREADS)
+        baseline = twins_of(teacher)
         for name, make in SHAPES.items():
             torch.manual_seed(0)
             net = make().eval()
             program = run_passes(Program.begin(net, Target.named(TARGET), RunContext(0)), task, passes)
             emit_onnx_for(program.student, task, place / "student.onnx")
-            student = session(place / "student.onnx", threads=THREADS)
-            ratio = undisturbed_ratio(twins, student, task.feeds(1), rounds=ROUNDS)
+            ratio = undisturbed_ratio(baseline, twins_of(place / "student.onnx"), task.feeds(1), rounds=ROUNDS)
             costs = {"parameters": count_parameters(net), "macs": count_macs(net, task.example)}
             rows.append({"shape": name, **costs, "ratio": ratio.ratio, "low": ratio.low, "high": ratio.high})
             print(f"{name}: {ratio.ratio:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})", flush=True)
