@@ -28,10 +28,10 @@ class ContractError(PqkError):
     """No student keeps the contract; the nearest one is kept (exit code 4)."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """`' (did you mean "kernel"?)'` for the closest known word, or the list of the known ones."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f' (did you mean "{close[0]}"?)' if close else f" (known: {', '.join(known)})"
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
 from pqk.core.aten import GUARDS, NO_OPS, RECURRENT, aten
@@ -38,7 +37,7 @@ from pqk.core.graph import (
     tensor_node,
 )
 from pqk.core.modes import fused_layers
-from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
+from pqk.core.program import Example, Pass, Program, RewriteFunction, Stage
 from pqk.data.structures import members, plain_structure, refilled
 from pqk.errors import InputError
 from pqk.passes.capture.batch_norm import fold_batch_norms
@@ -49,13 +48,14 @@ from pqk.passes.capture.free_sizes import check_free_sizes
 from pqk.passes.capture.regions import inline_regions
 from pqk.passes.capture.traced_axes import SpelledSizes, TracedAxes, fixing_line, literal_line, user_inputs
 from pqk.passes.capture.writes import plain_writes
+from pqk.settings import settings
 from pqk.task.axes import BATCH, Axes, batch_axes, free_axes
 from pqk.task.task import Task
 
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Capture(Pass):
     """Turn the float module into the ATen graph that will be deployed, batch norm folded."""
 
@@ -131,7 +131,7 @@ def _export(student: nn.Module, example: Example, axes: Axes) -> tuple[fx.GraphM
     except Exception as error:  # whatever the user's code or the tracer raised
         message = str(error).strip().partition("\n")[0]
         if "specialized" in str(error) or "Constraints violated" in str(error):
-            message, where = _fixed_size(student, example, axes)
+            message, where = fixed_size(student, example, axes)
         else:
             where = _user_line(error)
         raise InputError(
@@ -195,7 +195,7 @@ def _user_line(error: BaseException) -> str:
     return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}: '{frames[-1].line}'" if frames else ""
 
 
-def _fixed_size(student: nn.Module, example: Example, axes: Axes) -> tuple[str, str]:
+def fixed_size(student: nn.Module, example: Example, axes: Axes) -> tuple[str, str]:
     """Which free axis the model fixes, and `, at FILE:LINE: 'code'` where: by tracing it with sizes that may be fixed.
 
     Where Python fixes a size (a loop, `len`, `float`), the tracer notes the line; else a number is looked for.

@@ -12,7 +12,6 @@ import operator
 from typing import Any, ClassVar
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from pqk.core.aten import (
@@ -39,11 +38,12 @@ from pqk.core.graph import (
     shape,
     tensor_node,
 )
-from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
+from pqk.core.program import Example, Pass, Program, RewriteFunction, Stage
 from pqk.passes.convert.token_rows import keep_rows
 from pqk.passes.quantize.embeddings import TableFakeQuant, convert_table
 from pqk.quant.fake_quant import ActivationFakeQuant, BiasFakeQuant, DynamicFakeQuant, WeightFakeQuant, set_mode
 from pqk.quant.qparams import QParams, quantize, quantize_bias
+from pqk.settings import settings
 from pqk.task.task import Task
 
 Integers = dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]]
@@ -52,7 +52,7 @@ Grids = dict[tuple[fx.Node, float, int, str], tuple[fx.Node, fx.Node, fx.Node]]
 """a value with a scale, zero point and dtype -> its integers, scale and zero point"""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Convert(Pass):
     """Turn the fake-quantized student into integers: int8 weights, int32 biases, explicit quantize / dequantize."""
 

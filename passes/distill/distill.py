@@ -18,10 +18,9 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from pqk.core.program import CONFIG, Pass, Program, Stage
+from pqk.core.program import Pass, Program, Stage
 from pqk.data.data import Data
 from pqk.data.structures import first_tensor, tensors
 from pqk.errors import InputError, Reason, nearest
@@ -35,6 +34,7 @@ from pqk.passes.distill.assistant import earlier_student
 from pqk.passes.distill.keep_best import UNTRAINED, CheckpointSelection, Criterion
 from pqk.passes.prune.survivors import surviving_channels
 from pqk.quant.fake_quant import quantizers
+from pqk.settings import settings
 from pqk.task.task import Task
 from pqk.training.trainer import Training, TrainingLog, fit
 
@@ -42,7 +42,7 @@ CAPTURED_CLIP = 1.0
 """the gradient's norm after `capture`, where the recipe gives none"""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Distill(Training, Pass):
     """Train the student against the teacher and the labels.
 

@@ -13,16 +13,15 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from pydantic.dataclasses import dataclass as pydantic_dataclass
-
 from pqk.core.costs import count_macs, count_parameters, float_bytes, why_not_counted
-from pqk.core.program import CONFIG, Pass, Program, RewriteFunction, Stage
+from pqk.core.program import Pass, Program, RewriteFunction, Stage
 from pqk.errors import InputError, Reason
 from pqk.passes.factorize.layers import find_layers
 from pqk.passes.factorize.rank_search import RankSearch
 from pqk.passes.factorize.settings import FactorizeSettings
 from pqk.passes.prune.budget import UNITS, Budget
 from pqk.passes.prune.low_rank import Split, split_layers
+from pqk.settings import settings
 from pqk.target.target import Target
 from pqk.task.task import Task
 
@@ -30,7 +29,7 @@ REHEARSED_SAMPLES = 64
 """what a rehearsal looks at at most"""
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Factorize(FactorizeSettings, Pass):
     """Split large linear and convolution layers into two of low rank, by what it costs on data and what it saves.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 
-from pqk.core.program import CONFIG
 from pqk.errors import InputError
 from pqk.passes.prune.budget import UNITS
+from pqk.settings import settings
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FactorizeSettings:
     """The fields of `factorize`."""
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import fx
 
 from pqk.copies import copy_of
@@ -23,7 +22,7 @@ from pqk.core.aten import DEQUANTIZE, VIEWS, aten
 from pqk.core.graph import attribute, calls, finish, operand
 from pqk.core.graph import replace as replace_node
 from pqk.core.launches import LaunchedOp, launches, traffic
-from pqk.core.program import CONFIG, Pass, Program, Stage
+from pqk.core.program import Pass, Program, Stage
 from pqk.kernels.common.epilogue import rows_of
 from pqk.passes.fuse.concat import join
 from pqk.passes.fuse.epilogue import quantized
@@ -33,6 +32,7 @@ from pqk.passes.fuse.rules_attention import AttentionRule, NormRule, SiblingsRul
 from pqk.passes.fuse.rules_elementwise import AddRule, ConcatRule, MaxPoolRule, MulRule, PoolRule, QuantizeRule
 from pqk.passes.fuse.rules_embedding import EmbeddingRule
 from pqk.passes.fuse.rules_weighted import ConvolutionRule, LinearRule
+from pqk.settings import settings
 from pqk.task.task import Task
 
 __all__ = ["Fuse", "LaunchedOp", "fuse", "launches", "stands_for"]
@@ -44,7 +44,7 @@ RULES: tuple[Rule, ...] = (
 """those that take in the most first"""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Fuse(Pass):
     """Lower the INT8 student to fused Triton kernels: one launch a layer, emitted as `student.pt2`."""
 

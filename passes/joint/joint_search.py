@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, ValidationError, model_validator
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
 from pqk.copies import copy_of
-from pqk.core.program import CONFIG, Pass, Program, Rewrite, RewriteFunction, Stage
+from pqk.core.program import Pass, Program, Rewrite, RewriteFunction, Stage
 from pqk.data.data import Batch
 from pqk.errors import InputError, PqkError, Reason
 from pqk.knowledge import KLDivergence, View
@@ -44,11 +43,12 @@ from pqk.passes.prune.settings import WidthSettings
 from pqk.passes.quantize.quantize import Quantize, insert_fake_quant
 from pqk.quant.fake_quant import quantizers
 from pqk.quant.qparams import Method
+from pqk.settings import settings
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, TrainingLog, fit
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class JointSearch(Training, WidthSettings, Pass):
     """Prune, quantize and distill in one training: the network with its pruned channels put back is the teacher.
 
@@ -90,8 +90,8 @@ class JointSearch(Training, WidthSettings, Pass):
     def _consistent(self) -> JointSearch:
         try:
             self.pruning(1)
-        except ValidationError as error:
-            raise InputError(error.errors()[0]["msg"].replace("Value error, prune", self.name)) from error
+        except InputError as error:
+            raise InputError(self.name + str(error).removeprefix(Prune.name)) from error
         if self.ce_weight + self.kd_weight == 0:
             raise InputError("pqk: ce_weight and kd_weight are both 0, so the student would learn nothing in phase 2")
         return self

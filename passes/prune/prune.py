@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from pqk.core.costs import count_macs, count_parameters, float_bytes, integer_bytes, why_not_counted
-from pqk.core.program import CONFIG, Pass, Program, RewriteFunction, Stage
+from pqk.core.program import Pass, Program, RewriteFunction, Stage
 from pqk.data.data import Batch
 from pqk.errors import InputError, nearest
 from pqk.passes.prune.allocation import AllocationSearch
@@ -31,6 +30,7 @@ from pqk.passes.prune.low_rank import original_layer, ranks_split
 from pqk.passes.prune.settings import PruneSettings
 from pqk.passes.prune.statistics import reestimate_batch_norm
 from pqk.passes.prune.width_search import WidthSearch
+from pqk.settings import settings
 from pqk.task.task import Task
 from pqk.training.trainer import Objective, Training, fit
 
@@ -38,7 +38,7 @@ REHEARSED_SAMPLES = 64
 """what a rehearsal ranks blocks on at most"""
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Prune(PruneSettings, Pass):
     """Cut channels and residual blocks until the student is so many times smaller or faster than the teacher.
 

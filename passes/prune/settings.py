@@ -6,19 +6,18 @@ import math
 from typing import Literal
 
 from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 from torch import nn
 
-from pqk.core.program import CONFIG
 from pqk.errors import InputError
 from pqk.passes.prune.budget import UNITS
 from pqk.passes.prune.channel_group import ChannelGroup, Member
 from pqk.passes.prune.cuts import channels_of
 from pqk.passes.prune.importance import Importance
 from pqk.passes.prune.low_rank import original_layer
+from pqk.settings import settings
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class WidthSettings:
     """The budget of a pruning, and how channels compete for it."""
 
@@ -63,7 +62,7 @@ class WidthSettings:
         return math.ceil(self.floor * (widest * channels // member.of))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class PruneSettings(WidthSettings):
     """The fields of `prune`."""
 

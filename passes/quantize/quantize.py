@@ -13,14 +13,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import fx, nn
 
 from pqk.copies import copy_of
 from pqk.core.aten import HEAVY, root
 from pqk.core.graph import arguments, attribute, finish, move_points, operand, replace, shape
 from pqk.core.modes import evaluating
-from pqk.core.program import CONFIG, Example, Pass, Program, RewriteFunction, Stage
+from pqk.core.program import Example, Pass, Program, RewriteFunction, Stage
 from pqk.errors import InputError, Reason
 from pqk.passes.quantize.embeddings import call_quantizer, insert_table, table_of
 from pqk.passes.quantize.placement import Placement, absorbed, named_layers, placement
@@ -35,6 +34,7 @@ from pqk.quant.fake_quant import (
     set_mode,
 )
 from pqk.quant.qparams import Grid, Method
+from pqk.settings import settings
 from pqk.target.target import Target
 from pqk.task.task import Task
 
@@ -42,7 +42,7 @@ TIMED_SAMPLES = 32
 """samples that ranges are taken from where only the latency counts, which does not depend on the scales"""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Quantize(Pass):
     """Put fake-quantizers on the target's integer grid on every edge that the runtime needs to stay in integers."""
 

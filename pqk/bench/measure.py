@@ -12,23 +12,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pqk.bench.contenders import Contender, Feeds, Timer, batch_of, session_call, timed, torch_threads
 from pqk.bench.statistics import Ratio, bootstrap_ratio
 from pqk.core.onnxruntime_session import session
 from pqk.errors import InputError
 from pqk.report.schema import LatencyRow
+from pqk.settings import settings
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 
+FEWEST_ROUNDS = 5
+"""turns below which an interval would mean nothing"""
 THREADS = 2
 """intra-op threads that runtimes are timed with, where nothing else is said"""
 ROUNDS, WARM, BURST, PAUSE = 15, 20, 20, 0.05
@@ -42,17 +46,17 @@ PROTOCOL = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TimingProtocol:
     """How long contenders are measured in turn. The default is that of every committed result."""
 
-    rounds: int = ROUNDS
-    """turns of each contender; at least 5, or no interval would mean anything"""
-    burst: int = BURST
+    rounds: int = Field(default=ROUNDS, ge=1)
+    """turns of each contender; at least 5 where intervals are wanted"""
+    burst: int = Field(default=BURST, ge=1)
     """timed calls of a turn"""
-    warm: int = WARM
+    warm: int = Field(default=WARM, ge=0)
     """calls before them that are not timed"""
-    pause: float = PAUSE
+    pause: float = Field(default=PAUSE, ge=0)
     """seconds before a turn in which the other contenders' threads fall asleep"""
 
     def __str__(self) -> str:
@@ -102,9 +106,10 @@ def measure(
         InputError: fewer than 5 rounds, no contender, or a baseline that is not measured.
     """
     timing = timing or TimingProtocol()
-    if timing.rounds < 5 or not contenders:
+    if timing.rounds < FEWEST_ROUNDS or not contenders:
         raise InputError(
-            f"latency: {timing.rounds} rounds of {len(contenders)} contenders; at least 5 rounds of 1 are needed"
+            f"latency: {timing.rounds} rounds of {len(contenders)} contenders; at least {FEWEST_ROUNDS} rounds of 1 "
+            "are needed"
         )
     baseline = contenders[0] if baseline is None else baseline
     if baseline not in contenders:

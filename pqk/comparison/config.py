@@ -23,25 +23,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.dataclasses import dataclass
 
 from pqk.core.pipeline import check_order
-from pqk.core.program import CONFIG, Stage
+from pqk.core.program import Stage
 from pqk.errors import InputError, nearest
 from pqk.recipe.recipe import TABLES, Recipe, parse_passes
 from pqk.recipe.schema import json_schema
 from pqk.recipe.strict import documentation, parse, parse_toml, read_text
+from pqk.settings import CONFIG, in_words, settings
 
 NAME = r"^[^\s|][^\n|]*$"
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Screen:
     """What every variant is trained on."""
 
@@ -49,7 +50,7 @@ class Screen:
     """one training for each"""
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Confirm:
     """A second round, of the variants that did best in the first."""
 
@@ -59,7 +60,7 @@ class Confirm:
     """fresh seeds, so that the selection in the first round does not bias the second"""
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class _Entry:
     """A `[[variant]]` table without its passes."""
 
@@ -71,7 +72,8 @@ class _Entry:
     """why it is not run, for something that belongs into the table and does not apply"""
 
 
-@dataclass(frozen=True)
+@in_words
+@dataclass(frozen=True, config={**CONFIG, "arbitrary_types_allowed": True})
 class RecipeVariant:
     """One recipe of a comparison."""
 
@@ -88,7 +90,8 @@ class RecipeVariant:
         return "".join(c if c.isalnum() or c in "+-." else "_" for c in self.name)
 
 
-@dataclass(frozen=True)
+@in_words
+@dataclass(frozen=True, config={**CONFIG, "arbitrary_types_allowed": True})
 class Comparison:
     """Variants of one recipe, and the seeds that they are run on.
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, fx, nn
 
 from pqk.copies import copy_of
 from pqk.errors import InputError, Reason
 from pqk.report.schema import Declined, PassRecord
+from pqk.settings import CONFIG as CONFIG  # passes that users wrote take it from here
 
 if TYPE_CHECKING:
     from pqk.core.run_context import RunContext
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
 
 Example = tuple[Tensor, ...]
 RewriteFunction = Callable[..., nn.Module]
-
-#: pydantic configuration of every pass: unknown keys are refused, docstrings under fields are their documentation.
-CONFIG = ConfigDict(
-    extra="forbid",
-    use_attribute_docstrings=True,
-    arbitrary_types_allowed=False,
-    allow_inf_nan=False,
-    ser_json_inf_nan="constants",
-)
 
 
 class Stage(enum.IntEnum):

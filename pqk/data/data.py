@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subse
 
 from pqk.data.structures import Inputs, leaves, map_tensors
 from pqk.errors import InputError
+from pqk.settings import in_words
 
 ONE_NUMBER = (
     "one number for the whole batch, and the first axis of every input and target is the batch; give it once for every "
@@ -135,6 +136,7 @@ class Data(ABC):
         return next(self.batches()).targets is not None
 
 
+@in_words
 class ArrayData(Data):
     """Tensors in memory.
 
@@ -168,6 +170,8 @@ class ArrayData(Data):
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.targets = targets
         for what, t in (*((f"input {i}", t) for i, t in enumerate(self.inputs)), ("the target", targets)):
+            if t is not None and not isinstance(t, Tensor):
+                raise InputError(f"data: {what} is a {type(t).__name__} and must be a tensor [N, …]")
             if t is not None and not t.ndim:
                 raise InputError(f"data: {what} is {ONE_NUMBER}")
         lengths = [len(t) for t in (*self.inputs, *([] if targets is None else [targets]))]
@@ -232,6 +236,7 @@ class ArrayData(Data):
         return digest_of((self.augment, self.views, self.batch_size), (*self.inputs, *targets, self.ids))
 
 
+@in_words
 class LoaderData(Data):
     """Any re-iterable loader, such as torch's `DataLoader` or a list of batches.
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,6 +22,7 @@ from pqk.copies import copy_of
 from pqk.data.data import ArrayData, Data
 from pqk.data.structures import Inputs, concatenate, first_tensor, widened
 from pqk.errors import InputError
+from pqk.settings import CONFIG, in_words
 
 # ---- labels
 
@@ -96,7 +97,8 @@ def _logits(model: nn.Module, inputs: Inputs) -> Tensor:
 # ---- inputs
 
 
-@dataclass(frozen=True)
+@in_words
+@dataclass(frozen=True, config=CONFIG)
 class Prior:
     """How much each part of DeepInversion's loss counts; its authors' values for CIFAR-10.
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from pqk.data.data import Batch, Data, digest_of
 from pqk.data.structures import Inputs
 from pqk.errors import InputError
+from pqk.settings import CONFIG, in_words
 
 ViewFunction = Callable[[Inputs], Inputs]
 """all inputs that the data gives, each [B, …] -> those that one of the two sees"""
 
 
-@dataclass(frozen=True)
+@in_words
+@dataclass(frozen=True, config=CONFIG)
 class Views:
     """What teacher and student see of one batch (`Task(views=…)`).
 
@@ -31,7 +33,8 @@ class Views:
     """all inputs that the data gives -> those of the student"""
 
 
-@dataclass(frozen=True)
+@in_words
+@dataclass(frozen=True, config=CONFIG)
 class Take:
     """The view that is some of the inputs, by position: `Views(teacher=Take(0), student=Take(1))`."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from pqk.bench.measure import QUICK, THREADS, TimingProtocol
+from pydantic import Field
+
+from pqk.bench.measure import FEWEST_ROUNDS, QUICK, THREADS, TimingProtocol
 from pqk.errors import InputError, nearest
 from pqk.report.diagnostics import ControlVariant
+from pqk.settings import settings
 
 Baseline = Literal["onnxruntime", "optimum", "neural-compressor"]
 """tools that quantize the teacher after training"""
@@ -15,7 +17,7 @@ Runtime = Literal["torch", "torch.compile", "openvino"]
 """runtimes beside ONNX Runtime"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Evaluation:
     """What to measure of a finished student, beside what, and how long. The default is that of every committed result.
 
@@ -38,7 +40,7 @@ class Evaluation:
     """whether anything is timed"""
     layer_times: bool = True
     """whether it is measured in which layers the time goes, where anything is timed; it takes seconds"""
-    timing: TimingProtocol = field(default_factory=TimingProtocol)
+    timing: TimingProtocol = Field(default_factory=TimingProtocol)
     """how long contenders are measured in turn"""
     threads: int = THREADS
     """intra-op threads of every runtime"""
@@ -46,14 +48,11 @@ class Evaluation:
     """batch sizes that the table's networks are timed at; the first is the one that the table shows"""
 
     def __post_init__(self) -> None:
-        for name, values, known in (
-            ("controls", self.controls, get_args(ControlVariant)),
-            ("baselines", self.baselines, get_args(Baseline)),
-            ("runtimes", self.runtimes, get_args(Runtime)),
-        ):
-            unknown = next((v for v in values if v not in known), None)
-            if unknown is not None:
-                raise InputError(f'evaluation: {name} has "{unknown}"{nearest(str(unknown), known)}')
+        if self.latency and self.timing.rounds < FEWEST_ROUNDS:
+            raise InputError(
+                f"evaluation: timing has {self.timing.rounds} rounds; an interval needs at least {FEWEST_ROUNDS}, or "
+                "say latency=False"
+            )
         if self.threads < 1 or not self.batches or min(self.batches) < 1:
             raise InputError(f"evaluation: threads={self.threads} and batches={self.batches} must be 1 or more")
 
@@ -75,6 +74,6 @@ class Evaluation:
             InputError: it is unknown; the message names the nearest one.
         """
         forms = {"standard": Evaluation, "full": Evaluation.full, "quick": Evaluation.quick}
-        if name not in forms:
+        if not isinstance(name, str) or name not in forms:
             raise InputError(f'evaluation: "{name}"{nearest(name, forms)}')
         return forms[name]()

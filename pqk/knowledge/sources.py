@@ -10,11 +10,9 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 
 from pqk.copies import copy_of
-from pqk.core.program import CONFIG
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs
 from pqk.documents import digest_of_file
@@ -25,6 +23,7 @@ from pqk.knowledge.teachers.base import FrozenTeacher, Teacher
 from pqk.knowledge.teachers.black_box import OnnxTeacher
 from pqk.knowledge.teachers.ensemble import AxisOf, EMATeacher, EnsembleTeacher, UncertaintyTeacher, last_axis
 from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher, exit_for
+from pqk.settings import settings
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class TeacherContext:
     """an output -> the axis of it that classes are on"""
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Source(ABC):
     """Where a training's teacher comes from."""
 
@@ -73,7 +72,7 @@ class Source(ABC):
         """
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromModule(Source):
     """The teacher of the recipe, frozen."""
 
@@ -83,7 +82,7 @@ class FromModule(Source):
         return FrozenTeacher(context.teacher, context.points, context.precision)
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromEMA(Source):
     """The moving average of the student that trains (mean teacher: Tarvainen & Valpola, NeurIPS 2017)."""
 
@@ -103,7 +102,7 @@ class FromEMA(Source):
         )
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromSnapshot(Source):
     """A frozen copy of the student as it is when this training begins."""
 
@@ -120,7 +119,7 @@ class FromSnapshot(Source):
         return FrozenTeacher(frozen, context.points, context.precision, students_view=True)
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromRandom(Source):
     """The recipe's teacher with fresh weights, a control: what gains by it does not gain by what a teacher knows."""
 
@@ -132,7 +131,7 @@ class FromRandom(Source):
         return FrozenTeacher(untrained.requires_grad_(False), context.points, context.precision)
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromOnnx(Source):
     """An ONNX file with the task's inputs: a black box that shows its outputs only."""
 
@@ -144,7 +143,7 @@ class FromOnnx(Source):
         return OnnxTeacher(self.path, context.example)
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromArtifact(Source):
     """The student of an earlier compile, a black box: an assistant, or the model from before there was new data."""
 
@@ -156,7 +155,7 @@ class FromArtifact(Source):
         return OnnxTeacher(artifact_model(Path(self.path)), context.example)
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromAssistant(Source):
     """The student as an earlier pass of this recipe left it, frozen.
 
@@ -175,7 +174,7 @@ class FromAssistant(Source):
         return FrozenTeacher(context.earlier(self.after).requires_grad_(False), context.points, context.precision)
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromPeer(Source):
     """A second student that learns beside the first, each from the other.
 
@@ -225,7 +224,7 @@ AnyMember = Annotated[
 ]
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromExits(Source):
     """Another teacher, and small classifiers at the student's shallower points that its own output teaches.
 
@@ -256,7 +255,7 @@ class FromExits(Source):
         return ExitsTeacher(self.teacher.make(context), exits, **weights)
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromShadow(Source):
     """A second head on the recipe's teacher, which teaches in its place and learns from teacher and student.
 
@@ -281,7 +280,7 @@ class FromShadow(Source):
         return ShadowTeacher(inner, self.point, head, student_weight=self.student_weight, temperature=self.temperature)
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FromEnsemble(Source):
     """The weighted mean of several teachers.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pqk.recipe.recipe import Recipe, parse_passes, pass_named, why_not_for_target
 from pqk.recipe.schema import json_schema
 from pqk.recipe.specs import FACTORY, TargetSpec, TaskSpec, TeacherSpec
-from pqk.recipe.strict import documentation, explain, parse, plain, read_text
+from pqk.recipe.strict import documentation, parse, plain, read_text
+from pqk.settings import explain
 
 __all__ = [
     "FACTORY",

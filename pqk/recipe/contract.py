@@ -7,12 +7,10 @@ import re
 from typing import Literal
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from pqk.core.program import CONFIG
 from pqk.errors import InputError
 from pqk.recipe.specs import StudentSpec
-from pqk.recipe.strict import in_words
+from pqk.settings import settings
 
 Free = Literal["speed", "metric"]
 """what is made as good as it gets, where every clause holds"""
@@ -23,8 +21,7 @@ SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|epochs?)")
 
 
-@in_words("contract")
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Contract:
     """What must hold of the student, and the budget in which it is looked for.
 

@@ -28,17 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pqk.core.pipeline import check_order
-from pqk.core.program import CONFIG, Pass, Stage
+from pqk.core.program import Pass, Stage
 from pqk.errors import InputError, Reason, nearest
 from pqk.passes import PASSES, Fuse
 from pqk.recipe.contract import Contract
 from pqk.recipe.defaults import DEFAULT, DEFAULT_PTQ, FUSE
 from pqk.recipe.specs import StudentSpec, TargetSpec, TaskSpec, TeacherSpec
-from pqk.recipe.strict import explain, parse, parse_toml, plain, read_text, toml_value
+from pqk.recipe.strict import parse, parse_toml, plain, read_text, toml_value
+from pqk.settings import CONFIG, in_words
 from pqk.target.target import Target
 
 TABLES: dict[str, type[Any]] = {
@@ -48,6 +49,7 @@ TABLES: dict[str, type[Any]] = {
 """the tables of a recipe beside its passes"""
 
 
+@in_words
 @dataclass(frozen=True, kw_only=True, config={**CONFIG, "arbitrary_types_allowed": True})
 class Recipe:
     """Passes in order, and what they are applied to. `Recipe.loads(r.dumps()) == r`.
@@ -96,10 +98,8 @@ class Recipe:
                 table[key] = parse(spec, table[key], f"{where}: [{key}]")
         try:
             return Recipe(passes=passes, **table)
-        except ValidationError as error:
-            raise InputError(f"{where}: {explain(error, Recipe)}") from error
         except InputError as error:
-            raise InputError(f"{where}: {error}" if where != "recipe" else str(error)) from error
+            raise InputError(f"{where}: {str(error).removeprefix('Recipe: ')}") from error
 
     @staticmethod
     def load(path: str | Path) -> Recipe:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from pqk.core.program import CONFIG
+from pqk.settings import settings
 
 FACTORY = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class TeacherSpec:
     """Where the teacher comes from. Only compress, check and rebuild import the factory."""
 
@@ -24,7 +23,7 @@ class TeacherSpec:
     """a safetensors file, looked for beside the recipe and in the data folder"""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class StudentSpec:
     """Where a student comes from that is not cut out of its teacher. Only compress, check and rebuild import it."""
 
@@ -37,7 +36,7 @@ class StudentSpec:
     """a safetensors file, looked for as the teacher's; without one the weights are those that the factory gives"""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class TaskSpec:
     """Where data, metric and loss come from."""
 
@@ -47,7 +46,7 @@ class TaskSpec:
     """keyword arguments of the factory"""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class TargetSpec:
     """The machine that will run the student; this one where no table is given."""
 

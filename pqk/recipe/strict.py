@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import tomllib
-from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from pqk.documents import check_depth, read_bytes
-from pqk.errors import InputError, first_line, nearest
-from pqk.knowledge import TERMS
-from pqk.knowledge.sources import SOURCES
-
-T = TypeVar("T")
+from pqk.errors import InputError, first_line
+from pqk.settings import explain
 
 RENAMED = {"terms": {"rise": "ramp_up", "fall": "ramp_down"}}
 """field of a pass with a list of tables -> their keys that had another name once: recipes that say it go on working"""
@@ -100,57 +95,6 @@ def _renamed(values: Any, where: str) -> Any:
                         raise InputError(f'{where}: {field}: "{old}" is "{new}" now, and both are given; keep one')
             values[field] = [{names.get(k, k): v for k, v in e.items()} if isinstance(e, dict) else e for e in entries]
     return values
-
-
-def explain(error: ValidationError, kind: type[Any]) -> str:
-    """A pydantic error in one line, naming the nearest known key for an unknown one."""
-    lines = []
-    for e in error.errors():
-        place = ".".join(str(part) for part in e["loc"])
-        if e["type"] == "unexpected_keyword_argument":
-            key, owner = str(e["loc"][-1]), kind if len(e["loc"]) == 1 else _tagged(e["loc"][-2])
-            lines.append(f'unknown key "{place}"' + (nearest(key, [f.name for f in fields(owner)]) if owner else ""))
-        elif e["type"] == "union_tag_invalid":
-            key, tag = e["ctx"]["discriminator"].strip("'"), e["ctx"]["tag"]
-            lines.append(f'{place}: unknown {key} "{tag}"{nearest(tag, _tags(key))}')
-        elif e["type"] == "union_tag_not_found":
-            key = e["ctx"]["discriminator"].strip("'")
-            lines.append(f'{place}: it needs a key "{key}"{nearest("", _tags(key))} (got {e["input"]!r})')
-        else:
-            shown = "" if e["type"] in ("missing", "value_error") else f" (got {e['input']!r})"
-            text = e["msg"].removeprefix("Value error, ").removeprefix("recipe: ").removeprefix("contract: ")
-            lines.append((f"{place}: " if place else "") + text + shown)
-    return "; ".join(lines)
-
-
-def in_words(what: str) -> Callable[[type[T]], type[T]]:
-    """A decorator of dataclasses whose constructor then raises `InputError` in words, not pydantic's error."""
-
-    def decorated(kind: type[T]) -> type[T]:
-        construct = kind.__init__
-
-        @functools.wraps(construct)
-        def constructed(self: T, *args: Any, **values: Any) -> None:
-            try:
-                construct(self, *args, **values)
-            except ValidationError as error:
-                raise InputError(f"{what}: {explain(error, kind)}") from error
-
-        setattr(kind, "__init__", constructed)  # noqa: B010 (mypy knows no other way)
-        return kind
-
-    return decorated
-
-
-def _tags(key: str) -> dict[str, type[Any]]:
-    """The terms by name, or the sources of teachers: what a table's `term` or `source` may be."""
-    kinds: tuple[type[Any], ...] = SOURCES if key == "source" else TERMS
-    return {str(next(f.default for f in fields(k) if f.name == key)): k for k in kinds}
-
-
-def _tagged(name: object) -> type[Any] | None:
-    """The term or source of that name."""
-    return {**_tags("term"), **_tags("source")}.get(str(name))
 
 
 def documentation(kind: type[Any]) -> dict[str, str]:

@@ -8,21 +8,23 @@ kept within ±64 there (255 * 64 * 2 = 32640 < 2**15), and every output is exact
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic.dataclasses import dataclass
 
 from pqk.errors import InputError, Reason, nearest
 from pqk.quant.qparams import U8, Grid
+from pqk.settings import CONFIG, in_words
 
 ISA_ORDER = {"x86-avx2": ("x86-avx2", "x86-vnni"), "x86-vnni": ("x86-vnni",)}
 """target -> the machines it runs on with the numbers it was trained for"""
 
 
-@dataclass(frozen=True)
+@in_words
+@dataclass(frozen=True, config=CONFIG)
 class Target:
     """What will run the student, and the integers that its kernels compute exactly on."""
 

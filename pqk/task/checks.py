@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,23 @@ from pqk.task.metrics import Metric, check_labels
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
 """where the modules are that torch's own quantization leaves"""
+
+
+def check_arguments(functions: Mapping[str, object], tables: Mapping[str, object], names: Mapping[str, object]) -> None:
+    """Raises `InputError`, naming it, for an argument that is not None and not of the kind that it is given as.
+
+    `functions` can be called, `tables` are mappings, and `names` are sequences of texts, not one text.
+    """
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise InputError(f"task: {name} is a {type(value).__name__} and must be a function")
+    for name, value in tables.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise InputError(f"task: {name} is a {type(value).__name__} and must be a dict")
+    for name, value in names.items():
+        texts = isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+        if value is not None and not texts:
+            raise InputError(f"task: {name} is {value!r} and must be texts in a tuple")
 
 
 def check_module(model: object, whose: str = "teacher") -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from pqk.data.data import Data
 from pqk.data.structures import Outputs, concatenate, first_tensor, widened
 from pqk.errors import InputError, nearest
+from pqk.settings import CONFIG, in_words
 from pqk.task.classes import IGNORED, axis_by_labels, shown
 
 SAY_AXIS = "pass Task(class_axis=…): 1 for [B, C, H, W], 2 for [B, T, C]"
 
 
-@dataclass(frozen=True)
+@in_words
+@dataclass(frozen=True, config=CONFIG)
 class Metric:
     """A number that says how good outputs are; higher is better."""
 

@@ -14,7 +14,8 @@ from pqk.data.data import ONE_NUMBER, Batch, Data, as_data, digest_of, split
 from pqk.data.structures import Inputs, Outputs, first_tensor, joined, map_tensors, tensors
 from pqk.data.views import TeachersView, TwoViews, Views
 from pqk.errors import InputError, Reason
-from pqk.task.checks import check_batches, check_scores, check_views, try_forward
+from pqk.settings import in_words
+from pqk.task.checks import check_arguments, check_batches, check_scores, check_views, try_forward
 from pqk.task.classes import ClassAxis, ignored_by
 from pqk.task.metrics import (
     SAY_AXIS,
@@ -35,6 +36,7 @@ TWO_VIEWS = (
 )
 
 
+@in_words
 class Task:
     """Data and judgement for one model.
 
@@ -87,6 +89,15 @@ class Task:
         validation_share: float = 0.1,
         views: Views | None = None,
     ) -> None:
+        check_arguments(
+            {"loss": loss, "decision": decision, "extra_files": extra_files},
+            {"dynamic_axes": dynamic_axes, "timed": timed, "preprocessing": preprocessing},
+            {"input_names": input_names, "output_names": output_names, "notes": notes},
+        )
+        if not isinstance(validation_share, int | float):
+            raise InputError(f"task: validation_share={validation_share!r} must be a number between 0 and 1")
+        if not isinstance(views, Views | None):
+            raise InputError(f"task: views is a {type(views).__name__}; pass Views(teacher=…, student=…)")
         whole = None if train is None else as_data(train, "task train")
         self.evaluation = as_data(evaluation, "task evaluation")
         self.train, self.validation = _with_validation(whole, validation, validation_share)

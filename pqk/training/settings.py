@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
-from pqk.core.program import CONFIG
 from pqk.errors import InputError
+from pqk.settings import settings
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Training:
     """How a student is trained; the fields that every training pass shares."""
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from pruning import data, program_of, task_of, trained
-from pydantic import ValidationError
 from torch import Tensor, nn
 from zoo import NETWORKS
 
@@ -166,7 +165,7 @@ def test_what_is_protected_stays(network: nn.Module) -> None:
 
 
 def test_places_and_costs_do_not_mix() -> None:
-    with pytest.raises(ValidationError, match="goes by places"):
+    with pytest.raises(InputError, match="goes by places"):
         Prune(macs_ratio=2.0, allocation="table", blocks="every_other", width=False, depth=True)
 
 

@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 from evaluations import TABLE
-from pydantic import ValidationError
 from torch import Tensor, fx, nn
 
 from pqk import Recipe, compress
@@ -352,7 +351,7 @@ def test_the_name_of_older_scripts_is_the_same_pass() -> None:
     ],
 )
 def test_configurations_that_cannot_be(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(InputError, match=message):
         JointSearch(**fields)
 
 

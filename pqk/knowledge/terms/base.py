@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import Field
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
-from pqk.core.program import CONFIG
 from pqk.data.structures import Inputs
 from pqk.errors import InputError, Reason, nearest
+from pqk.settings import settings
 from pqk.task.task import Task
 
 
@@ -76,7 +75,7 @@ class Place:
         return f"student {tuple(self.student.shape)}, teacher {tuple(self.teacher.shape)}"
 
 
-@pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Term(ABC):
     """A distillation loss: a value for each sample [B], in float32 at least, whose mean, times `weight`, is minimised.
 

@@ -6,15 +6,14 @@ from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from pqk.core.program import CONFIG
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.knowledge.terms.base import Place, View
 from pqk.knowledge.terms.feature import FeatureTerm
 from pqk.knowledge.terms.response import kl_rows, per_sample
+from pqk.settings import settings
 
 Head = tuple[Tensor, Tensor | None]
 """weight [C, D] and bias [C]"""
@@ -35,7 +34,7 @@ class DualProjector(nn.Module):
         return F.linear(hidden, weight.detach().to(hidden), None if bias is None else bias.detach().to(hidden))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class DualSpace(FeatureTerm):
     """KL(W_s P f_t ‖ z_s) + CE(W_s P f_t, y) + KL(z_t ‖ W_t P' f_s): hidden states read by both models' heads.
 

@@ -12,14 +12,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from pqk.core.program import CONFIG
 from pqk.data.structures import widened
 from pqk.errors import InputError
 from pqk.knowledge.terms.base import Place, Term, View
 from pqk.knowledge.terms.response import kl_rows
+from pqk.settings import settings
 
 
 def channel_axis(feature: Tensor) -> int:
@@ -54,7 +53,7 @@ class Slice(nn.Module):
         return teacher.index_select(channel_axis(teacher), index)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class FeatureTerm(Term):
     """A term that compares the outputs of two modules."""
 
@@ -134,7 +133,7 @@ class FeatureTerm(Term):
         return mask
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Hint(FeatureTerm):
     """mean_c (proj(f_s) − f_t)² of features [B, C, H, W], [B, N, D] or [B, D], then the mean over positions.
 
@@ -174,7 +173,7 @@ class Hint(FeatureTerm):
         return position_mean((s - t).square().mean(axis), self.position_weights(view, s))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class AttentionTransfer(FeatureTerm):
     """mean (Q_s − Q_t)², Q = vec(mean_c f²) / ‖·‖₂, of features of one resolution and any channel counts.
 
@@ -200,7 +199,7 @@ class AttentionTransfer(FeatureTerm):
         return (s - t).square().mean(1)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class HiddenCosine(FeatureTerm):
     """1 − cos(f_s, f_t) over channels, mean over real tokens, of features [B, N, D], [B, D] or [B, C, H, W].
 
@@ -222,7 +221,7 @@ class HiddenCosine(FeatureTerm):
         return position_mean((s - t).square().sum(axis) / 2, self.position_weights(view, s))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class AttentionMaps(FeatureTerm):
     """MSE or KL of attention maps [B, heads, N, N], head by head.
 

@@ -11,16 +11,15 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pqk.core.modes import evaluating
-from pqk.core.program import CONFIG
 from pqk.data.structures import Inputs, first_tensor, widened
 from pqk.errors import InputError
 from pqk.knowledge.taps import tap
 from pqk.knowledge.terms.base import Place, View
 from pqk.knowledge.terms.feature import FeatureTerm, Slice, channel_axis
+from pqk.settings import settings
 
 
 def neuron_scores(model: nn.Module, point: str, batches: Iterable[Inputs], class_axis: int = -1) -> Tensor:
@@ -76,7 +75,7 @@ def _scores(tapped: nn.Module, point: str, inputs: Inputs, class_axis: int) -> T
     return change.flatten(2).sum(2).abs().sum(0) if change.dim() > 2 else change.abs().sum(0)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class TaskNeurons(FeatureTerm):
     """mean_i (1 − ρ_i)², ρ_i the correlation of the student's unit i with the teacher's i-th task neuron.
 

@@ -13,19 +13,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from pqk.core.program import CONFIG
 from pqk.knowledge.terms.base import View
 from pqk.knowledge.terms.feature import FeatureTerm, unit
 from pqk.knowledge.terms.response import kl_rows
+from pqk.settings import settings
 
 NEAR = 1e-6
 """squared distances below this share of the mean one count as 0: rounding has eaten them, and their roots' gradients"""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class RelationTerm(FeatureTerm):
     """A term that compares how two batches of vectors lie: features flattened to [B, D_s] and [B, D_t]."""
 
@@ -43,7 +42,7 @@ class RelationTerm(FeatureTerm):
         """Computes the loss [B] of a student's batch [B, D_s] and a teacher's [B, D_t]."""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class RKDDistance(RelationTerm):
     """Smooth L1 of the distances [B, B] between samples, over their own mean.
 
@@ -59,7 +58,7 @@ class RKDDistance(RelationTerm):
         return F.smooth_l1_loss(_distances(student), _distances(teacher), reduction="none").mean(1)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class RKDAngle(RelationTerm):
     """Smooth L1 of the cosines [B, B, B] at sample j between i and k.
 
@@ -79,7 +78,7 @@ class RKDAngle(RelationTerm):
         return torch.cat([F.smooth_l1_loss(_angles(s), _angles(t), reduction="none").mean((1, 2)) for s, t in parts])
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class SimilarityPreserving(RelationTerm):
     """‖G_t − G_s‖²_F / B², G the row-normalised Gram matrix [B, B] of features flattened to [B, D].
 
@@ -95,7 +94,7 @@ class SimilarityPreserving(RelationTerm):
         return (s - t).square().mean(1)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class CorrelationCongruence(RelationTerm):
     """Mean squared difference of Gaussian kernels [B, B] in Taylor form.
 
@@ -121,7 +120,7 @@ class CorrelationCongruence(RelationTerm):
         return torch.stack(powers).sum(0)  # the power 0 is the same constant on both sides
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class LocalGeometry(RelationTerm):
     """KL(s ‖ t) of softmax(−distance) over each sample's nearest neighbours, of features flattened to [B, D].
 
@@ -140,7 +139,7 @@ class LocalGeometry(RelationTerm):
         return kl_rows(*(F.log_softmax(-d.gather(1, near), -1) for d in (d_s, d_t)))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class PKT(RelationTerm):
     """KL of cosine similarities as probabilities [B, B], mean over pairs, of features flattened to [B, D].
 

@@ -14,13 +14,12 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from pqk.core.program import CONFIG
 from pqk.data.structures import leaves, members, tensors, widened
 from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge.terms.base import Term, View
+from pqk.settings import settings
 from pqk.task.metrics import SAY_AXIS
 from pqk.task.task import Task
 
@@ -60,7 +59,7 @@ def pick(value: Any, output: int | str | None) -> Any:
     return outputs[output]
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class ResponseTerm(Term):
     """A term that compares the models' outputs: logits [B, …, C], of one or of several outputs."""
 
@@ -141,7 +140,7 @@ class ResponseTerm(Term):
         return [y != view.task.ignored for y in labels]
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class CrossEntropy(Term):
     """The task's own loss [B] against the labels, the cross-entropy of logits [B, C] by default; no teacher."""
 
@@ -158,7 +157,7 @@ class CrossEntropy(Term):
 # ---- divergences
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class Divergence(ResponseTerm):
     """T² times a divergence of the two distributions softmax(z / T)."""
 
@@ -187,7 +186,7 @@ class Divergence(ResponseTerm):
         """Computes the divergence [B, …] of log-probabilities [B, …, C]."""
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class KLDivergence(Divergence):
     """T² · Σ_c p_t log(p_t / p_s), p = softmax(z / T) of logits z [B, …, C].
 
@@ -202,7 +201,7 @@ class KLDivergence(Divergence):
         return kl_rows(log_t, log_s)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class ReverseKL(Divergence):
     """T² · KL(p_s ‖ p_t) of logits [B, …, C], which seeks a mode instead of covering all.
 
@@ -215,7 +214,7 @@ class ReverseKL(Divergence):
         return kl_rows(log_s, log_t)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class JSD(Divergence):
     """T² · (β KL(p_t ‖ m) + (1−β) KL(p_s ‖ m)), m = β p_t + (1−β) p_s, of logits [B, …, C].
 
@@ -231,7 +230,7 @@ class JSD(Divergence):
         return self.beta * kl_rows(log_t, log_m) + (1 - self.beta) * kl_rows(log_s, log_m)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class SkewKL(Divergence):
     """T² · KL(p_t ‖ λ p_t + (1−λ) p_s) of logits [B, …, C]: KL without its exploding gradients.
 
@@ -246,7 +245,7 @@ class SkewKL(Divergence):
         return kl_rows(log_t, _mixture(log_t, log_s, self.skew))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class SkewReverseKL(Divergence):
     """T² · KL(p_s ‖ λ p_s + (1−λ) p_t) of logits [B, …, C] (Ko et al., DistiLLM, ICML 2024, section 3.1)."""
 
@@ -263,7 +262,7 @@ def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class StandardizedKD(Divergence):
     """T² · KL(p_t ‖ p_s) of logits [B, …, C] that are z-scored row by row before the temperature.
 
@@ -291,7 +290,7 @@ class StandardizedKD(Divergence):
 # ---- others
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class LogitMSE(ResponseTerm):
     """mean_c (z_s − z_t)² of logits z [B, …, C]; centred, it is the limit of `kl` for large T.
 
@@ -315,7 +314,7 @@ class LogitMSE(ResponseTerm):
         return per_sample(losses)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class DecoupledKD(ResponseTerm):
     """T² (a · TCKD + b · NCKD): target against the rest, and among the rest, of logits [B, …, C].
 
@@ -352,7 +351,7 @@ def _decoupled(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.log_softmax(two, -1), F.log_softmax(rest, -1)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class DIST(ResponseTerm):
     """T² · (b (1 − ρ of rows) + g (1 − ρ of columns)) of p = softmax(z / T), logits z [B, …, C].
 
@@ -386,7 +385,7 @@ def _uncorrelated(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.where(norm_t > 1e-3, loss, torch.zeros_like(loss))
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class LabelSmoothing(ResponseTerm):
     """KL(q ‖ softmax(z)) of logits z [B, …, C], q a teacher that knows the label int64 [B, …] and nothing else.
 
@@ -411,7 +410,7 @@ class LabelSmoothing(ResponseTerm):
         return per_sample(losses, labelled)
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
+@settings
 class SortedULD(ResponseTerm):
     """Σ_c |sorted p_s − sorted p_t|, p = softmax(z / T) of logits [B, …, C_s] and [B, …, C_t], padded with zeros.
 
