@@ -74,10 +74,12 @@ def _shape_env(program: ExportedProgram) -> Any | None:
 
 
 def literal_line(graph: fx.Graph, size: int) -> str:
-    """`FILE:LINE: 'code'` of the first operator that a number equal to a size enters, or nothing."""
+    """`FILE:LINE: 'code'` of the first operator that a number equal to a size enters, or which takes apart an axis of
+    that size, as a loop over a tensor does; or nothing."""
     for node in graph.nodes:
         numbers = [a for b in node.args for a in (b if isinstance(b, list | tuple) else [b]) if type(a) is int]
-        if node.op == "call_function" and size in numbers and (line := node_line(node)):
+        apart = node.target is aten.unbind.int and len(node.meta["val"]) == size
+        if node.op == "call_function" and (size in numbers or apart) and (line := node_line(node)):
             return line
     return ""
 

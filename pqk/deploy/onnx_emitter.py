@@ -27,7 +27,7 @@ from pqk.deploy.onnx_ops import QUANTIZERS
 from pqk.deploy.onnx_pools import Value, average_pool, max_pool
 from pqk.errors import InputError, PqkError
 from pqk.files import write_whole
-from pqk.passes.capture.capture import capture
+from pqk.passes.capture.capture import capture, fixed_size
 from pqk.quiet import quiet
 from pqk.task.axes import Axes, batch_axes, free_axes
 from pqk.task.task import Task
@@ -135,6 +135,7 @@ def _written(
     _anonymize(model)
     ends = {_end(kind, i): n for kind, all_ in (("input", input_names), ("output", names)) for i, n in enumerate(all_)}
     _rename(model.graph, {**ends, **_making_way(model.graph, set(ends.values()))})
+    _refuse_fixed(model, module, example, axes or batch_axes(example))
     _name_axes(model, axes or batch_axes(example))
     if isinstance(module, fx.GraphModule):
         _name_layers(model, module)
@@ -252,6 +253,15 @@ def _anonymize(model: onnx.ModelProto) -> None:
     for part in (graph, *graph.node, *values, *model.functions):
         del part.metadata_props[:]
         part.ClearField("doc_string")
+
+
+def _refuse_fixed(model: onnx.ModelProto, module: nn.Module, example: tuple[Tensor, ...], axes: Axes) -> None:
+    """Raises `InputError` where the file takes a free axis in the example's size alone: the exporter does not ask."""
+    for value, names in zip(model.graph.input, axes, strict=True):
+        for d, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
+            if name and not d.dim_param:
+                message, where = fixed_size(module, example, axes)
+                raise InputError(f"emit_onnx: {type(module).__name__} cannot be written as ONNX: {message}{where}")
 
 
 def _name_axes(model: onnx.ModelProto, axes: Axes) -> None:

@@ -208,6 +208,34 @@ def test_what_onnx_has_no_word_for_is_refused_and_nothing_is_left_behind(
     assert capfd.readouterr() == ("", ""), "the library never prints"
 
 
+class ByLength(nn.Module):
+    """Its batch becomes a number of Python's, in one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(3, 2), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "len":
+            return self.linear(x.reshape(len(x), -1))
+        if self.how == "int":
+            return self.linear(x) + torch.zeros(int(x.size(0)), 2)
+        if self.how == "range":
+            return self.linear(x) + torch.cat([torch.zeros(1, 2) for _ in range(x.shape[0])])
+        return torch.stack([self.linear(row) for row in x])
+
+
+@pytest.mark.parametrize(
+    ("how", "line"), [("len", "len(x)"), ("int", "int(x.size(0))"), ("range", "range(x.shape[0])"), ("rows", "in x])")]
+)
+def test_a_file_of_a_fixed_batch_is_refused_with_the_line_that_fixes_it(how: str, line: str, tmp_path: Path) -> None:
+    """The exporter writes one without a word, which fails where the first batch of another size is asked of it."""
+    with pytest.raises(InputError, match=r"the batch size is fixed to 2 .*, at test_onnx_emitter.py:\d+: '") as caught:
+        emit_onnx(ByLength(how), (torch.randn(2, 3),), tmp_path / "model.onnx", ["input"])
+    assert line in str(caught.value) and "x.shape[0]" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_model_runs_where_there_is_no_torch(tmp_path: Path) -> None:
     e = emit("tokens", tmp_path)
     np.save(tmp_path / "x.npy", e.inputs[0].numpy())
