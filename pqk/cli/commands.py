@@ -36,6 +36,7 @@ from pqk.report.text import (
     LATENCY_HEADER,
     attribution_table,
     cascade_text,
+    is_share,
     latency_cells,
     promise_text,
 )
@@ -116,7 +117,7 @@ def compress(
     files = sorted([*artifact.manifest["files"], MANIFEST])
     document = {"out": str(out), "files": files, "warnings": warnings, "report": json.loads(report.dumps())}
     spent = f"{clock(sum(report.seconds.values()))} in passes; parity {describe.parity(report)}"
-    promised = [] if report.promise is None else [promise_text(report.promise)]
+    promised = [] if report.promise is None else [promise_text(report.promise, share=is_share(report))]
     promised += [] if report.cascade is None else [cascade_text(report)]
     written = f"written to {out}: {', '.join(files)}"
     shown = [attribution_table(report), *promised, spent, *describe.warned(warnings), written]

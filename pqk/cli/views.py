@@ -17,7 +17,7 @@ from pqk.knowledge.sources import SOURCES
 from pqk.passes import PASSES
 from pqk.recipe.strict import documentation
 from pqk.report.schema import LatencyRow, Report
-from pqk.report.text import percent
+from pqk.report.text import NOT_COMPARED, percent
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
@@ -135,7 +135,7 @@ def passes_done(report: Report) -> list[RenderableType]:
         ]
         for r in report.passes
     ]
-    header = ("pass", "stage", "time", "parameters", "MACs", "validation", "what it did")
+    header = ("pass", "stage", "time", "parameters", "MACs", "on validation data", "what it did")
     shown: list[RenderableType] = [table("Passes", header, rows, right=(2, 3, 4, 5))]
     declined = declined_table((d.pass_name, d.layer, d.reason) for d in report.declined)
     return [*shown, declined or "nothing was declined"]
@@ -161,6 +161,8 @@ def diagnosed(report: Report) -> list[str]:
 def parity(report: Report) -> str:
     if report.parity is None:
         return f"not checked: {report.parity_reason or 'no reason given'}"
+    if not report.parity.compared:
+        return NOT_COMPARED
     if report.parity.passed:
         return f"met, {percent(report.parity.agreement)} of {report.parity.samples} samples decided alike"
     return f"BROKEN: {report.parity.first_divergence}"

@@ -11,6 +11,7 @@ from pqk.report.text import (
     CALIBRATION_HEADER,
     CALIBRATION_NOTE,
     CONTROL_HEADER,
+    DECIDING,
     LATENCY_HEADER,
     PARITY_HEADER,
     ROBUSTNESS_HEADER,
@@ -20,12 +21,13 @@ from pqk.report.text import (
     cascade_text,
     conditions_of,
     control_rows,
-    deployed_form,
+    difference_text,
     findings,
     gathered,
+    is_share,
     latency_cells,
     parity_cells,
-    parity_numbers,
+    parity_text,
     percent,
     promise_text,
     reasons_of,
@@ -47,7 +49,7 @@ def to_markdown(report: Report) -> str:
         f"# Compressed for {report.target}",
         markdown_table(ATTRIBUTION_HEADER, [attribution_cells(report, row) for row in report.attribution]),
         *missing_numbers(report),
-        *([] if report.promise is None else promise_section(report.promise)),
+        *([] if report.promise is None else promise_section(report.promise, report)),
         *cascade_section(report),
         "## Latency",
         latency_section(report),
@@ -77,16 +79,21 @@ def cascade_section(report: Report) -> list[str]:
     return ["## The cascade", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def promise_section(promise: Promise) -> list[str]:
+def promise_section(promise: Promise, report: Report) -> list[str]:
     """Whether the contract is kept, and everything that was tried for it."""
+    share = is_share(report)
+
+    def shown(value: float | None) -> str:
+        return percent(value) if share or value is None else f"{value:.4g}"
+
     header = ("tried", "how", "fate", promise.metric, "lost at most", "speed-up", "MB", "epochs", "s")
     rows = [
         [
             f"**{t.name}**" if t.name == promise.chosen else t.name,
             t.what,
             t.fate,
-            _number(t.metric),
-            _number(t.drop_high),
+            shown(t.metric),
+            difference_text(t.drop_high, share=share),
             "–" if t.ratio is None else f"{t.ratio:.2f}x",
             "–" if t.size_bytes is None else f"{t.size_bytes / 1e6:.2f}",
             f"{t.epochs:.2g}",
@@ -96,14 +103,11 @@ def promise_section(promise: Promise) -> list[str]:
     ]
     return [
         "## The contract",
-        "\n".join(f"- {line}" for line in promise_text(promise).splitlines()),
+        "\n".join(f"- {line}" for line in promise_text(promise, share=share).splitlines()),
         markdown_table(header, rows, texts=3),
-        f"On {promise.validation_samples} validation samples, where the teacher has {promise.teacher:.4g}.",
+        f"On {promise.validation_samples} samples of deciding data, where the teacher has {shown(promise.teacher)}. "
+        f"{DECIDING}",
     ]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
 
 
 def latency_section(report: Report) -> str:
@@ -121,13 +125,15 @@ def parity_section(report: Report) -> str:
     lines = [f"Integer coverage (share of MACs in integer kernels): {coverage}.", ""]
     if parity is None:
         return "\n".join([*lines, f"Parity was not checked: {report.parity_reason or 'no reason given'}."])
-    return "\n".join([*lines, contract(parity)])
+    return "\n".join([*lines, contract(parity, is_share(report))])
 
 
-def contract(parity: Parity) -> str:
+def contract(parity: Parity, share: bool) -> str:
     """Whether the parity contract is met, and every layer's numbers."""
+    if not parity.compared:
+        return f"Of what is deployed and what was trained, {parity_text(parity, share=share)}."
     verdict = "met" if parity.passed else "broken"
-    lines = [f"The contract is **{verdict}** ({deployed_form(parity)}): {parity_numbers(parity)}."]
+    lines = [f"The contract is **{verdict}** ({parity_text(parity, share=share)})."]
     if parity.first_divergence:
         lines += ["", f"First divergence: {parity.first_divergence}."]
     rows = [parity_cells(layer) for layer in parity.layers]
@@ -151,7 +157,7 @@ def fusion_section(report: Report) -> list[str]:
         f"`student.pt2`, {fusion.size_bytes} bytes; counted for one sample, not timed.",
         markdown_table(("", "INT8 graph", "fused"), rows),
         *([markdown_table(("left out", "reason"), rows_left_out, texts=2)] if rows_left_out else []),
-        *([contract(fusion.parity)] if fusion.parity != report.parity else []),
+        *([contract(fusion.parity, is_share(report))] if fusion.parity != report.parity else []),
     ]
 
 

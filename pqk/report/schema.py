@@ -156,6 +156,11 @@ class Parity(Part):
     """whether ONNX Runtime ran with its optimizations: without them where the target is not this machine;
     `reference`: the fused student ran instead, by the reference bodies of its operators"""
 
+    @property
+    def compared(self) -> bool:
+        """Whether there was anything to compare: not of a file that another tool wrote."""
+        return bool(self.layers) or self.samples > 0
+
 
 class Declined(Part):
     """What a pass left alone, and why."""

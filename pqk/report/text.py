@@ -28,6 +28,19 @@ def metric_text(metric: MetricValues | None, value: float | None) -> str:
     return percent(value) if metric.unit == "share" else f"{value:.4g} {metric.unit}".strip()
 
 
+def is_share(report: Report) -> bool:
+    """Whether the metric is a share: shown in per cent, and differences of it in points."""
+    return report.metric is None or report.metric.unit == "share"
+
+
+def difference_text(value: float | None, *, share: bool, signed: bool = False) -> str:
+    """How much of the metric lies between two values: points of a share, else in its own unit."""
+    if value is None:
+        return "–"
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.2f} points" if share else f"{value:{sign}.4g}"
+
+
 def attribution_cells(report: Report, row: AttributionRow) -> list[str]:
     latency = next((la for la in report.latency if same_measurement(la, row)), None)
     ratio = "–" if row.ratio is None else f"{row.ratio:.2f}x"
@@ -110,17 +123,28 @@ def latency_cells(row: LatencyRow) -> list[str]:
     ]
 
 
-def clause_text(clause: Clause) -> str:
-    """`max_drop 1: 0.4 (at most 0.9, by 95 %): held; on evaluation data 0.5: held`."""
+DECIDING = (
+    "Deciding data are the samples that the student was chosen by: those of Task(validation=…), or, where none were "
+    "given, half of the evaluation samples. Validation data are what passes are calibrated and scored on; where none "
+    "were given, they are split off the training data."
+)
+"""the two kinds of data that choices are made by, which may be the same"""
+CLAUSE_UNITS = {"min_speedup": "x", "max_latency_ms": " ms", "max_size_mb": " MB"}
+
+
+def clause_text(clause: Clause, *, share: bool) -> str:
+    """`max_drop = 1: 0.4 points on deciding data (at most 0.9 points for certain): held; 0.5 points on evaluation data:
+    held`, where the metric is a share."""
     told = {True: "held", False: "broken"}
     known = "at least" if clause.name == "min_speedup" else "at most"
+    unit = CLAUSE_UNITS.get(clause.name, " points" if share else "")
     text = (
-        f"{clause.name} = {clause.bound:g}: {clause.validation:.3g} on validation data ({known} {clause.certain:.3g} "
-        f"for certain): {told[clause.held]}"
+        f"{clause.name} = {clause.bound:g}: {clause.validation:.3g}{unit} on deciding data ({known} "
+        f"{clause.certain:.3g}{unit} for certain): {told[clause.held]}"
     )
     if clause.evaluation is None or clause.held_on_evaluation is None:
         return text
-    return f"{text}; {clause.evaluation:.3g} on evaluation data: {told[clause.held_on_evaluation]}"
+    return f"{text}; {clause.evaluation:.3g}{unit} on evaluation data: {told[clause.held_on_evaluation]}"
 
 
 def cascade_text(report: Report) -> str:
@@ -131,7 +155,7 @@ def cascade_text(report: Report) -> str:
     lines = [
         f"cascade: the student answers what it is sure of (at least {made.threshold:.4g} for a class at temperature "
         f"{made.temperature:.3g}), the teacher the rest: {percent(made.routed)} of evaluation samples, "
-        f"{percent(made.routed_validation)} of those that it was chosen on"
+        f"{percent(made.routed_validation)} of deciding samples, by which it was chosen"
     ]
     if made.metric is not None and report.metric is not None:
         own, student, teacher = (
@@ -149,11 +173,11 @@ def cascade_text(report: Report) -> str:
     return "\n".join([*lines, f"both files together {made.size_bytes / 1e6:.2f} MB"])
 
 
-def promise_text(promise: Promise) -> str:
+def promise_text(promise: Promise, *, share: bool) -> str:
     """What was promised, whether it holds, and what ships, in lines."""
     kept = "kept" if promise.kept else "not kept"
     lines = [f"contract {kept} by {promise.chosen!r}, {len(promise.tried)} tried in {promise.seconds:.0f} s"]
-    lines += [clause_text(clause) for clause in promise.clauses]
+    lines += [clause_text(clause, share=share) for clause in promise.clauses]
     if promise.obstacle:
         lines.append(f"in the way: {promise.obstacle}")
     if promise.caution:
@@ -275,9 +299,19 @@ def deployed_form(parity: Parity) -> str:
     return "fused student, reference bodies" if parity.mode == "reference" else f"{parity.mode} ONNX Runtime"
 
 
-def parity_numbers(parity: Parity) -> str:
-    delta = "–" if parity.metric_delta is None else f"{parity.metric_delta:+.4f}"
-    return f"{percent(parity.agreement)} of {parity.samples} samples decided alike, metric differs by {delta}"
+NOT_COMPARED = (
+    "nothing was compared: another tool wrote this file, and no pass of pqk's made it, so there is no trained form "
+    "whose numbers it could have; its metric, speed and size were measured as every network's were"
+)
+
+
+def parity_text(parity: Parity, *, share: bool) -> str:
+    """What came of the comparison of what is deployed with what was trained, without its verdict."""
+    if not parity.compared:
+        return NOT_COMPARED
+    delta = difference_text(parity.metric_delta, share=share, signed=True)
+    alike = f"{percent(parity.agreement)} of {parity.samples} samples decided alike, metric differs by {delta}"
+    return f"{deployed_form(parity)}: {alike}"
 
 
 def conditions_of(report: Report) -> list[str]:

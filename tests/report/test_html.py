@@ -18,7 +18,7 @@ from pqk.deploy.artifact import write_report
 from pqk.report.html.drawing import drawn
 from pqk.report.html.page import to_html
 from pqk.report.schema import Report
-from pqk.report.text import attribution_cells, latency_cells, percent
+from pqk.report.text import attribution_cells, difference_text, latency_cells, percent
 
 ROOT = Path(__file__).parents[2]
 REPORTS = sorted(
@@ -84,7 +84,7 @@ def test_the_numbers_are_the_reports() -> None:
     *measured, failed = report.promise.tried
     for tried in measured:
         own = next(r for r in rows if r[1:2] == [tried.name])
-        assert {tried.what, tried.fate, percent(tried.metric), percent(tried.drop_high)} <= {*own}
+        assert {tried.what, tried.fate, percent(tried.metric), difference_text(tried.drop_high, share=True)} <= {*own}
         assert {"120 kB", "20.0 M", "4.5", "61 s"} <= {*own}
         assert f"{tried.ratio:.2f}x ({tried.ratio_low:.2f} to {tried.ratio_high:.2f})" in own
     assert ["4", "odd", failed.what, "does not compile", *["–"] * 6, "0", "3 s"] in rows
@@ -96,7 +96,7 @@ def test_the_numbers_are_the_reports() -> None:
     assert ["is at least 3x as fast", "4.13x", "4.01x", "holds", "4.07x", "holds"] in rows
     assert ["conv1", "Conv", "1", "99.99 %", "equal"] in rows
     said = " ".join(texts(page))
-    for text in ("5,123 validation samples", "10,000 samples", "teacher, INT8 by PTQ alone was not measured", "a note",
+    for text in ("5,123 deciding samples", "10,000 samples", "teacher, INT8 by PTQ alone was not measured", "a note",
                  "99.90 % of 1000 samples", "Budget 15m; the search took 12 min"):  # fmt: skip
         assert text in said
 
@@ -124,7 +124,7 @@ def test_a_promise_that_evaluation_data_breaks_is_said_first() -> None:
     broken = speed.model_copy(update={"evaluation": 2.9, "held_on_evaluation": False})
     page = to_html(a_full_report(promise=a_promise(clauses=(drop, broken))))
     (title,) = parsed(page).iter("h1")
-    assert title.text == "The promise was kept on validation data, but does not hold on evaluation data"
+    assert title.text == "The promise was kept on deciding data, but does not hold on evaluation data"
     assert ["is at least 3x as fast", "4.13x", "4.01x", "holds", "2.9x", "broken"] in cells(page)
 
 

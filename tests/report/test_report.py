@@ -6,12 +6,14 @@ from typing import Any
 
 import jsonschema
 import pytest
-from reports import a_report
+from reports import a_promise, a_report
 
+from pqk.cli.views import parity, passes_done
 from pqk.errors import InputError
+from pqk.report.html.page import to_html
 from pqk.report.markdown import to_markdown
-from pqk.report.schema import SCHEMA_PATH, Report, schema_text
-from pqk.report.text import to_text
+from pqk.report.schema import SCHEMA_PATH, MetricValues, Parity, Report, schema_text
+from pqk.report.text import DECIDING, promise_text, to_text
 from pqk.target.machine import machine_fingerprint
 
 
@@ -144,3 +146,48 @@ def test_the_fingerprint_names_no_host_and_no_path() -> None:
     text = json.dumps(told)
     assert platform.node() not in text and "/" not in told["os"] and told["cores"] >= 1
     assert "torch" in told["versions"]
+
+
+def test_what_is_lost_has_one_unit() -> None:
+    """Points of a share in the clause, in the table of what was tried and in parity; the metric in per cent."""
+    page = to_markdown(a_report(promise=a_promise()))
+    (row,) = [line for line in page.splitlines() if line.startswith("| **narrow**")]
+    assert "| 92.69 % | 0.81 points | 4.13x |" in row
+    assert "max_drop = 1: 0.31 points on deciding data (at most 0.83 points for certain): held" in page
+    assert (
+        "min_speedup = 3: 4.13x on deciding data (at least 4.01x for certain): held; 4.07x on evaluation data" in page
+    )
+    assert "where the teacher has 93.00 %" in page and "metric differs by -0.01 points" in page
+    assert "0.81 points" in to_html(a_report(promise=a_promise()))
+
+
+def test_what_is_lost_of_another_metric_is_in_its_own_unit() -> None:
+    metric = MetricValues(name="quality", unit="dB", teacher=0.93, student=0.91)
+    page = to_markdown(a_report(promise=a_promise(), metric=metric))
+    (row,) = [line for line in page.splitlines() if line.startswith("| **narrow**")]
+    assert "| 0.9269 | 0.0081 | 4.13x |" in row and "points" not in page
+    assert "metric differs by -0.0001" in page
+
+
+def test_the_data_that_decides_is_not_called_what_the_split_of_the_training_data_is() -> None:
+    """Each has its own name, and both are explained once."""
+    report = a_report(promise=a_promise())
+    markdown, html = to_markdown(report), to_html(report)
+    for text in (markdown, html):
+        assert text.count(DECIDING) == 1
+        rest = text.replace(DECIDING, "")
+        assert "deciding data" in rest and "validation samples" not in rest
+    assert "validation" not in promise_text(a_promise(), share=True)
+    table = next(part for part in passes_done(report) if hasattr(part, "columns"))
+    assert "on validation data" in [column.header for column in table.columns]
+
+
+def test_a_file_of_another_tool_is_not_said_to_have_met_anything() -> None:
+    nothing = Parity(
+        passed=True, layers=(), agreement=None, metric_delta=None, first_divergence=None, samples=0, mode="optimized"
+    )
+    report = a_report(parity=nothing)
+    for text in (to_markdown(report), to_html(report), parity(report)):
+        assert "nothing was compared: another tool wrote this file" in text
+        assert "of 0 samples" not in text and "met" not in text.partition("Parity")[2].partition("nothing was")[0]
+    assert "not compared" in to_html(report)

@@ -17,12 +17,12 @@ from pqk.report.text import (
     calibrations,
     conditions_of,
     control_rows,
-    deployed_form,
     findings,
     gathered,
+    is_share,
     latency_cells,
     parity_cells,
-    parity_numbers,
+    parity_text,
     percent,
     robustness_note,
     robustness_rows,
@@ -72,20 +72,22 @@ def parity(report: Report) -> Markup:
     if report.parity is None:
         parts.append(paragraph(f"Parity was not checked: {report.parity_reason or 'no reason given'}."))
     else:
-        parts += _parity(report.parity)
+        parts += _parity(report.parity, is_share(report))
     if (fusion := report.fusion) is not None:
         counts = [
             ["launches", f"{fusion.launches_before:,}", f"{fusion.launches_after:,}"],
             ["bytes moved", f"{fusion.bytes_before:,}", f"{fusion.bytes_after:,}"],
         ]
         parts += [element("h3", "Fused for a GPU"), table(("", "INT8 graph", "fused"), counts)]
-        parts += [] if fusion.parity == report.parity else _parity(fusion.parity)
+        parts += [] if fusion.parity == report.parity else _parity(fusion.parity, is_share(report))
     return joined(parts)
 
 
-def _parity(found: Parity) -> list[Markup]:
+def _parity(found: Parity, share: bool) -> list[Markup]:
+    if not found.compared:
+        return [paragraph(f"Of what is deployed and what was trained, {parity_text(found, share=share)}.")]
     verdict = element("strong", "met" if found.passed else "broken", class_="kept" if found.passed else "broken")
-    numbers = f" ({deployed_form(found)}): {parity_numbers(found)}."
+    numbers = f" ({parity_text(found, share=share)})."
     parts = [paragraph("That what is deployed computes what was trained is ", verdict, numbers)]
     if found.first_divergence:
         parts.append(paragraph(f"First divergence: {found.first_divergence}."))

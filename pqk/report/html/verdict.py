@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from pqk.report.html.elements import Markup, bullets, element, joined, paragraph, table
 from pqk.report.html.pictures import metric_against_speed, networks, tried_students
 from pqk.report.promise import Clause, Promise, TriedStudent
 from pqk.report.schema import AttributionRow, Report
 from pqk.report.text import (
     ATTRIBUTION_HEADER,
+    DECIDING,
     attribution_cells,
     cascade_text,
+    difference_text,
+    is_share,
     metric_text,
     percent,
     reasons_of,
@@ -34,7 +39,7 @@ def headline(report: Report) -> str:
     if not made.kept:
         return "The promise is not kept: this is the nearest student"
     if any(clause.held_on_evaluation is False for clause in made.clauses):
-        return "The promise was kept on validation data, but does not hold on evaluation data"
+        return "The promise was kept on deciding data, but does not hold on evaluation data"
     return "The promise is kept"
 
 
@@ -68,7 +73,7 @@ def lead(report: Report) -> str:
         chosen = f"It is {best}, or as good and loses less, of {count} that were tried"
     else:
         chosen = f"None of the {count} that were tried keeps every clause; it is the nearest"
-    said = f"The student is “{made.chosen}”. {chosen}, judged on {made.validation_samples:,} validation samples"
+    said = f"The student is “{made.chosen}”. {chosen}, judged on {made.validation_samples:,} deciding samples"
     judged = f"by {made.metric} and by times measured here"
     return f"{said} {judged}. Evaluation data, {samples:,} samples, was looked at once, after the choice."
 
@@ -90,8 +95,11 @@ def numbers(report: Report) -> Markup:
     cards.append(("file", scaled(report.size_bytes, 1e3, "kB", 0), size))
     cards.append(("in integer kernels", percent(report.integer_coverage), "of all multiplications"))
     if report.parity is not None:
-        alike = f"{percent(report.parity.agreement)} decided alike"
-        cards.append(("parity", "met" if report.parity.passed else "broken", alike))
+        if report.parity.compared:
+            alike = f"{percent(report.parity.agreement)} decided alike"
+            cards.append(("parity", "met" if report.parity.passed else "broken", alike))
+        else:
+            cards.append(("parity", "not compared", "another tool wrote the file"))
     groups = [
         element("div", element("dt", name), element("dd", value, element("small", below)))
         for name, value, below in cards
@@ -105,7 +113,7 @@ def promise(report: Report) -> Markup:
     if made is None:
         return Markup("")
     verdict = element("strong", "kept" if made.kept else "not kept", class_="kept" if made.kept else "broken")
-    parts = [paragraph("On validation data, by which the student was chosen, the promise is ", verdict, ".")]
+    parts = [paragraph("On deciding data, by which the student was chosen, the promise is ", verdict, ".")]
     notes = []
     if made.obstacle:
         notes.append(f"What stands in the way: {made.obstacle}.")
@@ -114,10 +122,10 @@ def promise(report: Report) -> Markup:
     if made.dominated_by:
         notes.append(f"A row of the table below is better in metric and speed, for sure: {made.dominated_by}.")
     rows = [_clause_cells(clause, report) for clause in made.clauses]
-    header = ("the student", "validation", "surely", "", "evaluation", "")
+    header = ("the student", "deciding data", "surely", "", "evaluation data", "")
     note = (
         "“Surely” is the end of the interval that has to keep the bound: one-sided 95 % for what is lost, two-sided "
-        f"for times. Budget {made.budget}; the search took {_clock(made.seconds)}."
+        f"for times. {DECIDING} Budget {made.budget}; the search took {_clock(made.seconds)}."
     )
     return joined([*parts, bullets(notes), table(header, rows), paragraph(note, class_="note")])
 
@@ -137,7 +145,7 @@ def _clause_cells(clause: Clause, report: Report) -> list[str]:
 
 
 def _quantity(clause: Clause, value: float, report: Report) -> str:
-    share = _is_share(report)
+    share = is_share(report)
     unit = UNITS.get(clause.name) or ("" if not share else " point" if value == 1 else " points")
     return f"{value:.4g}{unit}"
 
@@ -174,16 +182,12 @@ def _search(made: Promise, report: Report) -> list[Markup]:
     if len(points) < 2:
         return []
     caption = (
-        f"All that was tried, on {made.validation_samples:,} validation samples. Numbers are the rows' under “What was "
+        f"All that was tried, on {made.validation_samples:,} deciding samples. Numbers are the rows' under “What was "
         "tried”; bars are 95 % intervals. Filled: on the front, no other is better in both. Broken lines: what the "
         "contract asks for."
     )
-    picture = metric_against_speed("search", points, made.metric, _is_share(report), caption, made)
+    picture = metric_against_speed("search", points, made.metric, is_share(report), caption, made)
     return [element("h3", "The search"), picture, element("h3", "The student and its baselines")]
-
-
-def _is_share(report: Report) -> bool:
-    return report.metric is None or report.metric.unit == "share"
 
 
 TRIED_HEADER = (
@@ -196,7 +200,7 @@ def tried(report: Report) -> Markup:
     """Every network of the search with its fate, every pass of the recipe, and what passes left alone."""
     parts = []
     if (made := report.promise) is not None:
-        rows = [_tried_cells(i, t, _is_share(report)) for i, t in enumerate(made.tried, 1)]
+        rows = [_tried_cells(i, t, is_share(report)) for i, t in enumerate(made.tried, 1)]
         marked = {i for i, t in enumerate(made.tried) if t.name == made.chosen}
         parts += [element("h3", "The search"), table(TRIED_HEADER, rows, texts=4, marked=marked)]
     passes = [
@@ -205,7 +209,7 @@ def tried(report: Report) -> Markup:
         for r in report.passes
     ]  # fmt: skip
     if passes:
-        header = ("pass", "time", "metric, validation", "parameters", "MACs")
+        header = ("pass", "time", "metric on validation data", "parameters", "MACs")
         parts += [element("h3", "Passes of the student that ships"), table(header, passes)]
     if report.declined:
         left = [[d.pass_name, d.layer, d.reason] for d in report.declined]
@@ -217,10 +221,11 @@ def _tried_cells(number: int, t: TriedStudent, share: bool) -> list[str]:
     def shown(value: float | None) -> str:
         return percent(value) if share or value is None else f"{value:.4g}"
 
+    lost = partial(difference_text, share=share)
     speed = "–" if t.ratio is None else f"{t.ratio:.2f}x"
     if t.ratio_low is not None and t.ratio_high is not None:
         speed += f" ({t.ratio_low:.2f} to {t.ratio_high:.2f})"
     return [
-        f"{number}", t.name, t.what, t.fate, shown(t.metric), shown(t.drop), shown(t.drop_high), speed,
+        f"{number}", t.name, t.what, t.fate, shown(t.metric), lost(t.drop), lost(t.drop_high), speed,
         scaled(t.size_bytes, 1e3, "kB", 0), scaled(t.macs, 1e6, "M"), f"{t.epochs:g}", _clock(t.seconds),
     ]  # fmt: skip
