@@ -93,6 +93,8 @@ class Findings:
     """teacher_ms, student_ms, ratio, ratio_low, ratio_high: ONNX Runtime, batch 1, two threads"""
     latency_reason: str | None = None
     integer_coverage: float | None = None
+    begins_search: bool = False
+    """whether `passes` are what the search for a contract begins with, and nobody's recipe"""
     no_gain: str | None = None
     """why this student is not worth a compile, where it is not significantly faster than its teacher"""
     memory_bytes: int = 0
@@ -136,7 +138,8 @@ class Rehearsal:
         task.check(self.teacher)
         with torch.no_grad():
             self.outputs = self.teacher(*task.example)
-        if recipe.contract is not None and not recipe.passes:
+        searched = recipe.contract is not None and not recipe.passes
+        if searched:
             recipe = dataclasses.replace(recipe, passes=first_student(self.teacher, task, self.outputs))
         students = students_of(student, recipe, self.teacher, task)
         # of a contract, what is rehearsed is cut out of the teacher
@@ -151,6 +154,7 @@ class Rehearsal:
             run = dataclasses.replace(run, oracle=self.oracle)
         self.program = Program.begin(self.teacher, self.target, run, given)
         self.found = Findings(self.target.name, recipe.seed, _costs(self.teacher, task), latency_reason=mismatch)
+        self.found.begins_search = searched
         self.found.given = None if given is None else _costs(given, task)
         if mismatch is not None:
             self.found.warnings.append(mismatch)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pqk.cli import views as describe
-from pqk.cli.console import CommandAnswer, listed, table
+from pqk.cli.console import CommandAnswer, clock, listed, table
 from pqk.core.run_folder import RunFolder, scope_of
 from pqk.deploy.artifact import MANIFEST, Artifact
+from pqk.documents import parse_json, read_bytes
 from pqk.errors import InputError
 from pqk.files import read_sealed
+from pqk.recipe.contract import Contract
 from pqk.recipe.recipe import TABLES, Recipe
 from pqk.recipe.strict import plain
 from pqk.report.text import attribution_table, metric_text, percent
 
+CANDIDATE = "/candidate/"
+"""what stands in a journal before the name of a candidate that was judged"""
 OF_ANOTHER = " of a student of another shape, which was given and not cut out of its teacher"
 
 
@@ -55,6 +61,8 @@ def _inspect_unfinished(folder: Path) -> CommandAnswer:
     run = RunFolder.of(folder)
     identity = read_sealed(run.identity, ("recipe",))
     recipe = Recipe.loads(str(identity["recipe"]), str(run.identity))
+    if recipe.contract is not None:
+        return _inspect_search(folder, recipe, recipe.contract)
     names = [scope_of(i, p.name) for i, p in enumerate(recipe.passes)]
     done = [scope_of(i, p.name) for i, p in enumerate(recipe.passes) if run.is_finished(i, p.name)]
     given = identity.get("student")
@@ -68,6 +76,61 @@ def _inspect_unfinished(folder: Path) -> CommandAnswer:
         f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
     ]
     return CommandAnswer(document, ["\n".join(shown)])
+
+
+def _inspect_search(folder: Path, recipe: Recipe, contract: Contract) -> CommandAnswer:
+    """Where a search stands that did not finish, by its journal and its folders, which are only read."""
+    run = RunFolder.of(folder)
+    decisions = list(_decided(run.journal))
+    judged = [
+        {"name": key.partition(CANDIDATE)[2], "fate": value["fate"], "seconds": value["seconds"]}
+        for key, value in decisions
+        if CANDIDATE in key
+    ]
+    seconds = sum(_seconds(key, value) for key, value in decisions)
+    making, evaluating = _in_the_making(run.path / "search"), run.unfinished_artifact.is_dir()
+    document: dict[str, Any] = {
+        "kind": "unfinished search", "folder": str(folder), "contract": plain(contract), "judged": judged,
+        "making": making, "seconds": seconds, "budget": contract.budget, "passes": _passes_of(recipe),
+    }  # fmt: skip
+    ended = "the search is over" if evaluating else f"in the making: {making or 'nothing that is saved yet'}"
+    share = "" if math.isinf(contract.seconds) else f", {min(1.0, seconds / contract.seconds):.0%}"
+    shown = [
+        f"{folder} is an unfinished search for a student that keeps its contract: {len(judged)} candidates are judged",
+        f"budget: {contract.budget}; {clock(seconds)} used{share}, beside what was in the making",
+        f"judged: {', '.join(c['name'] + (' (does not compile)' if c['fate'] else '') for c in judged) or 'none'}",
+        ended,
+        f"left: {'' if evaluating else 'the rest of the search, and '}the evaluation",
+        f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
+    ]
+    return CommandAnswer(document, ["\n".join(shown)])
+
+
+def _decided(journal: Path) -> Iterator[tuple[str, Any]]:
+    """The decisions of a journal, which another process may be writing: half a line at its end is left out."""
+    if not journal.exists():
+        return
+    for number, line in enumerate(read_bytes(journal).split(b"\n")[:-1], 1):
+        entry = parse_json(line, f"{journal}, line {number}")
+        if not isinstance(entry, dict) or not {"key", "value"} <= entry.keys():
+            raise InputError(f"{journal}, line {number} was changed: it is not a decision")
+        yield str(entry["key"]), entry["value"]
+
+
+def _seconds(key: str, value: Any) -> float:
+    """What a decision took of the budget."""
+    if isinstance(value, dict):
+        return float(value.get("seconds", 0.0))
+    return float(value) if "/together/" in key else 0.0
+
+
+def _in_the_making(search: Path) -> str:
+    """The pass that runs, or was stopped, with a checkpoint; "" where nothing is saved of it."""
+    partial = sorted(search.glob("*/*.partial"), key=lambda p: p.stat().st_mtime)
+    if not partial:
+        return ""
+    number, _, name = partial[-1].name.removesuffix(".partial").partition("-")
+    return f"{name.partition('/')[0]}, pass {int(number) + 1} of a candidate, of which a checkpoint is saved"
 
 
 def _inspect_artifact(artifact: Artifact) -> CommandAnswer:

@@ -176,6 +176,11 @@ def few(names: Sequence[str], most: int = 4) -> str:
 
 # A rehearsal
 
+BEGINNING = (
+    "the contract names no passes: those below are the first student that the search cuts, rehearsed to show what "
+    "would stand in the way; which student ships, and how it is made, is decided by what is measured within the budget"
+)
+
 
 def findings(found: dict[str, Any]) -> list[RenderableType]:
     """What `pqk check` shows, from its document."""
@@ -184,6 +189,7 @@ def findings(found: dict[str, Any]) -> list[RenderableType]:
         f"teacher: {teacher['parameters']} parameters, {teacher['macs'] / 1e6:.1f} MMAC, "
         f"{teacher['float_bytes'] / 1e6:.2f} MB in FP32; target {found['target']}, seed {found['seed']}",
         *([_given(found["given"], teacher)] if found["given"] else []),
+        *([BEGINNING] if found["begins_search"] else []),
         _prunable(found),
     ]
     rows = []
@@ -192,7 +198,8 @@ def findings(found: dict[str, Any]) -> list[RenderableType]:
         time = None if r["seconds"] is None else clock(r["seconds"])
         did = "; ".join(f"{k}: {listed(v)}" for k, v in r["details"].items())
         rows.append([f"{r['index'] + 1} {r['name']}", r["stage"], time, training, r["problem"] or did])
-    shown.append(table("Passes", ("pass", "stage", "time", "training", "what it does"), rows, right=(2,)))
+    title = "What the search begins with" if found["begins_search"] else "Passes"
+    shown.append(table(title, ("pass", "stage", "time", "training", "what it does"), rows, right=(2,)))
     groups = [("prune", g["name"], g["reason"]) for g in found["groups"] if g["reason"]]
     blocks = [("prune", name, why) for name, why in found["blocks"].get("declined", {}).items()]
     others = [
@@ -245,8 +252,9 @@ def _expected(found: dict[str, Any]) -> str:
     if found["student"]:
         s = found["student"]
         lines.append(f"student: {s['macs'] / 1e6:.1f} MMAC, model.onnx {s['size_bytes'] / 1e3:.0f} kB")
+    whose = "these" if found["begins_search"] else "the"
     lines.append(
-        f"time: about {clock(found['seconds'])} for the passes, and minutes for the evaluation; "
+        f"time: about {clock(found['seconds'])} for {whose} passes, and minutes for the evaluation; "
         f"memory: {found['memory_bytes'] / 1e9:.2f} GB at the highest"
     )
     return "\n".join(lines)
