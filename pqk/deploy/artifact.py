@@ -57,6 +57,13 @@ RECIPE = "recipe.toml"
 REPORT, REPORT_PAGE, REPORT_HTML = "report.json", "report.md", "report.html"
 OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, REPORT_HTML, TUNING, *DEPLOYED, CASCADE_TEACHER)
 """every file that a compile writes, but for the manifest and what the task adds"""
+PROVENANCE = (
+    "Written by a compile. Files, folders and modules that are named here are as its recipe named them: weights are",
+    "looked for beside the recipe, in the data folder and where pqk is started, modules beside the recipe and where",
+    "pqk is started, and what factories are given is relative to where pqk is started. To make this student again, put",
+    "this file beside the recipe that was compiled, and start pqk in the same folder, with the same --data.",
+)
+"""the first lines of a recipe that ships"""
 NOT_CUT = "this student is of another shape than its teacher, not cut out of it"
 SEEN = 64
 """validation samples whose integers say in which range inputs are"""
@@ -77,8 +84,17 @@ def write_student(program: Program, task: Task, recipe: Recipe, folder: Path, tu
     extra = _write_extra_files(program, task, folder)
     write_tensors(folder / TENSORS, program.student.state_dict())
     write_json(folder / PLAN, {"plan": [asdict(r) for r in program.plan]})
-    write_whole(folder / RECIPE, lambda p: p.write_text(recipe.dumps()))
+    write_whole(folder / RECIPE, lambda p: p.write_text(shipped_recipe(recipe)))
     return (*OWN, *extra)
+
+
+def shipped_recipe(recipe: Recipe) -> str:
+    """A recipe as an artifact has it: where it names files or modules, with a comment on how it is given again.
+
+    No path of this machine is added: in which folder a compile was started is its user's business.
+    """
+    named = any(spec is not None for spec in (recipe.teacher, recipe.student, recipe.task))
+    return "".join(f"# {line}\n" for line in PROVENANCE if named) + recipe.dumps()
 
 
 def _write_extra_files(program: Program, task: Task, folder: Path) -> tuple[str, ...]:

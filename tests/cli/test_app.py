@@ -486,3 +486,19 @@ def test_the_command_line_gives_clauses_and_the_exit_code(
     code = cli.run(["compress", str(toy / "contract.toml"), *out, *clauses])
     answer = json.loads(capsys.readouterr().out)
     assert code == 4 and answer["exit_code"] == 4 and "max_size_mb" in answer["error"], answer
+
+
+def test_check_says_that_the_search_begins_there(toy: Path, json_of: Callable[..., Any]) -> None:
+    text = SOURCES + '[target]\nname = "arm-dotprod"\n[contract]\nmax_size_mb = 9\n'
+    (toy / "contract.toml").write_text(text)
+    assert json_of(0, "check", "contract.toml")["begins_search"]
+    assert not json_of(0, "check", "toy.toml")["begins_search"]
+
+
+def test_the_recipe_that_ships_makes_a_student_again_where_it_says(toy: Path, artifact: Path) -> None:
+    text = (artifact / "recipe.toml").read_text()
+    assert text.startswith("# Written by a compile.")
+    assert str(artifact.parent) not in text and str(toy) not in text, "no path of this machine"
+    shutil.copyfile(artifact / "recipe.toml", toy / "again.toml")  # beside the recipe that was compiled
+    assert cli.run(["compress", "again.toml", "--out", "again", "--evaluation", "quick"]) == 0
+    assert (toy / "again" / "student.safetensors").read_bytes() == (artifact / "student.safetensors").read_bytes()
