@@ -129,19 +129,19 @@ def _compile(job: Job, identity: str, observer: Observer, allow_parity_failure: 
     result: SearchResult | None = search.run()
     while result is not None:  # until no row of the table beats what ships
         job = dataclasses.replace(job, recipe=result.recipe, students=result.students)
-        program = result.program
+        shipped, program = result, result.program
         finished = _finished(job, program, result, allow_parity_failure) if is_main_process() else None
         better = from_main(partial(_beaten_by, finished))
-        result = None if better is None else search.instead(result, better)
+        instead = (search.instead(shipped, row) for row in better)
+        result = next((other for other in instead if other is not None), None)
     if finished is not None:
         _ship(job, program, finished, allow_parity_failure)
 
 
-def _beaten_by(finished: Finished | None) -> VariantName | None:
-    """The row of the report's table that beats the student, if any."""
+def _beaten_by(finished: Finished | None) -> list[VariantName]:
+    """The rows of the report's table that beat what ships."""
     assert finished is not None
-    better = dominating(finished.report)
-    return better[0].variant if better else None
+    return [row.variant for row in dominating(finished.report)]
 
 
 @dataclass(frozen=True)
@@ -273,11 +273,13 @@ def _judge(job: Job, program: Program, result: SearchResult | None) -> Report:
     promise, tool, cascade = (None, None, None) if result is None else (result.promise, result.tool, result.cascade)
     report = evaluate(program, job.task, job.recipe.passes, folder, job.evaluation, seed=job.recipe.seed, tool=tool)
     if cascade is not None:
-        choice, timed = cascade.choice, job.evaluation.latency and job.target.why_not_measured() is None
-        own = measure_cascade(folder, MODEL, job.task, choice.routing, choice.routed, timed=timed)
+        choice, here = cascade.choice, job.target.why_not_measured() is None
+        timed = job.evaluation.latency and here
+        own = measure_cascade(folder, MODEL, job.task, choice.routing, choice.routed, timed=timed, optimized=here)
         report = report.model_copy(update={"cascade": own})
-    if promise is not None:
-        report = report.model_copy(update={"promise": on_evaluation(promise, report)})
+    if result is not None and promise is not None:
+        notes = report.notes if result.overrun is None else (*report.notes, result.overrun)
+        report = report.model_copy(update={"promise": on_evaluation(promise, report), "notes": notes})
     write_report(report, folder)
     return report
 

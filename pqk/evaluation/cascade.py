@@ -25,7 +25,14 @@ TIMED = 400
 
 
 def measure_cascade(
-    folder: Path, model: str, task: Task, routing: Routing, routed_validation: float, *, timed: bool
+    folder: Path,
+    model: str,
+    task: Task,
+    routing: Routing,
+    routed_validation: float,
+    *,
+    timed: bool,
+    optimized: bool = True,
 ) -> CascadeResult:
     """Judges the cascade of the file `model` in `folder` and of the teacher's beside it, on evaluation data.
 
@@ -35,13 +42,15 @@ def measure_cascade(
         task: its evaluation data, and metric where that is labelled.
         routing: who answers what.
         routed_validation: for the report.
-        timed: whether this machine is the target.
+        timed: whether its times are taken, which only the target tells.
+        optimized: whether this machine is the target; else both files are run by the ONNX operators' own arithmetic,
+            without ONNX Runtime's optimizations, as the table's rows are.
 
     Returns:
         The part of the report; a sample's time is that of its own way through the cascade.
     """
     files = [folder / model, folder / CASCADE_TEACHER]
-    student, teacher = (_logits(path, task) for path in files)
+    student, teacher = (_logits(path, task, optimized) for path in files)
     sure = torch.from_numpy(routing.sure(student[0].numpy()))
     targets = student[1]
 
@@ -61,8 +70,8 @@ def measure_cascade(
     )
 
 
-def _logits(path: Path, task: Task) -> tuple[Tensor, object]:
-    outputs, targets = predict(OnnxModel(path, task.example[0]), task.evaluation)
+def _logits(path: Path, task: Task, optimized: bool) -> tuple[Tensor, object]:
+    outputs, targets = predict(OnnxModel(path, task.example[0], optimized=optimized), task.evaluation)
     return tensors(outputs)[0], targets
 
 

@@ -63,6 +63,11 @@ class Contract:
         """Whether a clause is about speed."""
         return self.min_speedup is not None or self.max_latency_ms is not None
 
+    def in_time(self, ratio: float, milliseconds: float) -> bool:
+        """Whether a network keeps every clause about time that is so many times faster, and takes so long."""
+        fast = self.min_speedup is None or ratio >= self.min_speedup
+        return fast and (self.max_latency_ms is None or milliseconds <= self.max_latency_ms)
+
     @property
     def free(self) -> Free:
         """What is made as good as it gets: the metric where a clause bounds speed, or size alone; else speed."""

@@ -73,6 +73,8 @@ class Promise(Part):
     tried: tuple[TriedStudent, ...]
     obstacle: str | None = None
     """what stands in the way, where none keeps the contract"""
+    ended: str | None = None
+    """why no student was pruned further; null where no search looked for one"""
     dominated_by: str | None = None
     """a row of the table that is better in metric and speed on evaluation data, with certainty; null where none is"""
     caution: str | None = None

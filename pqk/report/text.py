@@ -180,6 +180,8 @@ def promise_text(promise: Promise, *, share: bool) -> str:
     lines += [clause_text(clause, share=share) for clause in promise.clauses]
     if promise.obstacle:
         lines.append(f"in the way: {promise.obstacle}")
+    if promise.ended:
+        lines.append(promise.ended)
     if promise.caution:
         lines.append(promise.caution)
     if promise.dominated_by:

@@ -20,6 +20,7 @@ from pqk.data.structures import tensors
 from pqk.deploy.cascade import Routing
 from pqk.errors import Reason
 from pqk.search.attempts import Attempts
+from pqk.search.candidates import Candidate
 from pqk.search.judge import Judge, Worth
 from pqk.search.verdict import Tried
 from pqk.task.calibration import best_temperature
@@ -54,6 +55,8 @@ class ChosenCascade:
     tried: Tried
     """as one of the networks that were tried"""
     judge: Judge
+    student: Candidate
+    """who answers what it is sure of"""
 
     @property
     def teacher(self) -> Path:
@@ -134,7 +137,7 @@ def best_cascade(attempts: Attempts) -> ChosenCascade | None:
             if attempts.terms.holds(worth) and (worth.ratio is None or worth.ratio > 1):
                 what = f"{tried.candidate.what}; the teacher answers the {100 * choice.routed:.0f} % it is not sure of"
                 candidate = replace(tried.candidate, name=f"{tried.candidate.name}, cascade", what=what)
-                kept.append(ChosenCascade(choice, Tried(candidate, worth, 0.0), judge))
+                kept.append(ChosenCascade(choice, Tried(candidate, worth, 0.0), judge, tried.candidate))
     if not kept:
         return None
     best = max(kept, key=lambda c: (c.tried.known.ratio or 0.0, -c.choice.routed))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pqk.bench.baselines import Tool, float_files, why_not_quantized
 from pqk.bench.measure import Twins, fastest, twins_of, undisturbed_ratio
+from pqk.bench.statistics import Ratio
 from pqk.core.costs import count_macs
 from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Program
@@ -63,6 +64,13 @@ class Worth:
     """for one sample, by the lower end of the ratio"""
     size_bytes: int
     macs: int
+
+    @property
+    def milliseconds_low(self) -> float:
+        """For one sample, by the upper end of the ratio; infinite where nothing is timed."""
+        if self.milliseconds_high is None or self.ratio_low is None or self.ratio_high is None:
+            return math.inf
+        return self.milliseconds_high * self.ratio_low / self.ratio_high
 
     @property
     def speed(self) -> float:
@@ -168,11 +176,24 @@ class Judge:
             drop, high = self.drop(outputs)
             ratio = low = top = slowest = None
             if self.timed:
-                ratio, low, top = undisturbed_ratio(self.baselines, twins_of(path), self.task.feeds(1))
+                ratio, low, top = self.speed_up(path)
                 slowest = self.teacher_ms / low
             size = path.stat().st_size
         metric, macs = self.teacher_value - drop, count_macs(program.student, self.task.example)
         return Worth(metric, drop, high, ratio, low, top, slowest, size, macs)
+
+    def speed_up(self, path: Path) -> Ratio:
+        """How many times faster a file is than the teacher in FP32, for one sample."""
+        return undisturbed_ratio(self.baselines, twins_of(path), self.task.feeds(1))
+
+    def speed_up_of(self, program: Program) -> Ratio:
+        """How many times faster an INT8 program's deployed form is, whatever it answers."""
+        path = self.folder / "candidate.onnx"
+        try:
+            emit_onnx_for(program.student, self.task, path)
+            return self.speed_up(path)
+        finally:
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def deployed(self, program: Program, file: Path | None = None) -> Iterator[tuple[Path, Outputs]]:
@@ -210,6 +231,12 @@ class Judge:
         if not path.exists() and (reason := why_not_quantized(tool, self.teacher_files[0], path, self.task, target)):
             raise InputError(reason)
         return path
+
+    def prepare(self) -> None:
+        """Makes what every candidate is held against: the teacher's answers and, where times are, its sessions."""
+        _ = self._teacher_resampled
+        if self.timed:
+            _ = self.teacher_ms
 
     @cached_property
     def teacher_macs(self) -> int:

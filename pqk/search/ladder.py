@@ -40,13 +40,17 @@ class Ladder:
         training = attempts.training(lambda: _first_cut(attempts))
         if isinstance(training, str):
             attempts.untried(Candidate("trained", "a student that is trained", ()), training)
+            attempts.ended = f"nothing was cut out of the teacher: {training}"
             return None
         return Ladder(attempts, form, training)
 
     def starts(self) -> list[Tried]:
         """What may be trained at length, the fastest last: rungs, and the whole teacher where its form loses much."""
+        before = len(self.attempts.tried)
         first = self._rungs((), CUTS, 1)
         starts = self._down(self._better(first), first) if first else []
+        if not first:
+            self.attempts.ended = f"nothing was cut out of the teacher: {_fates(self.attempts.tried[before:])}"
         whole = next(t for t in self.attempts.tried if t.candidate.name == self.form.name)
         if not self.attempts.terms.holds(whole.worth) and self.form.name != FLOAT:
             starts.insert(0, whole)  # all of the teacher, trained under quantization
@@ -55,7 +59,10 @@ class Ladder:
     def deeper(self, done: Tried) -> list[Tried]:
         """What to train next where a student keeps the contract: one that is cut out of it, if speed is free."""
         attempts, cut = self.attempts, done.candidate.cut
-        if attempts.contract.free == "metric" or cut is None or not attempts.spending.allows_more:
+        if attempts.contract.free == "metric" or cut is None:
+            return []
+        if not attempts.spending.allows_more:
+            attempts.ends(done, attempts.spending.too_little)
             return []
         following = self._next(done, cut)
         return [] if following is None else [following]
@@ -63,10 +70,7 @@ class Ladder:
     def _down(self, cut: CutKind, first: dict[CutKind, Tried]) -> list[Tried]:
         """The rungs of one way to cut as far as they promise to keep the contract, each cut out of the one before."""
         rungs = [first[cut]]
-        while self._goes_on(rungs[-1]):
-            following = self._next(rungs[-1], cut)
-            if following is None:
-                break
+        while self._goes_on(rungs[-1]) and (following := self._next(rungs[-1], cut)) is not None:
             rungs.append(following)
         while len(rungs) > 1 and not promises(self.attempts.terms, rungs[-1]):
             rungs.pop().fate = HOPELESS
@@ -80,18 +84,28 @@ class Ladder:
 
     def _goes_on(self, last: Tried) -> bool:
         """Whether a still smaller student may be wanted, and may keep the contract."""
-        attempts = self.attempts
+        attempts, terms = self.attempts, self.attempts.terms
+        if attempts.contract.free == "metric" and not terms.lacks_speed(last.known):
+            return attempts.ends(last, "it is as fast and as small as the contract asks for")
+        if attempts.contract.free == "speed" and not promises(terms, last):
+            lost, most = terms.in_words(last.known.drop), terms.in_words(PROMISING * terms.allowed)
+            return attempts.ends(last, f"it loses {lost} after a brief training, and {most} at most may be won back")
         if not attempts.spending.allows_more:
-            return False
-        if attempts.contract.free == "metric":
-            return attempts.terms.lacks_speed(last.known)
-        return promises(attempts.terms, last)
+            return attempts.ends(last, attempts.spending.too_little)
+        return True
 
     def _next(self, last: Tried, cut: CutKind) -> Tried | None:
         """The rung below one, which may have gone further than its own goal; None where there is none."""
         reached = NEXT * self.attempts.macs / last.known.macs
         level = next((i for i, goal in enumerate(GOALS, 1) if goal >= reached and i > last.candidate.level), None)
-        return None if level is None else self._rungs(last.candidate.floats, (cut,), level).get(cut)
+        if level is None:
+            self.attempts.ends(last, f"there is no deeper rung than {GOALS[-1]:g} times fewer MACs")
+            return None
+        before = len(self.attempts.tried)
+        following = self._rungs(last.candidate.floats, (cut,), level).get(cut)
+        if following is None:
+            self.attempts.ends(last, f"the next rung was {_fates(self.attempts.tried[before:])}")
+        return following
 
     def _rungs(self, above: Sequence[Pass], cuts: Sequence[CutKind], level: int) -> dict[CutKind, Tried]:
         """The next rung by each way to cut, in integers, trained briefly and equally; not those that cut nothing."""
@@ -103,14 +117,19 @@ class Ladder:
         known = [(t.candidate.floats, t.worth.macs) for t in attempts.tried if t.worth is not None]
         before = min((macs for floats, macs in known if floats == tuple(above)), default=attempts.macs)
         found: dict[CutKind, Tried] = {}
-        for cut, tried in zip(cuts, attempts.all_judged(candidates), strict=True):
-            if tried.worth is None:
+        for tried in attempts.all_judged(attempts.within(candidates)):
+            cut = tried.candidate.cut
+            if tried.worth is None or cut is None:
                 continue
             if tried.worth.macs <= LEAST_CUT * before:
                 found[cut] = tried
             else:
                 tried.fate = f"{cut} leaves {tried.worth.macs / before:.0%} of the MACs: no more can be cut so"
         return found
+
+
+def _fates(tried: Sequence[Tried]) -> str:
+    return "; ".join(dict.fromkeys(t.fate.partition("\n")[0] for t in tried))
 
 
 def _first_cut(attempts: Attempts) -> Program:

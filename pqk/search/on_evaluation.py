@@ -40,14 +40,19 @@ def _measured(clause: Clause, report: Report) -> Clause:
 
 
 def dominating(report: Report) -> list[AttributionRow]:
-    """The rows of the table that are no worse in the metric, and faster beyond both intervals.
+    """The rows of the table that are no worse in the metric, and faster beyond both intervals, than what ships.
 
-    None beats a cascade: it ships where no network alone keeps the contract, and the table is of networks alone.
+    A cascade is held against them as a whole: with the metric of all answers, and the mean of its times.
     """
-    student = _student(report)
-    if report.cascade is not None or student is None or student.metric is None or student.ratio_high is None:
+    student, cascade = _student(report), report.cascade
+    if student is None:
         return []
     metric, high = student.metric, student.ratio_high
+    if cascade is not None:
+        metric = cascade.metric
+        high = None if high is None or cascade.ratio is None else max(cascade.ratio, 1 / (1 / high + cascade.routed))
+    if metric is None or high is None:
+        return []
     return [
         row
         for row in report.attribution

@@ -31,6 +31,7 @@ from pqk.search.deciding import Deciding
 from pqk.search.finals import Finals
 from pqk.search.judge import Judge
 from pqk.search.ladder import HOPELESS, Ladder, promises
+from pqk.search.reach import refuse_out_of_reach, why_not_in_reach
 from pqk.search.runs import Runs
 from pqk.search.shapes import best_shape
 from pqk.search.spending import Spending
@@ -62,6 +63,8 @@ class SearchResult:
     """that file"""
     cascade: ChosenCascade | None = None
     """where the student answers what it is sure of alone"""
+    overrun: str | None = None
+    """by how much the budget was overrun, and why; None where it was not"""
 
 
 @dataclass
@@ -85,6 +88,7 @@ class ContractSearch:
         self.contract = self.recipe.contract
         place = self.context.folder / "search"
         place.mkdir(parents=True, exist_ok=True)
+        self.out_of_reach: Reason | None = None
         self.shapes = {student.name: student for student in self.students}
         modules = {name: student.module for name, student in self.shapes.items()}
         self.runs = Runs(self.teacher, self.task, self.target, self.context, place, modules)
@@ -101,6 +105,7 @@ class ContractSearch:
         self.judge.refuse_few(allowed)
         terms = Terms(self.contract, allowed, self.judge.unit == "share")
         spending = Spending(self.contract, 0 if self.task.train is None else len(self.task.train))
+        spending.refuse_few_epochs()
         with torch.no_grad():
             outputs = self.teacher(*self.task.example)
         with self.context.observer.task("searching", 100) as advance:
@@ -110,6 +115,8 @@ class ContractSearch:
             form = self._forms()
             if self.task.train is not None:
                 self._train(form)
+            else:
+                self.attempts.ended = "nothing was cut out of the teacher: there is no training data"
         best = self.attempts.best
         if self.contract.cascade and not terms.holds(best.worth):
             cascade = best_cascade(self.attempts)
@@ -130,7 +137,7 @@ class ContractSearch:
         elif row == "teacher_fp32":
             candidate = next(c for c in forms(self.teacher) if c.name == FLOAT)
         elif row in ("pruned", "factorized", "pruned_distilled", "given_distilled"):
-            candidate = in_float(beaten.candidate)
+            candidate = in_float(beaten.candidate if result.cascade is None else result.cascade.student)
         else:
             return None
         known = (t for t in attempts.tried if t.candidate.name == candidate.name)
@@ -144,12 +151,16 @@ class ContractSearch:
     def _result(self, chosen: Tried) -> SearchResult:
         attempts, candidate = self.attempts, chosen.candidate
         promise = promise_of(
-            attempts.terms, attempts.tried, chosen, self.judge, attempts.spending.seconds, self.deciding.caution
-        )
+            attempts.terms, attempts.tried, chosen, self.judge, attempts.spending.seconds, self.deciding.caution,
+            attempts.ended,
+        )  # fmt: skip
+        if promise.obstacle and self.out_of_reach:
+            promise = promise.model_copy(update={"obstacle": f"{promise.obstacle}; {self.out_of_reach}"})
         begun = () if candidate.shape is None else (self.shapes[candidate.shape],)
         recipe = replace(self.recipe, passes=candidate.passes, contract=None, student=begun[0].spec if begun else None)
         program = self.runs.program(candidate.passes, candidate.shape)
-        return SearchResult(recipe, begun, program, promise, candidate.tool, attempts.file(candidate))
+        overrun = attempts.spending.why_not_in_budget()
+        return SearchResult(recipe, begun, program, promise, candidate.tool, attempts.file(candidate), overrun=overrun)
 
     # ---- the teacher without training
 
@@ -157,22 +168,23 @@ class ContractSearch:
         """Judges the teacher's integer forms and the recipe of the user; returns the form that students will have."""
         attempts = self.attempts
         first, *others = forms(self.teacher)
+        attempts.prepare()
+        refuse_out_of_reach(attempts)
         attempts.spending.overhead = attempts.judged(first).seconds
-        if attempts.spending.room == 0:
-            raise InputError(
-                f'contract: budget = "{self.contract.budget}" is too small for one candidate: INT8 without '
-                f"training took {attempts.spending.overhead:.0f} s; give it more"
-            )
+        attempts.time_a_step()
+        attempts.spending.refuse_few_seconds()
+        kept_free = attempts.spending.kept_free
         if not attempts.terms.holds(attempts.tried[0].worth):
             others += gentler()
-        attempts.all_judged(others)
+        attempts.all_judged(attempts.within(others, kept_free))
         if self.judge.timed:
             self._time_layers()
             transformer = self.context.decide("transformer", lambda: is_transformer(self.judge.teacher_files[0]))
-            attempts.all_judged([by_tool(tool) for tool in TOOLS[: 2 if transformer else 1]])
+            tools = [by_tool(tool) for tool in TOOLS[: 2 if transformer else 1]]
+            attempts.all_judged(attempts.within(tools, kept_free))
         ready = [t for t in attempts.tried if t.worth is not None and t.candidate.tool is None]
         own = next((s.name for s in self.students if self.recipe.student is not None), None)
-        for candidate in given(self.recipe.passes, own):
+        for candidate in attempts.within(given(self.recipe.passes, own)):
             attempts.judged(candidate)
         if not ready:
             raise InputError(f"contract: the teacher compiles in no form: {attempts.tried[0].fate}")
@@ -195,7 +207,10 @@ class ContractSearch:
 
     def _train(self, form: Candidate) -> None:
         """Cuts and trains students while the budget lasts."""
-        ladder = Ladder.of(self.attempts, form)
+        self.out_of_reach = why_not_in_reach(self.attempts, form)
+        ladder = None if self.out_of_reach else Ladder.of(self.attempts, form)
+        if self.out_of_reach:
+            self.attempts.ended = "nothing was cut out of the teacher: even the smallest students are too slow"
         starts = [] if ladder is None else ladder.starts()
         entrant = best_shape(self.attempts, list(self.shapes)) if self.shapes else None
         if entrant is not None and promises(self.attempts.terms, entrant.tried):

@@ -45,8 +45,15 @@ def best_shape(attempts: Attempts, names: Sequence[str]) -> Entrant | None:
     for number in range(rounds):
         count = len(entrants)
         further = [_continued(attempts, e, number, room / count, epochs_left / count) for e in entrants]
-        tried = attempts.all_judged(further)
-        alive = [Entrant(t, e.form, e.training) for t, e in zip(tried, entrants, strict=True) if t.worth is not None]
+        by_shape = {e.tried.candidate.shape: e for e in entrants}
+        begun = attempts.within(further)
+        alive = [
+            Entrant(t, e.form, e.training)
+            for t in attempts.all_judged(begun)
+            if t.worth is not None and (e := by_shape[t.candidate.shape])
+        ]
+        if not begun and number:
+            break  # the budget is spent: the best of the round before it
         if not alive:
             return None
         alive.sort(key=lambda e: e.tried.known.drop)
@@ -61,8 +68,8 @@ def _entrant(attempts: Attempts, name: str, share: float) -> Entrant | None:
     """A shape as it is deployed untrained, if that is faster than what holds already, and it can be trained."""
     fastest: tuple[Candidate, Tried] | None = None
     for form in forms(attempts.runs.teacher):
-        if form.name in (STATIC, DYNAMIC):
-            tried = attempts.judged(shaped(name, form))
+        if form.name in (STATIC, DYNAMIC) and (begun := attempts.within([shaped(name, form)])):
+            tried = attempts.judged(begun[0])
             tried.fate = tried.fate or "not trained yet: its weights are those that it was given with"
             if tried.worth is not None and (fastest is None or tried.known.speed > fastest[1].known.speed):
                 fastest = (form, tried)

@@ -7,12 +7,14 @@ validation data is taken (as a range test does; Smith 2017, arXiv:1506.01186, se
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pqk.copies import copy_of
@@ -32,6 +34,32 @@ FEWEST, MOST = 6, 120
 """steps that each option is tried for"""
 SAMPLES = 512
 """of validation data, on which the distance to the teacher is taken"""
+
+
+def first_step(program: Program, task: Task, outputs: Any) -> float:
+    """Seconds of a training step of a program's student, which stays as it is; the first of two warms up.
+
+    Raises `InputError` where the task has no term to learn by.
+    """
+    option = OTHERS[-1]
+    reason = distillation(TrainingChoice(*option, 1.0), 1.0).fitted(task, outputs).why_not_applied(task, outputs)
+    if reason is not None:
+        raise InputError(reason)
+    steps = len(task.need_train("contract"))
+    return [_trained(program, task, outputs, option, 1 / steps)[1] for _ in range(2)][-1]
+
+
+def _trained(
+    program: Program, task: Task, outputs: Any, option: Option, epochs: float
+) -> tuple[nn.Module | None, float]:
+    """A copy of the student after so many epochs, None where its loss stopped being finite; and their seconds."""
+    config = distillation(TrainingChoice(*option, 1.0), epochs).fitted(task, outputs)
+    alone = replace(program, student=copy_of(program.student, "student"), run=RunContext(program.run.seed), details={})
+    torch.manual_seed(alone.run.seed_for("trial"))
+    began, after = time.perf_counter(), None
+    with contextlib.suppress(PqkError):
+        after = config.apply(alone, task).student.eval()
+    return after, time.perf_counter() - began
 
 
 def choose_training(program: Program, task: Task, outputs: Any, seconds: float) -> TrainingChoice:
@@ -58,16 +86,9 @@ def choose_training(program: Program, task: Task, outputs: Any, seconds: float) 
 
     def trained(option: Option, count: int) -> tuple[float, float]:
         """The distance after `count` steps, and the seconds that they took."""
-        config = distillation(TrainingChoice(*option, 1.0), count / steps).fitted(task, outputs)
-        student = copy_of(program.student, "student")
-        alone = replace(program, student=student, run=RunContext(program.run.seed), details={})
-        torch.manual_seed(alone.run.seed_for("trial"))
-        began = time.perf_counter()
-        try:
-            after = config.apply(alone, task).student.eval()
-        except PqkError:  # the loss stopped being finite
-            return math.inf, time.perf_counter() - began
-        took = time.perf_counter() - began
+        after, took = _trained(program, task, outputs, option, count / steps)
+        if after is None:
+            return math.inf, took
         with torch.no_grad():
             found = task.distance(after(*inputs), answers)
         return (found if math.isfinite(found) else math.inf), took

@@ -70,6 +70,11 @@ class Terms:
             found.append(Clause(name="max_size_mb", bound=bound, validation=size, certain=size, held=size <= bound))
         return found
 
+    def in_words(self, drop: float) -> str:
+        """A drop in the unit of the contract."""
+        number = f"{100 * drop if self.share else drop:.3g}"
+        return f"{number} point{'' if number == '1' else 's'}" if self.share else number
+
     def holds(self, worth: Worth | None) -> bool:
         return worth is not None and all(clause.held for clause in self.clauses(worth))
 
@@ -100,7 +105,13 @@ class Terms:
 
 
 def promise_of(
-    terms: Terms, tried: Sequence[Tried], chosen: Tried, judge: Judge, seconds: float, caution: str | None
+    terms: Terms,
+    tried: Sequence[Tried],
+    chosen: Tried,
+    judge: Judge,
+    seconds: float,
+    caution: str | None,
+    ended: str | None = None,
 ) -> Promise:
     """The report's part on the contract, as far as validation data says it."""
     assert chosen.worth is not None
@@ -129,6 +140,7 @@ def promise_of(
         tried=tuple(rows),
         obstacle=None if kept else obstacle(terms, chosen.worth, judge),
         caution=caution,
+        ended=ended,
         validation_samples=judge.samples,
         budget=terms.contract.budget,
         seconds=seconds,

@@ -16,9 +16,10 @@ from fitting import fitted
 from torch import Tensor, nn
 
 from pqk import ArrayData, Artifact, Contract, Recipe, Task, compress
-from pqk.core.onnxruntime_session import session
+from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.deploy.artifact import write_manifest
 from pqk.deploy.cascade import CASCADE_TEACHER, Cascade, Routing
+from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError
 from pqk.evaluation.cascade import measure_cascade
 from pqk.files import read_json
@@ -220,7 +221,7 @@ def found(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Judge, "worth", worth)
-        contract = Contract(max_drop=1, min_speedup=1.05, budget="1 epochs", cascade=True)
+        contract = Contract(max_drop=1, min_speedup=1.05, budget="7 epochs", cascade=True)
         compress(teacher, task(), Recipe(passes=SMALL), out=out, contract=contract, evaluation=UNTIMED)
     return out
 
@@ -309,6 +310,26 @@ def test_a_cascade_is_timed_with_its_mix(found: Path) -> None:
     assert timed.metric == made.report.cascade.metric
     text = cascade_text(made.report.model_copy(update={"cascade": timed}))
     assert "p95" in text and "ms on average at batch 1" in text
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+def test_a_cascade_for_another_machine_is_run_without_optimizations(
+    optimized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, asked = torch.randn(40, 3), list[bool]()
+    part = ArrayData(x, torch.arange(40) % 3, 8)
+    given = Task(None, part, validation=part)
+    for name in ("model.onnx", CASCADE_TEACHER):
+        emit_onnx_for(nn.Linear(3, 3).eval(), given, tmp_path / name)
+
+    class Asked(OnnxModel):
+        def __init__(self, path: Path, like: Any, *, optimized: bool = True, threads: int | None = None) -> None:
+            asked.append(optimized)
+            super().__init__(path, like, optimized=optimized, threads=threads)
+
+    monkeypatch.setattr("pqk.evaluation.cascade.OnnxModel", Asked)
+    made = measure_cascade(tmp_path, "model.onnx", given, Routing(1.0, 0.5), 0.5, timed=False, optimized=optimized)
+    assert asked == [optimized, optimized] and made.metric is not None and made.mean_ms is None
 
 
 @pytest.mark.full

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from pqk import Contract, InputError, Metric, Recipe, Task
 from pqk.data.data import ArrayData
+from pqk.report.cascade import CascadeResult
+from pqk.report.html.verdict import promise as section
+from pqk.report.markdown import promise_section
 from pqk.report.promise import Clause, Promise, TriedStudent
-from pqk.report.schema import Report
+from pqk.report.schema import AttributionRow, Report
 from pqk.search.candidates import Candidate
 from pqk.search.judge import NONE_OF, Judge, Worth
 from pqk.search.on_evaluation import broken_in_words, dominating, on_evaluation
@@ -286,6 +289,26 @@ def test_rows_of_the_table_that_beat_the_student_are_named() -> None:
     assert dominating(found) == [better]
 
 
+def test_rows_of_the_table_are_held_against_a_cascade_as_a_whole() -> None:
+    """Not against its student, which is faster, and worse."""
+    report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
+    student = next(row for row in report.attribution if row.variant == "student")
+    student = student.model_copy(update={"metric": 0.8, "ratio": 8.0, "ratio_low": 7.5, "ratio_high": 8.5})
+    whole = CascadeResult(
+        temperature=1.0, threshold=0.9, routed_validation=0.3, routed=0.3, metric=0.9, student_metric=0.8,
+        teacher_metric=0.91, mean_ms=1.0, ratio=2.4, size_bytes=1000,
+    )  # fmt: skip
+
+    def row(metric: float, low: float) -> AttributionRow:
+        return student.model_copy(update={"variant": "teacher_ptq", "metric": metric, "ratio": low, "ratio_low": low})
+
+    better, worse, no_faster = row(0.9, 3.0), row(0.89, 5.0), row(0.95, 2.35)
+    found = report.model_copy(update={"attribution": (student, better, worse, no_faster), "cascade": whole})
+    assert dominating(found) == [better]
+    untimed = found.model_copy(update={"cascade": whole.model_copy(update={"ratio": None, "mean_ms": None})})
+    assert dominating(untimed) == []
+
+
 @pytest.mark.parametrize(("metric", "measured"), [("accuracy", True), ("decisions that are the teacher's", False)])
 def test_a_drop_is_held_against_the_report_where_it_is_of_the_same_metric(metric: str, measured: bool) -> None:
     report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
@@ -295,6 +318,18 @@ def test_a_drop_is_held_against_the_report_where_it_is_of_the_same_metric(metric
         validation_samples=400, budget="15m", seconds=1.0,
     )  # fmt: skip
     assert (on_evaluation(made, report).clauses[0].evaluation is not None) == measured
+
+
+def test_why_pruning_ended_is_in_every_report() -> None:
+    judged = judge(right(300, 400), torch.zeros(400, dtype=torch.int64))
+    rows = [tried("static")]
+    ended = "pruning ended at width 2x: it loses 6 points after a brief training"
+    promise = promise_of(Terms(Contract(), 0.01, share=True), rows, rows[0], judged, 1.0, None, ended)
+    report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
+    report = report.model_copy(update={"promise": promise})
+    assert f"- {ended}\n" in "\n\n".join(promise_section(promise))
+    assert f"<li>P{ended[1:]}.</li>" in str(section(report))
+    assert report.promise is not None and report.promise.ended == ended
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class Made:
     outcomes: dict[str, float]
     contract: Contract = field(default_factory=Contract)
     made: list[str] = field(default_factory=list)
+    ended: str | None = None
     macs: int = 1000
 
     def __post_init__(self) -> None:
@@ -38,7 +39,14 @@ class Made:
     def worth_training(self, start: Tried) -> bool:
         return start.known.speed > 1.05 * self.fastest.known.speed
 
-    def judged(self, candidate: Candidate) -> Tried:
+    @property
+    def best(self) -> Tried:
+        return self.fastest
+
+    def ends(self, last: Tried, why: str) -> None:
+        self.ended = f"{last.candidate.name}: {why}"
+
+    def judged(self, candidate: Candidate, size: float = 1.0) -> Tried:
         start = candidate.name.partition(",")[0]
         self.made.append(candidate.name)
         done = tried(candidate.name, self.outcomes[candidate.name], {"slow": 2.0, "mid": 3.0, "fast": 4.0}[start])

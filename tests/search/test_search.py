@@ -180,6 +180,10 @@ def test_where_none_keeps_it_the_nearest_is_kept_and_the_exit_code_is_4(
         search(teacher, tmp_path / "out", impossible)
     promise = Artifact.load(tmp_path / "out").report.promise
     assert promise is not None and not promise.kept and promise.obstacle is not None and promise.caution is None
+    trained = [t.epochs for t in promise.tried if t.metric is not None and t.epochs]
+    assert trained == [1.0], "the budget pays for one of the first three rungs"
+    assert promise.ended is not None and promise.ended.startswith("pruning ended at width 1.4x: the 0 epochs that are")
+    assert promise.ended in (tmp_path / "out" / "report.md").read_text()
     assert promise.chosen in str(caught.value)
     with pytest.raises(ContractError):
         search(teacher, tmp_path / "out", impossible, resume=True)
@@ -208,6 +212,13 @@ def test_a_timed_search_on_this_machine_ships_what_no_form_of_the_teacher_beats(
     assert promise is not None and promise.kept
     speeds = {t.name: t.ratio for t in promise.tried if t.ratio is not None and t.fate != "breaks max_drop"}
     assert speeds[promise.chosen] >= 0.97 * max(speeds.values())
+
+
+def test_a_budget_in_seconds_is_kept_or_said_to_be_overrun(teacher: nn.Module, tmp_path: Path) -> None:
+    report = search(teacher, tmp_path / "out", Contract(max_drop=2, budget="20s")).report
+    assert report.promise is not None and report.promise.ended is not None
+    notes = [note for note in report.notes if "s more than its budget of 20s: " in note]
+    assert len(notes) == (report.promise.seconds >= 21)
 
 
 class Blind(nn.Module):
@@ -299,8 +310,10 @@ def test_a_row_of_another_tool_that_beats_the_student_ships(
         (Contract(min_speedup=2), {}, "leave out min_speedup"),
         (Contract(max_drop=0.5), {}, "0.5 points cannot be told on 400 validation samples.*600 samples are needed"),
         (Contract(max_drop=150), {}, "which has 100"),
-        (Contract(budget="0.001s"), {}, "too small for one candidate"),
+        (Contract(budget="0.001s"), {}, r"too small for one candidate.* would do for it, and "),
+        (Contract(budget="0.5 epochs"), {}, r'too small for one candidate.*8 steps here.*give "1 epochs" or more'),
         (Contract(), {"target": "cuda-sm80"}, "for ONNX Runtime"),
+        (Contract(min_speedup=3000), {"target": None}, "min_speedup = 3000 is out of reach.*computes nothing takes"),
         (Contract(max_drop=2), {"student": [Net(8), nn.Linear(2, 4)]}, "student: "),
     ],
 )

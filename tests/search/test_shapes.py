@@ -32,6 +32,7 @@ def halving(
     attempts: Any = SimpleNamespace(
         runs=SimpleNamespace(teacher=nn.Identity(), program=lambda passes, shape: None),
         judged=judged,
+        within=list,
         all_judged=lambda candidates: [judged(c) for c in candidates],
         worth_training=lambda tried: tried.known.speed > 2.0,
         training=lambda program, what, share: TrainingChoice("adamw", 1e-3, 1.0),

@@ -117,6 +117,8 @@ def promise(report: Report) -> Markup:
     notes = []
     if made.obstacle:
         notes.append(f"What stands in the way: {made.obstacle}.")
+    if made.ended:
+        notes.append(f"{made.ended[0].upper()}{made.ended[1:]}.")
     if made.caution:
         notes.append(f"{made.caution[0].upper()}{made.caution[1:]}.")
     if made.dominated_by:
