@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from pqk.deploy.artifact import MANIFEST, MODEL, Artifact, describe_interface, s
 from pqk.deploy.cascade import CASCADE_TEACHER, Routing
 from pqk.deploy.tuning import Tuning
 from pqk.documents import digest_of_file, digest_of_values
-from pqk.errors import ContractError, InputError, ParityError
+from pqk.errors import ContractError, InputError, ParityError, Reason
 from pqk.evaluation.cascade import measure_cascade
 from pqk.evaluation.evaluate import evaluate
 from pqk.evaluation.settings import Evaluation
@@ -132,10 +132,24 @@ def _compile(job: Job, identity: str, observer: Observer, allow_parity_failure: 
         shipped, program = result, result.program
         finished = _finished(job, program, result, allow_parity_failure) if is_main_process() else None
         better = from_main(partial(_beaten_by, finished))
-        instead = (search.instead(shipped, row) for row in better)
+        file = job.folder.unfinished_artifact / MODEL
+        instead = (search.instead(shipped, row, file) for row in better)
         result = next((other for other in instead if other is not None), None)
     if finished is not None:
+        finished = _with_disputes(job, finished, search.disputed)
         _ship(job, program, finished, allow_parity_failure)
+
+
+def _with_disputes(job: Job, finished: Finished, disputed: Mapping[VariantName, Reason]) -> Finished:
+    """The report with what was timed again of rows that seemed to beat what ships."""
+    report = finished.report
+    seeming = [row.variant for row in dominating(report) if row.variant in disputed]
+    if not seeming or report.promise is None:
+        return finished
+    promise, notes = on_evaluation(report.promise, report, seeming), (*report.notes, *(disputed[v] for v in seeming))
+    report = report.model_copy(update={"promise": promise, "notes": notes})
+    write_report(report, job.folder.unfinished_artifact)
+    return dataclasses.replace(finished, report=report)
 
 
 def _beaten_by(finished: Finished | None) -> list[VariantName]:

@@ -44,7 +44,8 @@ def in_words(kind: type[T]) -> type[T]:
     @functools.wraps(construct)
     def constructed(self: T, *args: Any, **values: Any) -> None:
         called = getattr(type(self), "name", None) if is_dataclass(self) else None
-        what = called if isinstance(called, str) else type(self).__name__
+        own = type(self).__name__
+        what = called if isinstance(called, str) else own.lower() if own.istitle() else own  # as in all other errors
         try:
             signature.bind(self, *args, **values)
         except TypeError as error:

@@ -99,7 +99,7 @@ class Recipe:
         try:
             return Recipe(passes=passes, **table)
         except InputError as error:
-            raise InputError(f"{where}: {str(error).removeprefix('Recipe: ')}") from error
+            raise InputError(f"{where}: {str(error).removeprefix('recipe: ')}") from error
 
     @staticmethod
     def load(path: str | Path) -> Recipe:

@@ -188,12 +188,13 @@ class Judge:
 
     def speed_up_of(self, program: Program) -> Ratio:
         """How many times faster an INT8 program's deployed form is, whatever it answers."""
-        path = self.folder / "candidate.onnx"
-        try:
-            emit_onnx_for(program.student, self.task, path)
+        with self._emitted(program, None) as path:
             return self.speed_up(path)
-        finally:
-            path.unlink(missing_ok=True)
+
+    def faster(self, program: Program, file: Path | None, *, than: Path) -> Ratio:
+        """How many times faster an INT8 program's deployed form, or `file` in its place, is `than` another file."""
+        with self._emitted(program, file) as path:
+            return undisturbed_ratio(twins_of(than), twins_of(path), self.task.feeds(1))
 
     @contextmanager
     def deployed(self, program: Program, file: Path | None = None) -> Iterator[tuple[Path, Outputs]]:
@@ -202,15 +203,21 @@ class Judge:
         What is written is removed. Where nothing can be timed, as this machine is not the target, the outputs are those
         of the INT8 graph.
         """
-        path = file or self.folder / "candidate.onnx"
-        try:
-            if file is None:
-                emit_onnx_for(program.student, self.task, path)
+        with self._emitted(program, file) as path:
             model: Callable[..., Outputs] = program.student
             if self.timed:
                 with torch.no_grad():
                     model = OnnxModel(path, program.student(*self.task.example))
             yield path, predict(model, self.data)[0]
+
+    @contextmanager
+    def _emitted(self, program: Program, file: Path | None) -> Iterator[Path]:
+        """The file of an INT8 program, which is removed afterwards, or `file`, which is there and stays."""
+        path = file or self.folder / "candidate.onnx"
+        try:
+            if file is None:
+                emit_onnx_for(program.student, self.task, path)
+            yield path
         finally:
             if file is None:
                 path.unlink(missing_ok=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from pqk.report.promise import Clause, Promise
 from pqk.report.schema import TITLES, AttributionRow, Report
 from pqk.report.text import percent
 
 
-def on_evaluation(promise: Promise, report: Report) -> Promise:
-    """With what the report found of every clause, and a row of its table that beats the student."""
+def on_evaluation(promise: Promise, report: Report, disputed: Collection[str] = ()) -> Promise:
+    """With what the report found of every clause, and the rows of its table that beat the student.
+
+    `disputed` are variants that seem to, and are no faster where they are timed again.
+    """
     same = report.metric is not None and promise.metric == report.metric.name
     clauses = tuple(_measured(c, report) if same or c.name != "max_drop" else c for c in promise.clauses)
-    better = "; ".join(_shown(row, report) for row in dominating(report)) or None
+    better = "; ".join(_shown(row, report) for row in dominating(report) if row.variant not in disputed) or None
     return promise.model_copy(update={"clauses": clauses, "dominated_by": better})
 
 

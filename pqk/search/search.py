@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pqk.bench.baselines import TOOLS, Tool, is_transformer
+from pqk.core.distributed import alone
 from pqk.core.program import Program
 from pqk.core.run_context import RunContext
 from pqk.errors import InputError, Reason
@@ -89,6 +90,8 @@ class ContractSearch:
         place = self.context.folder / "search"
         place.mkdir(parents=True, exist_ok=True)
         self.out_of_reach: Reason | None = None
+        self.disputed: dict[VariantName, Reason] = {}
+        """rows of the report's table that seemed to beat what ships, and what was found where both were timed again"""
         self.shapes = {student.name: student for student in self.students}
         modules = {name: student.module for name, student in self.shapes.items()}
         self.runs = Runs(self.teacher, self.task, self.target, self.context, place, modules)
@@ -127,8 +130,11 @@ class ContractSearch:
             return replace(result, promise=result.promise.model_copy(update={"obstacle": obstacle}))
         return self._result(best)
 
-    def instead(self, result: SearchResult, row: VariantName) -> SearchResult | None:
-        """What ships in place of a student that a row of the report's table beats; None where that cannot be made."""
+    def instead(self, result: SearchResult, row: VariantName, file: Path) -> SearchResult | None:
+        """What ships in place of a student, in `file`, that a row of the report's table beats.
+
+        None where that cannot be made, or is no faster where both are timed again: see `disputed`.
+        """
         attempts = self.attempts
         beaten = next(t for t in attempts.tried if t.candidate.name == result.promise.chosen)
         tool = next((name for name in TOOLS if name == row), None)
@@ -145,8 +151,30 @@ class ContractSearch:
         certain = attempts.terms.holds(tried.worth) or not attempts.terms.holds(beaten.worth)
         if tried.worth is None or tried.fate.startswith("ships") or not certain:
             return None  # it cannot be made, did ship before, or breaks the contract for all that is known
+        if result.cascade is None and (reason := self._why_not_faster(tried, beaten, file)):
+            self.disputed[row] = reason
+            return None
         tried.fate = f"ships: on evaluation data better in metric and speed than {beaten.candidate.name}"
         return self._result(tried)
+
+    def _why_not_faster(self, tried: Tried, beaten: Tried, file: Path) -> Reason | None:
+        """Why `tried` is not faster than what is in `file` for sure, both in turn, in two sessions each."""
+        if not self.judge.timed:
+            return None
+        name, candidate = tried.candidate.name, tried.candidate
+
+        def measure() -> list[float]:
+            with alone():
+                program = self.runs.program(candidate.passes, candidate.shape)
+                return [*self.judge.faster(program, self.attempts.file(candidate), than=file)]
+
+        ratio, low, high = self.context.decide(f"again/{name} and {beaten.candidate.name}", measure)
+        if low > 1:
+            return None
+        return (
+            f"{name} is {ratio:.2f}x as fast as what ships ({low:.2f} to {high:.2f}), where both are timed again in "
+            "turn, in two sessions each: other work disturbed the times of the table"
+        )
 
     def _result(self, chosen: Tried) -> SearchResult:
         attempts, candidate = self.attempts, chosen.candidate

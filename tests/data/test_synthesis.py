@@ -118,7 +118,7 @@ def test_each_part_of_the_prior_does_what_it_says(teacher: nn.Module) -> None:
         (lambda t: synthesize(t, torch.zeros(2, 3, 6, 6), samples=1), "samples=1"),
         (lambda t: synthesize(t, torch.zeros(2, 3, 6, 6), steps=0), "steps=0"),
         (lambda t: synthesize(t, torch.zeros(2, 3, 6, 6), 4, 2, learning_rate=float("nan")), "learning_rate=nan"),
-        (lambda t: Prior(statistics=float("nan")), "Prior: statistics: .*finite"),
+        (lambda t: Prior(statistics=float("nan")), "prior: statistics: .*finite"),
         (lambda t: Prior(statistics=-1.0), "every weight must be finite and at least 0"),
         (lambda t: synthesize(nn.Sequential(nn.BatchNorm2d(3)), torch.zeros(2, 3, 6, 6), 4, 2), "not finite logits"),
     ],

@@ -22,6 +22,7 @@ from pqk.search.candidates import Candidate
 from pqk.search.judge import NONE_OF, Judge, Worth
 from pqk.search.on_evaluation import broken_in_words, dominating, on_evaluation
 from pqk.search.verdict import Terms, Tried, obstacle, promise_of
+from tests.support.reports import a_promise
 
 
 class Identity(nn.Module):
@@ -289,6 +290,15 @@ def test_rows_of_the_table_that_beat_the_student_are_named() -> None:
     assert dominating(found) == [better]
 
 
+def test_a_row_that_was_timed_again_and_is_no_faster_is_not_named() -> None:
+    report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
+    student = next(row for row in report.attribution if row.variant == "student")
+    better = student.model_copy(update={"variant": "teacher_ptq", "ratio": 99.0, "ratio_low": 98.0})
+    found = report.model_copy(update={"attribution": (student, better)})
+    assert "99.00x" in str(on_evaluation(a_promise(), found).dominated_by)
+    assert on_evaluation(a_promise(), found, ["teacher_ptq"]).dominated_by is None
+
+
 def test_rows_of_the_table_are_held_against_a_cascade_as_a_whole() -> None:
     """Not against its student, which is faster, and worse."""
     report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
@@ -327,7 +337,7 @@ def test_why_pruning_ended_is_in_every_report() -> None:
     promise = promise_of(Terms(Contract(), 0.01, share=True), rows, rows[0], judged, 1.0, None, ended)
     report = Report.loads((Path(__file__).parents[2] / "models" / "results" / "resnet20_cifar10.json").read_bytes())
     report = report.model_copy(update={"promise": promise})
-    assert f"- {ended}\n" in "\n\n".join(promise_section(promise))
+    assert f"- {ended}\n" in "\n\n".join(promise_section(promise, report))
     assert f"<li>P{ended[1:]}.</li>" in str(section(report))
     assert report.promise is not None and report.promise.ended == ended
 

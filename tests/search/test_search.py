@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from pqk import ArrayData, Artifact, Contract, ContractError, Evaluation, Recipe, Task, compress
 from pqk.bench.measure import QUICK
+from pqk.bench.statistics import Ratio
 from pqk.check import check
 from pqk.errors import InputError
 from pqk.passes import Capture, Convert, Quantize
 from pqk.report.schema import AttributionRow, Report
+from pqk.search.judge import Judge
 
 pytestmark = pytest.mark.slow
 
@@ -266,6 +268,30 @@ def test_without_validation_data_half_of_the_evaluation_data_decides(teacher: nn
     assert any("150 of the 300 evaluation samples" in note for note in report.notes)
 
 
+BESIDE_A_TOOL = Evaluation(baselines=("onnxruntime",), runtimes=(), steps_between=False, timing=QUICK, batches=(1,))
+
+
+@pytest.mark.full
+def test_a_row_that_is_no_faster_when_it_is_timed_again_does_not_ship(
+    teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its times in the table were those of a busy machine: the student stays, and the report says what was found."""
+
+    def seeming(report: Report) -> list[AttributionRow]:
+        return [row for row in report.attribution if row.variant == "teacher_ptq"]
+
+    monkeypatch.setattr("pqk.compiler.dominating", seeming)
+    monkeypatch.setattr("pqk.search.on_evaluation.dominating", seeming)
+    monkeypatch.setattr(Judge, "faster", lambda *args, **options: Ratio(0.91, 0.85, 0.97))
+    contract = Contract(max_drop=3, budget="1 epochs")
+    artifact = search(teacher, tmp_path / "out", contract, target=None, task=task(train=0), evaluation=BESIDE_A_TOOL)
+    promise = artifact.report.promise
+    assert promise is not None and promise.chosen != "INT8 by PTQ alone" and promise.dominated_by is None
+    assert "tool" not in artifact.manifest
+    said = [note for note in artifact.report.notes if "timed again in turn" in note]
+    assert len(said) == 1 and "INT8 by PTQ alone is 0.91x as fast as what ships (0.85 to 0.97)" in said[0]
+
+
 @pytest.mark.full
 def test_a_row_of_another_tool_that_beats_the_student_ships(
     teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,10 +305,10 @@ def test_a_row_of_another_tool_that_beats_the_student_ships(
         return rows if len(told) == 1 else []
 
     monkeypatch.setattr("pqk.compiler.dominating", better)
-    small = Evaluation(baselines=("onnxruntime",), runtimes=(), steps_between=False, timing=QUICK, batches=(1,))
+    monkeypatch.setattr(Judge, "faster", lambda *args, **options: Ratio(1.5, 1.4, 1.6))
     out = tmp_path / "out"
     artifact = search(
-        teacher, out, Contract(max_drop=3, budget="1 epochs"), target=None, task=task(train=0), evaluation=small
+        teacher, out, Contract(max_drop=3, budget="1 epochs"), target=None, task=task(train=0), evaluation=BESIDE_A_TOOL
     )
     promise, report = artifact.report.promise, artifact.report
     assert promise is not None and promise.chosen == told[1] == "INT8 by PTQ alone" != told[0]
