@@ -481,7 +481,7 @@ def test_the_command_line_gives_clauses_and_the_exit_code(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (toy / "contract.toml").write_text(SOURCES + '[target]\nname = "arm-dotprod"\n[contract]\nmax_size_mb = 9\n')
-    clauses = ["--max-size-mb", "0.00001", "--budget", "1 epochs"]
+    clauses = ["--max-size-mb", "0.00001", "--budget", "2 epochs"]
     out = ["--out", str(tmp_path / "out"), "--evaluation", "quick", "--json"]
     code = cli.run(["compress", str(toy / "contract.toml"), *out, *clauses])
     answer = json.loads(capsys.readouterr().out)
