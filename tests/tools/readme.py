@@ -13,6 +13,7 @@
 <!-- growth -->           how time and memory of a compile grow: models/results/compile_growth.json
 <!-- shapes -->           how fast students of another shape are untrained: models/results/student_shapes.json
 <!-- strangers -->        what became of models that no recipe knows: models/results/strangers.json, where it is there
+<!-- promises -->         the same in a sentence
 <!-- peers -->            the same models through other tools, from the same file
 <!-- terms -->            the distillation terms, with the first sentence of each
 <!-- sources -->          where teachers come from, likewise
@@ -39,7 +40,8 @@ from pqk.kernels import KERNELS
 from pqk.report.markdown import markdown_table
 from pqk.report.schema import Report
 from pqk.report.text import ATTRIBUTION_HEADER, attribution_cells, metric_text, percent
-from pqk.strangers.table import beside_peers
+from pqk.strangers.rows import Row
+from pqk.strangers.table import beside_peers, sentence
 from pqk.strangers.table import markdown as strangers_table
 
 ROOT = Path(__file__).parents[2]
@@ -346,6 +348,14 @@ def of_strangers(shown: Callable[[dict[str, Any]], str]) -> str:
     return shown(json.loads(path.read_text())) if path.exists() else "No run is committed yet."
 
 
+def promises(document: dict[str, Any]) -> str:
+    """What became of the strangers, in a sentence."""
+    rows = [Row.read(row) for row in document["strangers"]]
+    found = document["conditions"]
+    begins = f"Models that no recipe knows, {found['budget']} each on {found['machine']['cores']} cores"
+    return f"{begins} ({found['machine']['target']}): {sentence(rows)} [The table](pqk/strangers/README.md)."
+
+
 def peers(document: dict[str, Any]) -> str:
     """The table beside other tools, where the run had any."""
     had = any(row["peers"] for row in document["strangers"])
@@ -419,6 +429,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "growth": growth,
     "shapes": shapes,
     "strangers": lambda: of_strangers(strangers_table),
+    "promises": lambda: of_strangers(promises),
     "peers": lambda: of_strangers(peers),
     "terms": lambda: listed("terms", ("term", "what it compares")),
     "sources": lambda: listed("sources", ("source", "who teaches")),
