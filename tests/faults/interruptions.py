@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,9 @@ def looked(folder: Path) -> Iterator[tuple[str, int, int]]:
 def permit(folder: Path, writing: bool) -> None:
     """Let the owner write into a directory and all below it, or not."""
     for path in [folder, *folder.rglob("*")]:
-        if not path.is_symlink():
+        if path.is_symlink():
+            continue
+        with suppress(FileNotFoundError):  # a compile that is still ending moves what it has written
             mode = path.stat().st_mode
             path.chmod(mode | stat.S_IWUSR if writing else mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
 

@@ -31,7 +31,7 @@ def test_three_hundred_mutations_end_in_words_or_are_right(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_kill_a_full_disk_and_a_second_process(tmp_path: Path) -> None:
     """Each in a process of its own, which is killed, finds the disk full, is refused, or may not write."""
-    interrupted(tmp_path, kills=2, whole=0, onnx=0, sizes=65536, twice=1, closed=1, clocks=0)
+    interrupted(tmp_path, kills=1, whole=0, onnx=0, sizes=131072, twice=1, closed=1, clocks=0)
 
 
 @pytest.mark.full

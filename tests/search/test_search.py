@@ -199,6 +199,7 @@ def test_without_training_data_integer_forms_are_what_there_is(teacher: nn.Modul
     assert {t.name for t in promise.tried} == {"static", "dynamic", "float"}
 
 
+@pytest.mark.full
 def test_the_passes_of_a_recipe_compete(teacher: nn.Module, tmp_path: Path) -> None:
     recipe = Recipe(passes=(Capture(), Quantize(samples=64), Convert()))
     promise = search(teacher, tmp_path / "out", task=task(train=0), recipe=recipe).report.promise
@@ -216,6 +217,7 @@ def test_a_timed_search_on_this_machine_ships_what_no_form_of_the_teacher_beats(
     assert speeds[promise.chosen] >= 0.97 * max(speeds.values())
 
 
+@pytest.mark.full
 def test_a_budget_in_seconds_is_kept_or_said_to_be_overrun(teacher: nn.Module, tmp_path: Path) -> None:
     report = search(teacher, tmp_path / "out", Contract(max_drop=2, budget="20s")).report
     assert report.promise is not None and report.promise.ended is not None
@@ -259,6 +261,7 @@ def test_several_students_need_a_contract(teacher: nn.Module, tmp_path: Path) ->
         compress(teacher, task(), recipe, out=tmp_path / "out", student=[Net(6), Net(7)])
 
 
+@pytest.mark.full
 def test_without_validation_data_half_of_the_evaluation_data_decides(teacher: nn.Module, tmp_path: Path) -> None:
     x, y = inputs(300, 3)
     given = Task(ArrayData(*inputs(256, 1), 32), ArrayData(x, y, 32))
