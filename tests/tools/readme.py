@@ -12,6 +12,7 @@
 <!-- estimates -->        how near `pqk check` comes to what passes take: models/results/check_estimates.json
 <!-- growth -->           how time and memory of a compile grow: models/results/compile_growth.json
 <!-- shapes -->           how fast students of another shape are untrained: models/results/student_shapes.json
+<!-- allocation -->       how much better the table cuts than width alone: models/results/allocation.json
 <!-- strangers -->        what became of models that no recipe knows: models/results/strangers.json, where it is there
 <!-- promises -->         the same in a sentence
 <!-- peers -->            the same models through other tools, from the same file
@@ -27,6 +28,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -342,6 +344,25 @@ def zoo() -> str:
     )
 
 
+def allocations() -> str:
+    """How much better the table cuts than width alone, to the same measured latency."""
+    found = json.loads((RESULTS / "allocation.json").read_text())
+    conditions, said = found["conditions"], []
+    for better in found["better"]:
+        rows = [row for row in found["rows"] if row["goal"] == better["goal"]]
+        speeds = {
+            way: statistics.mean(row["ratio"] for row in rows if row["way"] == way)
+            for way in (better["than"], better["way"])
+        }
+        said.append(
+            f"{conditions['network']} to {better['goal']:g}x, {conditions['epochs']:g} epoch of {conditions['images']} "
+            f"images for each, {len(better['points'])} seeds: {better['mean']:+.1f} points on the test images "
+            f"({better['low']:.1f} to {better['high']:.1f}) over {better['than']} alone, at "
+            f"{speeds[better['way']]:.2f}x and {speeds[better['than']]:.2f}x as measured afterwards"
+        )
+    return f"{'; '.join(said)} (`models/results/allocation.json`, `python tests/tools/allocation.py`)."
+
+
 def of_strangers(shown: Callable[[dict[str, Any]], str]) -> str:
     """A table of the benchmark on strangers, or that it is not committed."""
     path = RESULTS / "strangers.json"
@@ -428,6 +449,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "estimates": estimates,
     "growth": growth,
     "shapes": shapes,
+    "allocation": allocations,
     "strangers": lambda: of_strangers(strangers_table),
     "promises": lambda: of_strangers(promises),
     "peers": lambda: of_strangers(peers),
