@@ -154,6 +154,7 @@ class ContractSearch:
         if result.cascade is None and (reason := self._why_not_faster(tried, beaten, file)):
             self.disputed[row] = reason
             return None
+        self.disputed.clear()  # they were of what shipped before
         tried.fate = f"ships: on evaluation data better in metric and speed than {beaten.candidate.name}"
         return self._result(tried)
 
