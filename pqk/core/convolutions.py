@@ -102,7 +102,7 @@ class TransposedConvolution(ConvolutionCall):
         pixels = function(self.input, self.weight)
         sizes = [
             (size - 1) * stride + 1 + more
-            for size, stride, more in zip(pixels.shape[-2:], strides, _pair(self.output_padding), strict=True)
+            for size, stride, more in zip(pixels.shape[-2:], strides, pair(self.output_padding), strict=True)
         ]
         result = pixels.new_zeros(*pixels.shape[:-2], *sizes)
         result[..., :: strides[0], :: strides[1]] = pixels
@@ -122,12 +122,12 @@ def strides_of_few(weight: Tensor, stride: Any, padding: Any, groups: int) -> tu
     channels), a stride, one group and no padding. The layout of its input is not asked for: a network may change it.
     `stride` and `padding` are as torch takes them: a number, one or two of them, or (padding) "valid".
     """
-    pointwise = tuple(weight.shape[2:]) == (1, 1) and (padding == "valid" or not any(_pair(padding)))
-    strides = _pair(stride)
+    pointwise = tuple(weight.shape[2:]) == (1, 1) and (padding == "valid" or not any(pair(padding)))
+    strides = pair(stride)
     return strides if pointwise and groups == 1 and weight.shape[1] < VECTOR and max(strides) > 1 else None
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
+def pair(value: Any) -> tuple[Any, Any]:
     """A number, or a sequence of one or two, as a pair."""
     first, *rest = value if isinstance(value, list | tuple) else (value,)
     return (first, *rest) if rest else (first, first)

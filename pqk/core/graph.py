@@ -147,6 +147,14 @@ def replace(graph_module: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
     graph_module.graph.erase_node(old)
 
 
+def same_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Another graph over the same tensors and modules, with the same names of nodes, whose outputs are in plain
+    containers."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return fx.GraphModule(graph_module, graph)
+
+
 def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Drop dead nodes, unused tensors and lost points, check the graph, and compile it."""
     graph = graph_module.graph

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from pqk.core.graph import StructuredCode, quiet_export
+from pqk.core.graph import StructuredCode, quiet_export, same_graph
 from pqk.data.structures import Outputs, restructured, tensors
 from pqk.deploy.torch_archive import MODEL, SAMPLES, checked_archive, why_not_plain
 from pqk.errors import InputError
@@ -52,11 +52,7 @@ def emit_torch(fused: fx.GraphModule, example: tuple[Tensor, ...], path: Path, a
 
 def _plain_outputs(fused: fx.GraphModule) -> fx.GraphModule:
     """`fused` with the plain containers of its graph, as a reader of the file need not have the model's."""
-    if not isinstance(fused.graph._codegen, StructuredCode):
-        return fused
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(fused.graph, {}))
-    return fx.GraphModule(fused, graph)
+    return same_graph(fused) if isinstance(fused.graph._codegen, StructuredCode) else fused
 
 
 def load_student(path: Path | str, device: str | torch.device = "cpu") -> fx.GraphModule:

@@ -33,6 +33,7 @@ from pqk.report.text import (
     reasons_of,
     robustness_note,
     robustness_rows,
+    value_text,
 )
 
 
@@ -82,17 +83,13 @@ def cascade_section(report: Report) -> list[str]:
 def promise_section(promise: Promise, report: Report) -> list[str]:
     """Whether the contract is kept, and everything that was tried for it."""
     share = is_share(report)
-
-    def shown(value: float | None) -> str:
-        return percent(value) if share or value is None else f"{value:.4g}"
-
     header = ("tried", "how", "fate", promise.metric, "lost at most", "speed-up", "MB", "epochs", "s")
     rows = [
         [
             f"**{t.name}**" if t.name == promise.chosen else t.name,
             t.what,
             t.fate,
-            shown(t.metric),
+            value_text(t.metric, share=share),
             difference_text(t.drop_high, share=share),
             "–" if t.ratio is None else f"{t.ratio:.2f}x",
             "–" if t.size_bytes is None else f"{t.size_bytes / 1e6:.2f}",
@@ -105,8 +102,8 @@ def promise_section(promise: Promise, report: Report) -> list[str]:
         "## The contract",
         "\n".join(f"- {line}" for line in promise_text(promise, share=share).splitlines()),
         markdown_table(header, rows, texts=3),
-        f"On {promise.validation_samples} samples of deciding data, where the teacher has {shown(promise.teacher)}. "
-        f"{DECIDING}",
+        f"On {promise.validation_samples} samples of deciding data, where the teacher has "
+        f"{value_text(promise.teacher, share=share)}. {DECIDING}",
     ]
 
 

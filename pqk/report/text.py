@@ -33,6 +33,11 @@ def is_share(report: Report) -> bool:
     return report.metric is None or report.metric.unit == "share"
 
 
+def value_text(value: float | None, *, share: bool) -> str:
+    """A value of the metric without its unit: a share in per cent."""
+    return percent(value) if share or value is None else f"{value:.4g}"
+
+
 def difference_text(value: float | None, *, share: bool, signed: bool = False) -> str:
     """How much of the metric lies between two values: points of a share, else in its own unit."""
     if value is None:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from pqk.report.promise import Clause, Promise
 from pqk.report.schema import TITLES, AttributionRow, Report
-from pqk.report.text import percent
+from pqk.report.text import value_text
 
 
 def on_evaluation(promise: Promise, report: Report, disputed: Collection[str] = ()) -> Promise:
@@ -67,8 +67,7 @@ def dominating(report: Report) -> list[AttributionRow]:
 
 
 def _shown(row: AttributionRow, report: Report) -> str:
-    share = report.metric is not None and report.metric.unit == "share"
-    value = percent(row.metric) if share else f"{row.metric:.4g}"
+    value = value_text(row.metric, share=report.metric is not None and report.metric.unit == "share")
     return f"{row.label or TITLES[row.variant]}: {value} at {row.ratio:.2f}x"
 
 

@@ -19,6 +19,8 @@ from pqk.errors import InputError, Reason, nearest
 from pqk.quant.qparams import U8, Grid
 from pqk.settings import CONFIG, in_words
 
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+"""instruction sets of x86 that add products of u8 and s8 in 32 bits, so that nothing saturates"""
 ISA_ORDER = {"x86-avx2": ("x86-avx2", "x86-vnni"), "x86-vnni": ("x86-vnni",)}
 """target -> the machines it runs on with the numbers it was trained for"""
 
@@ -106,7 +108,7 @@ def machine_target() -> str:
     """Name of the target that this CPU is."""
     flags, machine = cpu_flags(), platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        if flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
+        if flags & VNNI:
             return "x86-vnni"
         if "avx2" in flags or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             return "x86-avx2"

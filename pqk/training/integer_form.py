@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from pqk.core.aten import aten, root
-from pqk.core.convolutions import strides_of_few
-from pqk.core.graph import StructuredCode, arguments, attribute, finish, free_path, shape
+from pqk.core.convolutions import pair, strides_of_few
+from pqk.core.graph import StructuredCode, arguments, attribute, finish, free_path, operand, same_graph
 from pqk.errors import Reason
 from pqk.quant.fake_quant import ActivationFakeQuant, WeightFakeQuant
-from pqk.target.target import cpu_flags
+from pqk.target.target import S7_SYMMETRIC, VNNI, cpu_flags
 
 log = logging.getLogger(__name__)
 
+CONVOLUTION = ("stride", "padding", "dilation")
+"""what an integer convolution is given beside its tensors"""
 LEAST_ROWS = 512
 """rows of a linear layer's input from which on it pays to lay out the weight for an integer kernel: on AVX512-VNNI that
 takes as long as 270 rows save, for each step anew"""
-SATURATING = 64
-"""the largest weight whose products with uint8 `vpmaddubsw`, which CPUs without VNNI multiply by, adds without loss"""
 
 
 def integer_form(student: nn.Module, device: torch.device) -> nn.Module:
@@ -40,11 +40,9 @@ def integer_form(student: nn.Module, device: torch.device) -> nn.Module:
         log.debug("products stay in float: %s", reason)
         return student
     assert isinstance(student, fx.GraphModule)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(student.graph, {}))
+    form = same_graph(student)
     if (structure := student.meta.get("structure")) is not None:
-        graph.set_codegen(StructuredCode(structure))
-    form = fx.GraphModule(student, graph)
+        form.graph.set_codegen(StructuredCode(structure))
     form.meta.update(student.meta)
     taken = 0
     for node in form.graph.nodes:
@@ -54,9 +52,10 @@ def integer_form(student: nn.Module, device: torch.device) -> nn.Module:
             form.add_submodule(path, product)
             node.op, node.target, node.args, node.kwargs = "call_module", path, (a["input"], a["weight"], a["bias"]), {}
             taken += 1
-    finish(form)
+    if not taken:
+        return student
     log.info("%d convolutions and linear layers train on integer products", taken)
-    return form if taken else student
+    return finish(form)
 
 
 def why_not_in_integers(student: nn.Module, device: torch.device) -> Reason | None:
@@ -68,7 +67,7 @@ def why_not_in_integers(student: nn.Module, device: torch.device) -> Reason | No
         return f"it trains on {device.type}"
     if "avx2" not in cpu_flags() or not torch.backends.mkldnn.is_available():
         return "the integer kernels are oneDNN's, for x86 with AVX2"
-    exact = cpu_flags() & {"avx512_vnni", "avx_vnni"} or all(w.grid.qmax <= SATURATING for w in weights)
+    exact = cpu_flags() & VNNI or all(w.grid.qmax <= S7_SYMMETRIC.qmax for w in weights)
     return None if exact else "this CPU saturates products with weights of 8 bits"
 
 
@@ -82,10 +81,10 @@ def _product(form: fx.GraphModule, node: fx.Node) -> IntegerProduct | None:
         return None
     if node.target is aten.linear.default:
         return IntegerProduct(quantizers[0], quantizers[1])
-    weight = torch.empty([n or 1 for n in shape(a["weight"])], device="meta")
+    weight = attribute(form, str(operand(a["weight"]).target))
     if a["groups"] != 1 or strides_of_few(weight, a["stride"], a["padding"], 1) is not None:
         return None
-    return IntegerProduct(quantizers[0], quantizers[1], (a["stride"], a["padding"], a["dilation"]))
+    return IntegerProduct(quantizers[0], quantizers[1], tuple(pair(a[name]) for name in CONVOLUTION))
 
 
 class IntegerProduct(nn.Module):
@@ -98,19 +97,18 @@ class IntegerProduct(nn.Module):
         self,
         activation: ActivationFakeQuant,
         weight: WeightFakeQuant,
-        convolution: tuple[list[int], list[int], list[int]] | None = None,
+        convolution: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
-        """`convolution`: stride, padding and dilation; None for a linear layer."""
+        """`convolution`: stride, padding and dilation, each of both axes; None for a linear layer."""
         super().__init__()
         self._borrowed, self.convolution = (activation, weight), convolution
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rounding = all(q.mode == "on" for q in self._borrowed)
         if self.convolution is not None:
-            settings = tuple([*part] if len(part) > 1 else [*part] * 2 for part in self.convolution)
             if not rounding:
-                return aten.conv2d.default(x, weight, bias, *settings)
-            return IntegerConvolution.apply(x, weight, bias, *self._steps(), *settings)
+                return aten.conv2d.default(x, weight, bias, *self.convolution)
+            return IntegerConvolution.apply(x, weight, bias, *self._steps(), *self.convolution)
         if not rounding or x.numel() < LEAST_ROWS * x.shape[-1]:
             return aten.linear.default(x, weight, bias)
         return IntegerLinear.apply(x, weight, bias, *self._steps())
@@ -129,7 +127,7 @@ class IntegerConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, step: float, zero_point: int, steps: Tensor,
-        stride: list[int], padding: list[int], dilation: list[int],
+        stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight)
         ctx.settings = stride, padding, dilation

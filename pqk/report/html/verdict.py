@@ -10,6 +10,7 @@ from pqk.report.promise import Clause, Promise, TriedStudent
 from pqk.report.schema import AttributionRow, Report
 from pqk.report.text import (
     ATTRIBUTION_HEADER,
+    CLAUSE_UNITS,
     DECIDING,
     attribution_cells,
     cascade_text,
@@ -19,6 +20,7 @@ from pqk.report.text import (
     percent,
     reasons_of,
     scaled,
+    value_text,
 )
 
 CLAUSES = {
@@ -27,7 +29,6 @@ CLAUSES = {
     "max_latency_ms": ("takes at most", "a call"),
     "max_size_mb": ("has a file of at most", ""),
 }
-UNITS = {"min_speedup": "x", "max_latency_ms": " ms", "max_size_mb": " MB"}
 FREE = {"speed": "the fastest", "metric": "the one that loses least of the metric"}
 
 
@@ -148,7 +149,7 @@ def _clause_cells(clause: Clause, report: Report) -> list[str]:
 
 def _quantity(clause: Clause, value: float, report: Report) -> str:
     share = is_share(report)
-    unit = UNITS.get(clause.name) or ("" if not share else " point" if value == 1 else " points")
+    unit = CLAUSE_UNITS.get(clause.name) or ("" if not share else " point" if value == 1 else " points")
     return f"{value:.4g}{unit}"
 
 
@@ -220,14 +221,11 @@ def tried(report: Report) -> Markup:
 
 
 def _tried_cells(number: int, t: TriedStudent, share: bool) -> list[str]:
-    def shown(value: float | None) -> str:
-        return percent(value) if share or value is None else f"{value:.4g}"
-
     lost = partial(difference_text, share=share)
     speed = "–" if t.ratio is None else f"{t.ratio:.2f}x"
     if t.ratio_low is not None and t.ratio_high is not None:
         speed += f" ({t.ratio_low:.2f} to {t.ratio_high:.2f})"
     return [
-        f"{number}", t.name, t.what, t.fate, shown(t.metric), lost(t.drop), lost(t.drop_high), speed,
+        f"{number}", t.name, t.what, t.fate, value_text(t.metric, share=share), lost(t.drop), lost(t.drop_high), speed,
         scaled(t.size_bytes, 1e3, "kB", 0), scaled(t.macs, 1e6, "M"), f"{t.epochs:g}", _clock(t.seconds),
     ]  # fmt: skip
