@@ -6,35 +6,32 @@ softmax, each of which passes and runtimes know. Needs `pip install 'pqk[encoder
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
-import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pqk.data.folders import data_folders
-from pqk.errors import InputError, nearest
-from pqk.quiet import quiet
+from pqk.errors import InputError, first_line, nearest
+from pqk.models.hub import (
+    TOKENIZER,
+    find_directory,
+    layer_weights,
+    need_safetensors,
+    quietly,
+    stored_shapes,
+)
 
 KINDS = ("classification", "regression", "embedding")
 INPUTS = ("input_ids", "attention_mask")
 FREE = {name: {0: "batch", 1: "sequence"} for name in INPUTS}
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "bpe.codes",
-)  # fmt: skip
-"""what a tokenizer may be stored in; an artifact gets those that are there"""
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "model.ckpt")
 SAID = {
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
@@ -47,7 +44,6 @@ SHIFTED = (
     "longformer", "mpnet", "esm",
 )  # fmt: skip
 """families that count positions from behind the padding token"""
-LAYER = re.compile(r"\blayers?\.(\d+)\.(.+)\.weight(?:_u?int\d+)?$")
 QUERY = re.compile(r"(^|\.)(query|q_lin|q_proj|query_proj|q)$")
 
 
@@ -110,22 +106,6 @@ def encoder(
     return Encoder(model, task).eval()
 
 
-def find_directory(name: str | Path, data: Path | None = None) -> Path:
-    """The folder `name`: as a path, in the data folder, or in a package. Raises `InputError` where it is nowhere."""
-    package, _, inside = str(name).removeprefix("package:").partition("/")
-    if str(name).startswith("package:"):
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"encoder: no package {package} for directory {name}; install it")
-        places = [Path(spec.submodule_search_locations[0]) / inside]
-    else:
-        places = [folder / name for folder in (Path(), *data_folders(data))]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    raise InputError(f"encoder: no config.json in {' or '.join(dict.fromkeys(map(str, places)))}")
-
-
 def load(
     folder: Path, task: str, labels: int | Sequence[str] | None = None, *, new_head: bool = False
 ) -> tuple[nn.Module, Any]:
@@ -135,12 +115,12 @@ def load(
     """
     if task not in KINDS:
         raise InputError(f'encoder: unknown task "{task}"{nearest(task, KINDS)}')
-    _need_safetensors(folder)
+    need_safetensors(folder)
     with quietly() as transformers:
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"encoder: {folder} has no readable config.json: {_first_line(error)}") from error
+            raise InputError(f"encoder: {folder} has no readable config.json: {first_line(error)}") from error
         _refuse_decoders(config, folder)
         if task == "embedding":
             _refuse_other_pooling(folder)
@@ -153,7 +133,7 @@ def load(
                 trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=new_head,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"encoder: {folder} cannot be loaded as {task}: {_first_line(error)}") from error
+            raise InputError(f"encoder: {folder} cannot be loaded as {task}: {first_line(error)}") from error
     untrained = sorted(k for k in info["missing_keys"] if not (task == "embedding" and k.startswith("pooler")))
     if untrained and not new_head:
         raise InputError(
@@ -163,27 +143,6 @@ def load(
     if task == "embedding" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # reads the first token only, for a head that is not there
     return model.float().eval(), config
-
-
-def load_tokenizer(folder: Path, config: Any) -> Any:
-    """The directory's tokenizer. Raises `InputError` where there is none, or it is not that of the model."""
-    with quietly() as transformers:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise InputError(f"encoder: {folder} has no readable tokenizer: {_first_line(error)}") from error
-    words = len(tokenizer)
-    if not 0.99 * config.vocab_size <= words <= config.vocab_size:  # tables are rounded up to multiples of 64 or 128
-        raise InputError(
-            f"encoder: the tokenizer in {folder} has {words} tokens and the model {config.vocab_size}; it belongs to "
-            "another model: copy the right one"
-        )
-    ids = (tokenizer.pad_token_id, config.pad_token_id)
-    if ids[0] is None or (ids[1] is not None and ids[0] != ids[1]):
-        raise InputError(f"encoder: the tokenizer in {folder} pads with token {ids[0]} and the model with {ids[1]}")
-    return tokenizer
 
 
 def positions(config: Any) -> int:
@@ -239,35 +198,7 @@ class HubFiles:
         return sizes
 
 
-def layer_weights(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """(layer, name within it, shape) of every weight that stands in a numbered layer."""
-    for key, shape in shapes.items():
-        if (match := LAYER.search(key)) is not None:
-            yield int(match[1]), match[2], shape
-
-
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors in the safetensors files of `folder`, read from their headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as f:
-            shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
-    return shapes
-
-
 # ---- what is refused
-
-
-def _need_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = [name for name in PICKLES if (folder / name).is_file()]
-    if pickled:
-        raise InputError(
-            f"encoder: {folder} holds its weights in {pickled[0]} only, which can run code when opened; where you "
-            "trust it, load it with its own class and save it with save_pretrained(DIR, safe_serialization=True)"
-        )
-    raise InputError(f"encoder: {folder} has no *.safetensors; copy the whole directory")
 
 
 def _refuse_decoders(config: Any, folder: Path) -> None:
@@ -289,7 +220,7 @@ def _refuse_other_pooling(folder: Path) -> None:
         pooling = json.loads(path.read_text())
         modes = {k for k, v in pooling.items() if k.startswith("pooling_mode_") and v}
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"encoder: {path} is not readable: {_first_line(error)}") from error
+        raise InputError(f"encoder: {path} is not readable: {first_line(error)}") from error
     if modes - {"pooling_mode_mean_tokens"}:
         raise InputError(
             f"encoder: {path} says {', '.join(sorted(modes))}; only the mean over tokens can be compiled as an "
@@ -321,19 +252,3 @@ def _set_labels(config: Any, task: str, labels: int | Sequence[str] | None, fold
     if task == "classification" and isinstance(labels, Sequence) and list(labels) != have:
         differing = next((a, b) for a, b in zip(labels, have, strict=True) if a != b)
         raise InputError(f'encoder: label "{differing[0]}" is called "{differing[1]}" by the head in {folder}')
-
-
-@contextmanager
-def quietly() -> Iterator[Any]:
-    """`transformers`, without its advice. Raises `InputError` where it is not installed."""
-    with quiet():
-        try:
-            import transformers
-        except ImportError as error:
-            raise InputError(f"encoder: {error}; install it: pip install 'pqk[encoders]'") from error
-        with quiet("transformers", level=logging.ERROR):  # after the import, which sets the level
-            yield transformers
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

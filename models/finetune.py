@@ -29,7 +29,8 @@ from pqk.core.run_context import RunContext
 from pqk.data.data import ArrayData, Batch
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError
-from pqk.models.encoder import TOKENIZER, Encoder, find_directory, load, load_tokenizer, positions
+from pqk.models.encoder import Encoder, load, positions
+from pqk.models.hub import TOKENIZER, find_directory, load_tokenizer
 from pqk.models.text import TextReader, held_out
 from pqk.models.text_data import TextData, TextSource, Tokens, column, read_table
 from pqk.task.metrics import METRICS, predict

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pqk.errors import InputError
-from pqk.models.encoder import SAID, Encoder, quietly
+from pqk.models.encoder import SAID, Encoder
+from pqk.models.hub import quietly
 
 
 def small_encoder(

@@ -28,11 +28,10 @@ from pqk.models.encoder import (
     KINDS,
     Encoder,
     HubFiles,
-    find_directory,
     load,
-    load_tokenizer,
     positions,
 )
+from pqk.models.hub import find_directory, load_tokenizer
 from pqk.models.text_data import Altered, TextData, TextSource, Tokens, column, padded, read_table
 from pqk.task.metrics import Metric, argmax, cross_entropy
 from pqk.task.task import Task

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pqk.data.data import Batch, Data, digest_of
 from pqk.data.folders import data_folders
+from pqk.data.sequences import padded
 from pqk.errors import InputError, nearest
-from pqk.models.encoder import quietly
+from pqk.models.hub import quietly
 
 Table = Mapping[str, Sequence[Any]]
 """columns by name: a dict of lists, or a `datasets` dataset"""
@@ -179,7 +180,7 @@ class TextData(Data):
 
     def subset(self, ids: Tensor, targets: Tensor | None = None) -> TextData:
         """The samples with these rows, under the same keys; with other `targets`, by row, where they are given."""
-        part = TextData.__new__(TextData)
+        part = type(self).__new__(type(self))
         part.__dict__.update(self.__dict__)
         part.ids, part.samples = ids, len(ids)
         part._targets = self._targets if targets is None else targets
@@ -218,16 +219,6 @@ class TextData(Data):
         targets = [] if self._targets is None else [self._targets]
         how = (self.batch_size, self.pad, POOL, *([] if self.altered is None else [self.altered]))
         return digest_of(how, (torch.cat(self.tokens), self.lengths, *targets, self.ids))
-
-
-def padded(tokens: Sequence[Tensor], pad: int, length: int = 0) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `attention_mask` int64 [B, S] of sequences, S the longest of them or `length`."""
-    length = max(length, *map(len, tokens))
-    ids = torch.full((len(tokens), length), pad)
-    for row, t in zip(ids, tokens, strict=True):
-        row[: len(t)] = t
-    lengths = torch.tensor([len(t) for t in tokens])
-    return ids, (torch.arange(length) < lengths[:, None]).long()
 
 
 @dataclass

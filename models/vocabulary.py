@@ -1,13 +1,14 @@
-"""A text encoder with the tokens that its texts use: the same answers to them from a table a fraction as large.
+"""A text model with the tokens that its texts use: the same answers to them from a table a fraction as large.
 
     python -m pqk.models.vocabulary out/teacher --texts banking77_train.tsv --out out/teacher_small [--data DATA]
 
 The result is a Hugging Face directory, to be compressed as any other. Half of MiniLM's weights, and nine tenths of a
-small student's file, are the rows of its 30,522 tokens; a task's texts use a tenth of them.
+small student's file, are the rows of its 30,522 tokens; a task's texts use a tenth of them. Of a causal model the head
+goes with the table: its scores of the tokens that stay are those of the whole model.
 
-Kept are the tokens of the texts, special tokens, and every single character, so that another word is spelled where it
-was one token. WordPiece takes the longest token that fits, and all that the texts were split into are left, so these
-texts are split as before. Other texts may be split finer: hold the metric on texts that were not counted against it.
+Kept are the tokens of the texts, or the most frequent of them, special tokens, and what every other word is spelled
+with (`pqk.models.tokens`): single characters, or bytes. So texts whose tokens are all kept are split as before. Other
+texts may be split finer: hold the metric on texts that were not counted against it, per character.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +27,89 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pqk.errors import InputError
-from pqk.models.encoder import find_directory, quietly
+from pqk.models.hub import find_directory, quietly
 from pqk.models.text_data import column, read_table
+from pqk.models.tokens import TokenizerDocument, renumbered_settings
 
 log = logging.getLogger(__name__)
 
-CONTINUES = "##"
-"""what WordPiece puts before a token that goes on with a word"""
-TABLE = "word_embeddings.weight"
-"""how the tables of tokens are called in the families that use WordPiece"""
+TOKENIZER, SETTINGS = "tokenizer.json", ("config.json", "generation_config.json")
+TABLES = (
+    "word_embeddings.weight", "embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight",
+    "lm_head.weight", "lm_head.bias", "embed_out.weight", "embed_out.bias",
+)  # fmt: skip
+"""how the tables of tokens, and the heads that score them, are called"""
+BESIDE = ("special_tokens_map.json", "chat_template.jinja")
+"""files without ids, which stay as they are"""
 
 
-def trim_vocabulary(directory: str | Path, out: Path, texts: Iterable[str], data: Path | None = None) -> list[int]:
-    """Write the encoder in `directory` with the tokens of `texts` only to `out`, whole or not at all.
+@dataclass(frozen=True)
+class TokenChoice:
+    """Which of the tokens that occur stay. Exactly one is given."""
 
-    Returns the old ids in the order of the new ones, which is that of the old. Raises `InputError` where `out` exists,
-    and for a tokenizer that is not WordPiece or a model without a table of its tokens.
+    size: int | None = None
+    """so many tokens in all, at most, the most frequent"""
+    share: float | None = None
+    """those that make up this share of all that occur, the most frequent"""
+    min_count: int | None = None
+    """those that occur so often"""
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.size, self.share, self.min_count)) != 1:
+            raise InputError("vocabulary: give one of size, share and min_count, which say what tokens stay")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise InputError(f"vocabulary: share = {self.share} is none of what occurs; it is above 0 and at most 1")
+
+    def of(self, tokens: TokenizerDocument, counts: Mapping[int, int]) -> list[int]:
+        """The ids that stay, ascending. Raises `InputError` where more must than may."""
+        covered, total, always = 0, sum(counts.values()), len(tokens.always)
+        if self.size is not None and always > self.size:
+            raise InputError(
+                f"vocabulary: size = {self.size}: {always} tokens stay in any case, special ones and what every text "
+                "is spelled with"
+            )
+
+        def enough(count: int, occurs: int) -> bool:
+            nonlocal covered
+            done = self.share is not None and covered >= self.share * total
+            covered += occurs
+            return done or (self.size is not None and count > self.size) or occurs < (self.min_count or 1)
+
+        return tokens.kept(counts, enough)
+
+
+ALL = TokenChoice(min_count=1)
+
+
+def trim_vocabulary(
+    directory: str | Path, out: Path, texts: Iterable[str], data: Path | None = None, choice: TokenChoice = ALL
+) -> list[int]:
+    """Write the model in `directory` with tokens of `texts` only to `out`, whole or not at all.
+
+    Args:
+        directory: an encoder's or a causal model's, with its tokenizer.json.
+        out: the folder to write.
+        texts: what tokens are counted in.
+        data: a folder that `directory` is looked up in, beside the current one.
+        choice: which tokens stay; all that occur by default.
+
+    Returns:
+        The old ids in the order of the new ones, which is that of the old.
+
+    Raises:
+        InputError: `out` exists, the tokenizer cannot lose tokens, or the model has no table of its tokens.
     """
     if out.exists():
         raise InputError(f"vocabulary: {out} is there already; choose another folder")
     folder = find_directory(directory, data)
-    tokenizer, config = _tokenizer(folder), json.loads((folder / "config.json").read_text())
-    kept = kept_tokens(folder, tokenizer, texts)
-    new = {old: i for i, old in enumerate(kept)}
+    tokens, config = read_tokens(folder), json.loads((folder / "config.json").read_text())
+    kept = choice.of(tokens, count_tokens(folder, texts))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_tables(folder, partial, kept, config["vocab_size"])
-        _write_tokenizer(folder, partial, tokenizer, new)
-        renamed = {k: new[v] for k, v in config.items() if k.endswith("_token_id") and v in new}
-        _write_json(partial / "config.json", config | renamed | {"vocab_size": len(kept)})
+        write_tables(folder, partial, kept, config["vocab_size"])
+        write_texts(folder, partial, tokens, kept)
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,79 +117,59 @@ def trim_vocabulary(directory: str | Path, out: Path, texts: Iterable[str], data
     return kept
 
 
-def kept_tokens(folder: Path, tokenizer: dict[str, Any], texts: Iterable[str]) -> list[int]:
-    """The ids that stay, in order."""
+def count_tokens(folder: Path, texts: Iterable[str]) -> Counter[int]:
+    """How often each token occurs in texts."""
     with quietly() as transformers:
         reader = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        sequences = reader(list(texts), truncation=False)["input_ids"]
-    kept = {t["id"] for t in tokenizer["added_tokens"]}
-    kept |= {i for token, i in tokenizer["model"]["vocab"].items() if len(token.removeprefix(CONTINUES)) <= 1}
-    kept.add(tokenizer["model"]["vocab"][tokenizer["model"]["unk_token"]])
-    return sorted(kept.union(*sequences))
+        sequences = reader(list(texts), truncation=False, verbose=False)["input_ids"]
+    return Counter(token for sequence in sequences for token in sequence)
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer.json"
+def read_tokens(folder: Path) -> TokenizerDocument:
+    """The tokens of the tokenizer in a folder. Raises `InputError` where there is none that can lose some."""
+    path = folder / TOKENIZER
     if not path.is_file():
-        raise InputError(f"vocabulary: {folder} has no tokenizer.json; save its fast tokenizer with save_pretrained")
-    tokenizer = json.loads(path.read_text())
-    kind = tokenizer["model"].get("type")
-    if kind != "WordPiece":
-        raise InputError(
-            f"vocabulary: the tokenizer in {folder} is {kind}; only WordPiece can lose tokens and split the rest as "
-            "before (BPE builds tokens from others)"
-        )
-    return tokenizer
+        raise InputError(f"vocabulary: {folder} has no {TOKENIZER}; save its fast tokenizer with save_pretrained")
+    return TokenizerDocument(json.loads(path.read_text()), folder)
 
 
-def _write_tables(folder: Path, out: Path, kept: list[int], words: int) -> None:
+def write_tables(folder: Path, out: Path, kept: Sequence[int], words: int) -> None:
     """Every safetensors file, with the rows of `kept` only in the tables of tokens."""
     tables = 0
     for path in sorted(folder.glob("*.safetensors")):
         tensors = load_file(path)
         for name, value in tensors.items():
-            if name.endswith(TABLE) and len(value) == words:
+            if name.endswith(TABLES) and len(value) == words:
                 tensors[name], tables = value[torch.tensor(kept)].contiguous(), tables + 1
         save_file(tensors, out / path.name, {"format": "pt"})
     if not tables:
-        raise InputError(f"vocabulary: no *{TABLE} of {words} rows in the safetensors files of {folder}")
+        raise InputError(
+            f"vocabulary: none of {', '.join(TABLES)} in the safetensors files of {folder} has {words} rows"
+        )
 
 
-def _write_tokenizer(folder: Path, out: Path, tokenizer: dict[str, Any], new: dict[int, int]) -> None:
-    """tokenizer.json and the files beside it, under the new ids."""
-    vocabulary = {token: new[i] for token, i in tokenizer["model"]["vocab"].items() if i in new}
-    tokenizer = {**tokenizer, "model": {**tokenizer["model"], "vocab": vocabulary}}
-    for part in ("added_tokens", "post_processor", "padding"):
-        tokenizer[part] = _renumbered(tokenizer.get(part), new)
-    _write_json(out / "tokenizer.json", tokenizer)
-    (out / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__)))
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        config = json.loads(settings.read_text())
+def write_texts(folder: Path, out: Path, tokens: TokenizerDocument, kept: Sequence[int]) -> None:
+    """The configurations and tokenizer files of a folder, under the new ids; not what only older readers take."""
+    new = {old: i for i, old in enumerate(kept)}
+    for name in SETTINGS:
+        if (folder / name).is_file():
+            settings = renumbered_settings(json.loads((folder / name).read_text()), new)
+            sizes = {"vocab_size": len(kept)} if "vocab_size" in settings else {}
+            _write_json(out / name, settings | sizes)
+    document = tokens.reduced(kept)
+    _write_json(out / TOKENIZER, document)
+    if tokens.kind == "WordPiece":
+        vocabulary = document["model"]["vocab"]
+        names = sorted(vocabulary, key=vocabulary.__getitem__)
+        (out / "vocab.txt").write_text("".join(f"{token}\n" for token in names))
+    if (folder / "tokenizer_config.json").is_file():
+        config = json.loads((folder / "tokenizer_config.json").read_text())
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] = {str(new[int(i)]): t for i, t in config["added_tokens_decoder"].items()}
-        _write_json(out / settings.name, config)
-    for name in ("special_tokens_map.json",):
+        _write_json(out / "tokenizer_config.json", config)
+    for name in BESIDE:
         if (folder / name).is_file():
             shutil.copy(folder / name, out / name)
-
-
-def _renumbered(part: Any, new: dict[int, int]) -> Any:
-    """A part of tokenizer.json with the ids in it replaced: under `id`, `ids`, `pad_id`, and in pairs (token, id)."""
-    number: Callable[[Any], Any] = lambda i: new[i] if type(i) is int else i  # noqa: E731
-    if isinstance(part, list):
-        pair = len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int
-        return [part[0], new[part[1]]] if pair else [_renumbered(p, new) for p in part]
-    if not isinstance(part, dict):
-        return part
-    return {
-        key: number(value)
-        if key == "pad_id" or (key == "id" and type(value) is int)
-        else [number(i) for i in value]
-        if key == "ids"
-        else _renumbered(value, new)
-        for key, value in part.items()
-    }
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -144,16 +179,22 @@ def _write_json(path: Path, value: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pqk.models.vocabulary", description=__doc__.partition("\n")[0])
-    parser.add_argument("directory", help="the encoder to start from")
+    parser.add_argument("directory", help="the model to start from")
     parser.add_argument("--texts", nargs="+", required=True, help=".tsv or .jsonl files whose texts are counted")
     parser.add_argument("--text", default="text", help="the name of their column")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--data", type=Path, help="the folder with the texts")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--size", type=int, help="keep so many tokens in all, at most, the most frequent")
+    several.add_argument("--share", type=float, help="keep those that make up this share of all that occur")
+    several.add_argument("--min-count", type=int, help="keep those that occur so often; 1 by default")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         texts = [t for name in options.texts for t in column(read_table(name, options.data), options.text, name)]
-        trim_vocabulary(options.directory, options.out, texts, options.data)
+        asked = {"size": options.size, "share": options.share, "min_count": options.min_count}
+        given = {name: value for name, value in asked.items() if value is not None}
+        trim_vocabulary(options.directory, options.out, texts, options.data, TokenChoice(**given) if given else ALL)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

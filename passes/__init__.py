@@ -11,8 +11,9 @@ from pqk.passes.fuse.fuse import Fuse
 from pqk.passes.joint.joint_search import JointSearch
 from pqk.passes.prune.prune import Prune
 from pqk.passes.quantize.quantize import Quantize
+from pqk.passes.vocabulary.vocabulary import Vocabulary
 
-PASSES: tuple[type[Pass], ...] = (Prune, Factorize, JointSearch, Distill, Capture, Quantize, Convert, Fuse)
+PASSES: tuple[type[Pass], ...] = (Vocabulary, Prune, Factorize, JointSearch, Distill, Capture, Quantize, Convert, Fuse)
 PQK = JointSearch
 """the name of the joint search in scripts from before it had its own; recipes call it `pqk`"""
 REWRITES: dict[str, RewriteFunction] = {f.__name__: f for p in PASSES for f in p.rewrites}

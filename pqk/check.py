@@ -30,7 +30,7 @@ from pqk.copies import copy_of
 from pqk.core.costs import count_macs, count_parameters, float_bytes, why_not_counted
 from pqk.core.modes import evaluating, fused_layers
 from pqk.core.onnxruntime_session import session
-from pqk.core.pipeline import verify
+from pqk.core.pipeline import prepared, verify
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
@@ -136,6 +136,7 @@ class Rehearsal:
     ) -> None:
         self.teacher = frozen_copy(teacher, task.example)
         task.check(self.teacher)
+        self.teacher, task = prepared(recipe.passes, self.teacher, task)
         with torch.no_grad():
             self.outputs = self.teacher(*task.example)
         searched = recipe.contract is not None and not recipe.passes

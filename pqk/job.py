@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pqk.core.pipeline import check_order
+from pqk.core.pipeline import check_order, prepared
 from pqk.core.program import Pass, Stage
 from pqk.core.run_folder import RunFolder
 from pqk.data.data import digest_of
@@ -114,6 +114,7 @@ def job_of(
         raise InputError("evaluation: its controls train in one process; compile with one, or without controls")
     teacher = frozen_copy(teacher, task.example)
     task.check(teacher)
+    teacher, task = _prepared(chosen, teacher, task)
     cascaded = chosen.contract is not None and chosen.contract.cascade
     if cascaded and (reason := why_not_cascaded(task, teacher)) is not None:
         raise InputError(f"contract: cascade: {reason}")
@@ -130,6 +131,17 @@ def job_of(
     return Job(
         teacher, students, task if found is None else found.task, chosen, machine, out, evaluation, deciding=found
     )
+
+
+def _prepared(recipe: Recipe, teacher: nn.Module, task: Task) -> tuple[nn.Module, Task]:
+    """Teacher and task as the recipe's passes need them."""
+    found = prepared(recipe.passes, teacher, task)
+    if recipe.contract is not None and found[0] is not teacher:
+        raise InputError(
+            f'recipe: pass 1 "{recipe.passes[0].name}" changes the task, on which a contract compares all students; '
+            "make the smaller model first (python -m pqk.models.vocabulary), and search with that as the teacher"
+        )
+    return found
 
 
 def _why_not_deployed(passes: Sequence[Pass], machine: Target) -> Reason | None:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from pqk.core.aten import quantized_tensors
 from pqk.core.modes import fused_layers
 from pqk.core.pipeline import verify
 from pqk.core.program import Pass, Program, Stage
@@ -34,7 +33,7 @@ from pqk.task.task import Task
 from pqk.verify.float_parity import why_not_as_torch
 from pqk.verify.fused_parity import check_launches
 from pqk.verify.other_sizes import why_not_at_other_sizes, why_not_the_teacher
-from pqk.verify.parity import check_layers
+from pqk.verify.parity import check_layers_of
 from pqk.verify.verdict import divergence_of
 
 LAYER_SAMPLES = 16
@@ -102,7 +101,7 @@ def why_not_deployed(
             path = folder / "model.onnx"
             if not path.exists():
                 emit_onnx_for(graph, task, path)
-            layers += check_layers(graph, quantized_tensors(graph), path, inputs, optimized=optimized)
+            layers += check_layers_of(graph, path, task, inputs, optimized=optimized)
         elsewhere = why_not_at_other_sizes(program.teacher, graph, task, onnx=path, fused=fused, optimized=optimized)
     except PqkError as error:
         yield str(error)

@@ -113,5 +113,5 @@ def _tags(kind: type[Any], key: str) -> dict[str, type[Any]]:
 
 
 def _tagged(kind: type[Any], name: object) -> type[Any] | None:
-    """The dataclass that `name`, of a term or source, stands for in fields of `kind`."""
-    return {**_tags(kind, "term"), **_tags(kind, "source")}.get(str(name))
+    """The dataclass that `name`, of a term, source or author, stands for in fields of `kind`."""
+    return {**_tags(kind, "term"), **_tags(kind, "source"), **_tags(kind, "by")}.get(str(name))

@@ -62,7 +62,7 @@ def own_arguments(value: Any) -> set[str]:
     if not inspect.isclass(value):
         return set(inspect.signature(value).parameters)
     if dataclasses.is_dataclass(value):
-        tags = {"term", "source"}  # the class's own name in recipes
+        tags = {"term", "source", "by"}  # the class's own name in recipes
         return {f.name for f in dataclasses.fields(value)} - tags - documented_fields(value)
     if hasattr(value, "_fields"):
         return set(value._fields) - documented_fields(value)

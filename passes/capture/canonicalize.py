@@ -29,6 +29,7 @@ from pqk.core.graph import (
 )
 from pqk.core.reshapes import as_rows, spelled_sizes
 from pqk.passes.capture.attention import plain_attention
+from pqk.passes.capture.rms_norm import join_rms_norm
 
 
 def canonical_forms(graph_module: fx.GraphModule) -> None:
@@ -45,6 +46,8 @@ def canonical_forms(graph_module: fx.GraphModule) -> None:
         _mean_slope(graph_module, node)
     for node in calls(graph, aten.silu.default, aten.hardsigmoid.default, aten.hardswish.default):
         _gate(graph_module, node)
+    for node in calls(graph, aten.rsqrt.default):
+        join_rms_norm(graph_module, node)
     for node in calls(graph, aten.clamp.Tensor):
         _clamp_by_numbers(graph_module, node)
     for node in calls(graph, aten.cat.default):

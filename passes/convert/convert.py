@@ -3,7 +3,8 @@
 Each activation quantizer becomes `pqk::quantize` followed by `pqk::dequantize`. Operators that only move values act on
 the integers between the two, so that no runtime has to find that out. A dynamic quantizer becomes
 `pqk::quantize_dynamic_linear`, whose scale and zero point are values, too, and its readers integer products. Each
-weight becomes an int8 buffer and each bias an int32 buffer with a dequantize of its own.
+weight becomes an int8 buffer and each bias an int32 buffer with a dequantize of its own. Layers that are rounded in
+blocks become operators of their own (see `blocks`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pqk.core.graph import (
     tensor_node,
 )
 from pqk.core.program import Example, Pass, Program, RewriteFunction, Stage
+from pqk.passes.convert.blocks import convert_blocks
 from pqk.passes.convert.token_rows import keep_rows
 from pqk.passes.quantize.embeddings import TableFakeQuant, convert_table
 from pqk.quant.fake_quant import ActivationFakeQuant, BiasFakeQuant, DynamicFakeQuant, WeightFakeQuant, set_mode
@@ -73,6 +75,7 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
     student.eval()
     set_mode(student, "on")
     pixels_last = any(t.ndim == 4 and not t.is_contiguous() for t in example)
+    convert_blocks(student)
     integers: Integers = {}
     grids: Grids = {}
     dynamic: dict[fx.Node, tuple[fx.Node, ...]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from pqk.core.aten import BY_ROW, DEQUANTIZE, TAKES_SCALE, aten
+from pqk.core.aten import BY_ROW, DEQUANTIZE, NORMS, TAKES_SCALE, aten
 from pqk.core.graph import call, operand, replace, shape
 from pqk.core.reshapes import as_rows, spelled_sizes
 
@@ -33,7 +33,7 @@ def _row_operands(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function" or node.target not in BY_ROW or len(shape(node)) < 3 or shape(node)[-1] is None:
         return []
     has_axes = (node.target in TAKES_SCALE and len(shape(operand(node, 1)))) or (
-        node.target is aten.layer_norm.default and len(node.args[1]) != 1  # type: ignore[arg-type]
+        node.target in NORMS and len(node.args[1]) != 1  # type: ignore[arg-type]
     )
     same_shape = [n for n in node.all_input_nodes if n.meta.get("shape") == shape(node)]
     others = [n for n in node.all_input_nodes if n not in same_shape]

@@ -24,12 +24,15 @@ from pqk.core.program import Pass, Program, Stage
 from pqk.data.data import Data
 from pqk.data.structures import first_tensor, tensors
 from pqk.errors import InputError, Reason, nearest
-from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence, LogitMSE, Term
+from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence, LogitMSE, MiniLLM, Term
+from pqk.knowledge.answers.authors import AnyAnswers, Desk
 from pqk.knowledge.objective import why_not_learned
 from pqk.knowledge.sources import AnySource, FromModule, TeacherContext
 from pqk.knowledge.teachers.base import LogitCache, Teacher, cache_for
 from pqk.knowledge.terms.feature import channel_axis
 from pqk.knowledge.terms.response import ResponseTerm
+from pqk.models.decoder import decoder, decoder_config
+from pqk.models.hub import find_directory, load_tokenizer
 from pqk.passes.distill.assistant import earlier_student
 from pqk.passes.distill.keep_best import UNTRAINED, CheckpointSelection, Criterion
 from pqk.passes.prune.survivors import surviving_channels
@@ -76,11 +79,16 @@ class Distill(Training, Pass):
     validation set picks by chance what a cosine schedule does not have to"""
     teacher_precision: str = Field(default="fp32", pattern="^(fp32|bf16)$")
     """bf16 runs the frozen teacher in bfloat16 autocast"""
+    answers: AnyAnswers | None = None
+    """who answers the prompts, of models that continue texts: a table with `by`, such as { by = "student", fraction =
+    0.5 }, and the author's own fields; none: the data does"""
 
     def __post_init__(self) -> None:
         if not any(t.weight > 0 for t in self.terms):
             raise InputError("no term has a weight above 0; there is nothing to train on")
         if (reason := why_not_learned(self._counted())) is not None:
+            raise InputError(reason)
+        if (reason := self._why_not_answered()) is not None:
             raise InputError(reason)
         if self.keep != "last" and self.average:
             raise InputError(
@@ -91,6 +99,21 @@ class Distill(Training, Pass):
     def _counted(self) -> Sequence[Term]:
         """The terms with a weight."""
         return [t for t in self.terms if t.weight > 0]
+
+    def _why_not_answered(self) -> Reason | None:
+        """Why the terms cannot learn from these answers, else None."""
+        terms, how = self._counted(), self.answers
+        if any(isinstance(t, MiniLLM) for t in terms):
+            if how is None:
+                return 'minillm learns from answers that the student writes; set answers = { by = "mixture" }'
+            reason = how.why_unlike_said
+            if reason is None and not how.draws_as_said:
+                reason = "it draws at another temperature, or among some of the tokens only"
+            if reason is not None:
+                return f'minillm is an expectation over the student\'s own answers, and with by = "{how.by}" {reason}'
+        if how is not None and how.by != "teacher" and not any(t.needs_teacher for t in terms):
+            return f'answers by = "{how.by}" are judged by the teacher, and no term asks it; add one, such as jsd'
+        return None
 
     def cached_output(self) -> str | None:
         """The one of the teacher's outputs that is kept, where all terms that ask for it name the same."""
@@ -105,6 +128,8 @@ class Distill(Training, Pass):
             return "the terms compare features"
         if not any(t.needs_teacher or t.gate for t in self._counted()):
             return "the terms need no teacher"
+        if self.answers is not None:
+            return "what it judges is written during the training"
         return self.teacher.why_not_cached()
 
     def fitted(self, task: Task, outputs: Any) -> Pass:
@@ -127,7 +152,9 @@ class Distill(Training, Pass):
         return dataclasses.replace(self, terms=tuple(t for t in terms if labelled or t.needs_teacher))
 
     def why_not_applied(self, task: Task, outputs: Any) -> Reason | None:
-        reasons = (term.why_not_compared(task, outputs) for term in self._counted())
+        reasons = [term.why_not_compared(task, outputs) for term in self._counted()]
+        if self.answers is not None and not task.generates:
+            reasons.append("answers are written by models that continue texts (Task(generates=True)), and this is none")
         return next((f"distill: {reason}" for reason in reasons if reason is not None), None)
 
     def apply(self, program: Program, task: Task) -> Program:
@@ -173,11 +200,13 @@ class Distill(Training, Pass):
                 example=task.example,
                 earlier=lambda number: earlier_student(program, number),
                 class_axis=task.class_axis_of,
+                language_model=language_model,
             )
         )
         cache: LogitCache | Reason | None = self.why_not_cached()
         if cache is None:
-            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self.cached_output())
+            free = any(name is not None for axes in task.axes for name in axes[1:])
+            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self.cached_output(), free)
         teacher.cache = cache if isinstance(cache, LogitCache) else None
         return teacher, None if isinstance(cache, LogitCache) else cache
 
@@ -190,6 +219,10 @@ class Distill(Training, Pass):
             for scale in step_sizes:
                 scale.requires_grad_(progress < self.freeze_from)
 
+        author = None
+        if self.answers is not None:
+            seed = program.run.seed_for("answers")
+            author = self.answers.make(Desk(student, teacher, task, seed, program.run.folder, program.teacher))
         objective = CheckpointSelection(
             self.terms,
             task,
@@ -199,6 +232,7 @@ class Distill(Training, Pass):
             kept=lambda p: None if self.teacher.like_student else surviving_channels(program, task.example, p),
             on_progress=freeze,
             balance=self.balance,
+            author=author,
         )
         objective.select(student, program.teacher, self.keep)
         log = fit(program.run, student, data, objective, self._clipped(program.stage))
@@ -209,6 +243,13 @@ class Distill(Training, Pass):
 
     def _clipped(self, stage: Stage) -> Training:
         return self if stage == Stage.MODULE or self.clip is not None else replace(self, clip=CAPTURED_CLIP)
+
+
+def language_model(directory: str) -> tuple[nn.Module, Any]:
+    """The causal model in a Hugging Face directory, and its tokenizer. Raises `InputError` where there is none."""
+    folder = find_directory(directory, None, "distill")
+    tokenizer = load_tokenizer(folder, decoder_config(folder), "distill", least=0.9, needs_padding=False)
+    return decoder(folder), tokenizer
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from pqk.core.modes import evaluating
 from pqk.knowledge.objective import Distillation
 from pqk.passes.convert.convert import convert
 from pqk.quant.fake_quant import quantizers
-from pqk.task.metrics import predict
 from pqk.task.task import Task
 
 Criterion = Literal["last", "metric", "teacher"]
@@ -35,12 +34,12 @@ def scorer(task: Task, teacher: nn.Module, criterion: Criterion) -> Scorer:
 
     The metric counts for "metric" where the data has labels; the divergence is that from `teacher`'s outputs.
     """
-    answers, _ = predict(teacher, task.validation)
+    answers, _ = task.predict(teacher, task.validation)
 
     def score(student: nn.Module) -> list[float]:
         deployed = convert(copy_of(student, "student"), task.example) if quantizers(student) else student
         with evaluating(deployed):
-            outputs, targets = predict(deployed, task.validation)
+            outputs, targets = task.predict(deployed, task.validation)
         labelled = criterion == "metric" and targets is not None
         scores = [task.metric.function(outputs, targets) if labelled else 0.0, -task.distance(outputs, answers)]
         return [s if math.isfinite(s) else -math.inf for s in scores]  # nothing compares with NaN

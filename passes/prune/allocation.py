@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,7 +24,7 @@ from pqk.core.program import Program, RewriteFunction
 from pqk.core.run_context import WidthPair
 from pqk.data.structures import concatenate
 from pqk.errors import InputError, PqkError, first_line
-from pqk.passes.prune.blocks import Block, Edit, edit_costs, find_blocks
+from pqk.passes.prune.blocks import Block, Edit, find_blocks
 from pqk.passes.prune.budget import UNITS
 from pqk.passes.prune.channel_group import ChannelGroup
 from pqk.passes.prune.cuts import Skip, cut_channels, drop_block, is_depthwise
@@ -33,6 +32,7 @@ from pqk.passes.prune.depth_search import inside, trial_masked, trial_without
 from pqk.passes.prune.importance import Narrowing, cuts_of
 from pqk.passes.prune.knapsack import Allocation, KnapsackTerm, Scope, allocations, too_tangled
 from pqk.passes.prune.layer_budgets import layer_budgets, layers_of
+from pqk.passes.prune.ranking import FEW, RankingData
 from pqk.passes.prune.width_search import WidthSearch, journal_key
 
 WIDTHS = 5
@@ -123,26 +123,23 @@ class AllocationSearch(WidthSearch):
         widths = [[some[:count] for count in _spread(len(some))] for some in by_name.values()]
         blocks: list[Block] = []
         if config.depth:
-            inputs = concatenate(list(self.task.calibration(config.samples)))
-            blocks, declined = find_blocks(program.student, tuple(t[:8] for t in inputs), config.protect)
+            few = concatenate(list(self.task.calibration(min(FEW, config.samples))))
+            blocks, declined = find_blocks(program.student, few, config.protect)
             self.refused.update(declined)
         return Choices(blocks, widths)
 
     def _costs(self, program: Program, choices: Choices, step: int) -> dict[str, float]:
         """How far each edit alone moves the outputs from the teacher's, the norms of both settled; not below zero."""
-        edits, distance = choices.edits, self.task.distance
+        edits = choices.edits
 
         def measure() -> list[float]:
-            inputs = concatenate(list(self.task.calibration(self.config.samples)))
             teacher, student = (settling(copy_of(m, "student")) for m in (program.teacher, program.student))
-            answers = teacher(*inputs)
-            now = distance(student(*inputs), answers)
-            found = edit_costs(student, inputs, answers, edits, [b.path for b in choices.blocks], distance)
+            data = RankingData(self.task, teacher, self.config.samples)
+            now, found = data.measure(student, edits, [b.path for b in choices.blocks])
             return [max(0.0, cost - now) for cost in found]
 
         key = journal_key((e.name, e.touches) for e in edits)
-        with torch.no_grad():
-            costs = program.run.decide(f"allocation/{step}/{key}", measure)
+        costs = program.run.decide(f"allocation/{step}/{key}", measure)
         return {edit.name: cost for edit, cost in zip(edits, costs, strict=True)}
 
     def _kept_back(self, student: nn.Module, choices: Choices, costs: dict[str, float]) -> set[str]:

@@ -182,7 +182,7 @@ def without_block(model: nn.Module, block: str, returns: int = 0) -> Iterator[nn
     """`model` with a block replaced by its shortcut (see `Skip`) within the context."""
     parent, _, name = block.rpartition(".")
     holder, module = model.get_submodule(parent), model.get_submodule(block)
-    setattr(holder, name, Skip(returns))
+    setattr(holder, name, Skip(returns, module))
     try:
         yield model
     finally:

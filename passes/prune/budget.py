@@ -1,4 +1,8 @@
-"""The budget of a pruning, and how much of it a network spends."""
+"""The budget of a pruning, and how much of it a network spends.
+
+The latency of a model that continues texts is that of one token after those of the example, which are kept; that of a
+prompt, until the first token, is one of the task's `timed` inputs.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +58,8 @@ class Budget:
     run: RunContext
     example: tuple[Tensor, ...]
     pass_name: str = "prune"
+    timed: str = ""
+    """name of the task's inputs that a latency is of; empty: the example"""
     unmeasured: Unmeasured = field(default_factory=Unmeasured)
 
     def value(self, model: nn.Module) -> float:
@@ -65,11 +71,12 @@ class Budget:
         if self.kind == "size":
             return integer_bytes(model)
         known = self.unmeasured.estimates.get(architecture := digest(model))
-        return known or self.run.decide(f"latency/{architecture}", lambda: self._latency(model))
+        key = f"latency/{architecture}/{self.timed}" if self.timed else f"latency/{architecture}"
+        return known or self.run.decide(key, lambda: self._latency(model))
 
     def _latency(self, model: nn.Module) -> float:
         began = time.perf_counter()
-        milliseconds = self.run.latency(model, f"{self.pass_name}.latency_ratio")
+        milliseconds = self.run.latency(model, f"{self.pass_name}.latency_ratio", self.timed)
         self.unmeasured.seconds.append(time.perf_counter() - began)
         return milliseconds
 

@@ -21,6 +21,8 @@ class Member:
     places: tuple[tuple[int, ...], ...]
     size: int = 1
     """channels of one head"""
+    share: int = 1
+    """heads of a group of them"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ChannelGroup:
         for m in self.members:
             cut = Cut(module=m.path, dim=m.dim, indices=sorted({p for c in pruned for p in m.places[c]}), of=m.of)
             if m.dim == "heads":  # its module is told also where its heads stay and only what is around them narrows
-                cuts.append(Cut(**cut, size=m.size))
+                cuts.append(Cut(**cut, size=m.size) if m.share == 1 else Cut(**cut, size=m.size, share=m.share))
             elif cut["indices"]:
                 cuts.append(cut)
         return cuts

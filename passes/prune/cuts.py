@@ -22,30 +22,39 @@ from pqk.core.program import Example, Rewrite
 from pqk.errors import InputError
 from pqk.passes.prune.heads import cut_heads
 from pqk.passes.prune.low_rank import ranks_split, whole_layer
+from pqk.passes.prune.scales import resize
 
 Dim = Literal["out", "in", "heads", "values"]
 """a layer's outputs or inputs; the heads of an attention module; the last axis of a bare parameter"""
 
 
 class Cut(TypedDict):
-    """Remove `indices` of the `of` input or output channels of layer `module`, or heads of `size` channels."""
+    """Remove `indices` of the `of` input or output channels of layer `module`, or heads of `size` channels.
+
+    With `share`, groups of so many heads, which share keys and values.
+    """
 
     module: str
     dim: Dim
     indices: list[int]
     of: int
     size: NotRequired[int]
+    share: NotRequired[int]
 
 
 class Skip(nn.Identity):
     """Stands where a block was removed: returns its first input, whatever else it is called with.
 
-    `returns` is the length of the tuple that the block returned, of which all but the first were None; 0: a tensor.
+    `returns` is the length of the tuple that the block returned, of which all but the first were None; 0: a tensor. The
+    plain values of the block, as the kind of its attention, are kept: who calls it may go by them.
     """
 
-    def __init__(self, returns: int = 0) -> None:
+    def __init__(self, returns: int = 0, block: nn.Module | None = None) -> None:
         super().__init__()
         self.returns = returns
+        for name, value in vars(block).items() if block is not None else ():
+            if not name.startswith("_") and not hasattr(self, name) and type(value) in (str, int, float, bool):
+                setattr(self, name, value)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (input, *[None] * (self.returns - 1)) if self.returns else input
@@ -92,24 +101,48 @@ def cut_axis(module: nn.Module) -> int:
 def cut_channels(student: nn.Module, example: Example, *, cuts: Sequence[Cut]) -> nn.Module:
     """Rewrite: remove channels of layers, all indices counted before any of these cuts. Changes `student`.
 
-    Raises `InputError` where a layer is not the one that the cut was made for.
+    Layers that shared a weight share it afterwards. Raises `InputError` where a layer is not the one that the cut was
+    made for.
     """
+    shared = shared_weights(student)
     for cut in cuts:
         if cut["dim"] == "values":
             parent, _, name = cut["module"].rpartition(".")
             kept = [c for c in range(cut["of"]) if c not in set(cut["indices"])]
             _replace(student.get_submodule(parent), name, _select(-1, kept))
+            resize(student.get_submodule(parent), cut["of"], len(kept))
         elif cut["dim"] == "heads":
-            cut_heads(student.get_submodule(cut["module"]), cut["indices"], cut["of"], cut["size"])
+            module, share = student.get_submodule(cut["module"]), cut.get("share", 1)
+            cut_heads(module, cut["indices"], cut["of"], cut["size"], share)
         else:
             _cut_layer(student.get_submodule(cut["module"]), cut)
+    for (first, name), *others in shared:
+        for module, other in others:
+            if getattr(module, other).shape == getattr(first, name).shape:
+                setattr(module, other, getattr(first, name))
     return student
+
+
+def shared_weights(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The parameters that several modules have, each as those modules and what they call it."""
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            users.setdefault(id(parameter), []).append((module, name))
+    return [some for some in users.values() if len(some) > 1]
+
+
+def shared_axis(module: nn.Module, dim: Dim) -> int | None:
+    """The axis of a layer's weight that these channels are on; None where they are on all of its parameters' axes."""
+    if isinstance(module, nn.Embedding):
+        return 1
+    return {"out": 0, "in": 1}[dim] if isinstance(module, nn.Linear) and dim in ("out", "in") else None
 
 
 def drop_block(student: nn.Module, example: Example, *, block: str, returns: int = 0) -> nn.Module:
     """Rewrite: replace a residual block by its shortcut (see `Skip` for `returns`). Changes `student`."""
     parent, _, name = block.rpartition(".")
-    setattr(student.get_submodule(parent), name, Skip(returns))
+    setattr(student.get_submodule(parent), name, Skip(returns, student.get_submodule(block)))
     return student
 
 

@@ -11,18 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from pqk.copies import copy_of
 from pqk.core.program import Program
-from pqk.data.structures import concatenate
 from pqk.errors import InputError, PqkError, first_line
-from pqk.passes.prune.blocks import Block, Edit, Inputs, edit_costs, find_blocks, without_block
+from pqk.passes.prune.blocks import Block, Edit, find_blocks, without_block
 from pqk.passes.prune.budget import Budget, Missed, digest
 from pqk.passes.prune.cuts import Cut, Skip, cut_channels, drop_block
 from pqk.passes.prune.importance import Narrowing, cuts_of
 from pqk.passes.prune.law import masked
+from pqk.passes.prune.ranking import RankingData
 from pqk.passes.prune.settings import PruneSettings
 from pqk.passes.prune.width_search import WidthSearch, journal_key
 from pqk.task.task import Task
@@ -60,9 +59,7 @@ class Search:
     goal: float
     value: float
     """what the student spends, in the budget's unit; for a latency that is far from the goal an estimate"""
-    inputs: Inputs
-    answers: Any
-    """the teacher's outputs for `inputs`"""
+    data: RankingData
 
     @property
     def student(self) -> nn.Module:
@@ -82,10 +79,8 @@ class DepthSearch(WidthSearch):
     def reach(self, program: Program, goal: float, step: int) -> Program:
         """Remove what does least harm until the student is at `goal`. Raises `Missed` where all of it is not enough."""
         self.savings.clear()  # each step measures the student that it begins with
-        inputs = concatenate(list(self.task.calibration(self.config.samples)))
-        with torch.no_grad():
-            answers = program.teacher(*inputs)
-        search = Search(program, goal, self.budget.value(program.student), inputs, answers)
+        data = RankingData(self.task, program.teacher, self.config.samples)
+        search = Search(program, goal, self.budget.value(program.student), data)
         start, done, round_ = self.budget.ratio(search.value), 0, 0
         with program.run.observer.task(f"{program.run.scope}: ranking", 100) as advance:
             while self.budget.ratio(search.value) < goal:
@@ -133,8 +128,7 @@ class DepthSearch(WidthSearch):
 
     def _removable(self, search: Search, key: str) -> Removable:
         """The candidates for removal; why everything else may not go is noted in `refused`."""
-        batch = tuple(t[:8] for t in search.inputs)
-        blocks, declined = find_blocks(search.student, batch, self.config.protect)
+        blocks, declined = find_blocks(search.student, search.data.few, self.config.protect)
         self.refused.update(declined)
         blocks = [b for b in blocks if not self._at_floor(search.student, b.path)]
         narrowings: dict[str, Narrowing] = {}
@@ -148,15 +142,13 @@ class DepthSearch(WidthSearch):
         student, edits = search.student, removable.edits
 
         def measure() -> dict[str, Any]:
-            distance, began = self.task.distance, time.perf_counter()
-            now = distance(student(*search.inputs), search.answers)
-            costs = edit_costs(student, search.inputs, search.answers, edits, [*removable.blocks], distance)
+            began = time.perf_counter()
+            now, costs = search.data.measure(student, edits, [*removable.blocks])
             self.ranking_seconds += time.perf_counter() - began
             return {"now": now, "costs": costs}
 
         measurements = journal_key((e.name, e.touches) for e in edits)
-        with torch.no_grad():
-            ranked = search.program.run.decide(f"rank/{key}/{measurements}", measure)
+        ranked = search.program.run.decide(f"rank/{key}/{measurements}", measure)
         for row, cost in zip(rows, ranked["costs"], strict=True):
             row["distance"] = cost
         rows.sort(key=lambda row: _harm(row["distance"] - ranked["now"], row["saved"]))

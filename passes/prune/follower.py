@@ -26,6 +26,7 @@ from pqk.passes.prune.cuts import Dim, channels_of, is_depthwise
 from pqk.passes.prune.labels import ChannelTrace, along, narrowed, varies
 from pqk.passes.prune.numbering import Numbering
 from pqk.passes.prune.operator_rules import OperatorRules
+from pqk.passes.prune.scales import is_own_norm
 
 OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 """modules that mix what they read; their parameters are not cut"""
@@ -72,6 +73,8 @@ class _Follower(TorchDispatchMode):
         self.numbers, self.rules = numbers, OperatorRules(numbers)
         self.inside = 0
         """layers that are being called, whose operators are their own matter"""
+        self.norms: set[str] = set()
+        """norms of the model's own make"""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -84,8 +87,9 @@ class _Follower(TorchDispatchMode):
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Hooks on every module of `model`, within the context."""
         handles = []
+        self.norms = {path for path, m in model.named_modules() if path not in self.numbers.layers and is_own_norm(m)}
         for path, module in model.named_modules():
-            layer = path in self.numbers.layers or isinstance(module, OPAQUE)
+            layer = path in self.numbers.layers or path in self.norms or isinstance(module, OPAQUE)
             handles.append(module.register_forward_pre_hook(self._entering(path, layer)))
             leaving = self._leaving(path, layer)
             handles.append(module.register_forward_hook(leaving, with_kwargs=True, always_call=True))
@@ -108,9 +112,10 @@ class _Follower(TorchDispatchMode):
             if layer and not self.inside and output is not None:
                 read = tensors([*args, *kwargs.values()])
                 try:
-                    if path not in self.numbers.layers or not read or not isinstance(output, Tensor):
+                    known = path in self.numbers.layers or path in self.norms
+                    if not known or not read or not isinstance(output, Tensor):
                         raise TypeError("no layer from a tensor to a tensor")
-                    self._layer(path, module, read[0], output)
+                    (self._norm if path in self.norms else self._layer)(path, module, read[0], output)
                 except Exception:  # a layer that is called as none of its kind is
                     what = f'they are read by the {type(module).__name__} "{path}", whose channels pqk cannot cut'
                     for x in read:
@@ -144,6 +149,16 @@ class _Follower(TorchDispatchMode):
                 labels, f'the {type(module).__name__} "{path}" reads them on another axis than its channels'
             )
         return self.numbers.put(output, labels.clone()) if output.shape == x.shape else self.rules.spatial(x, output)
+
+    def _norm(self, path: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """A norm of the model's own make was called: what it scales is one with its scales."""
+        labels = self.numbers.of(x)
+        if labels is None:
+            return None
+        for name, parameter in module.named_parameters(recurse=False):
+            made = self.numbers.made(f"{path}.{name}", "values", len(parameter))
+            self.numbers.meet(labels, along(made, x, -1))
+        return self.numbers.put(output, labels.clone())
 
     def _weighted(self, path: str, module: nn.Module, x: Tensor, output: Tensor, axis: int) -> None:
         """A layer that reads channels along `axis` and makes others."""

@@ -11,13 +11,15 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from pqk.errors import InputError, Reason, first_line
+from pqk.passes.prune.attention_products import find_attention_products
 from pqk.passes.prune.channel_group import ChannelGroup, Member, layer_of, matches
-from pqk.passes.prune.cuts import channels_of, is_depthwise
+from pqk.passes.prune.cuts import Dim, channels_of, is_depthwise, shared_axis
 from pqk.passes.prune.dependencies import SECONDS, Dependencies, trace_dependencies
 from pqk.passes.prune.follower import trace_channels
 from pqk.passes.prune.heads import AttentionLayer, find_attention, find_whole_tables
@@ -27,6 +29,13 @@ from pqk.passes.prune.low_rank import LowRank, whole_layer
 log = logging.getLogger(__name__)
 
 Units = tuple[tuple[int, ...], ...]
+
+
+@runtime_checkable
+class Untraceable(Protocol):
+    """A module that says why torch-pruning, which would not come back, is not asked about what it is in."""
+
+    why_not_traced: Reason
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,11 @@ def trace_groups(
         trace = trace_channels(model, example)
     except Exception as error:  # whatever the user's forward raises
         raise InputError(f"prune: the model does not run on the example inputs: {first_line(error)}") from error
-    shown, traced = _components(trace, model), trace_dependencies(model, example, seconds)
-    if isinstance(traced, Reason):
+    shown, untraceable = _components(trace, model), _why_not_traced(model)
+    traced = untraceable or trace_dependencies(model, example, seconds)
+    if isinstance(traced, Reason) and untraceable is None:
         log.warning("prune: %s; its channels are followed through one pass instead", traced)
-    attention = find_attention(model, example)
+    attention = _attentions(model, example)
     whole = find_whole_tables(model, example)
     makers = {path for a in attention.values() for path in a.makers}
     split = {path for path, module in model.named_modules() if isinstance(module, LowRank)}
@@ -97,14 +107,35 @@ def trace_groups(
     return TracedGroups(sorted(groups, key=lambda group: order[group.name]), others)
 
 
+def _why_not_traced(model: nn.Module) -> Reason | None:
+    """Why torch-pruning need not be asked about this model, as a module of it says."""
+    return next((m.why_not_traced for m in model.modules() if isinstance(m, Untraceable)), None)
+
+
+def _attentions(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, AttentionLayer]:
+    """The attentions of a model by path: as views of heads show them, or as products do where more is seen so."""
+    attentions = find_attention(model, example)
+    for path, attention in find_attention_products(model, example).items():
+        if path not in attentions or {*attentions[path].makers} != {*attention.makers}:
+            attentions[path] = attention
+    return attentions
+
+
 def _heads(path: str, attention: AttentionLayer, model: nn.Module, ignore: Sequence[str]) -> ChannelGroup:
-    """The channels of one attention, in portions of a head."""
-    channels, size = attention.heads * attention.size, attention.size
-    same = tuple((c,) for c in range(channels))
-    members = [Member(maker, "out", channels, same) for maker in attention.makers]
-    members += [Member(reader, "in", channels, same) for reader in attention.readers]
+    """The channels of one attention, in portions of a head, or of a group of heads."""
+    sides: list[tuple[str, Dim]] = [(maker, "out") for maker in attention.makers]
+    sides += [(reader, "in") for reader in attention.readers]
+    size = min((len(p[0]) for p in attention.places.values()), default=attention.size)
+    members = []
+    for side in sides:
+        of = channels_of(model.get_submodule(side[0]), side[1]) or 0
+        plain = tuple(tuple(range(h * size, (h + 1) * size)) for h in range(attention.heads))
+        spread = [g[j::size] for g in attention.places.get(side, plain) for j in range(size)]
+        members.append(Member(*side, of, tuple(spread)))
     reason = _why_not_free(members, [], model, ignore)
-    members.append(Member(path, "heads", attention.heads, tuple((c // size,) for c in range(channels)), size))
+    channels = attention.heads * size
+    places = tuple((c // size,) for c in range(channels))
+    members.append(Member(path, "heads", attention.heads, places, attention.size, attention.share))
     units = tuple(tuple(range(h * size, (h + 1) * size)) for h in range(attention.heads))
     return ChannelGroup(members[0].path, channels, tuple(members), units, reason)
 
@@ -117,7 +148,8 @@ def _around(members: list[Member], attention: dict[str, AttentionLayer], split: 
     read = {whole_layer(m.path, "in", split) for m in members if m.dim == "in"}
     nothing = tuple(() for _ in members[0].places)
     makers = {path: {whole_layer(m, "out", split) for m in a.makers} for path, a in attention.items()}
-    return [Member(p, "heads", a.heads, nothing, a.size) for p, a in attention.items() if read & makers[p]]
+    around = [(path, a) for path, a in attention.items() if read & makers[path]]
+    return [Member(path, "heads", a.heads, nothing, a.size, a.share) for path, a in around]
 
 
 def _read_whole(members: list[Member], whole: dict[str, str], model: nn.Module) -> list[Member]:
@@ -201,6 +233,7 @@ def _one_channel_each(members: list[Member], trace: ChannelTrace) -> list[Member
             m.of,
             tuple(tuple(sorted({p for c in cs for p in m.places[c]})) for cs in together.values()),
             m.size,
+            m.share,
         )
         for m in members
     ]
@@ -272,9 +305,17 @@ def _why_not_free(members: list[Member], bare: list[str], model: nn.Module, igno
                 "on the way"
             )
         for parameter in module.parameters(recurse=False):
-            if len(users[id(parameter)]) > 1:
+            if len(users[id(parameter)]) > 1 and not _shared_alike(users[id(parameter)], members, model):
                 return f"a weight is shared by {', '.join(sorted(users[id(parameter)]))}"
     return None
+
+
+def _shared_alike(users: set[str], members: list[Member], model: nn.Module) -> bool:
+    """Whether all layers with one weight lose the same of it, as a token table and the head that is tied to it do."""
+    sides = [m for m in members if m.path in users]
+    axes = {shared_axis(model.get_submodule(m.path), m.dim) for m in sides}
+    alike = len({m.places for m in sides}) == 1 and len(axes) == 1 and None not in axes
+    return alike and {m.path for m in sides} == users
 
 
 def _units(members: list[Member], model: nn.Module, channels: int) -> tuple[Units, Reason | None]:

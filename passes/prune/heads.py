@@ -10,6 +10,7 @@ of its input. A module with fewer heads therefore runs under a mode that reads t
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from pqk.core.modes import evaluating
 
 @dataclass
 class AttentionLayer:
-    """An attention module's layers: `heads` of `size` channels each."""
+    """An attention module's layers: `heads` of `size` channels each, or groups of heads that share keys and values."""
 
     heads: int
     size: int
@@ -33,6 +34,10 @@ class AttentionLayer:
     """linear layers whose outputs are split into heads"""
     readers: list[str] = field(default_factory=list)
     """linear layers that read the heads joined again"""
+    share: int = 1
+    """heads of a group"""
+    places: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """layer and side -> for each group the channels that are its; by default of one head after the other"""
 
 
 def find_attention(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, AttentionLayer]:
@@ -110,8 +115,8 @@ def _add(paths: list[str], path: str) -> None:
 class FewerHeads(nn.Module):
     """Base class that a cut attention module gains: its forward runs under `Regrouped`."""
 
-    _heads: tuple[int, tuple[int, ...], int]
-    """how many it was built with, which of them it still has, the size of one"""
+    _heads: tuple[int, tuple[int, ...], int, int]
+    """how many groups of heads it was built with, which of them it still has, the size of a head, heads of a group"""
 
 
 def _regrouped(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,13 +134,17 @@ SUMS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Ten
 class Regrouped(TorchFunctionMode):
     """Reads a view of [..., built * size] or [..., built, size] as one of the heads that are kept.
 
-    What is added to their scores [..., now, T, T] and was made elsewhere for all that were built, as a table of
-    positions that all layers share, counts for the kept ones.
+    So it does of groups of `share` heads, of which there is one of keys and one of values. What is added to their
+    scores [..., now, T, T] and was made elsewhere for all that were built, as a table of positions that all layers
+    share, counts for the kept ones.
     """
 
-    def __init__(self, built: int, kept: tuple[int, ...], size: int) -> None:
+    def __init__(self, built: int, kept: tuple[int, ...], size: int, share: int = 1) -> None:
         super().__init__()
-        self.built, self.kept, self.now, self.size = built, kept, len(kept), size
+        self.kept, self.size = tuple(g * share + h for g in kept for h in range(share)), size
+        self.built, self.now = built * share, len(self.kept)
+        self.counts = {(built, len(kept)), (self.built, self.now)}
+        """how many were built of each kind, and how many there are"""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.view, Tensor.reshape, torch.reshape) and not kwargs and not isinstance(args[1], torch.dtype):
@@ -149,11 +158,12 @@ class Regrouped(TorchFunctionMode):
     def sizes(self, x: Tensor, sizes: list[Any]) -> list[Any]:
         """`sizes`, or what they mean with fewer heads. Only plain numbers are compared: a traced size must not be."""
         numbers = [s if type(s) is int else None for s in sizes]
-        if len(sizes) == x.ndim + 1 and _is(x.shape[-1], self.now * self.size):
-            if numbers[-1] in (-1, self.size) and numbers[-2] in (-1, self.built, self.now):
-                return [*sizes[:-2], self.now, self.size]
-        elif len(sizes) == x.ndim - 1 and _is(x.shape[-2], self.now) and _is(x.shape[-1], self.size):
-            return [*sizes[:-1], self.now * self.size]
+        for built, now in self.counts:
+            if len(sizes) == x.ndim + 1 and _is(x.shape[-1], now * self.size):
+                if numbers[-1] in (-1, self.size) and numbers[-2] in (-1, built, now):
+                    return [*sizes[:-2], now, self.size]
+            elif len(sizes) == x.ndim - 1 and _is(x.shape[-2], now) and _is(x.shape[-1], self.size):
+                return [*sizes[:-1], now * self.size]
         return sizes
 
     def addend(self, x: Tensor, other: Tensor) -> Tensor:
@@ -169,27 +179,43 @@ def _is(size: Any, number: int) -> bool:
     return type(size) is int and size == number
 
 
-def cut_heads(module: nn.Module, pruned: Sequence[int], heads: int, size: int) -> None:
+def cut_heads(module: nn.Module, pruned: Sequence[int], heads: int, size: int, share: int = 1) -> None:
     """Lets an attention module of `heads` heads run without the `pruned` ones; its layers are cut on their own.
 
-    Numbers that it keeps of its heads and of their width follow, and so do tables with a value for each head.
+    Numbers that it keeps of its heads and of their width follow, in a configuration beside it, too, which becomes its
+    own; and so do tables with a value for each head. With `share`, `heads` are groups of so many that go together.
     """
     kept = [h for h in range(heads) if h not in set(pruned)]
     if not isinstance(module, FewerHeads):
         kind = type(module)
         body = {"__module__": kind.__module__, "forward": _regrouped(kind.forward)}
         module.__class__ = type(kind.__name__, (FewerHeads, kind), body)
-        module._heads = (heads, tuple(range(heads)), size)  # type: ignore[assignment]
-    built, before, _ = module._heads  # type: ignore[misc]
-    module._heads = (built, tuple(before[h] for h in kept), size)  # type: ignore[assignment]
-    for name, value in list(vars(module).items()):
-        if type(value) is int and value == heads * size:
-            setattr(module, name, len(kept) * size)
-        elif type(value) is int and value == heads and "head" in name and "size" not in name and "dim" not in name:
-            setattr(module, name, len(kept))
+        module._heads = (heads, tuple(range(heads)), size, share)  # type: ignore[assignment]
+    built, before, *_ = module._heads  # type: ignore[misc]
+    module._heads = (built, tuple(before[h] for h in kept), size, share)  # type: ignore[assignment]
+    if not pruned:
+        return
+    _count_heads(module, {heads: len(kept), heads * share: len(kept) * share}, size)
+    config = getattr(module, "config", None)
+    if config is not None and not isinstance(config, nn.Module | dict):
+        module.config = copy.copy(config)
+        _count_heads(module.config, {heads: len(kept), heads * share: len(kept) * share}, 0)
     for name, table in list(module.named_parameters(recurse=False)):
-        if table.ndim > 1 and table.shape[-1] == heads:
-            setattr(module, name, nn.Parameter(table.detach()[..., kept].contiguous(), table.requires_grad))
+        if table.ndim > 1 and table.shape[-1] == heads * share:
+            columns = [g * share + h for g in kept for h in range(share)]
+            setattr(module, name, nn.Parameter(table.detach()[..., columns].contiguous(), table.requires_grad))
+
+
+def _count_heads(owner: Any, counts: dict[int, int], size: int) -> None:
+    """Sets the numbers of an object that are those of heads, by their names, or of all their channels."""
+    widths = {before * size: now * size for before, now in counts.items()} if size else {}
+    for name, value in list(vars(owner).items()):
+        if type(value) is not int or "idx" in name or "index" in name:
+            continue
+        if value in widths:
+            setattr(owner, name, widths[value])
+        elif value in counts and "head" in name and "size" not in name and "dim" not in name:
+            setattr(owner, name, counts[value])
 
 
 def find_whole_tables(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, str]:

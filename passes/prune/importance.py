@@ -20,6 +20,7 @@ from pqk.passes.prune.cuts import NORMS, Cut, Dim, is_depthwise
 from pqk.task.task import Task
 
 Importance = Literal["magnitude", "taylor", "activation", "bn_scale"]
+WidthScope = Literal["global", "per_layer", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,10 @@ def narrowing_schedule(
     scored: Sequence[tuple[ChannelGroup, Tensor]],
     multiple: int,
     floors: Sequence[int],
-    scope: Literal["global", "per_layer"],
+    scope: WidthScope,
     member_floors: Sequence[Sequence[int]] | None = None,
 ) -> list[Narrowing]:
-    """All narrowings in the order in which to make them: least important first, or all layers evenly.
+    """All narrowings in the order in which to make them: least important first (global), or all layers evenly.
 
     Widths on it are multiples of `multiple` (and of a group's unit), at least the group's floor. Each member of a group
     keeps at least as many of its channels as `member_floors` says; by default one.
@@ -244,11 +245,21 @@ def narrowing_schedule(
                 break
             units = tuple(order[cut:count])
             lost = float(importance[list(units)].sum()) * group.unit
-            key = lost / (len(units) * group.unit) if scope == "global" else 1 - narrower / group.channels
+            key = lost / (len(units) * group.unit) if scope == "global" else _share_lost(narrower, group)
             keyed.append((key, Narrowing(group, units, narrower, lost)))
             cut = count
     # stable, and keys rise within a group: a group's narrowings stay in order
     return [narrowing for _, narrowing in sorted(keyed, key=lambda entry: entry[0])]
+
+
+def even_counts(schedule: Sequence[Narrowing]) -> list[int]:
+    """After how many narrowings of a schedule all groups of one width are as wide as each other, ascending."""
+    shares = [_share_lost(n.width, n.group) for n in schedule]
+    return [i for i in range(1, len(schedule) + 1) if i == len(schedule) or shares[i] != shares[i - 1]]
+
+
+def _share_lost(width: int, group: ChannelGroup) -> float:
+    return 1 - width / group.channels
 
 
 def _removable(group: ChannelGroup, order: Sequence[int], floors: Sequence[int]) -> list[int]:

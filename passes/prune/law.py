@@ -3,7 +3,7 @@
     Law: setting the pruned channels to zero where they are made and cutting them give the same output.
 
 Where a layer norm reduces over the channels, zeros would still count in its mean and variance: there the reference is
-the model whose norms take their statistics over the channels that stay.
+the model whose norms take their statistics over the channels that stay; so it is with norms of the model's own make.
 
 A group is tried by a spread quarter of its units, by a single one, and by random ones: in a spread quarter, what is cut
 in one half of a projection is what is cut in its other half. Groups are tried together, since cuts that all obey the
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from pqk.errors import InputError, Reason
 from pqk.passes.prune.channel_group import ChannelGroup, Member, merge_cuts
 from pqk.passes.prune.cuts import NORMS, Cut, cut_axis, cut_channels
 from pqk.passes.prune.groups import TracedGroups, trace_groups
+from pqk.passes.prune.scales import is_own_norm, over_kept
 
 TOLERANCE = 1e-4
 """largest error of the law, relative to the largest output; a wrong mapping is off by whole channels"""
@@ -49,19 +50,24 @@ PROBES = 3
 def masked(model: nn.Module, cuts: Iterable[Cut]) -> Iterator[nn.Module]:
     """`model` with the pruned output channels of these cuts zero at every layer that makes or normalizes them."""
     handles, saved, norms = [], [], {}
+    scales: dict[nn.Module, dict[str, list[int]]] = {}
     for cut in cuts:
-        if cut["dim"] == "values":
+        if cut["dim"] == "values" and (layer := _own_norm(model, cut["module"])) is not None:
+            scales.setdefault(layer, {})[cut["module"].rpartition(".")[2]] = kept_of(cut)
+        elif cut["dim"] == "values":
             parameter = model.get_parameter(cut["module"])
             saved.append((parameter, parameter.detach().clone()))
             parameter.data[..., cut["indices"]] = 0
         elif cut["dim"] == "out":
             module = model.get_submodule(cut["module"])
             if isinstance(module, nn.LayerNorm) and module.weight is not None:
-                norms[id(module.weight)] = [c for c in range(cut["of"]) if c not in set(cut["indices"])]
+                norms[id(module.weight)] = kept_of(cut)
             else:
                 handles.append(module.register_forward_hook(_zeroing(cut_axis(module), cut["indices"])))
     try:
-        with _NormsOverKept(norms):
+        with _NormsOverKept(norms), ExitStack() as stack:
+            for layer, kept in scales.items():
+                stack.enter_context(over_kept(layer, kept))
             yield model
     finally:
         for handle in handles:
@@ -89,6 +95,16 @@ class _NormsOverKept(TorchFunctionMode):
         output = torch.zeros_like(values["input"])
         output[..., kept] = normalized
         return output
+
+
+def kept_of(cut: Cut) -> list[int]:
+    """The channels that a cut leaves."""
+    return [c for c in range(cut["of"]) if c not in set(cut["indices"])]
+
+
+def _own_norm(model: nn.Module, parameter: str) -> nn.Module | None:
+    layer = model.get_submodule(parameter.rpartition(".")[0])
+    return layer if is_own_norm(layer) else None
 
 
 def _zeroing(axis: int, indices: Sequence[int]) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -138,16 +139,28 @@ class Prune(PruneSettings, Pass):
 
     def _budget(self, program: Program, task: Task) -> Budget:
         kind = next(k for k in UNITS if getattr(self, f"{k}_ratio") is not None)
-        teacher, run = program.teacher, program.run
+        teacher, run, timed = program.teacher, program.run, self._timed(task)
         if kind == "macs" and (reason := why_not_counted(teacher, task.example)) is not None:
             raise InputError(f"prune: macs_ratio = {self.macs_ratio:.4g}: {reason}")
         measures: dict[str, Callable[[], float]] = {
             "macs": lambda: count_macs(teacher, task.example),
             "parameters": lambda: count_parameters(teacher),
             "size": lambda: float_bytes(teacher),
-            "latency": lambda: run.decide("baseline", lambda: run.baseline_latency("prune.latency_ratio")),
+            "latency": lambda: run.decide(
+                f"baseline/{timed}" if timed else "baseline", lambda: run.baseline_latency("prune.latency_ratio", timed)
+            ),
         }
-        return Budget(kind, getattr(self, f"{kind}_ratio"), measures[kind](), run, task.example)
+        return Budget(kind, getattr(self, f"{kind}_ratio"), measures[kind](), run, task.example, timed=timed)
+
+    def _timed(self, task: Task) -> str:
+        """The name of the inputs that the latency is of. Raises `InputError` where the pattern fits none or several."""
+        found = [name for name in task.timed if fnmatchcase(name, self.timed)]
+        if self.timed and len(found) != 1:
+            raise InputError(
+                f'prune: timed = "{self.timed}" fits {len(found)} of the inputs that the task is timed on: '
+                f"{', '.join(task.timed) or 'there are none'}"
+            )
+        return found[0] if self.timed else ""
 
     @staticmethod
     def _costs(model: nn.Module, task: Task) -> dict[str, int]:

@@ -12,7 +12,7 @@ from pqk.errors import InputError
 from pqk.passes.prune.budget import UNITS
 from pqk.passes.prune.channel_group import ChannelGroup, Member
 from pqk.passes.prune.cuts import channels_of
-from pqk.passes.prune.importance import Importance
+from pqk.passes.prune.importance import Importance, WidthScope
 from pqk.passes.prune.low_rank import original_layer
 from pqk.settings import settings
 
@@ -32,8 +32,9 @@ class WidthSettings:
     importance: Importance = "magnitude"
     """what a channel is worth: weight norm, first-order effect on the task loss, the norm of what it adds to the layers
     that read it (activation), or batch-norm scale"""
-    scope: Literal["global", "per_layer"] = "global"
-    """channels compete across the network, or every layer loses the same share"""
+    scope: WidthScope = "global"
+    """channels compete across the network, or every layer loses the same share, to one narrowing; or (uniform) layers
+    that are alike stay so: as many heads and units in each, as Hugging Face's configurations say it of all at once"""
     multiple: int | None = Field(default=None, ge=1)
     """widths are multiples of this; by default what the target's kernels like"""
     floor: float = Field(default=0.25, gt=0)
@@ -82,6 +83,10 @@ class PruneSettings(WidthSettings):
     keep_blocks: dict[str, int] = Field(default_factory=dict)
     """the fewest children that a container keeps, by its path: `{ layer3 = 5 }`. What a block costs on data before
     recovery says little about how much the student can learn again; late blocks hold most of the parameters"""
+    timed: str = ""
+    """what the latency budget is of: by default the example, or its last token where the model continues texts; else
+    the inputs that the task has under such a name (`Task(timed=…)`; shell pattern), as "a prompt *": the time until the
+    first token"""
     best_effort: bool = False
     """where the budget cannot be met, go as far as is allowed instead of failing; the report says how far"""
     steps: int = Field(default=1, ge=1)
@@ -110,6 +115,11 @@ class PruneSettings(WidthSettings):
             )
         if not (self.width or self.depth):
             raise InputError("prune: width and depth are both false, so nothing could be cut; set one of them")
+        if self.scope == "uniform" and self.width and (self.depth or self.allocation == "table"):
+            raise InputError(
+                'prune: scope = "uniform" narrows all layers at once, and depth = true or allocation = "table" one '
+                "after the other; remove blocks in a prune of its own, with width = false"
+            )
         if self.blocks == "every_other" and (self.width or not self.depth):
             raise InputError(
                 'prune: blocks = "every_other" has no costs that narrowings could be compared with; set depth = true '
@@ -118,6 +128,11 @@ class PruneSettings(WidthSettings):
         if self.blocks == "every_other" and self.allocation == "table":
             raise InputError(
                 'prune: blocks = "every_other" goes by places, and allocation = "table" by what blocks cost; set one'
+            )
+        if self.timed and (self.latency_ratio is None or self.allocation == "table"):
+            raise InputError(
+                "prune: timed says what a latency is of: with latency_ratio as the budget, and not with allocation = "
+                '"table", whose layers are looked up for the example'
             )
         if self.floor > 1 and self.floor != int(self.floor):
             raise InputError(f"prune: floor = {self.floor} is neither a share below 1 nor a whole number of channels")

@@ -18,7 +18,7 @@ from pqk.passes.prune.budget import UNITS, Budget, Missed
 from pqk.passes.prune.channel_group import ChannelGroup
 from pqk.passes.prune.cuts import cut_channels
 from pqk.passes.prune.groups import trace_groups
-from pqk.passes.prune.importance import CRITERIA, Narrowing, cuts_of, narrowing_schedule, unit_importance
+from pqk.passes.prune.importance import CRITERIA, Narrowing, cuts_of, even_counts, narrowing_schedule, unit_importance
 from pqk.passes.prune.law import Law, exact_groups
 from pqk.passes.prune.settings import PruneSettings
 from pqk.task.task import Task
@@ -149,11 +149,12 @@ class WidthSearch:
             considered.append({"narrowings": count, unit: value, "importance_lost": lost})
             return self.budget.ratio(value)
 
+        counts = even_counts(schedule) if self.config.scope == "uniform" else [*range(1, len(schedule) + 1)]
         try:
             if self.budget.kind == "latency":
-                count = self._fewest_timed(program.run.observer, len(schedule), ratio, goal)
+                count = self._fewest_timed(program.run.observer, counts, ratio, goal)
             else:
-                count = _fewest(len(schedule), ratio, goal)
+                count = _fewest(counts, ratio, goal)
         except _Uncountable as error:
             if self._broken(program.student, schedule[: error.count]):
                 return None
@@ -171,10 +172,12 @@ class WidthSearch:
         """The error for a budget that cannot be met, with why each layer that was left alone is."""
         return self.budget.missed(reached, what, self.refused)
 
-    def _fewest_timed(self, observer: Observer, most: int, ratio: Callable[[int], float], goal: float) -> int | None:
+    def _fewest_timed(
+        self, observer: Observer, every: Sequence[int], ratio: Callable[[int], float], goal: float
+    ) -> int | None:
         """The fewest narrowings that meet the goal of those timed: latency does not fall with width, so all are."""
-        candidates = min(most, self.config.candidates)
-        counts = sorted({round(most * i / candidates) for i in range(1, candidates + 1)})
+        candidates = min(len(every), self.config.candidates)
+        counts = sorted({every[round(len(every) * i / candidates) - 1] for i in range(1, candidates + 1)})
         ratios = {}
         with observer.task("timing candidates", len(counts)) as advance:
             for count in counts:
@@ -191,15 +194,15 @@ class _Uncountable(Exception):
         self.count = count
 
 
-def _fewest(most: int, ratio: Callable[[int], float], goal: float) -> int | None:
+def _fewest(counts: Sequence[int], ratio: Callable[[int], float], goal: float) -> int | None:
     """The fewest narrowings that meet the goal, by bisection: what is counted falls with every one."""
-    if ratio(most) < goal:
+    if ratio(counts[-1]) < goal:
         return None
-    low, high = 0, most
+    low, high = 0, len(counts)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if ratio(middle) >= goal else (middle, high)
-    return high
+        low, high = (low, middle) if ratio(counts[middle - 1]) >= goal else (middle, high)
+    return counts[high - 1]
 
 
 def journal_key(measurements: Iterable[tuple[Any, ...]]) -> str:

@@ -12,16 +12,19 @@ on one of its inputs or on its output becomes a float island. Three kinds of ope
 A ReLU or clamp, and a scaling by a constant, that a quantizer follows is taken over by it. Linear and matmul need no
 quantizer on an output that only float operators read: the runtime has integer kernels that put out floats.
 
-Activations can also be quantized dynamically, on the range that each tensor has at run time: then linear layers with
-weights of their own are integer, each with a quantizer on its input alone, and everything else is float.
+Activations can also be quantized dynamically, on the range that each tensor, or each block of a row, has at run time:
+then linear layers with weights of their own are integer, each with a quantizer on its input alone, and everything else
+is float.
 
-Tables of embeddings are stored as integers and their rows dequantized (see `embeddings`), whoever reads them.
+Tables of embeddings are stored as integers and their rows dequantized (see `embeddings`), whoever reads them. One that
+is the weight of a linear layer in blocks, too, is stored once, as that weight.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import fx
@@ -30,7 +33,11 @@ from pqk.core.aten import FLOAT_OUTPUT, FOLLOWS_INPUTS, HEAVY, LIGHT, WEIGHTED, 
 from pqk.core.graph import arguments, is_float, operand, shape
 from pqk.errors import InputError, nearest
 from pqk.passes.quantize.embeddings import LEAST, is_table
-from pqk.passes.quantize.points import ActivationPoint, Point, TablePoint, WeightPoint
+from pqk.passes.quantize.points import ActivationPoint, BlockPoint, BlockTablePoint, Point, TablePoint, WeightPoint
+from pqk.quant.blocks import BLOCK, WeightBits
+
+Activations = Literal["static", "dynamic", "blockwise"]
+"""on which ranges activations are rounded"""
 
 
 def absorbed(node: fx.Node) -> tuple[fx.Node, tuple[float | None, float | None], float]:
@@ -69,13 +76,16 @@ def inputs(node: fx.Node) -> list[fx.Node]:
 class Placement:
     """Which operators compute in integers and which values have a quantizer. The module's docstring has the rules."""
 
-    def __init__(self, graph_module: fx.GraphModule, floats: Mapping[str, str], dynamic: bool = False) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, floats: Mapping[str, str], activations: Activations = "static"
+    ) -> None:
         """`floats`: layer -> why it stays in float."""
-        self.dynamic = dynamic
+        self.activations: Activations = activations
+        self.dynamic = activations != "static"
         self.nodes = [n for n in graph_module.graph.nodes if n.op != "output" and is_float(n)]
         self.float_layers = {n: floats[n.meta["layer"]] for n in self.nodes if n.meta["layer"] in floats}
         self.integer = {n for n in self.nodes if n.target in HEAVY and self.capable(n)}
-        if dynamic:
+        if self.dynamic:
             self.values = {value for node in self.integer for value in inputs(node)}
             return
         for node in reversed(self.nodes):
@@ -132,24 +142,41 @@ def named_layers(graph_module: fx.GraphModule, patterns: tuple[str, ...]) -> dic
 
 
 def placement(
-    graph_module: fx.GraphModule, floats: Mapping[str, str] | None = None, dynamic: bool = False
+    graph_module: fx.GraphModule,
+    floats: Mapping[str, str] | None = None,
+    activations: Activations = "static",
+    weight_bits: WeightBits = 8,
 ) -> tuple[list[Point], list[tuple[str, str]]]:
     """Where quantizers go, and `(layer, reason)` of what stays in float.
 
-    `floats` are the layers that are to stay in float, with the reason. `dynamic`: activations get their ranges at run
-    time.
+    `floats` are the layers that are to stay in float, with the reason; `weight_bits` those of weights in blocks.
     """
-    where = Placement(graph_module, floats or {}, dynamic)
+    where = Placement(graph_module, floats or {}, activations)
+    if activations == "blockwise":
+        return _in_blocks(where, weight_bits), _reasons(where)
     ends = {last_absorbed(n) for n in where.integer}
     points: list[Point] = []
     for node in where.nodes:
         if node in where.values:
-            everyone = not dynamic and node in ends
-            readers = [u.name for u in node.users if everyone or u in where.integer or (moves(u) and not dynamic)]
-            points.append(ActivationPoint(node.name, tuple(readers), dynamic))
+            everyone = not where.dynamic and node in ends
+            readers = [u.name for u in node.users if everyone or u in where.integer or (moves(u) and not where.dynamic)]
+            points.append(ActivationPoint(node.name, tuple(readers), where.dynamic))
     points += [WeightPoint(n.name) for n in where.nodes if n in where.integer and n.target in WEIGHTED]
     points += [TablePoint(n.name) for n in where.nodes if is_table(n) and n not in where.float_layers]
     return points, _reasons(where)
+
+
+def _in_blocks(where: Placement, bits: WeightBits) -> list[Point]:
+    """Quantizers of linear layers, and of tables. A weight that is looked up as a table has 8 bits in any case."""
+    tables = [n for n in where.nodes if is_table(n) and n not in where.float_layers]
+    looked_up, read = {operand(n) for n in tables}, {operand(n, 1) for n in where.integer}
+    points: list[Point] = [
+        BlockPoint(n.name, 8 if operand(n, 1) in looked_up else bits) for n in where.nodes if n in where.integer
+    ]
+    for node in tables:
+        shared = operand(node) in read and (shape(node)[-1] or 1) % BLOCK == 0
+        points.append(BlockTablePoint(node.name) if shared else TablePoint(node.name))
+    return points
 
 
 def _reasons(where: Placement) -> list[tuple[str, str]]:
@@ -167,7 +194,8 @@ def _reasons(where: Placement) -> list[tuple[str, str]]:
         elif node.target is aten.embedding.default:
             reason = f"{operator}: its table is computed, or has fewer than {LEAST} values"
         elif where.dynamic and node.target is not aten.linear.default:
-            reason = f"{operator}: of what computes, only linear layers are quantized dynamically"
+            how = "in blocks" if where.activations == "blockwise" else "dynamically"
+            reason = f"{operator}: of what computes, only linear layers are quantized {how}"
         elif node.target in HEAVY:
             reason = f"{operator}: its weight is computed, not a parameter, or it is not float32"
         elif where.light(node) or bounds(node):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pqk.errors import InputError
+from pqk.quant.blocks import WeightBits
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,28 @@ class TablePoint:
         return {"kind": "table", "node": self.node}
 
 
-Point = ActivationPoint | WeightPoint | TablePoint
+@dataclass(frozen=True)
+class BlockPoint:
+    """Input and weight of the linear layer `node` are rounded in blocks, the weight in `bits` bits."""
+
+    node: str
+    bits: WeightBits
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "blockwise", "node": self.node, "bits": self.bits}
+
+
+@dataclass(frozen=True)
+class BlockTablePoint:
+    """The look-up `node` reads the weight of a linear layer as that is rounded in blocks."""
+
+    node: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "blockwise_table", "node": self.node}
+
+
+Point = ActivationPoint | WeightPoint | TablePoint | BlockPoint | BlockTablePoint
 
 
 def parse_point(entry: Mapping[str, Any]) -> Point:
@@ -53,7 +75,12 @@ def parse_point(entry: Mapping[str, Any]) -> Point:
             return WeightPoint(entry["node"])
         case "table":
             return TablePoint(entry["node"])
+        case "blockwise":
+            return BlockPoint(entry["node"], entry["bits"])
+        case "blockwise_table":
+            return BlockTablePoint(entry["node"])
     raise InputError(
         f'quantize: the plan puts a quantizer of the kind "{entry["kind"]}" at {entry["node"]}; this version of pqk '
-        "knows activation, dynamic, weight and table. Open the artifact with the version that wrote it"
+        "knows activation, dynamic, weight, table, blockwise and blockwise_table. Open the artifact with the version "
+        "that wrote it"
     )

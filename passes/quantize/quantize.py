@@ -7,9 +7,10 @@ hurts the outputs by more than is allowed) or because the deployed student is fa
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,15 +18,27 @@ from torch import fx, nn
 
 from pqk.copies import copy_of
 from pqk.core.aten import HEAVY, root
+from pqk.core.attention import sites
 from pqk.core.graph import arguments, attribute, finish, move_points, operand, replace, shape
 from pqk.core.modes import evaluating
 from pqk.core.program import Example, Pass, Program, RewriteFunction, Stage
 from pqk.errors import InputError, Reason
+from pqk.passes.quantize.blocks import insert_blocks, why_not_in_blocks
 from pqk.passes.quantize.embeddings import call_quantizer, insert_table, table_of
-from pqk.passes.quantize.placement import Placement, absorbed, named_layers, placement
-from pqk.passes.quantize.points import ActivationPoint, Point, TablePoint, WeightPoint, parse_point
+from pqk.passes.quantize.placement import Activations, Placement, absorbed, named_layers, placement
+from pqk.passes.quantize.points import (
+    ActivationPoint,
+    BlockPoint,
+    BlockTablePoint,
+    Point,
+    TablePoint,
+    WeightPoint,
+    parse_point,
+)
 from pqk.passes.quantize.sensitivity import sensitivity
 from pqk.passes.quantize.smoothing import smooth
+from pqk.quant.block_fake_quant import BlockFakeQuant, BlockWeightFakeQuant
+from pqk.quant.blocks import WeightBits
 from pqk.quant.fake_quant import (
     ActivationFakeQuant,
     BiasFakeQuant,
@@ -50,10 +63,14 @@ class Quantize(Pass):
     consumes: ClassVar[frozenset[Stage]] = frozenset({Stage.GRAPH})
     produces: ClassVar[Stage | None] = Stage.FAKE_QUANT
 
-    activations: Literal["static", "dynamic"] = "static"
+    activations: Activations = "static"
     """on which ranges activations are rounded: on fixed ones, chosen from data, or on that which each tensor has at run
     time. dynamic quantizes the inputs of linear layers alone, needs no calibration and survives inputs of another
-    range; it costs a pass over each input, and a range is that of a whole batch"""
+    range; it costs a pass over each input, and a range is that of a whole batch. blockwise does so for every block of
+    32 values of a row, and has a scale for each block of a weight: the grid of ONNX Runtime's MatMulNBits with
+    accuracy_level 4, for x86"""
+    weight_bits: WeightBits = 8
+    """bits of weights where activations are blockwise; a weight that is an embedding table, too, keeps 8"""
     calibration: Method = "mse"
     """how ranges are chosen from the observed values: all of them, all but the tails, or the least squared error"""
     percentile: float = Field(default=99.99, gt=50, le=100)
@@ -74,6 +91,18 @@ class Quantize(Pass):
     """leave a layer that multiplies in float where the deployed student is significantly faster for it, each measured
     in turn in the target's runtime at batch 1; needs a machine that is the target"""
 
+    def __post_init__(self) -> None:
+        if self.weight_bits != 8 and self.activations != "blockwise":
+            raise InputError(
+                f'weight_bits = {self.weight_bits} is for activations = "blockwise": of the kernels that integer '
+                "products run in, only MatMulNBits has weights of fewer than 8 bits"
+            )
+        if self.smooth is not None and self.activations == "blockwise":
+            raise InputError(
+                'smooth moves outliers out of ranges that many channels share, and activations = "blockwise" has a '
+                "range for every 32; leave one of the two out"
+            )
+
     @property
     def dynamic(self) -> bool:
         return self.activations == "dynamic"
@@ -86,12 +115,17 @@ class Quantize(Pass):
         )  # fmt: skip
 
     def why_not_for(self, target: Target) -> Reason | None:
+        if self.activations == "blockwise" and (reason := why_not_in_blocks(target)) is not None:
+            return f'quantize: activations = "blockwise" is not for {target.name}: {reason}; use "static"'
         if not self.faster_float or (reason := target.why_not_measured()) is None:
             return None
         return f"quantize.faster_float times layers, but {reason}; set it to false, or compile on the target"
 
     def apply(self, program: Program, task: Task) -> Program:
-        """Raises `InputError` for a pattern that names no layer, and where speed cannot be measured here."""
+        """Raises `InputError` for a pattern that names no layer, a target without the grid, and where speed cannot be
+        measured here."""
+        if self.activations == "blockwise" and (reason := self.why_not_for(program.target)) is not None:
+            raise InputError(reason)
         if self.dynamic and program.target.runtime == "triton":
             raise InputError(
                 f'quantize: activations = "dynamic" is for ONNX Runtime, and {program.target.name} runs student.pt2, '
@@ -102,17 +136,23 @@ class Quantize(Pass):
         student = program.student
         assert isinstance(student, fx.GraphModule)
         floats = named_layers(student, self.float_layers)
+        if task.generates:
+            floats = kept_in_float(student) | floats
         if self.least_sqnr is not None:
             floats |= self._sensitive(program, task, floats)
         if self.faster_float:
             floats |= self._faster(program, floats)
-        points, declined = placement(student, floats, self.dynamic)
+        points, declined = placement(student, floats, self.activations, self.weight_bits)
         program = program.rewrite(insert_fake_quant, task.example, **self._arguments(program, points))
         self._calibrate(program.student, task)
-        kinds = [type(m) for m in program.student.modules()]
-        activation = DynamicFakeQuant if self.dynamic else ActivationFakeQuant
+        kinds = Counter(type(m) for m in program.student.modules())
+        activation, weight = {
+            "static": (ActivationFakeQuant, WeightFakeQuant),
+            "dynamic": (DynamicFakeQuant, WeightFakeQuant),
+            "blockwise": (BlockFakeQuant, BlockWeightFakeQuant),
+        }[self.activations]
         program = program.decline(self.name, declined)
-        return program.note(activations=kinds.count(activation), weights=kinds.count(WeightFakeQuant))
+        return program.note(activations=kinds[activation], weights=kinds[weight])
 
     def _smooth(self, program: Program, task: Task, alpha: float) -> Program:
         """With smoother inputs: only values change, so the plan needs no line for it."""
@@ -135,8 +175,8 @@ class Quantize(Pass):
         def measure() -> dict[str, float]:
             trial = copy_of(program.student, "student")
             assert isinstance(trial, fx.GraphModule)
-            layers = {n.meta["layer"] for n in Placement(trial, floats, self.dynamic).integer}
-            points = placement(trial, floats, self.dynamic)[0]
+            layers = {n.meta["layer"] for n in Placement(trial, floats, self.activations).integer}
+            points = placement(trial, floats, self.activations, self.weight_bits)[0]
             insert_fake_quant(trial, task.example, **self._arguments(program, points))
             self._calibrate(trial, task)
             return sensitivity(trial, layers, task.calibration(self.samples))
@@ -152,7 +192,7 @@ class Quantize(Pass):
         """The layers that the deployed student is faster for in float, one after the other, and by how much."""
         student, run, reasons = program.student, program.run, dict[str, str]()
         assert isinstance(student, fx.GraphModule)
-        where = Placement(student, floats, self.dynamic)
+        where = Placement(student, floats, self.activations)
         layers = [n.meta["layer"] for n in where.nodes if n in where.integer and n.target in HEAVY]
         with run.observer.task(f"{run.scope}: timing layers in float", len(layers)) as advance:
             for layer in layers:
@@ -166,6 +206,15 @@ class Quantize(Pass):
         """How much faster the student with `floats` in float is with `layer` in float, too: journaled."""
         student, run = program.student, program.run
         return run.decide(f"float/{layer}", lambda: run.float_gain(student, floats, layer, "quantize.faster_float"))
+
+
+def kept_in_float(student: fx.GraphModule) -> dict[str, str]:
+    """The products of attention in a decoder: what they read is kept for the tokens that follow, as it is.
+
+    Raises `InputError` where attention has another form than a cache is known for.
+    """
+    layers = [product.meta["layer"] for site in sites(student) for product in site.products]
+    return dict.fromkeys(layers, "matmul: keys and values are kept for the tokens that follow, in float")
 
 
 # ---- the rewrite
@@ -185,7 +234,8 @@ def insert_fake_quant(
     `points` are JSON, as `to_json` of a point writes it. An activation's value, for the nodes in `readers`, goes
     through an `ActivationFakeQuant` on the grid `activation`, which replaces a clamp; a dynamic one's through a
     `DynamicFakeQuant`. Weights and biases go through quantizers of the grid `weight` and of the accumulator; with a
-    dynamic input the bias stays float. The rows of a table go through a `TableFakeQuant`.
+    dynamic input the bias stays float. The rows of a table go through a `TableFakeQuant`. In blocks, inputs go through
+    a `BlockFakeQuant` and weights, of which a table can be one, through a `BlockWeightFakeQuant`.
     """
     assert isinstance(student, fx.GraphModule)
     nodes = {n.name: n for n in student.graph.nodes}
@@ -200,6 +250,12 @@ def insert_fake_quant(
             _insert_weight(student, node, Grid(**weight), learned)
         elif isinstance(point, TablePoint):
             insert_table(student, node, learned)
+    insert_blocks(
+        student,
+        [(point, node) for point, node in parsed if isinstance(point, BlockPoint)],
+        [node for point, node in parsed if isinstance(point, BlockTablePoint)],
+        learned,
+    )
     return finish(student)
 
 

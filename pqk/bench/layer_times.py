@@ -21,7 +21,7 @@ import onnx
 
 from pqk.bench.contenders import Feeds
 from pqk.core.onnxruntime_session import session
-from pqk.deploy.onnx_ops import INTEGER, MACS, plain_name
+from pqk.deploy.onnx_ops import MACS, in_integers, plain_name
 from pqk.report.layer_times import LayerTime, NetworkTimes
 
 WARM, CALLS, SECONDS, EVENTS = 3, 25, 1.0, 8_000
@@ -82,7 +82,7 @@ def _summed(graph: onnx.GraphProto, layers: Sequence[str], of_node: Mapping[str,
     for node, layer in zip(graph.node, layers, strict=True):
         nodes.setdefault(layer, []).append(node)
     for layer, own in nodes.items():
-        products = [n.op_type in INTEGER for n in own if n.op_type in MACS]
+        products = [in_integers(n.op_type, _attributes(n)) for n in own if n.op_type in MACS]
         # nodes of one name have one entry together
         spent = sum(of_node.get(name, 0.0) for name in {n.name for n in own})
         yield LayerTime(
@@ -91,6 +91,10 @@ def _summed(graph: onnx.GraphProto, layers: Sequence[str], of_node: Mapping[str,
             milliseconds=spent,
             integer=all(products) if products else None,
         )
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 def layers_of(graph: onnx.GraphProto, written: onnx.GraphProto | None = None) -> list[str]:

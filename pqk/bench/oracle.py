@@ -69,17 +69,21 @@ class Oracle:
         """Where the teacher's FP32 file is, once something was timed."""
         return Path(self.folder.name) / "teacher.onnx"
 
-    def baseline(self) -> float:
-        """Milliseconds of the teacher in FP32, measured once in a run and journaled: all ratios are to it."""
-        return float(self.run.journal.decide("oracle/teacher_ms", lambda: self._fastest(self._teacher())[0]))
+    def baseline(self, timed: str = "") -> float:
+        """Milliseconds of the teacher in FP32, measured once in a run and journaled: all ratios are to it.
 
-    def latency(self, student: nn.Module) -> float:
+        On the example, or on the inputs that the task has under the name `timed`.
+        """
+        key = f"oracle/teacher_ms/{timed}" if timed else "oracle/teacher_ms"
+        return float(self.run.journal.decide(key, lambda: self._fastest(self._teacher(), timed=timed)[0]))
+
+    def latency(self, student: nn.Module, timed: str = "") -> float:
         """Milliseconds of the INT8 form of a MODULE student: the baseline over the ratio measured in turn."""
         candidate = session(self.emit(student), threads=self.threads)
         baseline, began = self._teacher(), time.perf_counter()
-        teacher, student_ms = self._fastest(baseline, candidate)
+        teacher, student_ms = self._fastest(baseline, candidate, timed=timed)
         self.seconds.append(time.perf_counter() - began)
-        return self.baseline() * student_ms / teacher
+        return self.baseline(timed) * student_ms / teacher
 
     def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str) -> tuple[float, float, float]:
         """How many times faster the INT8 form of a GRAPH student is with `layer` in float beside `floats`.
@@ -116,8 +120,8 @@ class Oracle:
         self.emitted = program.student, path
         return path
 
-    def _fastest(self, *sessions: ort.InferenceSession) -> list[float]:
-        return fastest(sessions, self.task.feeds(1), rounds=self.rounds)
+    def _fastest(self, *sessions: ort.InferenceSession, timed: str) -> list[float]:
+        return fastest(sessions, self.task.feeds(1, timed), rounds=self.rounds)
 
     def _teacher(self) -> ort.InferenceSession:
         if self._session is None:

@@ -227,6 +227,36 @@ def benchmark(
 
 
 @app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that continues texts.")],
+    prompt: Annotated[str, typer.Argument(metavar="TEXT", help="What is continued.")],
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to add, at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token; else one is drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from the likeliest with this probability together.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="TEXT is a message in the tokenizer's chat template.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    as_json: AsJson = False,
+) -> Work:
+    """Continue a text with an artifact, token by token, and say how fast that was.
+
+    pqk generate out/stories "Once upon a time"
+    """
+
+    def work() -> Any:
+        from pqk.generation.continuation import Sampling
+
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return _commands("generation").generate(folder, prompt, sampling, chat=chat, threads=threads, as_json=as_json)
+
+    return work
+
+
+@app.command()
 def kernels(
     folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="An artifact that has a student.pt2.")] = None,
     cases: Annotated[

@@ -48,6 +48,13 @@ def write(answer: CommandAnswer, as_json: bool) -> None:
         console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
 
 
+def write_piece(text: str) -> None:
+    """A piece of a line on stdout, shown at once."""
+    if speaks():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
 def write_json(document: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from pqk.cli.console import clock, listed, table
 from pqk.core.run_folder import scope_of
 from pqk.knowledge import TERMS
+from pqk.knowledge.answers.authors import AUTHORS
 from pqk.knowledge.sources import SOURCES
 from pqk.passes import PASSES
 from pqk.recipe.strict import documentation
@@ -25,7 +26,10 @@ BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "m
 
 
 def reference() -> dict[str, Any]:
-    """Every pass, distillation term and source of a teacher, with its fields: name, type, default, documentation."""
+    """Every pass, distillation term, source of a teacher and author of answers.
+
+    With its fields: name, type, default, documentation.
+    """
     passes = [
         {
             "name": p.name,
@@ -42,14 +46,16 @@ def reference() -> dict[str, Any]:
         name = next(f["default"] for f in entries if f["name"] == "term")
         about = {"name": name, "documentation": inspect.getdoc(kind) or "", "needs_teacher": kind.needs_teacher}
         terms.append({**about, "fields": [f for f in entries if f["name"] != "term"]})
-    sources = [{"name": entries[0]["default"], **about} for entries, about in map(_source, SOURCES)]
-    return {"passes": passes, "terms": terms, "sources": sources}
+    sources, authors = ([_named(kind, key) for kind in kinds] for key, kinds in (("source", SOURCES), ("by", AUTHORS)))
+    return {"passes": passes, "terms": terms, "sources": sources, "authors": authors}
 
 
-def _source(kind: type[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _named(kind: type[Any], key: str) -> dict[str, Any]:
+    """A table that says in `key` what it is."""
     entries = _fields(kind)
-    named, others = ([f for f in entries if (f["name"] == "source") == is_name] for is_name in (True, False))
-    return named, {"documentation": inspect.getdoc(kind) or "", "fields": others}
+    name = next(f["default"] for f in entries if f["name"] == key)
+    others = [f for f in entries if f["name"] != key]
+    return {"name": name, "documentation": inspect.getdoc(kind) or "", "fields": others}
 
 
 def _fields(kind: type[Any]) -> list[dict[str, Any]]:
@@ -96,6 +102,8 @@ def reference_tables(document: dict[str, Any]) -> list[RenderableType]:
         shown += [f'term = "{t["name"]}": {t["documentation"]}{teacher}', _field_table(t["fields"]), ""]
     for s in document["sources"]:
         shown += [f'teacher = {{ source = "{s["name"]}" }}: {s["documentation"]}', _field_table(s["fields"]), ""]
+    for a in document["authors"]:
+        shown += [f'answers = {{ by = "{a["name"]}" }}: {a["documentation"]}', _field_table(a["fields"]), ""]
     return shown
 
 

@@ -21,6 +21,8 @@ QUANTIZE = torch.ops.pqk.quantize.default
 DYNAMIC = torch.ops.pqk.quantize_dynamic_linear.default
 DEQUANTIZE = torch.ops.pqk.dequantize.default
 MULTIPLY = torch.ops.pqk.matmul_integer_to_float.default
+NBITS = torch.ops.pqk.matmul_nbits.default
+GATHER_NBITS = torch.ops.pqk.gather_block_quantized.default
 
 Limit = float | str | None
 """a bound of a clamp: a number, the name of the argument that holds it, or none"""
@@ -95,10 +97,12 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.matmul.default, product=True, float_output=True),
     Operator(aten.bmm.default, product=True, float_output=True),
     Operator(MULTIPLY),
+    Operator(NBITS),
+    Operator(GATHER_NBITS),
     Operator(aten.softmax.int),
     # norms
     Operator(aten.layer_norm.default, norm=True, by_row=True, same_shape=True),
-    Operator(aten.rms_norm.default, norm=True),
+    Operator(aten.rms_norm.default, norm=True, by_row=True, same_shape=True),
     # arithmetic
     Operator(
         aten.add.Tensor, light=True, follows_inputs=True, residual_step="add",
@@ -214,6 +218,18 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(aten.sym_constrain_range_for_size.default, guard=True),
     # sizes
     Operator(aten.sym_size.int),
+    # what a token sees
+    Operator(aten.arange.default),
+    Operator(aten.arange.start),
+    Operator(aten.le.Tensor),
+    Operator(aten.lt.Scalar),
+    Operator(aten.gt.Scalar),
+    Operator(aten.bitwise_and.Tensor),
+    Operator(aten.where.Scalar),
+    Operator(aten.cos.default),
+    Operator(aten.sin.default),
+    Operator(aten.rsqrt.default),
+    Operator(aten.pow.Tensor_Scalar),
     # recurrence
     Operator(aten.gru.input, recurrent=True),
     Operator(aten.lstm.input, recurrent=True),
@@ -306,3 +322,8 @@ def quantized_tensors(int8_graph: fx.GraphModule) -> list[tuple[str, fx.Node]]:
     """`(layer, node)` of every activation that is quantized, in the order of the quantizing nodes in `model.onnx`."""
     nodes = int8_graph.graph.nodes
     return [(n.meta["layer"], n) for n in nodes if n.op == "call_function" and n.target in QUANTIZERS]
+
+
+def rounded_inside(int8_graph: fx.GraphModule) -> list[fx.Node]:
+    """What operators read that round it themselves, in blocks, in the order of the `MatMulNBits` in `model.onnx`."""
+    return [operand(node) for node in int8_graph.graph.nodes if node.target is NBITS]

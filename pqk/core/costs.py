@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pqk.core.aten import MULTIPLY, aten
+from pqk.core.aten import MULTIPLY, NBITS, aten
 from pqk.core.modes import evaluating, frozen, fused_layers
 from pqk.errors import InputError, Reason
 
@@ -56,6 +56,11 @@ def _integer_product(x: Size, _: Size, __: Size, weight: Size, *___: Any, **____
     return _product(x, weight)
 
 
+def _product_in_blocks(x: Size, weight: Size, *_: Any, **__: Any) -> int:
+    """[..., K] by packed weights [N, B, ...]."""
+    return 2 * math.prod(x) * weight[0]
+
+
 def _bilinear(x: Size, weight: Size, y: Size, *_: Any, **__: Any) -> int:
     """x [N, I], weight [O, I, J], y [N, J]: x times weight, and that times y."""
     return 2 * x[0] * weight[0] * (x[1] + 1) * y[1]
@@ -73,6 +78,7 @@ FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten._int_mm: _product,
     aten._trilinear: _bilinear,
     MULTIPLY.overloadpacket: _integer_product,
+    NBITS.overloadpacket: _product_in_blocks,
 }
 LOOKUPS = frozenset({
     aten.embedding, aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only, aten.index,

@@ -47,6 +47,18 @@ def check_order(passes: Sequence[Pass], start: Stage = Stage.MODULE) -> Stage:
     return stage
 
 
+def prepared(passes: Sequence[Pass], teacher: nn.Module, task: Task) -> tuple[nn.Module, Task]:
+    """Teacher and task as the passes need them. Raises `InputError` where one that changes them is not the first."""
+    for number, p in enumerate(passes, 1):
+        if type(p).prepare is Pass.prepare:
+            continue
+        if number > 1:
+            raise InputError(f'recipe: pass {number} "{p.name}" changes teacher and task, so it must be the first')
+        teacher, task = p.prepare(teacher, task)
+        task.check(teacher)
+    return teacher, task
+
+
 def run_passes(
     program: Program, task: Task, passes: Sequence[Pass], start: int = 0, earlier: Sequence[Pass] = ()
 ) -> Program:

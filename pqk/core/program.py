@@ -145,6 +145,13 @@ class Pass(ABC):
     def apply(self, program: Program, task: Task) -> Program:
         """Return the program with this pass done. Raises `InputError` where it cannot apply."""
 
+    def prepare(self, teacher: nn.Module, task: Task) -> tuple[nn.Module, Task]:
+        """Teacher and task as this pass needs them, where it changes both; it is the first of its recipe then.
+
+        Called before anything else; the teacher is not changed. Raises `InputError` where it cannot.
+        """
+        return teacher, task
+
     def why_not_applied(self, task: Task, outputs: Any) -> Reason | None:
         """Why the pass cannot be for a task whose teacher has these outputs on the example, else None."""
         return None

@@ -50,11 +50,11 @@ class TimesByWidth:
 class LatencyOracle(Protocol):
     """Times the deployed INT8 form of students, batch 1, in the target's runtime."""
 
-    def latency(self, student: nn.Module) -> float:
-        """Milliseconds of the INT8 form of a MODULE student."""
+    def latency(self, student: nn.Module, timed: str = "") -> float:
+        """Milliseconds of the INT8 form of a MODULE student, on the example or the task's inputs of a name."""
 
-    def baseline(self) -> float:
-        """Milliseconds of the teacher in FP32."""
+    def baseline(self, timed: str = "") -> float:
+        """Milliseconds of the teacher in FP32, likewise."""
 
     def float_gain(self, student: nn.Module, floats: tuple[str, ...], layer: str) -> tuple[float, float, float]:
         """How many times faster the INT8 form of a GRAPH student is with `layer` in float beside `floats`.
@@ -110,13 +110,18 @@ class RunContext:
         """Whether this process has the decision in its journal."""
         return f"{self.scope}/{key}" in self.journal.decisions
 
-    def latency(self, student: nn.Module, where: str) -> float:
-        """Milliseconds of `student`'s deployed INT8 form. Raises `InputError` where it cannot be measured here."""
-        return self._oracle(_NO_BUDGET, where).latency(student)
+    def latency(self, student: nn.Module, where: str, timed: str = "") -> float:
+        """Milliseconds of `student`'s deployed INT8 form, on the example or the task's inputs of the name `timed`.
 
-    def baseline_latency(self, where: str) -> float:
-        """Milliseconds of the teacher in FP32. Raises `InputError` where it cannot be measured here."""
-        return self._oracle(_NO_BUDGET, where).baseline()
+        Raises `InputError` where it cannot be measured here.
+        """
+        named = (timed,) if timed else ()
+        return self._oracle(_NO_BUDGET, where).latency(student, *named)
+
+    def baseline_latency(self, where: str, timed: str = "") -> float:
+        """Milliseconds of the teacher in FP32, likewise. Raises `InputError` where it cannot be measured here."""
+        named = (timed,) if timed else ()
+        return self._oracle(_NO_BUDGET, where).baseline(*named)
 
     def float_gain(
         self, student: nn.Module, floats: tuple[str, ...], layer: str, where: str

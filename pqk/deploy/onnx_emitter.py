@@ -1,7 +1,8 @@
 """Student or teacher → `model.onnx`: integer weights, QDQ, dynamic batch, one file that needs neither pqk nor torch.
 
 What ONNX Runtime reads is plain standard: QuantizeLinear / DequantizeLinear around float operators, which it fuses into
-integer kernels. Torch's exporter writes source paths and stack traces into the file; they are taken out.
+integer kernels; integers in blocks alone have operators of its own (see `onnx_blocks`). Torch's exporter writes source
+paths and stack traces into the file; they are taken out.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from onnxscript import opset21 as op
 from torch import Tensor, fx, nn
 
 from pqk.copies import copy_of
-from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, QUANTIZE, aten, quantized_tensors
+from pqk.core.aten import DEQUANTIZE, DYNAMIC, GATHER_NBITS, MULTIPLY, NBITS, QUANTIZE, aten, quantized_tensors
 from pqk.core.graph import register_containers
 from pqk.core.modes import fused_layers
+from pqk.core.onnxruntime_session import PAST, PRESENT
 from pqk.data.structures import named_tensors
 from pqk.deploy.float_gates import with_joined_gates
-from pqk.deploy.onnx_ops import QUANTIZERS
+from pqk.deploy.generation import POSITION, places, with_past
+from pqk.deploy.onnx_blocks import gather_block_quantized, matmul_nbits
+from pqk.deploy.onnx_ops import MICROSOFT, QUANTIZERS
 from pqk.deploy.onnx_pools import Value, average_pool, max_pool
+from pqk.deploy.token_operators import OPERATOR_SET, needs_operator_set, with_token_operators
 from pqk.errors import InputError, PqkError
 from pqk.files import write_whole
 from pqk.passes.capture.capture import capture, fixed_size
@@ -33,6 +38,8 @@ from pqk.task.axes import Axes, batch_axes, free_axes
 from pqk.task.task import Task
 
 OPSET = 21
+SHOWN = 3
+"""past tokens of the example that a graph with a cache is exported by"""
 
 
 def _quantize(x: Value, scale: Value, zero_point: Value, qmin: int, qmax: int) -> Value:
@@ -74,6 +81,8 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     DYNAMIC: _quantize_dynamic,
     MULTIPLY: _matmul_integer_to_float,
     DEQUANTIZE: _dequantize,
+    NBITS: matmul_nbits,
+    GATHER_NBITS: gather_block_quantized,
     aten.mean.dim: _mean,
     aten.log_sigmoid.default: _log_sigmoid,
     aten.avg_pool1d.default: average_pool,
@@ -86,8 +95,26 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def emit_onnx_for(module: nn.Module, task: Task, path: Path) -> None:
-    """Write `module`, which takes the inputs of `task`, to `path`. Raises `InputError` as `emit_onnx` does."""
-    emit_onnx(module, task.example, path, task.input_names, task.output_names, task.axes)
+    """Write `module`, which takes the inputs of `task`, to `path`, with a cache where it continues texts.
+
+    Raises `InputError` as `emit_onnx` and `with_past` do.
+    """
+    if not task.generates:
+        emit_onnx(module, task.example, path, task.input_names, task.output_names, task.axes)
+        return
+    graph = module if isinstance(module, fx.GraphModule) else capture(copy_of(module), task.example, axes=task.axes)
+    assert isinstance(graph, fx.GraphModule)
+    continuing, cache = with_past(graph)
+    ids, mask = task.example
+    whole = torch.cat([torch.ones(len(ids), SHOWN, dtype=mask.dtype), mask], 1)
+    emit_onnx(
+        with_token_operators(continuing),
+        (ids, whole, places(whole)[:, SHOWN:], *cache.empty(len(ids), SHOWN)),
+        path,
+        (*task.input_names, POSITION, *cache.names(PAST.rstrip("."))),
+        (*(task.output_names or ("logits",)), *cache.names(PRESENT.rstrip("."))),
+        cache.axes(),
+    )
 
 
 def emit_onnx(
@@ -165,7 +192,7 @@ def _exported(
             output_names=[_end("output", i) for i in range(outputs)],
             dynamic_shapes=free_axes(module, example, axes),
             custom_translation_table=TRANSLATIONS,
-            opset_version=OPSET,
+            opset_version=OPERATOR_SET if needs_operator_set(module) else OPSET,
             dynamo=True,
             verbose=False,
         )
@@ -290,12 +317,17 @@ def _slim(model: onnx.ModelProto) -> None:
     """
     declared = list(model.graph.value_info)
     del model.graph.value_info[:]
+    own = {name for node in model.graph.node if node.domain == MICROSOFT for name in node.output}
+    model.graph.value_info.extend(v for v in declared if v.name in own)  # of which onnx can infer nothing
     inferred = {v.name: v.type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    constant = {tensor.name for tensor in model.graph.initializer}
+    constant = {tensor.name for tensor in model.graph.initializer} | own
+    versions = {entry.domain: entry.version for entry in model.opset_import}
     model.graph.value_info.extend(v for v in declared if v.name not in constant and inferred.get(v.name) != v.type)
     for node in model.graph.node:
         node.name = node.output[0]
-        schema = onnx.defs.get_schema(node.op_type, OPSET, node.domain)
+        if node.domain == MICROSOFT:
+            continue
+        schema = onnx.defs.get_schema(node.op_type, versions[node.domain], node.domain)
         attributes = [a for a in node.attribute if not _is_default(a, schema.attributes[a.name])]
         del node.attribute[:]
         node.attribute.extend(attributes)

@@ -89,6 +89,8 @@ class OnnxOperator:
     """how many MACs a node takes; None where shapes do not tell"""
     integer: bool = False
     """it multiplies integers"""
+    integer_at: int | None = None
+    """the `accuracy_level` at which it multiplies integers"""
     uncounted: bool = False
     """it multiplies, and how often cannot be told from shapes"""
     product: bool = False
@@ -130,7 +132,7 @@ ONNX_OPERATORS: tuple[OnnxOperator, ...] = (
     OnnxOperator("GRU", macs=recurrent),
     OnnxOperator("RNN", macs=recurrent),
     OnnxOperator("DynamicQuantizeLSTM", MICROSOFT, macs=recurrent, integer=True),
-    OnnxOperator("MatMulNBits", MICROSOFT, macs=few_bits),
+    OnnxOperator("MatMulNBits", MICROSOFT, macs=few_bits, integer_at=4),
     # products that are not counted
     OnnxOperator("GroupQueryAttention", MICROSOFT, uncounted=True),
     # between floats and integers
@@ -172,11 +174,19 @@ def select(trait: Callable[[OnnxOperator], object]) -> frozenset[str]:
 
 MACS: dict[str, Callable[[Operands], int | None]] = {o.name: o.macs for o in ONNX_OPERATORS if o.macs is not None}
 INTEGER = select(lambda o: o.integer)
+INSIDE = select(lambda o: o.integer_at is not None)
+"""operators that round what they read inside of themselves"""
+LEVELS = {o.name: o.integer_at for o in ONNX_OPERATORS if o.integer_at is not None}
 UNCOUNTED = select(lambda o: o.uncounted)
 PRODUCTS = select(lambda o: o.product)
 MOVERS = select(lambda o: o.moves)
 QUANTIZERS = select(lambda o: o.quantizes)
 PLUMBING = select(lambda o: o.plumbing)
+
+
+def in_integers(operator: str, attributes: Mapping[str, Any]) -> bool:
+    """Whether an operator with these attributes multiplies integers."""
+    return operator in INTEGER or (operator in LEVELS and attributes.get("accuracy_level", 0) == LEVELS[operator])
 
 
 def plain_name(name: str) -> str:

@@ -1,8 +1,9 @@
 """A QDQ file cut into layers: what lies between integers and the next integers, as models of their own.
 
-A *layer* ends in an activation's QuantizeLinear (or in a float output of the model) and reaches back to the integers
-it reads. ONNX Runtime fuses such a piece into the same integer kernel as in the whole model, so a layer can be run
-alone on recorded integers.
+A *layer* ends in an activation's QuantizeLinear (or in a float output of the model) and reaches back to the integers it
+reads. An operator that makes integers inside of itself, `MatMulNBits`, is cut off in front: what it reads is the end of
+a layer, in float. ONNX Runtime fuses such a piece into the same integer kernel as in the whole model, so a layer can be
+run alone on recorded integers.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from pqk.core.onnxruntime_session import session
-from pqk.deploy.onnx_ops import MOVERS, PLUMBING, PRODUCTS, QUANTIZERS
+from pqk.deploy.onnx_ops import INSIDE, MOVERS, PLUMBING, PRODUCTS, QUANTIZERS
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """`nodes` compute `output` from `inputs`: inputs of the model, and integers (with scales found at run time)."""
+    """`nodes` compute `output` from `inputs`: inputs of the model, integers (with scales found at run time), and what
+    operators read that round inside."""
 
     output: str
     inputs: tuple[str, ...]
@@ -59,8 +61,11 @@ class QdqFile:
         quantizers = [n for n in model.graph.node if n.op_type in QUANTIZERS and n.input[0] in computed]
         self.integers = {name: n for n in quantizers for name in n.output}
         """and the scales and zero points that are made with them"""
+        self.rounded = tuple(n.input[0] for n in model.graph.node if n.op_type in INSIDE and n.input[0] in computed)
+        """what each operator reads that rounds it inside"""
         ends = [(n.output[0], True) for n in quantizers]
-        ends += [(o.name, False) for o in model.graph.output if o.name in computed and o.name not in self.integers]
+        others = dict.fromkeys([*self.rounded, *(o.name for o in model.graph.output if o.name in computed)])
+        ends += [(name, False) for name in others if name not in self.integers and name not in self.inputs]
         self.layers = tuple(self._layer(end, quantized) for end, quantized in ends)
 
     def _layer(self, output: str, quantized: bool) -> Layer:
@@ -69,7 +74,7 @@ class QdqFile:
         pending = [output]
         while pending:
             name = pending.pop()
-            if name in self.inputs or (name in self.integers and name != output):
+            if name in self.inputs or (name != output and (name in self.integers or name in self.rounded)):
                 inputs[name] = None
             elif name in self.producers and id(self.producers[name]) not in nodes:
                 node = self.producers[name]
@@ -79,9 +84,11 @@ class QdqFile:
         return Layer(output, tuple(inputs), tuple(ordered), quantized)
 
     def element_type(self, name: str) -> int:
-        """ONNX element type of an input of the model or of an activation's integers."""
+        """ONNX element type of what a layer reads."""
         if name in self.inputs:
             return self.inputs[name].type.tensor_type.elem_type
+        if name not in self.integers:
+            return TensorProto.FLOAT
         node = self.integers[name]
         if node.op_type == "DynamicQuantizeLinear":
             return TensorProto.FLOAT if name == node.output[1] else TensorProto.UINT8

@@ -17,7 +17,6 @@ from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.data.structures import tensors
 from pqk.deploy.cascade import CASCADE_TEACHER, Cascade, Routing
 from pqk.report.cascade import CascadeResult
-from pqk.task.metrics import predict
 from pqk.task.task import Task
 
 TIMED = 400
@@ -71,7 +70,7 @@ def measure_cascade(
 
 
 def _logits(path: Path, task: Task, optimized: bool) -> tuple[Tensor, object]:
-    outputs, targets = predict(OnnxModel(path, task.example[0], optimized=optimized), task.evaluation)
+    outputs, targets = task.predict(OnnxModel(path, task.example[0], optimized=optimized), task.evaluation)
     return tensors(outputs)[0], targets
 
 

@@ -25,6 +25,7 @@ from pqk.evaluation.attempts import Failure, attempt
 from pqk.evaluation.rows import OnnxFile, Subject, Variant
 from pqk.report.schema import LEAST_AGREEMENT, TITLES, LatencyRow, VariantName
 from pqk.report.text import percent
+from pqk.task.task import Task
 from pqk.verify.verdict import ModelFunction
 
 ENDS: tuple[VariantName, ...] = ("teacher_fp32", "student")
@@ -47,8 +48,7 @@ def _time_variants(variants: Sequence[Variant], subject: Subject) -> tuple[list[
     rows: list[LatencyRow] = []
     notes: list[str] = []
     if any(name is not None for axes in task.axes for name in axes[1:]):
-        shapes = zip(task.input_names, task.sized(1), strict=True)
-        notes.append(f"timed, unless said otherwise, on {', '.join(f'{n} {list(x.shape)}' for n, x in shapes)}")
+        notes.append(f"timed, unless said otherwise, on {_timed_on(task)}")
     networks = {v.name: network for v in variants if (network := v.network(subject)) is not None}
     files = [v for v in variants if isinstance(v, OnnxFile)]
     for batch in settings.batches:
@@ -65,6 +65,12 @@ def _time_variants(variants: Sequence[Variant], subject: Subject) -> tuple[list[
     ends = {v.name: v.path for v in files if v.name in ENDS}
     rows += _without_spinning(ends, networks, subject, notes) + _other_sizes(ends, networks, subject, notes)
     return rows, notes + [_warning(row) for row in rows if row.decides_otherwise]
+
+
+def _timed_on(task: Task) -> str:
+    if task.generates:
+        return f"one token after {task.example[0].shape[1] - 1} that are kept"
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in zip(task.input_names, task.sized(1), strict=True))
 
 
 def _timed(

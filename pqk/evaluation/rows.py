@@ -28,7 +28,6 @@ from pqk.evaluation.diagnostics import Judged, answers
 from pqk.evaluation.settings import Evaluation
 from pqk.report.diagnostics import ControlVariant
 from pqk.report.schema import AttributionRow, LatencyRow, VariantName
-from pqk.task.metrics import predict
 from pqk.task.task import Task
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.verdict import ModelFunction
@@ -112,7 +111,7 @@ class Variant(ABC):
         """What is deployed, its outputs on all evaluation data, and the targets."""
         task, model = subject.task, self.model(subject)
         teaches = self.name.startswith("teacher_")
-        return model, *predict(model, task.teachers(task.evaluation) if teaches else task.evaluation)
+        return model, *task.predict(model, task.teachers(task.evaluation) if teaches else task.evaluation)
 
     def row(self) -> AttributionRow:
         """The row without numbers."""

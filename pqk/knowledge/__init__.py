@@ -6,15 +6,19 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pqk.knowledge.answers.authors import AUTHORS, AnyAnswers, ByMixture, ByReplay, ByStudent, ByTeacher
+from pqk.knowledge.answers.generation import Ends, TokenSampling, generate
 from pqk.knowledge.pairs import Pair, suggest_pairs
 from pqk.knowledge.sources import (
     FromArtifact,
     FromAssistant,
+    FromContext,
     FromEMA,
     FromEnsemble,
     FromExits,
     FromModule,
     FromOnnx,
+    FromOtherTokenizer,
     FromPeer,
     FromRandom,
     FromShadow,
@@ -28,6 +32,7 @@ from pqk.knowledge.terms.base import Term, View
 from pqk.knowledge.terms.dual_space import DualSpace
 from pqk.knowledge.terms.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
 from pqk.knowledge.terms.neurons import TaskNeurons, neuron_scores
+from pqk.knowledge.terms.policy import MiniLLM
 from pqk.knowledge.terms.relation import (
     PKT,
     CorrelationCongruence,
@@ -53,39 +58,48 @@ from pqk.knowledge.terms.response import (
 
 TERMS = (
     CrossEntropy, KLDivergence, ReverseKL, JSD, SkewKL, SkewReverseKL, LogitMSE, DecoupledKD, StandardizedKD, DIST,
-    LabelSmoothing, SortedULD,
+    LabelSmoothing, SortedULD, MiniLLM,
     Hint, AttentionTransfer, AttentionMaps, HiddenCosine, TaskNeurons, DualSpace,
     RKDDistance, RKDAngle, SimilarityPreserving, CorrelationCongruence, LocalGeometry, PKT,
 )  # fmt: skip
 AnyTerm = Annotated[
     CrossEntropy | KLDivergence | ReverseKL | JSD | SkewKL | SkewReverseKL | LogitMSE | DecoupledKD | StandardizedKD
-    | DIST | LabelSmoothing | SortedULD
+    | DIST | LabelSmoothing | SortedULD | MiniLLM
     | Hint | AttentionTransfer | AttentionMaps | HiddenCosine | TaskNeurons | DualSpace
     | RKDDistance | RKDAngle | SimilarityPreserving | CorrelationCongruence | LocalGeometry | PKT,
     Field(discriminator="term"),
 ]  # fmt: skip
 
 __all__ = [
+    "AUTHORS",
     "DIST",
     "JSD",
     "PKT",
+    "AnyAnswers",
     "AttentionMaps",
     "AttentionTransfer",
+    "ByMixture",
+    "ByReplay",
+    "ByStudent",
+    "ByTeacher",
     "CallableTeacher",
     "CorrelationCongruence",
     "CrossEntropy",
     "DecoupledKD",
     "DualSpace",
     "EMATeacher",
+    "Ends",
     "EnsembleTeacher",
     "ExitsTeacher",
     "FromArtifact",
     "FromAssistant",
+    "FromContext",
     "FromEMA",
     "FromEnsemble",
     "FromExits",
     "FromModule",
     "FromOnnx",
+    "FromOtherTokenizer",
     "FromPeer",
     "FromRandom",
     "FromShadow",
@@ -97,6 +111,7 @@ __all__ = [
     "LabelSmoothing",
     "LocalGeometry",
     "LogitMSE",
+    "MiniLLM",
     "OnnxTeacher",
     "Pair",
     "PeerTeacher",
@@ -112,8 +127,10 @@ __all__ = [
     "TaskNeurons",
     "Teacher",
     "Term",
+    "TokenSampling",
     "UncertaintyTeacher",
     "View",
+    "generate",
     "logits_of_labels",
     "logits_of_top_k",
     "neuron_scores",

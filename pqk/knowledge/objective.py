@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pqk.data.data import Batch
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, Reason
+from pqk.knowledge.answers.authors import Author, Written
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import Teacher
 from pqk.knowledge.terms.base import Place, Term, View
@@ -23,12 +24,18 @@ from pqk.training.trainer import Objective
 SurvivingChannels = Callable[[str], Sequence[int] | None]
 """student's module path -> the teacher's output channels that survive there, where the compiler cut some"""
 
+Numbered = Sequence[tuple[int, Term]]
+"""terms by their numbers in the recipe"""
+
 CALIBRATION = 512
 """validation samples on which a temperature is chosen"""
 
 
 class Distillation(Objective):
     """Σ weight · term. Terms that need the teacher join after the first `start` share of the training.
+
+    `author` writes answers to some batches' prompts; those of the student are judged by the terms that ask the teacher,
+    while the others go on seeing the data.
 
     `balance` is "static", "gradient_norm" or "learned" (`pqk.knowledge.weighting`). `masks` (batch -> [B, positions…])
     and `gates` (view -> [B]) are functions that terms name. Raises `InputError`, before training, for a point, a gate
@@ -48,6 +55,7 @@ class Distillation(Objective):
         balance: str = "static",
         masks: Mapping[str, Callable[[Batch], Tensor]] | None = None,
         gates: Mapping[str, Gate] | None = None,
+        author: Author | None = None,
     ) -> None:
         super().__init__()
         terms = [t for t in terms if t.weight > 0]  # a term of weight zero must not even draw random numbers
@@ -55,6 +63,11 @@ class Distillation(Objective):
             raise InputError("distill: no term has a weight above 0; there is nothing to train on")
         if (reason := why_not_learned(terms)) is not None:
             raise InputError(f"distill: {reason}")
+        if teacher.other_tokens and (same := [t for t in terms if t.needs_teacher and not t.other_classes]):
+            raise InputError(
+                f"distill: the teacher has another tokenizer, and {type(same[0]).__name__} compares the same classes "
+                "of both; take sorted_uld or dual_space"
+            )
         if any(t.needs_teacher or t.gate for t in terms):
             teacher.check(task.example)
         self.task, self.start, self.progress, self.on_progress = task, start, 0.0, on_progress
@@ -65,6 +78,7 @@ class Distillation(Objective):
         self.projectors = nn.ModuleDict()
         self._build_projectors(student, kept)
         self.balance = balancer(balance, len(self.terms))
+        self.author = author
 
     def _build_projectors(self, student: nn.Module, kept: SurvivingChannels) -> None:
         if not self.student_points:
@@ -95,26 +109,54 @@ class Distillation(Objective):
         self.on_progress(progress)
 
     def forward(self, student: nn.Module, batch: Batch) -> Tensor:
-        outputs, features = student(*batch.inputs)
         taught = self.progress >= self.start
         terms = [(i, t) for i, t in enumerate(self.terms) if taught or not t.needs_teacher]
         if not terms:  # a recipe without a supervised term has nothing else to begin with
             terms = list(enumerate(self.terms))
+        losses, ramps, views = {}, {}, []
+        for written, shown in self._shown(batch, terms):
+            view = self._view(student, written, [t for _, t in shown])
+            views.append(view)
+            for i, term in shown:
+                losses[i] = self._loss(i, term, view)
+                ramps[i] = ramp(term, self.progress, self.start if term.needs_teacher else 0.0)
+        total = self.balance(dict(sorted(losses.items())), ramps, student)
+        own = self.teacher.auxiliary_loss(views[0]) if torch.is_grad_enabled() else None
+        return total if own is None else total + own
+
+    def _shown(self, batch: Batch, terms: Numbered) -> list[tuple[Written, Numbered]]:
+        """What the terms see of a training batch: the data, or answers that are written to its prompts."""
+        asking = [(i, t) for i, t in terms if t.needs_teacher]
+        written = None
+        if self.author is not None and (asking or self.progress >= self.start):
+            written = self.author(batch, self.progress)
+        if written is None:
+            return [(Written(batch, instead=True), terms)]
+        if written.instead:
+            return [(written, terms)]
+        others = [(i, t) for i, t in terms if not t.needs_teacher]
+        return [(written, asking), *([(Written(batch, instead=True), others)] if others else [])]
+
+    def _view(self, student: nn.Module, written: Written, terms: Sequence[Term]) -> View:
+        batch = written.batch
+        outputs, features = student(*batch.inputs)
         answer: tuple[Any, dict[str, Tensor]] = (None, {})
-        if any(t.needs_teacher or t.gate for _, t in terms):
+        if any(t.needs_teacher or t.gate for t in terms):
             answer = self.teacher(batch)
         masks = {name: function(batch) for name, function in self.masks.items()}
-        view = View(outputs, answer[0], batch.targets, features, answer[1], self.task, batch.inputs, masks)
-        losses, ramps = {}, {}
-        for i, term in terms:
-            projector = self.projectors[str(i)] if str(i) in self.projectors else None  # noqa: SIM401 (a ModuleDict)
-            losses[i] = term.weight * term(view, projector)
-            if i in self.gates:
-                losses[i] = losses[i] * self.gates[i](view).detach()
-            ramps[i] = ramp(term, self.progress, self.start if term.needs_teacher else 0.0)
-        total = self.balance(losses, ramps, student)
-        own = self.teacher.auxiliary_loss(view) if torch.is_grad_enabled() else None
-        return total if own is None else total + own
+        return View(
+            outputs, answer[0], batch.targets, features, answer[1], self.task, batch.inputs, masks,
+            written.teacher_share,
+        )  # fmt: skip
+
+    def _loss(self, number: int, term: Term, view: View) -> Tensor:
+        projector = self.projectors[str(number)] if str(number) in self.projectors else None  # noqa: SIM401 (a ModuleDict)
+        loss = term.weight * term(view, projector)
+        return loss * self.gates[number](view).detach() if number in self.gates else loss
+
+    def end_epoch(self, student: nn.Module, epoch: int) -> None:
+        if self.author is not None:
+            self.author.end_epoch(epoch)
 
 
 def why_not_learned(terms: Sequence[Term]) -> Reason | None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,8 +21,10 @@ from pqk.files import read_sealed
 from pqk.knowledge.taps import tap
 from pqk.knowledge.teachers.base import FrozenTeacher, Teacher
 from pqk.knowledge.teachers.black_box import OnnxTeacher
+from pqk.knowledge.teachers.context import ContextTeacher
 from pqk.knowledge.teachers.ensemble import AxisOf, EMATeacher, EnsembleTeacher, UncertaintyTeacher, last_axis
 from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher, exit_for
+from pqk.knowledge.teachers.retokenizing import Alignment, RetokenizingTeacher
 from pqk.settings import settings
 
 
@@ -44,6 +46,8 @@ class TeacherContext:
     """the student that an earlier pass of the run left, by its number; None: there is no run"""
     class_axis: AxisOf = last_axis
     """an output -> the axis of it that classes are on"""
+    language_model: Callable[[str], tuple[nn.Module, Any]] | None = None
+    """a Hugging Face directory -> its causal model, and its tokenizer; None: none can be read here"""
 
 
 @settings
@@ -218,10 +222,69 @@ class FromPeer(Source):
         return PeerTeacher(peer, context.points, **options)  # type: ignore[arg-type]
 
 
+@settings
+class FromOtherTokenizer(Source):
+    """A causal model with another tokenizer, which reads the same texts.
+
+    Its answers count where tokens of both end in the same place. For `sorted_uld` (Boizard et al., arXiv:2402.12030,
+    which aligns the n-th tokens: `align = "index"`), and for `dual_space` (Zhang et al., DSKD, arXiv:2406.17328, with
+    this alignment in the place of its attention between the two).
+    """
+
+    source: Literal["other_tokenizer"] = "other_tokenizer"
+    directory: str = Field(min_length=1)
+    """the teacher's Hugging Face directory: model and tokenizer"""
+    tokenizer: str = Field(min_length=1)
+    """the Hugging Face directory with the student's tokenizer"""
+    align: Alignment = "text"
+    """where an answer is put: at the token that ends in the same place of the text, or at that of the same number"""
+
+    def why_not_cached(self) -> Reason | None:
+        return "the teacher has another tokenizer, and its answers are as long as the texts"
+
+    def make(self, context: TeacherContext) -> Teacher:
+        if context.language_model is None:
+            raise InputError("distill: a teacher with another tokenizer is read from a directory, and none can be here")
+        model, tokenizer = context.language_model(self.directory)
+        _, students = context.language_model(self.tokenizer)
+        model.requires_grad_(False)
+        return RetokenizingTeacher(model, tokenizer, students, context.points, context.precision, self.align)
+
+
 AnyMember = Annotated[
     FromModule | FromEMA | FromSnapshot | FromOnnx | FromArtifact | FromAssistant | FromPeer,
     Field(discriminator="source"),
 ]
+
+
+@settings
+class FromContext(Source):
+    """Another teacher that reads a text before each prompt, such as demonstrations, which the student is to do without.
+
+    Snell, Klein & Zhong, "Learning by Distilling Context", arXiv:2209.15189. Taught by itself as it was, over answers
+    of its own (`answers = { by = "student" }`, `reverse_kl`), a model learns what demonstrations show and keeps near to
+    what it was (Shenfeld et al., SDFT, arXiv:2601.19897, who show a demonstration of its own to each prompt, and not
+    one text to all).
+    """
+
+    source: Literal["context"] = "context"
+    text: str = Field(min_length=1)
+    """what the teacher reads first"""
+    tokenizer: str = Field(min_length=1)
+    """the Hugging Face directory with the tokenizer of the texts"""
+    teacher: AnyMember = FromSnapshot()
+    """who reads it, and answers the terms"""
+
+    def why_not_cached(self) -> Reason | None:
+        return "the teacher reads a context, and its answers are as long as the texts"
+
+    def make(self, context: TeacherContext) -> Teacher:
+        if context.language_model is None:
+            raise InputError("distill: the context's tokenizer is read from a directory, and none can be here")
+        _, tokenizer = context.language_model(self.tokenizer)
+        tokens = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        begins = len(tokenizer("")["input_ids"])
+        return ContextTeacher(self.teacher.make(context), torch.tensor(tokens, dtype=torch.int64), begins)
 
 
 @settings
@@ -321,11 +384,11 @@ class FromEnsemble(Source):
 
 SOURCES = (
     FromModule, FromEMA, FromSnapshot, FromRandom, FromOnnx, FromArtifact, FromAssistant, FromPeer, FromExits,
-    FromShadow, FromEnsemble,
+    FromShadow, FromEnsemble, FromOtherTokenizer, FromContext,
 )  # fmt: skip
 AnySource = Annotated[
     FromModule | FromEMA | FromSnapshot | FromRandom | FromOnnx | FromArtifact | FromAssistant | FromPeer | FromExits
-    | FromShadow | FromEnsemble,
+    | FromShadow | FromEnsemble | FromOtherTokenizer | FromContext,
     Field(discriminator="source"),
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from pqk.core.distributed import is_distributed, world_size
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.knowledge.terms.base import Term, View
-from pqk.knowledge.terms.response import per_sample
+from pqk.knowledge.terms.response import labelled_tokens, per_sample
 
 LEAST, MOST = 0.01, 100.0
 """a balancer's factors stay within these"""
@@ -140,16 +140,25 @@ def teacher_right(view: View) -> Tensor:
 
 
 def teacher_confidence(view: View) -> Tensor:
-    """The teacher's top probability."""
+    """The teacher's top probability; of sequences [B, S, C] its mean over the tokens that have a label."""
     top = view.task.classes_last(widened(first_tensor(view.teacher))).softmax(-1).amax(-1)
-    return top.reshape(len(top), -1).mean(1)
+    return _token_mean(view, top)
 
 
 def student_doubt(view: View) -> Tensor:
-    """The entropy of the student's answer over that of a guess: what it does not know yet, 0 to 1."""
+    """The entropy of the student's answer over that of a guess: what it does not know yet, 0 to 1.
+
+    Of sequences [B, S, C] its mean over the tokens that have a label.
+    """
     log_p = view.task.classes_last(widened(first_tensor(view.student).detach())).log_softmax(-1)
     doubt = -(log_p.exp() * log_p).sum(-1) / math.log(max(2, log_p.shape[-1]))
-    return doubt.reshape(len(doubt), -1).mean(1)
+    return _token_mean(view, doubt)
+
+
+def _token_mean(view: View, values: Tensor) -> Tensor:
+    """The mean [B] of values [B, …] over the positions that count."""
+    counted = labelled_tokens(view, values.shape)
+    return per_sample([values], None if counted is None else [counted])
 
 
 def teacher_agreement(view: View) -> Tensor:

@@ -1,8 +1,8 @@
 """The custom operators of the INT8 graph: quantize, dequantize, and their dynamic forms.
 
 They are registered in a package that kernels may import, so that a saved `student.pt2` loads wherever the kernels do:
-`pqk::quantize` and `pqk::dequantize`, and for ranges that are found at run time `pqk::quantize_dynamic_linear` and
-`pqk::matmul_integer_to_float`.
+`pqk::quantize` and `pqk::dequantize`, for ranges that are found at run time `pqk::quantize_dynamic_linear` and
+`pqk::matmul_integer_to_float`, and for integers in blocks `pqk::matmul_nbits` and `pqk::gather_block_quantized`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pqk.quant.blocks import BLOCK, round_activations, unpack
 from pqk.quant.qparams import Grid, QParams, dynamic_qparams, per_axis, quantize
 
 
@@ -71,3 +72,32 @@ def matmul_integer_to_float_op(
 @matmul_integer_to_float_op.register_fake
 def _(x: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("pqk::matmul_nbits", mutates_args=())
+def matmul_nbits_op(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 [..., N] of `x` [..., K], rounded in blocks (see `blocks`), and a packed weight [N, B, 4 * bits].
+
+    `scale` is float32 [N, B], `bias` [N]. Every product is exact and the sums are of float64, rounded once.
+    """
+    q, steps = round_activations(x.float())
+    rows = (q.double() * steps.double().unsqueeze(-1)).flatten(-2)
+    columns = (unpack(weight).double() * scale.double().unsqueeze(-1)).flatten(1)
+    result = rows @ columns.t()
+    return (result if bias is None else result + bias.double()).float()
+
+
+@matmul_nbits_op.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("pqk::gather_block_quantized", mutates_args=())
+def gather_block_quantized_op(table: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
+    """float32 rows [..., 32 * B] that int64 `indices` name in a packed table [V, B, 4 * bits] of scales [V, B]."""
+    return (unpack(table[indices]) * scale[indices].unsqueeze(-1)).flatten(-2)
+
+
+@gather_block_quantized_op.register_fake
+def _(table: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
+    return scale.new_empty((*indices.shape, scale.shape[1] * BLOCK))

@@ -31,7 +31,6 @@ from pqk.data.structures import Outputs, first_tensor, map_tensors
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError
 from pqk.target.target import Target
-from pqk.task.metrics import predict
 from pqk.task.task import Task
 
 PERMUTATIONS = 20
@@ -98,7 +97,7 @@ class Judge:
     @cached_property
     def answers(self) -> tuple[Outputs, Any]:
         """The teacher's outputs for all validation samples, and the targets: its own decisions where there are none."""
-        outputs, targets = predict(self.teacher, self.task.teachers(self.data))
+        outputs, targets = self.task.predict(self.teacher, self.task.teachers(self.data))
         return outputs, targets if self.labelled else self.task.decision(outputs)
 
     @cached_property
@@ -208,7 +207,7 @@ class Judge:
             if self.timed:
                 with torch.no_grad():
                     model = OnnxModel(path, program.student(*self.task.example))
-            yield path, predict(model, self.data)[0]
+            yield path, self.task.predict(model, self.data)[0]
 
     @contextmanager
     def _emitted(self, program: Program, file: Path | None) -> Iterator[Path]:

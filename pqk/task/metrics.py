@@ -141,15 +141,23 @@ def named_metric(name: str) -> Metric:
     raise InputError(f'task: unknown metric "{name}"{nearest(name, (m.name for m in METRICS))}')
 
 
-def predict(model: Callable[..., Outputs], data: Data, limit: int | None = None) -> tuple[Outputs, Any]:
+Kept = Callable[[Outputs, Any], Outputs]
+"""(outputs of a batch, its targets) -> what is kept of the outputs when all samples are judged"""
+
+
+def predict(
+    model: Callable[..., Outputs], data: Data, limit: int | None = None, kept: Kept | None = None
+) -> tuple[Outputs, Any]:
     """Outputs and targets of all (or the first `limit`) samples, concatenated over batches, in the stored order.
 
     Where batches have other lengths, outputs are padded by zeros, and integer targets by the label of what has none.
+    `kept` makes less of each batch's outputs first; by default they are kept whole.
     """
     outputs, targets, samples = [], [], 0
     with torch.no_grad():  # not inference mode: what a module keeps of this call must be fit for training
         for batch in data.batches():
-            outputs.append(model(*batch.inputs))
+            found = model(*batch.inputs)
+            outputs.append(found if kept is None else kept(found, batch.targets))
             targets.append(batch.targets)
             samples += len(batch.inputs[0])
             if limit is not None and samples >= limit:
@@ -157,12 +165,25 @@ def predict(model: Callable[..., Outputs], data: Data, limit: int | None = None)
     return concatenate(outputs), concatenate(targets, IGNORED)
 
 
-def distance(outputs: Any, teacher: Any, axis: int | None = None) -> float:
+ROWS = 1024
+"""positions whose divergences are computed at once, where some do not count: each has a score for every class"""
+
+
+def distance(outputs: Any, teacher: Any, axis: int | None = None, counted: Tensor | None = None) -> float:
     """How far outputs are from the teacher's, on the first tensor: mean KL(teacher, student) in nats for logits
-    [B, C], or with classes on `axis`, over all positions; mean squared error otherwise."""
+    [B, C], or with classes on `axis`, over all positions, or those `counted`; mean squared error otherwise."""
     got, want = first_tensor(outputs).float(), first_tensor(teacher).float()
+    if counted is not None and axis is not None:
+        places = counted.flatten().nonzero().squeeze(1)
+        got, want = (t.movedim(axis, -1).flatten(0, -2) for t in (got, want))
+        total = sum(_divergence(got[some], want[some], "sum") for some in places.split(ROWS))
+        return total / max(1, len(places))
     if want.ndim > 2 and axis is not None:
         got, want = (t.movedim(axis, -1).flatten(0, -2) for t in (got, want))
     if want.ndim == 2 and want.shape[1] > 1:
-        return float(F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="batchmean"))
+        return _divergence(got, want, "batchmean")
     return float(F.mse_loss(got, want))
+
+
+def _divergence(got: Tensor, want: Tensor, reduction: str) -> float:
+    return float(F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction=reduction))

@@ -17,8 +17,10 @@ from pqk.errors import InputError, Reason
 from pqk.settings import in_words
 from pqk.task.checks import check_arguments, check_batches, check_scores, check_views, try_forward
 from pqk.task.classes import ClassAxis, ignored_by
+from pqk.task.directory import ModelDirectory
 from pqk.task.metrics import (
     SAY_AXIS,
+    Kept,
     Metric,
     accuracy,
     argmax,
@@ -60,6 +62,11 @@ class Task:
         timed: name -> inputs of other sizes than the example's, at which teacher and student are timed, too.
         preprocessing: how to make model inputs from raw ones (JSON), written into the manifest.
         extra_files: student -> contents by name of what else belongs into the artifact, such as a tokenizer.
+        kept: (outputs of a batch, its targets) -> what is kept of them where all samples are judged, such as each
+            token's loss and choice instead of all scores; metric and decision must take that, too. All by default.
+        generates: the model continues texts: `model.onnx` takes and gives what attention keeps of the tokens before,
+            and times are those of the example's last token after the others.
+        directory: that of a Hugging Face tokenizer that the texts were read with, for passes that change it.
         notes: what the report should say of the data.
         validation_share: share of `train` that is split off where `validation` is None, between 0 and 1.
         views: what teacher and student see of a batch, where that differs; `example` is then as the student sees it.
@@ -88,6 +95,9 @@ class Task:
         notes: Sequence[str] = (),
         validation_share: float = 0.1,
         views: Views | None = None,
+        kept: Kept | None = None,
+        generates: bool = False,
+        directory: ModelDirectory | None = None,
     ) -> None:
         check_arguments(
             {"loss": loss, "decision": decision, "extra_files": extra_files},
@@ -122,12 +132,19 @@ class Task:
         inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
         self.signature = Signature.of(inputs, input_names, output_names, dynamic_axes, timed)
         self.preprocessing, self.extra_files = preprocessing or {}, extra_files
+        self._kept, self.generates, self.directory = kept, generates, directory
         self._notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
 
     def with_evaluation(self, data: Data, note: str) -> Task:
         """The same task with other evaluation data, and a further note on it for the report."""
         other = copy.copy(self)
         other.evaluation, other._notes = data, (*self._notes, note)
+        return other
+
+    def noted(self, notes: Sequence[str]) -> Task:
+        """The same task with further notes for the report."""
+        other = copy.copy(self)
+        other._notes = (*self._notes, *notes)
         return other
 
     @property
@@ -246,11 +263,25 @@ class Task:
         """An output [B, …, C] with the axis of its classes moved to the end. Raises `InputError` as `class_axis_of`."""
         return output if output.dim() == 2 else output.movedim(self.class_axis_of(output), -1)
 
-    def distance(self, outputs: Outputs, answers: Outputs) -> float:
-        """How far outputs are from the teacher's: see `pqk.task.metrics.distance`."""
+    def distance(self, outputs: Outputs, answers: Outputs, targets: Any = None) -> float:
+        """How far outputs are from the teacher's: see `pqk.task.metrics.distance`.
+
+        Args:
+            outputs: of a student.
+            answers: the teacher's, for the same inputs.
+            targets: labels of theirs: where each position has one, those that are to be ignored do not count.
+
+        Returns:
+            The distance, 0 where there is none.
+        """
         output = first_tensor(answers)
         axis = self.class_axis_or_reason(output) if output.dim() > 2 else None
-        return distance(outputs, answers, axis if isinstance(axis, int) else None)
+        if isinstance(axis, str) or axis is None:
+            return distance(outputs, answers)
+        counted = None
+        if isinstance(targets, Tensor) and targets.shape == output.select(axis, 0).shape:
+            counted = targets != self.ignored
+        return distance(outputs, answers, axis, counted)
 
     @property
     def _sources(self) -> dict[str, Data]:
@@ -288,8 +319,15 @@ class Task:
         return self.signature.sized(batch, name)
 
     def feeds(self, batch: int, name: str = "") -> dict[str, NDArray[Any]]:
-        """`sized(batch, name)` as arrays by input name, as ONNX runtimes take them."""
-        return self.signature.feeds(batch, name)
+        """`sized(batch, name)` as arrays by input name, as ONNX runtimes take them.
+
+        Where the model continues texts, those without a name hold the last token alone: the file keeps the ones before,
+        and what is timed is one token after them.
+        """
+        found = self.signature.feeds(batch, name)
+        if self.generates and not name:
+            found[self.input_names[0]] = found[self.input_names[0]][:, -1:]
+        return found
 
     def need_train(self, where: str) -> Data:
         """Gives the training data, for what cannot do without.
@@ -325,8 +363,22 @@ class Task:
 
     def score(self, model: Callable[..., Outputs], data: Data, limit: int | None = None) -> float:
         """The metric of `model` on (at most `limit` samples of) `data`."""
-        outputs, targets = predict(model, data, limit)
+        outputs, targets = self.predict(model, data, limit)
         return self.metric.function(outputs, targets)
+
+    def predict(self, model: Callable[..., Outputs], data: Data, limit: int | None = None) -> tuple[Outputs, Any]:
+        """Gives what is kept of a model's outputs, and the targets, of all samples.
+
+        Args:
+            model: inputs -> outputs, as the teacher.
+            data: one of the task's.
+            limit: the first so many samples only.
+
+        Returns:
+            Outputs and targets, concatenated over batches, in the stored order; outputs are padded by zeros where
+            batches have other lengths, and integer targets by the label of what has none.
+        """
+        return predict(model, data, limit, self._kept)
 
     def check(self, teacher: nn.Module) -> None:
         """Runs the teacher on the example and one batch of each data, and looks at all labels that are judged on.

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from pqk.core.onnxruntime_session import OnnxSource, session
-from pqk.deploy.onnx_ops import INTEGER, MACS, UNCOUNTED, Operands, Shape, plain_name
+from pqk.deploy.onnx_ops import MACS, UNCOUNTED, Operands, Shape, in_integers, plain_name
 from pqk.errors import InputError, Reason
 
 
@@ -55,11 +55,11 @@ def integer_coverage(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]
     batch = len(next(iter(example_feeds.values())))
     layers, uncounted = [], []
     for node in graph.graph.node:
-        integer = node.op_type in INTEGER
         if node.op_type not in MACS:
             uncounted += [node] if is_uncounted(node) else []
             continue
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        integer = in_integers(node.op_type, attributes)
         operands = Operands(tuple(shapes.get(n, ()) for n in node.input), shapes.get(node.output[0], ()), attributes)
         macs = MACS[node.op_type](operands)
         if macs is None:
@@ -67,11 +67,11 @@ def integer_coverage(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]
             continue
         reason = None if integer else float_reason(node, graph)
         layers.append(LayerMacs(human_name(node), node.op_type, macs // batch, integer, reason))
-    total, in_integers = sum(la.macs for la in layers), sum(la.macs for la in layers if la.integer)
+    total, of_integers = sum(la.macs for la in layers), sum(la.macs for la in layers if la.integer)
     if uncounted:
         names = ", ".join(f"{n.op_type} ({human_name(n)})" for n in uncounted[:3])
-        return Coverage(None, total, in_integers, tuple(layers), f"the MACs of {names} cannot be counted")
-    return Coverage(in_integers / total if total else 1.0, total, in_integers, tuple(layers))
+        return Coverage(None, total, of_integers, tuple(layers), f"the MACs of {names} cannot be counted")
+    return Coverage(of_integers / total if total else 1.0, total, of_integers, tuple(layers))
 
 
 def is_uncounted(node: onnx.NodeProto) -> bool:
@@ -104,7 +104,8 @@ def value_shapes(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]]) -> d
     if not probe.graph.output:
         return shapes
     try:
-        values = session(probe.SerializeToString(), optimized=False).run(None, dict(feeds))
+        names = [o.name for o in probe.graph.output]
+        values = session(probe.SerializeToString(), optimized=False).run(names, dict(feeds))
     except InputError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no public base class

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pqk.core.aten import DEQUANTIZE, QUANTIZE, QUANTIZERS
+from pqk.core.aten import DEQUANTIZE, NBITS, QUANTIZE, QUANTIZERS
+from pqk.core.graph import operand
 from pqk.quant.qparams import per_axis
 
 TIE = 1e-9
@@ -19,13 +20,16 @@ REQUANTIZED = 4 * 2.0**-24
 
 class Recorder(fx.Interpreter):
     """Runs the INT8 graph and keeps the integers of every tensor that it quantizes, with a scale and a zero point where
-    they are found at run time."""
+    they are found at run time, and the floats that its operators round inside."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.integers: dict[fx.Node, tuple[Tensor, ...]] = {}
+        self.rounded: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is NBITS:
+            self.rounded[operand(n)] = self.fetch_args_kwargs_from_env(n)[0][0]
         result = super().run_node(n)
         if n.target in QUANTIZERS:
             self.integers[n] = (result,) if n.target is QUANTIZE else tuple(result)

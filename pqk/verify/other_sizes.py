@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pqk.core.aten import quantized_tensors
 from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.trial import Trial
 from pqk.data.structures import tensors
@@ -19,7 +18,7 @@ from pqk.task.axes import BATCH, Sizes, resized, sizes_of
 from pqk.task.task import Task
 from pqk.verify.fused_parity import check_launches
 from pqk.verify.no_samples import takes_no_samples
-from pqk.verify.parity import check_layers
+from pqk.verify.parity import check_layers_of
 from pqk.verify.verdict import divergence_of
 
 SUSPICIOUS = 0.05
@@ -42,10 +41,8 @@ def why_not_at_other_sizes(
     """
     forms: list[tuple[str, Callable[..., Any], Callable[[tuple[Tensor, ...]], list[LayerParity]]]] = []
     if onnx is not None:
-        file, activations = _opened(graph, onnx, task, optimized), quantized_tensors(graph)
-        forms.append(
-            (onnx.name, file, lambda inputs: check_layers(graph, activations, onnx, inputs, optimized=optimized))
-        )
+        file = _opened(graph, onnx, task, optimized)
+        forms.append((onnx.name, file, lambda inputs: check_layers_of(graph, onnx, task, inputs, optimized=optimized)))
     if fused is not None:
         forms.append(("the fused student", fused, lambda inputs: check_launches(graph, fused, inputs)))
     for form, deployed, layers_of in forms:

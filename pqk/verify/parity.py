@@ -2,12 +2,12 @@
 
 Per layer and on the same integers, ONNX Runtime and the INT8 graph differ by at most one step of the output (LSB);
 convolutions, linear layers and matrix products are equal on 99.9 % and their int32 accumulators everywhere; float
-outputs agree to 1e-5. A product's output that differs is right, too, where it is the one of exact arithmetic, found in
-float64: the graph adds up floats and may round a sum the other way, the runtime adds up integers. (A share alone does
-not tell that from an error: of the 320 outputs of a small layer, one is 0.3 %.) What is a half before rounding, or
-nearer to one than one rounding of the quotient, is left out of the exact share. End to end, decisions agree on 99.5 %
-of the samples and the metric within 0.1 points, but never finer than one sample. The first layer that breaks the
-contract is named, with its numbers.
+outputs agree to 1e-5, and so does what operators read that round it inside (`MatMulNBits`). A product's output that
+differs is right, too, where it is the one of exact arithmetic, found in float64: the graph adds up floats and may round
+a sum the other way, the runtime adds up integers. (A share alone does not tell that from an error: of the 320 outputs
+of a small layer, one is 0.3 %.) What is a half before rounding, or nearer to one than one rounding of the quotient, is
+left out of the exact share. End to end, decisions agree on 99.5 % of the samples and the metric within 0.1 points, but
+never finer than one sample. The first layer that breaks the contract is named, with its numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
+from pqk.core.aten import rounded_inside
 from pqk.core.onnxruntime_session import OnnxModel, session
 from pqk.data.structures import tensors
 from pqk.deploy.qdq import AccumulatorTwin, Array, Layer, QdqFile
@@ -47,10 +48,8 @@ def check_parity(
     data. `optimized=False` runs ONNX Runtime without its optimizations, for a target that is not this machine. A
     broken contract is a result, not an error; `InputError` is raised for a file that is not this graph's.
     """
-    from pqk.deploy.onnx_emitter import quantized_tensors  # it emits through torch.onnx, which is slow to import
-
     inputs = next(task.calibration(layer_samples))
-    layers = check_layers(int8_graph, quantized_tensors(int8_graph), onnx_path, inputs, optimized=optimized)
+    layers = check_layers_of(int8_graph, onnx_path, task, inputs, optimized=optimized)
     with torch.inference_mode():
         deployed = OnnxModel(onnx_path, fake_quant(*task.example), optimized=optimized)
     ends = compare_ends(fake_quant, deployed, task, samples=samples)
@@ -58,6 +57,29 @@ def check_parity(
 
 
 # Layers
+
+
+def check_layers_of(
+    int8_graph: fx.GraphModule,
+    onnx_path: Path,
+    task: Task,
+    inputs: tuple[Tensor, ...],
+    *,
+    optimized: bool = True,
+) -> list[LayerParity]:
+    """Every layer of the student's file against the INT8 graph, on `inputs` of the task.
+
+    A file that continues texts is held against the graph with a cache, in the middle of each text.
+    """
+    from pqk.deploy.generation import continued  # these emit through torch.onnx, which is slow to import
+    from pqk.deploy.onnx_emitter import quantized_tensors
+    from pqk.deploy.token_operators import with_token_operators
+
+    form = int8_graph
+    if task.generates:
+        form, inputs = continued(int8_graph, inputs)
+        form = with_token_operators(form)
+    return check_layers(form, quantized_tensors(form), onnx_path, inputs, optimized=optimized)
 
 
 def check_layers(
@@ -68,7 +90,8 @@ def check_layers(
     *,
     optimized: bool = True,
 ) -> list[LayerParity]:
-    """Every layer of the file against the INT8 graph, on the integers that the graph computes from `inputs`.
+    """Every layer of the file against the INT8 graph, on the integers that the graph computes from `inputs`, and on the
+    floats that its operators round inside.
 
     `activations` are the graph's quantize nodes with their layers' names, in the order of the file's quantizers of
     activations.
@@ -76,21 +99,25 @@ def check_layers(
     file = QdqFile(onnx.load(onnx_path))
     quantizers = [layer for layer in file.layers if layer.quantized]
     floats = [layer for layer in file.layers if not layer.quantized]
-    if len(quantizers) != len(activations) or len(file.inputs) != len(inputs):
+    rounded = rounded_inside(int8_graph)
+    found = len(quantizers) + len(file.rounded), len(file.inputs)
+    if found != (len(activations) + len(rounded), len(inputs)):
         raise InputError(
-            f"parity: {onnx_path} quantizes {len(quantizers)} tensors of {len(file.inputs)} inputs, the INT8 graph "
-            f"{len(activations)} of {len(inputs)}: the file was not made from this graph"
+            f"parity: {onnx_path} quantizes {found[0]} tensors of {found[1]} inputs, the INT8 graph "
+            f"{len(activations) + len(rounded)} of {len(inputs)}: the file was not made from this graph"
         )
     recorder = Recorder(int8_graph)
     with torch.inference_mode():
         results = tensors(recorder.run(*inputs))
         ties = Ties(int8_graph, recorder.integers)
-        ties.run(*inputs)
+        if activations:
+            ties.run(*inputs)
     recorded = {name: value.numpy() for name, value in zip(file.inputs, inputs, strict=True)}
     nodes = {layer.output: node for layer, (_, node) in zip(quantizers, activations, strict=True)}
     for layer, (_, node) in zip(quantizers, activations, strict=True):
         outputs = file.integers[layer.output].output  # a dynamic quantizer's scale and zero point as well
         recorded |= {name: t.numpy() for name, t in zip(outputs, recorder.integers[node], strict=True)}
+    recorded |= {name: recorder.rounded[n].numpy() for name, n in zip(file.rounded, rounded, strict=True)}
     names = {layer.output: name for layer, (name, _) in zip(quantizers, activations, strict=True)}
     rows = []
     for layer in quantizers:
@@ -98,10 +125,12 @@ def check_layers(
         exact = ties.exact.get(node, recorder.integers[node][0]).numpy()
         halves = ties.masks[node].numpy()
         rows.append(check_integers(file, layer, names[layer.output], recorded, exact, halves, optimized))
+    called = {name: node.meta["layer"] for name, node in zip(file.rounded, rounded, strict=True)}
     positions = {output.name: i for i, output in enumerate(file.model.graph.output)}
     for layer in floats:
-        expected = results[positions[layer.output]].numpy()
-        rows.append(check_float(file, layer, recorded, expected, optimized))
+        ends = layer.output in positions
+        expected = results[positions[layer.output]].numpy() if ends else recorded[layer.output]
+        rows.append(check_float(file, layer, called.get(layer.output, layer.output), recorded, expected, optimized))
     return rows
 
 
@@ -133,7 +162,7 @@ def check_integers(
 
 
 def check_float(
-    file: QdqFile, layer: Layer, recorded: Mapping[str, Array], expected: Array, optimized: bool
+    file: QdqFile, layer: Layer, name: str, recorded: Mapping[str, Array], expected: Array, optimized: bool
 ) -> LayerParity:
     """One layer with a float output: differences are relative to the tensor's largest value, as sums cancel."""
     got = run_layer(file, layer, recorded, optimized)
@@ -141,7 +170,7 @@ def check_float(
     relative = np.abs(got.astype(np.float64) - expected) / size
     worst = float(relative.max(initial=0))
     return LayerParity(
-        name=layer.output,
+        name=name,
         op=layer.op,
         max_lsb=None,
         exact=float((relative <= RELATIVE).mean()) if relative.size else 1.0,

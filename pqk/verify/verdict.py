@@ -10,7 +10,6 @@ from torch import nn
 from pqk.data.structures import Outputs, tensors
 from pqk.errors import InputError, Reason
 from pqk.report.schema import LEAST_AGREEMENT, LayerParity, Parity
-from pqk.task.metrics import predict
 from pqk.task.task import Task
 
 ModelFunction = Callable[..., Outputs]
@@ -59,8 +58,8 @@ def divergence_of(layer: LayerParity) -> str:
 
 def compare_ends(fake_quant: nn.Module, deployed: ModelFunction, task: Task, *, samples: int | None) -> dict[str, Any]:
     """Decisions and metric of the fake-quant graph against what is deployed: agreement, delta, divergence."""
-    expected, targets = predict(fake_quant, task.evaluation, samples)
-    outputs, _ = predict(deployed, task.evaluation, samples)
+    expected, targets = task.predict(fake_quant, task.evaluation, samples)
+    outputs, _ = task.predict(deployed, task.evaluation, samples)
     expected_decisions, decisions = task.decision(expected), task.decision(outputs)
     if expected_decisions.is_floating_point():
         raise InputError(

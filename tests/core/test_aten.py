@@ -48,7 +48,7 @@ def test_the_walk_sees_both_spellings_and_skips_others() -> None:
 
 def test_every_operator_of_the_integer_graph_has_a_row() -> None:
     registered = re.findall(r'custom_op\("pqk::(\w+)"', (ROOT / "pqk/quant/ops.py").read_text())
-    assert len(registered) == 4 and {f"pqk.{name}.default" for name in registered} <= ROWS.keys()
+    assert len(registered) == 6 and {f"pqk.{name}.default" for name in registered} <= ROWS.keys()
 
 
 def test_a_row_is_a_real_overload_and_stands_once() -> None:
@@ -85,11 +85,13 @@ SELECTIONS = {
     "FOLLOWS_INPUTS": {"add.Tensor", "mean.dim", "avg_pool2d.default"},
     "CLAMPS": CLAMPS,
     "SAME_SHAPE": {
-        "add.Tensor", "mul.Tensor", "layer_norm.default", "gelu.default", "relu.default", "tanh.default",
+        "add.Tensor", "mul.Tensor", "layer_norm.default", "rms_norm.default",
+        "gelu.default", "relu.default", "tanh.default",
         "linear.default",
     },
     "BY_ROW": {
-        *SCALED, *CLAMPS, "layer_norm.default", "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor",
+        *SCALED, *CLAMPS, "layer_norm.default", "rms_norm.default",
+        "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor",
         "gelu.default", "tanh.default", "sigmoid.default", "leaky_relu.default", "elu.default",
     },
     "POINTWISE": {
@@ -159,6 +161,7 @@ ARGUMENTS: dict[Any, tuple[Any, ...]] = {
     aten.clamp_min.default: (0.0,),
     aten.threshold.default: (0.0, 0.0),
     aten.layer_norm.default: ([4],),
+    aten.rms_norm.default: ([4],),
     QUANTIZE: (SCALE, ZERO, 0, 255),
     DEQUANTIZE: (SCALE, ZERO),
     aten.reshape.default: ([3, 2, 2, 2],),

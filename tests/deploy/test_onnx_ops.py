@@ -10,7 +10,7 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 
 from pqk.deploy import onnx_ops
-from pqk.deploy.onnx_ops import MACS, ONNX_OPERATORS, Operands
+from pqk.deploy.onnx_ops import MACS, ONNX_OPERATORS, Operands, in_integers
 
 ROOT = Path(__file__).parents[2]
 READERS = ("pqk/deploy/qdq.py", "pqk/deploy/onnx_emitter.py", "pqk/verify/coverage.py", "pqk/verify/parity.py")
@@ -48,6 +48,7 @@ SELECTIONS = {
     "INTEGER": "QLinearConv ConvInteger QGemm QLinearMatMul MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul "
     "QAttention DynamicQuantizeLSTM",
     "UNCOUNTED": "GroupQueryAttention",
+    "INSIDE": "MatMulNBits",
 }
 
 
@@ -58,6 +59,20 @@ def test_a_selection_is_what_it_was(name: str) -> None:
 
 def test_an_operator_that_multiplies_integers_is_counted() -> None:
     assert MACS.keys() >= onnx_ops.INTEGER and not onnx_ops.UNCOUNTED & MACS.keys()
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "integers"),
+    [
+        ("QGemm", {}, True), ("MatMul", {}, False), ("MatMul", {"accuracy_level": 4}, False),
+        ("MatMulNBits", {"accuracy_level": 4}, True), ("MatMulNBits", {"accuracy_level": 1}, False),
+        ("MatMulNBits", {}, False),
+    ],
+)  # fmt: skip
+def test_few_bits_are_multiplied_as_integers_at_one_accuracy_level(
+    operator: str, attributes: dict[str, int], integers: bool
+) -> None:
+    assert in_integers(operator, attributes) == integers
 
 
 @pytest.mark.parametrize(

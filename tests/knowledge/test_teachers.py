@@ -529,7 +529,7 @@ def test_the_next_generation_begins_anew(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('teacher = { source = "emma" }', r'teacher: unknown source "emma" \(did you mean "ema"\?\)'),
-        ("teacher = { momentum = 0.9 }", r'teacher: it needs a key "source" \(known: artifact, assistant, ema'),
+        ("teacher = { momentum = 0.9 }", r'it needs a key "source" \(known: artifact, assistant, context, ema'),
         ('teacher = { source = "ema", momentm = 0.9 }', r'unknown key .*momentm" .*"momentum"'),
         ('teacher = { source = "ema", momentum = 1.0 }', "momentum: .*less than 1"),
         ('teacher = { source = "onnx" }', "path"),

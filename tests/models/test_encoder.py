@@ -24,7 +24,8 @@ from pqk.core.run_context import RunContext
 from pqk.deploy.artifact import Artifact
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import InputError
-from pqk.models.encoder import Encoder, HubFiles, encoder, find_directory, load, load_tokenizer, positions
+from pqk.models.encoder import Encoder, HubFiles, encoder, load, positions
+from pqk.models.hub import find_directory, load_tokenizer
 from pqk.models.text import text_task
 from pqk.models.text_data import TextData, padded
 from pqk.passes.capture.capture import capture

@@ -10,7 +10,8 @@ import pytest
 import torch
 from families import FAMILIES, TEXT, Family
 
-from pqk.models.encoder import SHIFTED, HubFiles, encoder, load, load_tokenizer, positions
+from pqk.models.encoder import SHIFTED, HubFiles, encoder, load, positions
+from pqk.models.hub import load_tokenizer
 from pqk.models.text import text_task
 
 pytestmark = pytest.mark.slow

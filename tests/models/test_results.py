@@ -28,6 +28,17 @@ def test_estimates_of_check_are_near_what_the_passes_took() -> None:
     assert document["recipes"]["digits"]["epochs_of_trainings"] == {}
 
 
+def test_training_on_the_grid_halves_what_weights_of_four_bits_cost() -> None:
+    """`disagreement_left` is the share of the tokens decided otherwise that training leaves."""
+    document = read_json(RESULTS / "stories260k_grid.json")
+    left = {}
+    for width in ("8 bits", "4 bits"):
+        before, after = (1 - document[width][when]["agreement"] for when in ("before", "after"))
+        assert document[width]["disagreement_left"] == pytest.approx(after / before, abs=1e-3)
+        left[width] = after / before
+    assert left["4 bits"] <= 0.5 and left["8 bits"] < 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20_cifar10", pytest.param("resnet56_cifar10", marks=pytest.mark.full)])
 def test_a_committed_student_scores_what_its_report_says(name: str, data_file: Callable[[str], Path]) -> None:

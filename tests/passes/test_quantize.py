@@ -20,7 +20,14 @@ from pqk.core.run_context import RunContext
 from pqk.errors import InputError
 from pqk.passes.capture.capture import capture
 from pqk.passes.quantize.placement import named_layers
-from pqk.passes.quantize.points import ActivationPoint, TablePoint, WeightPoint, parse_point
+from pqk.passes.quantize.points import (
+    ActivationPoint,
+    BlockPoint,
+    BlockTablePoint,
+    TablePoint,
+    WeightPoint,
+    parse_point,
+)
 from pqk.passes.quantize.quantize import Quantize, insert_fake_quant
 from pqk.quant.fake_quant import (
     ActivationFakeQuant,
@@ -39,6 +46,8 @@ aten = torch.ops.aten
 
 class Inputs:
     """As much of a task as quantize reads."""
+
+    generates = False
 
     def __init__(self, *inputs: Tensor) -> None:
         self.inputs, self.example = inputs, tuple(x[:2] for x in inputs)
@@ -202,6 +211,8 @@ STORED = [
     {"kind": "dynamic", "node": "gelu", "readers": []},
     {"kind": "weight", "node": "linear"},
     {"kind": "table", "node": "embedding"},
+    {"kind": "blockwise", "node": "linear_1", "bits": 4},
+    {"kind": "blockwise_table", "node": "embedding_1"},
 ]
 """as artifacts have them"""
 
@@ -213,6 +224,8 @@ def test_points_read_and_write_what_artifacts_store() -> None:
         ActivationPoint("gelu", (), dynamic=True),
         WeightPoint("linear"),
         TablePoint("embedding"),
+        BlockPoint("linear_1", 4),
+        BlockTablePoint("embedding_1"),
     ]
     assert json.dumps([point.to_json() for point in points]) == json.dumps(STORED)
 

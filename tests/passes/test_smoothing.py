@@ -53,6 +53,8 @@ class Layer(nn.Module):
 class Inputs:
     """As much of a task as quantize reads."""
 
+    generates = False
+
     def __init__(self, x: Tensor) -> None:
         self.x, self.example = x, (x[:2],)
 

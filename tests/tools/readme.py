@@ -18,6 +18,7 @@
 <!-- peers -->            the same models through other tools, from the same file
 <!-- terms -->            the distillation terms, with the first sentence of each
 <!-- sources -->          where teachers come from, likewise
+<!-- authors -->          who writes the answers of a training, likewise
 <!-- passes -->           the passes of a recipe, likewise
 <!-- order -->            the packages in the order of their imports, with what each answers
 <!-- ops -->              the kernels, with the first sentence of each
@@ -455,6 +456,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "peers": lambda: of_strangers(peers),
     "terms": lambda: listed("terms", ("term", "what it compares")),
     "sources": lambda: listed("sources", ("source", "who teaches")),
+    "authors": lambda: listed("authors", ("by", "who answers")),
     "passes": pass_list,
     "order": order,
     "ops": ops,

@@ -15,12 +15,12 @@ import onnx
 from pqk.bench.contenders import Feeds
 from pqk.bench.layer_times import KERNEL, layers_of
 from pqk.core.onnxruntime_session import session
-from pqk.deploy.onnx_ops import INTEGER, Shape
+from pqk.deploy.onnx_ops import Shape, in_integers
 
 CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger"})
 PRODUCTS = frozenset({
     "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
+    "DynamicQuantizeMatMul", "MatMulNBits",
 })  # fmt: skip
 LightKind = Literal["integer", "movement", "rounding", "float", "function", "softmax", "norm", "sum and norm"]
 """arithmetic of integers, moving values, going to integers and back, arithmetic of floats, functions of one value,
@@ -123,7 +123,7 @@ def _node(event: Mapping[str, Any], node: onnx.NodeProto, layer: str) -> Execute
         shape, channels = _convolution(node.op_type, attributes, read[0], made[0])
     elif node.op_type in PRODUCTS and read[0] and made[0]:
         rows, columns = math.prod(made[0][:-1]), made[0][-1]
-        shape = LayerShape(node.op_type in INTEGER, (), (), (), 1, (rows,))
+        shape = LayerShape(in_integers(node.op_type, attributes), (), (), (), 1, (rows,))
         channels = read[0][-1], columns
     return ExecutedNode(node.op_type, layer, shape, channels, elements)
 
@@ -140,7 +140,7 @@ def _convolution(
     sizes, axis = (read[1:-1], -1) if last else (read[2:], 1)
     channels, ones, groups = (read[axis], made[axis]), (1,) * len(sizes), attributes.get("group", 1)
     shape = LayerShape(
-        operator in INTEGER,
+        in_integers(operator, attributes),
         tuple(attributes.get("kernel_shape", ones)),
         tuple(attributes.get("strides", ones)),
         tuple(attributes.get("dilations", ones)),

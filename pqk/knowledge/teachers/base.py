@@ -63,6 +63,8 @@ class Teacher(nn.Module, ABC):
     """the answers that are kept, if any"""
     no_feature_reason = "the teacher was made without that point; name it in its `points`"
     """why a feature is missing"""
+    other_tokens: bool = False
+    """whether its outputs are scores of other tokens than the student's"""
     student_points: Sequence[str] = ()
     """points of the student that its auxiliary loss looks at"""
 
@@ -229,11 +231,17 @@ class ChangingTeacher(Teacher):
 
 
 def cache_for(
-    folder: Path | None, teacher: nn.Module, data: Data, precision: str, output: str | None = None
+    folder: Path | None,
+    teacher: nn.Module,
+    data: Data,
+    precision: str,
+    output: str | None = None,
+    free: bool = False,
 ) -> LogitCache | str:
     """The cache of this teacher on this data, shared by all passes of a run, or the reason why there is none.
 
-    `output` is the one that is asked for of a teacher with several outputs: it alone is kept, and answered.
+    `output` is the one that is asked for of a teacher with several outputs: it alone is kept, and answered. `free`:
+    inputs have other free axes than the batch, such as the lengths of texts.
     With the environment variable `PQK_CACHE` it is in the folder named there, shared by all runs. `teacher`: a
     `Teacher`, or the model of a frozen one. Raises `InputError` where the file holds other answers than it gives.
     """
@@ -253,6 +261,8 @@ def cache_for(
     if not isinstance(outputs, Tensor):
         kind = type(outputs).__name__
         return f"the teacher's output is a {kind}; only single tensors are cached: let all terms name one as `output`"
+    if free and outputs.dim() > 2:
+        return "its answers are as long as the texts of their batch, and those that are kept have one size"
     if outputs.dtype != torch.float32:
         return f"the teacher answers in {outputs.dtype}, and answers are kept in float32"
     inputs = digest_of("seen", (*batch.inputs, *(batch.teacher_inputs or ())))  # `prepare` shows in nothing else
@@ -260,9 +270,9 @@ def cache_for(
     key = hashlib.sha256(key.encode()).hexdigest()
     place.mkdir(parents=True, exist_ok=True)
     path = place / f"{key}.npy"
-    size, free = 4 * data.key_count * (outputs[0].numel() + 2), shutil.disk_usage(place).free
-    if not path.exists() and size > free / 2:
-        return f"the answers would take {size / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free"
+    size, room = 4 * data.key_count * (outputs[0].numel() + 2), shutil.disk_usage(place).free
+    if not path.exists() and size > room / 2:
+        return f"the answers would take {size / 1e9:.1f} GB and {place} has {room / 1e9:.1f} GB free"
     cache = LogitCache(path, data.key_count, outputs.shape[1:], name)
     if batch.keys is not None:
         cache.confirm(batch.keys, outputs, precision)

@@ -36,6 +36,9 @@ class View:
     """the student's inputs, each [B, …]"""
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     """name -> which positions of a sample count: [B, positions…], 0 where they do not"""
+    teacher_share: float | None = None
+    """where the student wrote the answers that are the labels: of the probabilities that it drew with, the teacher's
+    part; None: they are the data's, or others'"""
 
     def mask(self, name: str) -> Tensor:
         """Looks up a mask of this training, or else the model input of that name.
@@ -93,6 +96,8 @@ class Term(ABC):
     "teacher_agreement" (of an ensemble with uncertainty), or one given in Python"""
 
     needs_teacher: ClassVar[bool] = True
+    other_classes: ClassVar[bool] = False
+    """whether the teacher's classes may be others than the student's"""
     blind: ClassVar[str] = ""
     """what this term cannot see, so that it must not train a student alone"""
 

@@ -12,7 +12,7 @@ from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.knowledge.terms.base import Place, View
 from pqk.knowledge.terms.feature import FeatureTerm
-from pqk.knowledge.terms.response import kl_rows, per_sample
+from pqk.knowledge.terms.response import at, kl_rows, labelled_tokens, over_tokens, per_sample
 from pqk.settings import settings
 
 Head = tuple[Tensor, Tensor | None]
@@ -88,12 +88,14 @@ class DualSpace(FeatureTerm):
             )
         if not isinstance(view.targets, Tensor) or view.targets.shape != z_s.shape[:-1]:
             raise InputError(f"{self.called}: it needs one class label for each of the student's rows of logits")
+        counted, labels = labelled_tokens(view, z_s.shape[:-1]), view.targets
+        read_s, z_s, z_t, read_t, labels = (at(x, counted) for x in (read_s, z_s, z_t, read_t, labels))
         log_p = [F.log_softmax(z / self.temperature, -1) for z in (read_s.detach(), z_s, z_t, read_t)]
         divergences = self.temperature**2 * (kl_rows(log_p[0], log_p[1]) + kl_rows(log_p[2], log_p[3]))
         labelled = F.cross_entropy(
-            read_s.flatten(0, -2), view.targets.flatten(), reduction="none", ignore_index=view.task.ignored
+            read_s.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=view.task.ignored
         )
-        return per_sample([divergences + labelled.view_as(divergences)])
+        return per_sample([over_tokens(divergences + labelled.view_as(divergences), counted)])
 
 
 def _hidden(feature: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ are positions. A mask says which positions count: padding of tokens, the foregro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pqk.data.structures import widened
 from pqk.errors import InputError
 from pqk.knowledge.terms.base import Place, Term, View
-from pqk.knowledge.terms.response import kl_rows
+from pqk.knowledge.terms.response import kl_rows, labelled_tokens
 from pqk.settings import settings
 
 
@@ -57,12 +57,14 @@ class Slice(nn.Module):
 class FeatureTerm(Term):
     """A term that compares the outputs of two modules."""
 
+    other_classes: ClassVar[bool] = True
     point: str = Field(min_length=1)
     """path of the module whose output is compared, such as "layer2" """
     teacher_point: str | None = None
     """its path in the teacher, where it has another name there"""
     mask: str | None = Field(default=None, min_length=1)
-    """the model input that is 0 at positions that do not count (padding), or a mask given in Python (foreground)"""
+    """the model input that is 0 at positions that do not count (padding), or a mask given in Python (foreground); by
+    default all count, and of sequences those with a label"""
 
     def points(self) -> tuple[str, str]:
         return self.point, self.teacher_point or self.point
@@ -115,11 +117,13 @@ class FeatureTerm(Term):
     def position_weights(self, view: View, feature: Tensor) -> Tensor | None:
         """The mask at this feature's resolution, [B, positions…]; None where every position counts.
 
+        Without one, tokens [B, S, D] count that have a label, where labels are of tokens: no padding and no prompt.
+
         Raises:
             InputError: the mask is not of these positions.
         """
         if self.mask is None:
-            return None
+            return labelled_tokens(view, feature.shape[:-1]) if feature.dim() == 3 else None
         mask = widened(view.mask(self.mask))
         positions = feature.shape[:1] + feature.shape[2:] if feature.dim() == 4 else feature.shape[:-1]
         if feature.dim() == 4 and mask.dim() in (3, 4):  # of an image: its share of each cell of the feature
@@ -228,6 +232,7 @@ class AttentionMaps(FeatureTerm):
     MSE: Jiao et al., TinyBERT 2020, arXiv:1909.10351, equation 7. KL: Wang et al., MiniLM 2020, arXiv:2002.10957,
     equation 4. The points are modules with such an output, such as the softmax or the dropout behind it. Where heads
     were cut, those of the teacher that survive are compared; which these are is known to the compiler, or `heads`.
+    Without a `mask`, the queries count that have a label, where labels are of tokens.
     """
 
     term: Literal["attention_maps"] = "attention_maps"
@@ -252,11 +257,14 @@ class AttentionMaps(FeatureTerm):
         s, t = self.features(view, projector)
         self.same_shape(s, t)
         real = None if self.mask is None else self._real(view, s)
+        asked = real if real is not None else labelled_tokens(view, (len(s), s.shape[2]))
         if self.distance == "mse":
             error = (s - t).square().mean(1)  # [B, queries, keys]
+            if real is None and asked is not None:
+                return position_mean(error.mean(2), asked)
             return position_mean(error, None if real is None else real[:, :, None] * real[:, None])
         losses = kl_rows(*(self._log(p, real) for p in (t, s)))  # [B, heads, queries]
-        return position_mean(losses.mean(1), real)
+        return position_mean(losses.mean(1), asked)
 
     def _log(self, attention: Tensor, real: Tensor | None) -> Tensor:
         """Log-probabilities over the keys; those that are padding get next to none."""

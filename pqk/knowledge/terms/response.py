@@ -1,14 +1,16 @@
 """Response knowledge: terms that compare the models' outputs.
 
 Every term takes logits of each output, or of the one that `output` names: [B, …, C], where classes are on another axis
-(`Task(class_axis=…)`) once that is moved to the end. It averages over the axes between. Probabilities are
-p = softmax(z / T) throughout, always by way of `log_softmax`.
+(`Task(class_axis=…)`) once that is moved to the end. It averages over the axes between; of sequences [B, S, C] over
+the positions that have a label, so that padding and prompts say nothing. Probabilities are p = softmax(z / T)
+throughout, always by way of `log_softmax`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +25,9 @@ from pqk.settings import settings
 from pqk.task.metrics import SAY_AXIS
 from pqk.task.task import Task
 
+ALIGNED = "aligned"
+"""among a teacher's features: at which tokens it has an answer, bool [B, S]"""
+
 Pairs = list[tuple[Tensor, Tensor]]
 """(student, teacher) logits, one for every output that is compared"""
 
@@ -30,13 +35,30 @@ Pairs = list[tuple[Tensor, Tensor]]
 def per_sample(losses: list[Tensor], labelled: list[Tensor] | None = None) -> Tensor:
     """Mean over the outputs and over all axes but the first: [B, …] each -> [B].
 
-    `labelled`: for each output a mask of its positions that count.
+    `labelled`: for each output a mask of its positions that count. What stands elsewhere may be anything.
     """
     if labelled is None or all(bool(mask.all()) for mask in labelled):
         return torch.stack([loss.reshape(len(loss), -1).mean(1) for loss in losses]).mean(0)
     pairs = [(x.reshape(len(x), -1), m.reshape(len(m), -1)) for x, m in zip(losses, labelled, strict=True)]
     means = [x.where(m, torch.zeros_like(x)).sum(1) / m.sum(1).clamp_min(1) for x, m in pairs]
     return torch.stack(means).mean(0)
+
+
+def labelled_tokens(view: View, shape: Sequence[int], output: int | str | None = None) -> Tensor | None:
+    """Which tokens of sequences of this `shape` [B, S] have a label: bool; None: all, or labels are something else.
+
+    And, of a teacher with another tokenizer, at which it has an answer. Two axes alone: a sample without a label, and a
+    pixel without one, can still be learned from a teacher.
+    """
+    if len(shape) != 2:
+        return None
+    labels, counted = tensors(pick(view.targets, output)), view.teacher_features.get(ALIGNED)
+    if counted is not None and counted.shape != tuple(shape):
+        counted = None
+    if len(labels) == 1 and not labels[0].is_floating_point() and labels[0].shape == tuple(shape):
+        own = labels[0] != view.task.ignored
+        counted = own if counted is None else own & counted
+    return None if counted is None or bool(counted.all()) else counted
 
 
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -57,6 +79,19 @@ def pick(value: Any, output: int | str | None) -> Any:
     if not -len(outputs) <= output < len(outputs):
         raise InputError(f"distill: the model has {len(outputs)} outputs, and none of number {output}")
     return outputs[output]
+
+
+def at(rows: Tensor, counted: Tensor | None) -> Tensor:
+    """The rows [N, …] of [B, S, …] that count; all of them, as they are, where that is None."""
+    return rows if counted is None else rows[counted]
+
+
+def over_tokens(losses: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean over the tokens that count, of losses [N] at these: [B]. Without `counted`, the losses as they are."""
+    if counted is None:
+        return losses
+    sums = losses.new_zeros(len(counted)).index_add(0, counted.nonzero()[:, 0], losses)
+    return sums / counted.sum(1).clamp_min(1)
 
 
 @settings
@@ -107,6 +142,10 @@ class ResponseTerm(Term):
                     f"compares them {'class by class' if same_classes else 'row by row'}"
                 )
         return [(widened(s), widened(t.detach())) for s, t in pairs]
+
+    def counted(self, view: View, logits: Tensor) -> Tensor | None:
+        """Which positions of logits [B, S, C] have a label, bool [B, S]; None: all count, or there are none to have."""
+        return labelled_tokens(view, logits.shape[:-1], self.output)
 
     def labels(self, view: View, logits: list[Tensor]) -> list[Tensor]:
         """The labels int64 [B, …] of each output, some of which may be the task's label of what has none.
@@ -169,8 +208,9 @@ class Divergence(ResponseTerm):
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         losses = []
         for pair in self.pairs(view):
-            log_s, log_t = (F.log_softmax(self.scaled(z) / self.temperature, -1) for z in pair)
-            losses.append(self.temperature**2 * self.divergence(log_s, log_t))
+            counted = self.counted(view, pair[0])
+            log_s, log_t = (F.log_softmax(self.scaled(at(z, counted)) / self.temperature, -1) for z in pair)
+            losses.append(over_tokens(self.temperature**2 * self.divergence(log_s, log_t), counted))
         return per_sample(losses)
 
     def scaled(self, logits: Tensor) -> Tensor:
@@ -308,9 +348,12 @@ class LogitMSE(ResponseTerm):
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         losses = []
         for s, t in self.pairs(view):
+            counted = self.counted(view, s) if view.task.class_axis_or_reason(s) == 2 else None
+            s, t = at(s, counted), at(t, counted)
             if self.centred:
                 s, t = s - s.mean(-1, keepdim=True), t - t.mean(-1, keepdim=True)
-            losses.append((s - t).square())
+            error = (s - t).square()
+            losses.append(error if counted is None else over_tokens(error.mean(-1), counted))
         return per_sample(losses)
 
 
@@ -371,9 +414,11 @@ class DIST(ResponseTerm):
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         losses = []
         for s, t in self.pairs(view):
-            p_s, p_t = ((z / self.temperature).softmax(-1) for z in (s, t))
+            counted = self.counted(view, s)
+            p_s, p_t = ((at(z, counted) / self.temperature).softmax(-1) for z in (s, t))
             across = _uncorrelated(p_s.flatten(0, -2).T, p_t.flatten(0, -2).T).mean()  # the same for every sample
-            losses.append(self.temperature**2 * (self.rows * _uncorrelated(p_s, p_t) + self.columns * across))
+            rows = self.temperature**2 * (self.rows * _uncorrelated(p_s, p_t) + self.columns * across)
+            losses.append(over_tokens(rows, counted))
         return per_sample(losses)
 
 
@@ -420,6 +465,7 @@ class SortedULD(ResponseTerm):
 
     term: Literal["sorted_uld"] = "sorted_uld"
     blind: ClassVar[str] = "it does not see which class is meant"
+    other_classes: ClassVar[bool] = True
     weight: float = Field(default=1.5, ge=0)
     """factor of this term's loss"""
     temperature: float = Field(default=1.0, gt=0)
@@ -428,8 +474,9 @@ class SortedULD(ResponseTerm):
     def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
         losses = []
         for pair in self.pairs(view, same_classes=False):
-            s, t = ((z / self.temperature).softmax(-1).sort(-1, descending=True).values for z in pair)
+            counted = self.counted(view, pair[0])
+            s, t = ((at(z, counted) / self.temperature).softmax(-1).sort(-1, descending=True).values for z in pair)
             width = max(s.shape[-1], t.shape[-1])
             s, t = (F.pad(p, (0, width - p.shape[-1])) for p in (s, t))
-            losses.append((s - t).abs().sum(-1))
+            losses.append(over_tokens((s - t).abs().sum(-1), counted))
         return per_sample(losses)

@@ -1,0 +1,212 @@
+"""Multi-step arithmetic with worked steps: a language whose answers can be checked, and a small Llama that speaks it.
+
+    python -m pqk.models.arithmetic --out out/arithmetic --steps 1500
+
+A problem is a number and up to four operations, done from left to right and kept below 100: `47*8+9-3=` has the steps
+`47*8=76;76+9=85;85-3=82;` and the answer `82`. Its difficulty is the number of operations. Whoever works step by step
+needs 2,700 facts; whoever answers at once needs a number of them that grows ninefold with each operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pqk.errors import InputError
+from pqk.models.hub import quietly
+
+log = logging.getLogger(__name__)
+
+MODULUS = 100
+SYMBOLS = "+-*"
+LETTERS = "0123456789+-*=;:?!"
+SPECIAL = ("<pad>", "<s>", "</s>")
+HARDEST = 4
+WORKED, ANSWERED = "!", "?"
+"""what a prompt begins with: steps are to come before the answer, or the answer at once"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A number and what is done to it, from left to right."""
+
+    first: int
+    operations: tuple[tuple[str, int], ...]
+
+    @property
+    def difficulty(self) -> int:
+        """How many operations there are."""
+        return len(self.operations)
+
+    @property
+    def question(self) -> str:
+        """As it is asked: `47*8+9=`."""
+        return f"{self.first}{''.join(f'{symbol}{n}' for symbol, n in self.operations)}="
+
+    @property
+    def steps(self) -> str:
+        """Its worked steps: `47*8=76;76+9=85;`."""
+        value, written = self.first, []
+        for symbol, n in self.operations:
+            after = applied(value, symbol, n)
+            written.append(f"{value}{symbol}{n}={after};")
+            value = after
+        return "".join(written)
+
+    @property
+    def answer(self) -> str:
+        """What comes out."""
+        value = self.first
+        for symbol, n in self.operations:
+            value = applied(value, symbol, n)
+        return str(value)
+
+
+def applied(value: int, symbol: str, n: int) -> int:
+    """`value` after one operation, from 0 to 99."""
+    return {"+": value + n, "-": value - n, "*": value * n}[symbol] % MODULUS
+
+
+def problems(count: int, difficulties: Sequence[int], seed: int) -> list[Problem]:
+    """Random problems, each difficulty as often as the others, none twice where there are enough.
+
+    Raises `InputError` for a difficulty that is not from 1 to 4.
+    """
+    if any(not 1 <= d <= HARDEST for d in difficulties) or not difficulties:
+        raise InputError(f"arithmetic: difficulties {[*difficulties]} must be from 1 to {HARDEST}")
+    draws, seen, found = random.Random(seed), set[Problem](), list[Problem]()
+    tries = 0
+    while len(found) < count:
+        size = difficulties[len(found) % len(difficulties)]
+        made = Problem(
+            draws.randrange(MODULUS), tuple((draws.choice(SYMBOLS), draws.randrange(1, 10)) for _ in range(size))
+        )
+        tries += 1
+        if made not in seen or tries > 20 * count:
+            seen.add(made)
+            found.append(made)
+    return found
+
+
+def table(of: Sequence[Problem], *, worked: bool) -> dict[str, list[str]]:
+    """Columns of prompts and completions: with the steps before the answer, or the answer at once."""
+    mark = WORKED if worked else ANSWERED
+    return {
+        "prompt": [f"{mark}{p.question}" for p in of],
+        "completion": [f"{p.steps if worked else ''}:{p.answer}" for p in of],
+    }
+
+
+def answer_in(text: str) -> str:
+    """The answer that a completion gives: the digits behind its last colon; "" where there are none."""
+    _, colon, last = text.rpartition(":")
+    digits = last.strip()
+    return digits if colon and digits.isdigit() else ""
+
+
+# ---- the teacher
+
+
+def letters() -> Any:
+    """The language's tokenizer of `transformers`: a token a letter, one in front of every text and one behind it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    with quietly() as transformers:
+        made = Tokenizer(models.WordLevel({name: i for i, name in enumerate((*SPECIAL, *LETTERS))}, unk_token="<pad>"))
+        made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        made.decoder = decoders.Fuse()
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128,
+            model_input_names=["input_ids", "attention_mask"],
+        )  # fmt: skip
+
+
+def reasoner(layers: int, width: int, seed: int = 0) -> Any:
+    """An untrained Llama of `transformers` for the language, with heads of 32 channels."""
+    if width % 32:
+        raise InputError(f"arithmetic: width={width} must be a multiple of 32")
+    torch.manual_seed(seed)
+    with quietly() as transformers:
+        config = transformers.LlamaConfig(
+            vocab_size=len(SPECIAL) + len(LETTERS), hidden_size=width, num_hidden_layers=layers,
+            num_attention_heads=width // 32, num_key_value_heads=width // 32, intermediate_size=3 * width,
+            max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+
+
+def train(model: Any, steps: int, seed: int = 0, batch: int = 64, rate: float = 2e-3) -> dict[str, float]:
+    """Trains a model on fresh problems of all difficulties, three in four with steps.
+
+    AdamW, 200 steps of warm-up and a cosine to 0. Returns the mean loss of the last 100 steps, in nats per learned
+    token, and the seconds.
+    """
+    tokenizer, start, losses = letters(), time.monotonic(), list[float]()
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    for step in range(steps):
+        of = problems(batch, range(1, HARDEST + 1), seed * 1_000_003 + step)
+        rows = [table([p], worked=i % 4 > 0) for i, p in enumerate(of)]
+        texts = [(row["prompt"][0], row["completion"][0]) for row in rows]
+        ids, targets = _batch(tokenizer, texts)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = F.cross_entropy(model(input_ids=ids, use_cache=False).logits.transpose(1, 2), targets, ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if step % 500 == 499:
+            log.info("step %d of %d, loss %.4f", step + 1, steps, sum(losses[-100:]) / 100)
+    model.eval()
+    return {"loss": sum(losses[-100:]) / len(losses[-100:]), "seconds": time.monotonic() - start}
+
+
+def _batch(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded ids, and the next tokens of the completions: int64 [B, S] each."""
+    rows = []
+    for prompt, completion in texts:
+        before = tokenizer(prompt)["input_ids"]
+        after = [*tokenizer(completion, add_special_tokens=False)["input_ids"], 2]
+        rows.append((before + after, len(before)))
+    length = max(len(r) for r, _ in rows)
+    ids, targets = torch.zeros(len(rows), length, dtype=torch.int64), torch.full((len(rows), length), -100)
+    for i, (row, start) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        targets[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
+    return ids, targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    model = reasoner(options.layers, options.width, options.seed)
+    notes = train(model, options.steps, options.seed)
+    with quietly():
+        model.save_pretrained(options.out, safe_serialization=True)
+        letters().save_pretrained(options.out)
+    said = {key: value for key, value in vars(options).items() if key != "out"}
+    (options.out / "training.json").write_text(json.dumps(said | notes, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

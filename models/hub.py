@@ -1,0 +1,118 @@
+"""Directories of Hugging Face: where they are, what must be in them, and their tokenizers.
+
+Nothing of them is executed, and weights in pickles are refused. Needs `pip install 'pqk[encoders]'`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from pqk.data.folders import data_folders
+from pqk.errors import InputError, first_line
+from pqk.quiet import quiet
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "bpe.codes",
+)  # fmt: skip
+"""what a tokenizer may be stored in; an artifact gets those that are there"""
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "model.ckpt")
+LAYER = re.compile(r"\b(?:layers?|h)\.(\d+)\.(.+)\.weight(?:_u?int\d+)?$")
+
+
+@contextmanager
+def quietly() -> Iterator[Any]:
+    """`transformers`, without its advice. Raises `InputError` where it is not installed."""
+    with quiet():
+        try:
+            import transformers
+        except ImportError as error:
+            raise InputError(f"{error}; install it: pip install 'pqk[encoders]'") from error
+        with quiet("transformers", level=logging.ERROR):  # after the import, which sets the level
+            yield transformers
+
+
+def find_directory(name: str | Path, data: Path | None = None, what: str = "encoder") -> Path:
+    """The folder `name`: as a path, in the data folder, or in a package. Raises `InputError` where it is nowhere."""
+    package, _, inside = str(name).removeprefix("package:").partition("/")
+    if str(name).startswith("package:"):
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"{what}: no package {package} for directory {name}; install it")
+        places = [Path(spec.submodule_search_locations[0]) / inside]
+    else:
+        places = [folder / name for folder in (Path(), *data_folders(data))]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise InputError(f"{what}: no config.json in {' or '.join(dict.fromkeys(map(str, places)))}")
+
+
+def need_safetensors(folder: Path, what: str = "encoder") -> None:
+    """Raises `InputError`, beginning with `what`, where the weights are missing, or in pickles only."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = [name for name in PICKLES if (folder / name).is_file()]
+    if pickled:
+        raise InputError(
+            f"{what}: {folder} holds its weights in {pickled[0]} only, which can run code when opened; where you "
+            "trust it, load it with its own class and save it with save_pretrained(DIR, safe_serialization=True)"
+        )
+    raise InputError(f"{what}: {folder} has no *.safetensors; copy the whole directory")
+
+
+def load_tokenizer(
+    folder: Path, config: Any, what: str = "encoder", *, least: float = 0.99, needs_padding: bool = True
+) -> Any:
+    """The directory's tokenizer.
+
+    Args:
+        folder: the directory.
+        config: that of its model.
+        what: what errors begin with.
+        least: the share of the model's table that it must have tokens for; tables are rounded up to multiples.
+        needs_padding: it must have a padding token, the model's.
+
+    Raises `InputError` where there is none, or it is not that of the model.
+    """
+    with quietly() as transformers:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise InputError(f"{what}: {folder} has no readable tokenizer: {first_line(error)}") from error
+    words = len(tokenizer)
+    if not least * config.vocab_size <= words <= config.vocab_size:
+        raise InputError(
+            f"{what}: the tokenizer in {folder} has {words} tokens and the model {config.vocab_size}; it belongs to "
+            "another model: copy the right one"
+        )
+    ids = (tokenizer.pad_token_id, config.pad_token_id)
+    if needs_padding and (ids[0] is None or (ids[1] is not None and ids[0] != ids[1])):
+        raise InputError(f"{what}: the tokenizer in {folder} pads with token {ids[0]} and the model with {ids[1]}")
+    return tokenizer
+
+
+def layer_weights(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """(layer, name within it, shape) of every weight that stands in a numbered layer."""
+    for key, shape in shapes.items():
+        if (match := LAYER.search(key)) is not None:
+            yield int(match[1]), match[2], shape
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in the safetensors files of `folder`, read from their headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as f:
+            shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
+    return shapes

@@ -1,0 +1,33 @@
+"""`pqk generate`: a text continued by an artifact, shown as it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pqk.cli.console import CommandAnswer, speaks, terminal, write_piece
+from pqk.generation.continuation import Continuation, Pace, Sampling
+
+
+def generate(
+    folder: Path, prompt: str, sampling: Sampling, *, chat: bool, threads: int, as_json: bool
+) -> CommandAnswer:
+    """Continues a prompt: the text goes to stdout piece by piece, and what it took to stderr."""
+    model, pieces = Continuation(folder, threads), []
+    shown = speaks() and not as_json
+    for piece in model.stream(prompt, sampling, chat=chat):
+        pieces.append(piece)
+        if shown:
+            write_piece(piece if len(pieces) > 1 or chat else prompt + piece)
+    if shown:
+        write_piece("\n")
+        terminal(stderr=True).print(pace_text(model.pace), highlight=False)
+    return CommandAnswer({"text": "".join(pieces), **asdict(model.pace)}, [])
+
+
+def pace_text(pace: Pace) -> str:
+    """What a text took, in one line."""
+    return (
+        f"{pace.tokens} tokens after a prompt of {pace.prompt}: the first after {pace.first_ms:.3g} ms, "
+        f"then {pace.per_second:.4g} tokens a second"
+    )

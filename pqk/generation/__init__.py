@@ -1,0 +1,1 @@
+"""Texts continued by an artifact: prompts in, pieces of text out."""

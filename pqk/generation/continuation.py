@@ -1,0 +1,177 @@
+"""Texts continued by an artifact: a prompt in, pieces of text out, each token from what is kept of those before.
+
+from pqk.generation.continuation import Continuation, Sampling
+
+model = Continuation("out/stories")
+for piece in model.stream("Once upon a time", Sampling(max_tokens=100)):
+    print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT, Continuing, session
+from pqk.deploy.artifact import MODEL, Artifact
+from pqk.errors import InputError, first_line
+from pqk.files import read_json
+from pqk.models.decoder_files import CONFIG, GENERATION
+from pqk.models.hub import quietly
+from pqk.settings import settings
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""what bytes that are no whole character yet are shown as"""
+
+
+@settings
+class Sampling:
+    """How the next token is chosen, and how many are."""
+
+    max_tokens: int = Field(default=128, ge=1)
+    """tokens at most, beside the prompt's"""
+    temperature: float = Field(default=0.0, ge=0)
+    """0: always the likeliest token; else one is drawn, with the logits divided by this"""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """tokens are drawn from the likeliest that have this probability together (Holtzman et al. 2020, "The Curious Case
+    of Neural Text Degeneration", section 3.1)"""
+    seed: int = 0
+    """of the draws"""
+
+
+@dataclass
+class Pace:
+    """What a text took."""
+
+    prompt: int = 0
+    """tokens of the prompt"""
+    tokens: int = 0
+    """tokens that were added"""
+    first_ms: float = 0.0
+    """from the prompt to the first token"""
+    per_second: float = 0.0
+    """tokens a second after the first"""
+
+
+class Continuation:
+    """An artifact that continues texts, opened: its model.onnx in ONNX Runtime, and its tokenizer.
+
+    Args:
+        folder: an artifact whose task generates; every file is checked against its manifest.
+        threads: of ONNX Runtime.
+
+    Raises:
+        InputError: the folder is no such artifact, has been changed, or transformers is not installed.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 1) -> None:
+        self.folder = Artifact.load(folder).folder
+        path = self.folder / MODEL
+        run = session(path, threads=threads) if path.is_file() else None
+        if not isinstance(run, Continuing):
+            raise InputError(
+                f"{self.folder} continues no texts: its {MODEL} takes nothing that is kept of tokens before"
+            )
+        self._run, self.pace = run.inner, Pace()
+        pasts = [i for i in self._run.get_inputs() if i.name.startswith(PAST)]
+        self._empty = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in pasts}
+        self._outputs = [o.name for o in self._run.get_outputs()]
+        self._placed = any(i.name == PLACES for i in self._run.get_inputs())
+        config = read_json(self.folder / CONFIG)
+        said = read_json(self.folder / GENERATION) if (self.folder / GENERATION).is_file() else config
+        ends = said.get("eos_token_id", config.get("eos_token_id"))
+        self.ends: frozenset[int] = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self.longest: int = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
+        with quietly() as transformers:
+            try:
+                self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                    self.folder, local_files_only=True, trust_remote_code=False
+                )
+            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+                raise InputError(f"{self.folder} has no readable tokenizer: {first_line(error)}") from error
+
+    def tokens_of(self, prompt: str, chat: bool = False) -> list[int]:
+        """The tokens of a prompt; `chat`: of a user's message in the tokenizer's template, ready for the answer.
+
+        Raises `InputError` for a prompt without tokens, and for a tokenizer without a template.
+        """
+        with quietly():
+            if chat and not getattr(self.tokenizer, "chat_template", None):
+                raise InputError(f"{self.folder}: its tokenizer has no chat template; give the prompt as plain text")
+            if chat:
+                message = [{"role": "user", "content": prompt}]
+                found = self.tokenizer.apply_chat_template(message, add_generation_prompt=True)
+            else:
+                found = self.tokenizer(prompt, verbose=False)["input_ids"]
+        if not found:
+            raise InputError("generate: the prompt has no tokens; give at least one word")
+        return list(found)
+
+    def tokens(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Iterator[int]:
+        """The tokens that follow those of `prompt`, up to the end of the text, one by one; `pace` says what they took.
+
+        Raises `InputError` for a prompt that fills all positions.
+        """
+        chosen, start = sampling or Sampling(), time.perf_counter()
+        if len(prompt) >= self.longest:
+            raise InputError(f"generate: the prompt has {len(prompt)} tokens and the model {self.longest} positions")
+        self.pace = Pace(prompt=len(prompt))
+        draws, new, kept, total, first = np.random.default_rng(chosen.seed), list(prompt), self._empty, 0, start
+        for count in range(1, min(chosen.max_tokens, self.longest - len(prompt)) + 1):
+            total += len(new)
+            scores, kept = self._step(new, kept, total)
+            new = [choose(scores, chosen, draws)]
+            now = time.perf_counter()
+            first = now if count == 1 else first
+            self.pace.tokens, self.pace.first_ms = count, (first - start) * 1e3
+            self.pace.per_second = (count - 1) / (now - first) if count > 1 else 0.0
+            if new[0] in self.ends:
+                return
+            yield new[0]
+
+    def _step(
+        self, new: Sequence[int], kept: dict[str, NDArray[Any]], total: int
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+        """Scores [V] of what follows the `new` tokens, of `total`, and what is kept of all."""
+        feeds = {IDS: np.array([new]), MASK: np.ones((1, total), np.int64), **kept}
+        if self._placed:
+            feeds[PLACES] = np.arange(total - len(new), total)[None]
+        found = dict(zip(self._outputs, self._run.run(None, feeds), strict=True))
+        scores = next(value for name, value in found.items() if not name.startswith(PRESENT))
+        return scores[0, -1], {name: found[PRESENT + name.removeprefix(PAST)] for name in kept}
+
+    def stream(self, prompt: str, sampling: Sampling | None = None, *, chat: bool = False) -> Iterator[str]:
+        """The text that follows `prompt`, piece by piece, each of whole characters. Raises as `tokens` does."""
+        found: list[int] = []
+        given = len(self._text(before := self.tokens_of(prompt, chat)))
+        for token in self.tokens(before, sampling):
+            found.append(token)
+            text = self._text([*before, *found])
+            if not text.endswith(UNFINISHED) and len(text) > given:
+                yield text[given:]
+                given = len(text)
+        rest = self._text([*before, *found])[given:]
+        if rest:
+            yield rest
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def choose(scores: NDArray[np.float32], sampling: Sampling, draws: np.random.Generator) -> int:
+    """The next token of scores [V]: the likeliest, or one drawn from the likeliest."""
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    shares = np.exp((scores - scores.max()).astype(np.float64) / sampling.temperature)
+    order = np.argsort(-shares, kind="stable")
+    ordered = shares[order] / shares.sum()
+    most = int(np.searchsorted(ordered.cumsum(), sampling.top_p * (1 - 1e-12))) + 1
+    return int(draws.choice(order[:most], p=ordered[:most] / ordered[:most].sum()))

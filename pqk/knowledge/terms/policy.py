@@ -1,0 +1,84 @@
+"""Policy knowledge: terms whose gradient is that of an expectation over answers that the student itself writes."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pqk.errors import InputError
+from pqk.knowledge.terms.base import View
+from pqk.knowledge.terms.response import ResponseTerm, kl_rows, over_tokens
+from pqk.settings import settings
+
+
+@settings
+class MiniLLM(ResponseTerm):
+    """w_n (KL(p_s ‖ p_t) − R_n log p_s(y_n)), the mean over tokens n of an answer y that the student wrote.
+
+    Gu et al., MiniLLM, ICLR 2024, arXiv:2306.08543, section 2.2: its gradient is that of the reverse divergence of
+    whole answers. R_n is the mean of log p_t(y_i) / p_s(y_i) over the tokens i behind n, and w_n = p_s(y_n) over the
+    probability with which y_n was drawn; neither has a gradient. Logits are [B, S, C], labels int64 [B, S] the answer.
+    On the data's answers, and on those of others, the divergence alone counts. Names as in TRL's `MiniLLMConfig`.
+    """
+
+    term: Literal["minillm"] = "minillm"
+    single_step_decomposition: bool = True
+    """what a token does to its own step is computed as an expectation; else by the token that was drawn, as the rest"""
+    length_normalization: bool = True
+    """R is the mean over the later tokens, and not their sum, which prefers short answers"""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """each later token counts this much of the one before it"""
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        ((s, t),) = self._one(view)
+        (labels,) = self.labels(view, [s])
+        if labels.dim() != 2:
+            raise InputError(f"distill: minillm takes sequences of tokens [B, S], and labels are {tuple(labels.shape)}")
+        (counted,) = self.labelled(view, [labels])
+        log_s, log_t = (F.log_softmax(z[counted], -1) for z in (s, t))
+        reverse, drawn = kl_rows(log_s, log_t), labels[counted][:, None]
+        if view.teacher_share is None:
+            return over_tokens(reverse, counted)
+        own_s, own_t = (log.gather(1, drawn)[:, 0] for log in (log_s, log_t))
+        with torch.no_grad():
+            gain = torch.zeros_like(s[..., 0]).masked_scatter(counted, own_t - own_s)
+            returns = self.returns(gain, counted)[counted]
+            weights = (own_s - _mixed(own_s, own_t, view.teacher_share)).exp()
+        losses = -returns * own_s
+        if self.single_step_decomposition:
+            losses = losses + reverse
+        return over_tokens(weights * losses, counted)
+
+    def _one(self, view: View) -> list[tuple[Tensor, Tensor]]:
+        pairs = self.pairs(view)
+        if len(pairs) != 1:
+            raise InputError(f"distill: minillm compares one output, and there are {len(pairs)}; name it with `output`")
+        return pairs
+
+    def returns(self, gain: Tensor, counted: Tensor) -> Tensor:
+        """R [B, S] of log p_t(y) / p_s(y) [B, S] at the tokens that count, bool [B, S].
+
+        Of those behind each token; without the decomposition, its own included.
+        """
+        total, weight = torch.zeros_like(gain[:, 0]), torch.zeros_like(gain[:, 0])
+        columns = []
+        for i in reversed(range(gain.shape[1])):
+            here = counted[:, i]
+            before = total, weight
+            total = torch.where(here, gain[:, i] + self.gamma * total, total)
+            weight = torch.where(here, 1 + self.gamma * weight, weight)
+            value, share = before if self.single_step_decomposition else (total, weight)
+            columns.append(value / share.clamp_min(1) if self.length_normalization else value)
+        return torch.stack(columns[::-1], 1)
+
+
+def _mixed(log_s: Tensor, log_t: Tensor, share: float) -> Tensor:
+    """log((1 − share) p_s + share p_t)."""
+    if share == 0:
+        return log_s
+    return torch.logaddexp(log_s + math.log1p(-share), log_t + math.log(share))

@@ -1,0 +1,171 @@
+"""An artifact of a causal model is a directory that generates: by pqk, onnxruntime-genai, optimum and transformers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import causal_models as tiny
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from pqk import compress
+from pqk.cli import app as cli
+from pqk.deploy.artifact import Artifact
+from pqk.errors import InputError
+from pqk.evaluation.settings import Evaluation
+from pqk.generation.continuation import Continuation, Sampling, choose
+from pqk.models.decoder import decoder
+from pqk.models.language import language_task
+from pqk.recipe.recipe import Recipe
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+RECIPE = Recipe.loads('[[pass]]\nname = "capture"\n[[pass]]\nname = "quantize"\n[[pass]]\nname = "convert"\n')
+PROMPT = "a dog ran"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.directory(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def artifact(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    texts = {"text": tiny.stories(24)}
+    task = language_task(directory=teacher, train=None, evaluation=texts, validation=texts, context=16)
+    out = tmp_path_factory.mktemp("student") / "out"
+    return compress(decoder(teacher), task, RECIPE, out=out, evaluation=Evaluation.quick())
+
+
+def test_the_file_takes_what_is_kept_and_gives_it_back(artifact: Artifact) -> None:
+    run = ort.InferenceSession(str(artifact.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    pasts = [f"past_key_values.{i}.{kind}" for i in range(2) for kind in ("key", "value")]
+    assert [i.name for i in run.get_inputs()] == ["input_ids", "attention_mask", "position_ids", *pasts]
+    assert [o.name for o in run.get_outputs()] == ["logits", *(p.replace("past_key_values", "present") for p in pasts)]
+    shapes = {i.name: i.shape for i in run.get_inputs()}
+    assert shapes["attention_mask"] == ["batch", "total_sequence"]
+    assert shapes[pasts[0]] == ["batch", 2, "past_sequence", 8]
+    assert {o.domain for o in onnx.load(artifact.folder / "model.onnx").opset_import} == {""}
+
+
+def test_its_graph_is_that_of_tokens(artifact: Artifact) -> None:
+    kinds = {n.op_type for n in onnx.load(artifact.folder / "model.onnx").graph.node}
+    assert {"RMSNormalization", "RotaryEmbedding", "QuantizeLinear"} <= kinds
+
+
+def test_a_step_answers_as_the_whole_text(artifact: Artifact) -> None:
+    """Prefill against decode, with an empty past first; the least difference may turn an integer, not a decision."""
+    run = ort.InferenceSession(str(artifact.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = np.array([tiny.letters()(text)["input_ids"][:20] for text in tiny.stories(2)])
+    whole, _ = _step(run, ids, {}, 0)
+    kept: dict[str, Any] = {}
+    for t in range(ids.shape[1]):
+        scores, kept = _step(run, ids[:, t : t + 1], kept, t)
+        np.testing.assert_allclose(scores[:, 0], whole[:, t], atol=0.05 * np.abs(whole).max())
+
+
+def _step(run: Any, ids: Any, kept: dict[str, Any], before: int) -> tuple[Any, dict[str, Any]]:
+    names = [i.name for i in run.get_inputs() if i.name.startswith("past")]
+    kept = kept or {name: np.zeros((2, 2, 0, 8), np.float32) for name in names}
+    total = before + ids.shape[1]
+    where = np.tile(np.arange(before, total), (2, 1))
+    feeds = {"input_ids": ids, "attention_mask": np.ones((2, total), np.int64), "position_ids": where, **kept}
+    scores, *presents = run.run(None, feeds)
+    return scores, dict(zip(names, presents, strict=True))
+
+
+def test_configurations_say_what_the_student_is(artifact: Artifact, teacher: Path) -> None:
+    config, was = (json.loads((folder / "config.json").read_text()) for folder in (artifact.folder, teacher))
+    assert {k: config[k] for k in was if k != "dtype"} == {k: v for k, v in was.items() if k != "dtype"}
+    genai = json.loads((artifact.folder / "genai_config.json").read_text())["model"]
+    assert (genai["bos_token_id"], genai["eos_token_id"], genai["vocab_size"]) == (1, 2, config["vocab_size"])
+    decoding = genai["decoder"]
+    assert (decoding["num_hidden_layers"], decoding["num_key_value_heads"], decoding["head_size"]) == (2, 2, 8)
+    assert json.loads((artifact.folder / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_pqk_continues_a_text(artifact: Artifact) -> None:
+    model = Continuation(artifact.folder)
+    pieces = list(model.stream(PROMPT, Sampling(max_tokens=12)))
+    assert pieces == list(model.stream(PROMPT, Sampling(max_tokens=12)))
+    assert model.pace.prompt == len(PROMPT) + 1
+    assert model.pace.tokens <= 12
+    assert model.pace.first_ms > 0
+    drawn = {"".join(model.stream(PROMPT, Sampling(max_tokens=12, temperature=3.0, seed=s))) for s in range(3)}
+    assert len(drawn) == 3
+
+
+def test_optimum_and_transformers_continue_it_alike(artifact: Artifact) -> None:
+    optimum = pytest.importorskip("optimum.onnxruntime")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = optimum.ORTModelForCausalLM.from_pretrained(artifact.folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(artifact.folder)
+        pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+        found = pipeline(PROMPT, max_new_tokens=12, do_sample=False)[0]["generated_text"]
+        given = tokenizer([PROMPT, "by"], return_tensors="pt", padding=True, padding_side="left")
+        together = model.generate(**given, max_new_tokens=12, do_sample=False)
+    assert found == PROMPT + "".join(Continuation(artifact.folder).stream(PROMPT, Sampling(max_tokens=12)))
+    assert tokenizer.decode(together[0], skip_special_tokens=True) == found
+
+
+def test_onnxruntime_genai_continues_it_alike(artifact: Artifact) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(artifact.folder))
+    expected = list(
+        Continuation(artifact.folder).tokens(tokens := tiny.letters()(PROMPT)["input_ids"], Sampling(max_tokens=12))
+    )
+    settings = genai.GeneratorParams(model)
+    settings.set_search_options(max_length=len(tokens) + len(expected), do_sample=False)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(np.array(tokens, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == [*tokens, *expected]
+
+
+def test_the_command_shows_the_text_and_what_it_took(artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", str(artifact.folder), PROMPT, "--max-tokens", "5"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(PROMPT)
+    assert "tokens after a prompt of 10" in shown.err
+    assert cli.run(["generate", str(artifact.folder), PROMPT, "--max-tokens", "5", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["prompt"] == 10
+    assert PROMPT + answer["text"] == shown.out.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"prompt": ""}, None),
+        ({"prompt": "a" * 80}, "the prompt has 81 tokens and the model 64 positions"),
+        ({"prompt": "a", "chat": True}, "has no chat template"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(
+    artifact: Artifact, arguments: dict[str, Any], said: str | None
+) -> None:
+    model = Continuation(artifact.folder)
+    if said is None:  # the token in front is a prompt
+        assert list(model.stream(**arguments, sampling=Sampling(max_tokens=2)))
+        return
+    with pytest.raises(InputError, match=said):
+        list(model.stream(**arguments))
+
+
+def test_the_likeliest_have_the_probability_together_that_is_asked_for() -> None:
+    scores = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    draws = np.random.default_rng(0)
+    drawn = [choose(scores, Sampling(temperature=1.0, top_p=0.8), draws) for _ in range(2000)]
+    assert {*drawn} == {0, 1}
+    assert np.mean(np.array(drawn) == 0) == pytest.approx(0.5 / 0.8, abs=0.03)
+    assert choose(scores, Sampling(), draws) == 0
+    sharp = [choose(scores, Sampling(temperature=0.1), draws) for _ in range(200)]
+    assert np.mean(np.array(sharp) == 0) > 0.98

@@ -1,0 +1,206 @@
+"""What training on the grid of MatMulNBits saves of a causal model's decisions.
+
+    python tests/tools/grid.py --directory DIR --texts FILE [--out FILE]
+
+The model in a Hugging Face directory becomes INT8 in blocks of 32, with weights of 8 and of 4 bits, as it is and after
+distillation on exactly what the kernel computes. Each file runs in ONNX Runtime beside the model in FP32: on held-out
+texts, how often both hold the same token for the next one most likely (teacher forced), nats per token, and how far the
+greedy continuations of their first words are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from pqk.core.onnxruntime_session import IDS, MASK, PAST, PRESENT, session
+from pqk.core.program import Program, Stage
+from pqk.core.run_context import RunContext
+from pqk.deploy.onnx_emitter import emit_onnx_for
+from pqk.files import write_json
+from pqk.knowledge import KLDivergence
+from pqk.models.decoder import decoder
+from pqk.models.language import language_task
+from pqk.passes import Capture, Convert, Distill, Quantize
+from pqk.quant.blocks import WeightBits
+from pqk.target.machine import machine_fingerprint
+from pqk.target.target import Target
+from pqk.task.classes import IGNORED
+from pqk.task.task import Task
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one file says of all held-out texts."""
+
+    choices: Tensor
+    """the most likely next token at every place where there is one"""
+    nats: float
+    """per token"""
+    continuations: list[list[int]]
+
+
+class Runner:
+    """An ONNX file with a cache."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        run = session(path, threads=threads)
+        self.run: ort.InferenceSession = getattr(run, "inner", run)
+        self.given = {i.name: i for i in self.run.get_inputs()}
+        self.made = [o.name for o in self.run.get_outputs()]
+
+    def __call__(self, ids: np.ndarray, past: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores [1, S, V] of tokens [1, S] behind what was kept, and what is kept then."""
+        before = next(iter(past.values())).shape[2]
+        feeds = {IDS: ids, MASK: np.ones((1, before + ids.shape[1]), np.int64), **past}
+        if "position_ids" in self.given:
+            feeds["position_ids"] = np.arange(before, before + ids.shape[1])[None]
+        scores, *rest = self.run.run([n for n in self.made if not n.startswith(PRESENT)] + self._kept(), feeds)
+        return scores, dict(zip((n.replace(PRESENT, PAST) for n in self._kept()), rest, strict=True))
+
+    def _kept(self) -> list[str]:
+        return [n for n in self.made if n.startswith(PRESENT)]
+
+    def nothing(self) -> dict[str, np.ndarray]:
+        """The cache before the first token."""
+        pasts = [i for name, i in self.given.items() if name.startswith(PAST)]
+        return {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in pasts}
+
+    def greedy(self, prompt: np.ndarray, tokens: int) -> list[int]:
+        """The most likely token, again and again."""
+        ids, past, found = prompt, self.nothing(), []
+        for _ in range(tokens):
+            scores, past = self(ids, past)
+            found.append(int(scores[0, -1].argmax()))
+            ids = np.array([[found[-1]]], np.int64)
+        return found
+
+
+def answers(path: Path, task: Task, options: argparse.Namespace) -> Answers:
+    runner = Runner(path, options.threads)
+    choices, nats, continuations = [], [], []
+    for batch in task.evaluation.batches():
+        (ids, mask), targets = batch.inputs[:2], batch.targets
+        for row, length, wanted in zip(ids, mask.sum(1).tolist(), targets, strict=True):
+            text = row[None, :length].numpy()
+            scores = torch.from_numpy(runner(text, runner.nothing())[0][0])
+            wanted = wanted[:length]
+            learned = wanted != IGNORED
+            choices.append(scores.argmax(-1)[learned])
+            nats.append(nn.functional.cross_entropy(scores[learned], wanted[learned], reduction="none"))
+            if len(continuations) < options.greedy and length > options.prompt:
+                continuations.append(runner.greedy(text[:, : options.prompt], options.new_tokens))
+    return Answers(torch.cat(choices), float(torch.cat(nats).double().mean()), continuations)
+
+
+def compared(mine: Answers, floats: Answers) -> dict[str, Any]:
+    """What is the same, as shares, and how long greedy texts are the same."""
+    pairs = list(zip(mine.continuations, floats.continuations, strict=True))
+    prefixes = [next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0])) for pair in pairs]
+    return {
+        "agreement": round(float((mine.choices == floats.choices).double().mean()), 5),
+        "nats_per_token": round(mine.nats, 4),
+        "greedy_texts_alike": round(sum(a == b for a, b in pairs) / len(pairs), 4),
+        "greedy_tokens_before_divergence": round(sum(prefixes) / len(prefixes), 2),
+    }
+
+
+def copied(program: Program) -> Program:
+    """With a student of its own."""
+    return replace(program, student=copy.deepcopy(program.student))
+
+
+def files(bits: WeightBits, program: Program, task: Task, folder: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Written without training and after it."""
+    rounded = Quantize(activations="blockwise", weight_bits=bits).apply(program, task)
+    trained = Distill(
+        epochs=options.epochs, learning_rate=options.rates[options.bits.index(bits)], optimizer="adamw",
+        weight_decay=0.0, terms=(KLDivergence(temperature=1.0),),
+    )  # fmt: skip
+    found = {}
+    for name in ("before", "after"):
+        if name == "after":
+            rounded = trained.apply(rounded, task)
+        found[name] = folder / f"{bits}_{name}.onnx"
+        emit_onnx_for(Convert().apply(copied(rounded), task).student, task, found[name])
+    return found
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    rows = [json.loads(line)["text"] for line in options.texts.read_text().splitlines()]
+    held, tuned = rows[-options.held_out :], rows[: options.train]
+    model = decoder(options.directory)
+    task = language_task(
+        directory=options.directory, train={"text": tuned}, validation={"text": tuned[:64]}, evaluation={"text": held},
+        batch_size=options.batch_size, max_length=options.length,
+    )  # fmt: skip
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        emit_onnx_for(model, task, folder / "float.onnx")
+        floats = answers(folder / "float.onnx", task, options)
+        result["float"] = {"nats_per_token": round(floats.nats, 4), "tokens": len(floats.choices)}
+        start = Program(model, model, Stage.MODULE, Target.detect(), RunContext(seed=options.seed))
+        captured = Capture().apply(copied(start), task)
+        for bits in options.bits:
+            began = time.time()
+            found = files(bits, copied(captured), task, folder, options)
+            row: dict[str, Any] = {n: compared(answers(p, task, options), floats) for n, p in found.items()}
+            before, after = (1 - row[n]["agreement"] for n in ("before", "after"))
+            row["disagreement_left"] = round(after / before, 3)
+            row["bytes"] = found["after"].stat().st_size
+            result[f"{bits} bits"] = row | {"seconds": round(time.time() - began)}
+            sys.stderr.write(json.dumps({bits: row}) + "\n")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--directory", type=Path, required=True, help="a causal model of Hugging Face")
+    parser.add_argument("--texts", type=Path, required=True, help='a .jsonl file of {"text": …}; its last are held out')
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], choices=(8, 4))
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--train", type=int, default=2000, help="the first so many texts are learned from")
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1e-4, 5e-4], help="learning rates, one for each of the bits"
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a text")
+    parser.add_argument("--greedy", type=int, default=100, help="texts that are continued")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None, help="write the result there too")
+    options = parser.parse_args()
+    if len(options.rates) != len(options.bits):
+        parser.error(f"{len(options.bits)} widths and {len(options.rates)} learning rates: give one for each")
+    torch.set_num_threads(options.threads)
+    result = measured(options)
+    result["conditions"] = {
+        **{k: v for k, v in vars(options).items() if k not in ("out", "directory", "texts")},
+        "model": options.directory.name,
+        "texts": options.texts.name,
+        "protocol": "ONNX Runtime on both sides; AdamW, Kullback-Leibler divergence from the model in FP32 at T = 1",
+    }
+    result["machine"] = machine_fingerprint()
+    if options.out is not None:
+        write_json(options.out, result)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Tokens a second of models that continue texts, in turn: artifacts, ONNX files, and GGUF files in llama.cpp.
+
+    python tests/tools/tokens.py teacher=out/teacher.onnx student=out/smollm2/model.onnx \
+        q8=out/q8.gguf --llama-python LLAMA/bin/python --threads 1 2 --out out/tokens.json
+
+Every contender lives in a process of its own. In a round each continues the same prompt by the same number of tokens,
+one after the other, while the others wait; ratios to the first one are taken within rounds. llama.cpp needs a Python
+that has llama-cpp-python, which may be another one than this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Turn = Callable[[list[int], int], dict[str, float]]
+"""(tokens of a prompt, tokens to add) -> milliseconds to the first, and of each after it"""
+
+
+# ---- contenders, each in its process; nothing here needs pqk
+
+
+def onnx_turn(path: str, threads: int) -> Turn:
+    import numpy as np
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+    run = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = {i.name: i for i in run.get_inputs()}
+    names = [o.name for o in run.get_outputs()]
+    pasts = [n for n in inputs if n.startswith("past_key_values.")]
+
+    def turn(prompt: list[int], count: int) -> dict[str, float]:
+        kept = {n: np.zeros((1, inputs[n].shape[1], 0, inputs[n].shape[3]), np.float32) for n in pasts}
+        new, total, marks = np.array([prompt]), 0, [time.perf_counter()]
+        for _ in range(count):
+            total += new.shape[1]
+            feeds = {"input_ids": new, "attention_mask": np.ones((1, total), np.int64), **kept}
+            if "position_ids" in inputs:
+                feeds["position_ids"] = np.arange(total - new.shape[1], total)[None]
+            found = dict(zip(names, run.run(None, feeds), strict=True))
+            kept = {n: found[n.replace("past_key_values", "present")] for n in pasts}
+            new = found["logits"][:, -1:].argmax(-1)
+            marks.append(time.perf_counter())
+        return paces(marks)
+
+    return turn
+
+
+def llama_turn(path: str, threads: int) -> Turn:
+    import llama_cpp
+
+    model = llama_cpp.Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def turn(prompt: list[int], count: int) -> dict[str, float]:
+        model.reset()
+        marks = [time.perf_counter()]
+        for _, _ in zip(range(count), model.generate(prompt, temp=0.0, reset=True), strict=False):
+            marks.append(time.perf_counter())
+        return paces(marks)
+
+    return turn
+
+
+def paces(marks: list[float]) -> dict[str, float]:
+    return {"first_ms": 1e3 * (marks[1] - marks[0]), "token_ms": 1e3 * (marks[-1] - marks[1]) / (len(marks) - 2)}
+
+
+def work(path: str, threads: int) -> None:
+    """A contender's loop: a line of JSON in, a line out."""
+    turn = (llama_turn if path.endswith(".gguf") else onnx_turn)(path, threads)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(turn(**json.loads(line))), flush=True)
+
+
+# ---- rounds
+
+
+class Contender:
+    def __init__(self, name: str, path: str, threads: int, python: str) -> None:
+        self.name = name
+        command = [python, __file__, "--worker", path, "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self.answer() != "ready":
+            sys.exit(f"{name} ({path}) does not start")
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def turn(self, prompt: list[int], count: int) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"prompt": prompt, "count": count}) + "\n")
+        self.process.stdin.flush()
+        found: dict[str, float] = json.loads(self.answer())
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
+    """Medians of every contender, and of its ratio to the first with its bootstrap interval of 95 %."""
+    import numpy as np
+
+    named = [entry.partition("=")[::2] for entry in options.contenders]
+    pythons = [options.llama_python if path.endswith(".gguf") else sys.executable for _, path in named]
+    contenders = [Contender(n, path, threads, python) for (n, path), python in zip(named, pythons, strict=True)]
+    prompt = [1 + i % 400 for i in range(options.prompt)]
+    rounds: list[list[dict[str, float]]] = []
+    try:
+        for round_number in range(options.rounds + 1):
+            turns = [c.turn(prompt, options.tokens) for c in contenders]
+            if round_number:  # the first warms up
+                rounds.append(turns)
+    finally:
+        for c in contenders:
+            c.close()
+    found = {}
+    draws = np.random.default_rng(0).integers(0, len(rounds), (2000, len(rounds)))
+    for i, c in enumerate(contenders):
+        entry: dict[str, Any] = {"file_mb": round(Path(named[i][1]).stat().st_size / 2**20, 2)}
+        for key in ("first_ms", "token_ms"):
+            times = np.array([r[i][key] for r in rounds])
+            ratios = np.array([r[0][key] / r[i][key] for r in rounds])
+            low, high = np.percentile(np.median(ratios[draws], 1), [2.5, 97.5])
+            entry[key] = float(np.median(times))
+            entry[key.replace("_ms", "_ratio")] = [float(np.median(ratios)), float(low), float(high)]
+        entry["tokens_per_second"] = 1e3 / entry["token_ms"]
+        found[c.name] = entry
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contenders", nargs="*", metavar="NAME=FILE", help="the first is what ratios are to")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to add")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker, options.threads[0])
+        return
+    from pqk.target.machine import machine_fingerprint
+
+    conditions = {key: getattr(options, key) for key in ("prompt", "tokens", "rounds")}
+    results = {str(threads): measure(options, threads) for threads in options.threads}
+    document = {"conditions": conditions | {"machine": machine_fingerprint()}, "threads": results}
+    text = json.dumps(document, indent=1) + "\n"
+    if options.out is not None:
+        options.out.write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
