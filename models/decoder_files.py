@@ -22,6 +22,8 @@ from pqk.models.hub import TOKENIZER, layer_weights, quietly, stored_shapes
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
 CHAT = "chat_template.jinja"
+HIDDEN_UNITS = ("intermediate_size", "n_inner", "ffn_dim")
+"""what configurations call the hidden units of a feed-forward network"""
 LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
@@ -130,8 +132,9 @@ class DecoderFiles:
             config.num_key_value_heads = max(sizes.groups)
         if hasattr(config, "head_dim"):
             config.head_dim = sizes.head_width
-        if sizes.intermediate and hasattr(config, "intermediate_size"):
-            config.intermediate_size = max(sizes.intermediate)
+        for name in HIDDEN_UNITS:
+            if sizes.intermediate and hasattr(config, name):
+                setattr(config, name, max(sizes.intermediate))
         if getattr(config, "layer_types", None) and len({*config.layer_types}) > 1:
             config.layer_types = [LAYER_KINDS[is_near] for is_near in sizes.near]
         elif getattr(config, "layer_types", None):

@@ -88,7 +88,10 @@ def next_tokens(texts: Sequence[Text], batch_size: int, pad: int, packed: int | 
     """
     for row, text in enumerate(texts, 1):
         if len(text.tokens) <= max(text.start, 1):
-            raise InputError(f"language: row {row} has {len(text.tokens)} tokens, of which none follows its prompt")
+            raise InputError(
+                f"language: row {row} has {len(text.tokens)} tokens, as far as max_length goes, of which none follows "
+                "its prompt; shorten it, take the row out, or raise max_length where the model has more positions"
+            )
     rows = [[text] for text in texts] if packed is None else _packed(texts, packed)
     made = NextTokens([[token for text in row for token in text.tokens] for row in rows], None, batch_size, pad=pad)
     made.learned = [torch.cat([_learned(text) for text in row]) for row in rows]
@@ -171,7 +174,8 @@ def language_task(
         data: the folder that file names are looked up in, beside the current one.
         directory: the model's; its tokenizer is used.
         train, evaluation, validation: .jsonl or .tsv files, `datasets` datasets, or tables of columns.
-        text: the column of texts, of which every token is learned; None: prompts and completions.
+        text: the column of texts, of which every token is learned; None, and where there is no such column: prompts and
+            completions.
         prompt, completion: columns; what stands in the prompt is not learned.
         rationale: the column of worked steps, which are learned before the completion, on lines of their own.
         messages: the column of conversations in the form of chat templates; the last message is learned.
@@ -186,6 +190,13 @@ def language_task(
     which nothing is learned.
     """
     root = None if data is None else Path(data)
+    if (limit is not None and limit < 1) or max_length < 2:
+        raise InputError(
+            f"language: limit={limit} and max_length={max_length} must leave a text of two tokens, at least"
+        )
+    columns = read_table(evaluation, root)
+    if text == "text" and _has(columns, prompt, completion) and not _has(columns, text):
+        text = None
     folder = find_directory(directory, root, "language")
     config = decoder_config(folder)
     again = partial(
@@ -265,6 +276,11 @@ def _form(
     return partial(_completions, tokenizer, answered, end)
 
 
+def _has(table: Table, *names: str) -> bool:
+    """Whether a table has these columns."""
+    return {*names} <= {*map(str, getattr(table, "column_names", None) or list(table))}
+
+
 def _plain(tokenizer: Any, name: str, end: list[int], table: Table, what: str, rows: int | None) -> list[Text]:
     found = tokenizer(strings(table, name, what)[:rows], verbose=False)["input_ids"]
     return [Text([*tokens, *end]) for tokens in found]
@@ -310,5 +326,5 @@ def strings(table: Table, name: str, what: str) -> list[str]:
     values = column(table, name, what)
     for row, value in enumerate(values, 1):
         if not isinstance(value, str):
-            raise InputError(f"language: row {row} of {what} has a {type(value).__name__} in {name}, which is no text")
+            raise InputError(f"language: row {row} of {what} has in {name} no text but {type(value).__name__}")
     return values

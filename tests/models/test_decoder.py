@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from pqk.deploy.generation import Cache, continued, places, with_past
 from pqk.deploy.token_operators import ATTENTION, ROTARY, with_token_operators
 from pqk.errors import InputError
 from pqk.models.decoder import Decoder, decoder
+from pqk.models.decoder_files import DecoderFiles
 from pqk.passes.capture.capture import capture
 
 transformers = pytest.importorskip("transformers")
@@ -168,3 +170,10 @@ def test_a_directory_that_is_no_decoder_is_refused(tmp_path: Path, broken: str) 
         return
     with pytest.raises(InputError, match=words):
         decoder(folder)
+
+
+def test_a_configuration_says_the_hidden_units_by_its_own_name(tmp_path: Path) -> None:
+    """GPT-2's says none where they are four times the width, which would be wrong of a student that has fewer."""
+    folder = tiny.directory(tmp_path / "gpt2", "gpt2")
+    graph = capture(decoder(folder), text(), axes=AXES)
+    assert json.loads(DecoderFiles(folder, 64)(graph)["config.json"])["n_inner"] == 4 * tiny.WIDTH

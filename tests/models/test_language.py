@@ -118,12 +118,28 @@ def test_steps_stand_before_the_answer_and_are_learned(folder: Path) -> None:
     assert tiny.letters().decode(learned) == "3 4 5\n5</s>"
 
 
+def test_prompts_with_completions_are_known_by_their_columns(folder: Path) -> None:
+    """A recipe in TOML cannot say that there is no column of texts."""
+    table = {"prompt": ["a dog "], "completion": ["ran"]}
+    (batch,) = task(folder, train=None, evaluation=table, validation=table).evaluation.batches()
+    assert tiny.letters().decode(batch.targets[batch.targets != IGNORED]) == "ran</s>"
+
+
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"max_length": 1}])
+def test_too_few_texts_or_tokens_are_refused(folder: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="must leave a text of two tokens"):
+        task(folder, **wrong)
+
+
 @pytest.mark.parametrize(
     ("table", "said"),
     [
         ({"prompt": ["a", "b"], "completion": ["c", " "]}, "row 2 of the table has an empty completion"),
-        ({"prompt": ["a"], "completion": [3]}, "row 1 of the table has a int in completion, which is no text"),
-        ({"prompt": ["a" * 90], "completion": ["c"]}, "row 1 has 64 tokens, of which none follows its prompt"),
+        ({"prompt": ["a"], "completion": [3]}, "row 1 of the table has in completion no text but int"),
+        (
+            {"prompt": ["a" * 90], "completion": ["c"]},
+            "row 1 has 64 tokens, as far as max_length goes, of which none follows its prompt",
+        ),
         ({"prompt": ["a"], "answer": ["c"]}, 'the table has no column "completion"'),
     ],
 )
@@ -133,7 +149,9 @@ def test_rows_of_which_nothing_can_be_learned_are_refused(folder: Path, table: A
 
 
 def test_a_completion_without_tokens_is_refused() -> None:
-    with pytest.raises(InputError, match="row 2 has 3 tokens, of which none follows its prompt"):
+    with pytest.raises(
+        InputError, match="row 2 has 3 tokens, as far as max_length goes, of which none follows its prompt"
+    ):
         next_tokens([Text([1, 5, 6]), Text([1, 5, 6], 3)], 2, pad=0)
 
 
