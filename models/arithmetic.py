@@ -108,6 +108,12 @@ def table(of: Sequence[Problem], *, worked: bool) -> dict[str, list[str]]:
     }
 
 
+def mixed(of: Sequence[Problem]) -> list[tuple[str, str]]:
+    """Prompts and completions, three in four with steps: of each difficulty, in the order that `problems` gives."""
+    rows = [table([p], worked=i // HARDEST % 4 > 0) for i, p in enumerate(of)]
+    return [(row["prompt"][0], row["completion"][0]) for row in rows]
+
+
 def answer_in(text: str) -> str:
     """The answer that a completion gives: the digits behind its last colon; "" where there are none."""
     _, colon, last = text.rpartition(":")
@@ -158,9 +164,7 @@ def train(model: Any, steps: int, seed: int = 0, batch: int = 64, rate: float = 
     model.train()
     for step in range(steps):
         of = problems(batch, range(1, HARDEST + 1), seed * 1_000_003 + step)
-        rows = [table([p], worked=i % 4 > 0) for i, p in enumerate(of)]
-        texts = [(row["prompt"][0], row["completion"][0]) for row in rows]
-        ids, targets = _batch(tokenizer, texts)
+        ids, targets = _batch(tokenizer, mixed(of))
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss = F.cross_entropy(model(input_ids=ids, use_cache=False).logits.transpose(1, 2), targets, ignore_index=-100)
