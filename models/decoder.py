@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pqk.errors import InputError, first_line
-from pqk.models.hub import find_directory, need_safetensors, quietly
+from pqk.models.hub import find_directory, quietly, read_config, read_model
 
 INPUTS = ("input_ids", "attention_mask")
 FREE = {name: {0: "batch", 1: "sequence"} for name in INPUTS}
@@ -93,29 +92,19 @@ def decoder(directory: str | Path, data: str | Path | None = None) -> Decoder:
     Raises `InputError` for a directory that is incomplete or holds pickled weights only, or is no causal model.
     """
     folder = find_directory(directory, None if data is None else Path(data), "decoder")
-    need_safetensors(folder, "decoder")
+    config = decoder_config(folder)
     with quietly() as transformers:
-        config = decoder_config(folder)
-        try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, config=config, attn_implementation="eager", use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True,
-            )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"decoder: {folder} cannot be loaded: {first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:4])
+        model, untrained = read_model(transformers.AutoModelForCausalLM, folder, config, "decoder")
+    if untrained:
+        missing = ", ".join(untrained[:4])
         raise InputError(f"decoder: {folder} has no trained {missing}, which would be random; copy the whole model")
     return Decoder(model.float()).eval()
 
 
 def decoder_config(folder: Path) -> Any:
     """The configuration in `folder`. Raises `InputError` where it is not readable or none of a causal model."""
-    with quietly() as transformers:
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"decoder: {folder} has no readable config.json: {first_line(error)}") from error
+    config = read_config(folder, "decoder")
+    with quietly():
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BIDIRECTIONAL
 
     if config.is_encoder_decoder:

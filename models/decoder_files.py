@@ -18,7 +18,7 @@ from pqk.core.attention import SIGHTS, sites
 from pqk.core.graph import calls, operand, shape
 from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT
 from pqk.errors import InputError
-from pqk.models.hub import TOKENIZER, layer_weights, quietly, stored_shapes
+from pqk.models.hub import TOKENIZER, layer_weights, quietly, read_config, stored_shapes
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
 CHAT = "chat_template.jinja"
@@ -104,10 +104,8 @@ class DecoderFiles:
 
     def __call__(self, student: nn.Module) -> dict[str, bytes]:
         assert isinstance(student, fx.GraphModule)
-        with quietly() as transformers:
-            config = transformers.AutoConfig.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False
-            )
+        config = read_config(self.folder, "decoder")
+        with quietly():
             sizes = sizes_of_decoder(student, self._wide(config))
             documents = {
                 CONFIG: self._config(config, sizes),

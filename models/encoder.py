@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pqk.errors import InputError, first_line, nearest
@@ -24,8 +23,9 @@ from pqk.models.hub import (
     TOKENIZER,
     find_directory,
     layer_weights,
-    need_safetensors,
     quietly,
+    read_config,
+    read_model,
     stored_shapes,
 )
 
@@ -115,26 +115,16 @@ def load(
     """
     if task not in KINDS:
         raise InputError(f'encoder: unknown task "{task}"{nearest(task, KINDS)}')
-    need_safetensors(folder)
+    config = read_config(folder, "encoder")
     with quietly() as transformers:
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"encoder: {folder} has no readable config.json: {first_line(error)}") from error
         _refuse_decoders(config, folder)
         if task == "embedding":
             _refuse_other_pooling(folder)
         else:
             _set_labels(config, task, labels, folder, new_head)
         kind = transformers.AutoModel if task == "embedding" else transformers.AutoModelForSequenceClassification
-        try:
-            model, info = kind.from_pretrained(
-                folder, config=config, attn_implementation="eager", use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=new_head,
-            )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"encoder: {folder} cannot be loaded as {task}: {first_line(error)}") from error
-    untrained = sorted(k for k in info["missing_keys"] if not (task == "embedding" and k.startswith("pooler")))
+        model, missing = read_model(kind, folder, config, "encoder", ignore_mismatched_sizes=new_head)
+    untrained = [name for name in missing if not (task == "embedding" and name.startswith("pooler"))]
     if untrained and not new_head:
         raise InputError(
             f"encoder: {folder} ({', '.join(config.architectures or ['no architecture'])}) has no trained head for "

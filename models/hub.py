@@ -5,6 +5,7 @@ Nothing of them is executed, and weights in pickles are refused. Needs `pip inst
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import re
@@ -13,16 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 
 from pqk.data.folders import data_folders
-from pqk.errors import InputError, first_line
+from pqk.errors import InputError, Reason, first_line
 from pqk.quiet import quiet
 
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "bpe.codes",
+TABLES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model",
+    "bpe.codes", "tokenizer.model",
 )  # fmt: skip
+"""what the tokens of a tokenizer may be stored in"""
+TOKENIZER = (*TABLES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """what a tokenizer may be stored in; an artifact gets those that are there"""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "model.ckpt")
 LAYER = re.compile(r"\b(?:layers?|h)\.(\d+)\.(.+)\.weight(?:_u?int\d+)?$")
@@ -69,6 +73,66 @@ def need_safetensors(folder: Path, what: str = "encoder") -> None:
     raise InputError(f"{what}: {folder} has no *.safetensors; copy the whole directory")
 
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+"""what `transformers` raises for files that it cannot read: each that was seen, as none of them is documented"""
+
+
+def read_config(folder: Path, what: str) -> Any:
+    """The configuration in `folder`. Raises `InputError`, beginning with `what`, where it is not readable."""
+    with quietly() as transformers:
+        try:
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except UNREADABLE as error:
+            raise InputError(f"{what}: {folder} has no readable config.json: {first_line(error)}") from error
+
+
+def read_model(kind: Any, folder: Path, config: Any, what: str, **arguments: Any) -> tuple[Any, list[str]]:
+    """A trained model of a directory, and the names of its parameters that are not stored there.
+
+    Args:
+        kind: one of the automatic classes of `transformers`.
+        folder: the directory.
+        config: its configuration.
+        what: what errors begin with.
+        arguments: of `from_pretrained`, beside these.
+
+    Raises `InputError` where the weights are missing, in pickles only, not readable, or not of this configuration.
+    """
+    need_safetensors(folder, what)
+    try:
+        model, info = kind.from_pretrained(
+            folder, config=config, attn_implementation="eager", use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, output_loading_info=True, **arguments,
+        )  # fmt: skip
+    except UNREADABLE as error:
+        reason = _why_not_fitting(kind, folder, config) or first_line(error)
+        raise InputError(f"{what}: {folder} cannot be loaded: {reason}") from error
+    return model, sorted(info["missing_keys"])
+
+
+def _why_not_fitting(kind: Any, folder: Path, config: Any) -> Reason | None:
+    """The first stored tensor that has another shape than config.json gives it; None where all fit."""
+    with contextlib.suppress(*UNREADABLE):
+        stored = stored_shapes(folder)
+        with torch.device("meta"):
+            wanted = {k: tuple(t.shape) for k, t in kind.from_config(config).state_dict().items()}
+        for name, shape in stored.items():
+            if wanted.get(name, shape) != shape:
+                return f"{name} is {list(shape)} in the file, and {list(wanted[name])} after its config.json"
+    return None
+
+
+def read_tokenizer(folder: Path, what: str) -> Any:
+    """The tokenizer in `folder`. Raises `InputError`, beginning with `what`, where there is none or not readable."""
+    with quietly() as transformers:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except UNREADABLE as error:
+            missing = not any((folder / name).is_file() for name in TABLES)
+            reason = f"none of {', '.join(TABLES)} is there; copy them" if missing else first_line(error)
+            raise InputError(f"{what}: {folder} has no readable tokenizer: {reason}") from error
+
+
 def load_tokenizer(
     folder: Path, config: Any, what: str = "encoder", *, least: float = 0.99, needs_padding: bool = True
 ) -> Any:
@@ -83,13 +147,7 @@ def load_tokenizer(
 
     Raises `InputError` where there is none, or it is not that of the model.
     """
-    with quietly() as transformers:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise InputError(f"{what}: {folder} has no readable tokenizer: {first_line(error)}") from error
+    tokenizer = read_tokenizer(folder, what)
     words = len(tokenizer)
     if not least * config.vocab_size <= words <= config.vocab_size:
         raise InputError(

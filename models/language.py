@@ -12,7 +12,7 @@ compress(teacher, task, out="student")
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,16 +207,12 @@ def language_task(
     tokenizer = load_tokenizer(folder, config, "language", least=0.9, needs_padding=False)
     most = min(max_length, config.max_position_embeddings)
     form = _form(tokenizer, text, (prompt, rationale, completion), messages, ends)
-    pad = tokenizer.pad_token_id or 0
-
-    def read(source: TextSource | None, rows: int | None = None, at_once: int | None = None) -> NextTokens | None:
-        if source is None:
-            return None
-        what = str(source) if isinstance(source, str | Path) else "the table"
-        texts = [Text(t.tokens[:most], t.start) for t in form(read_table(source, root), what, rows)]
-        return next_tokens(texts, batch_size, pad, at_once)
-
-    parts = (read(train, limit, most if packed else None), read(evaluation), read(validation))
+    texts = _Texts(form, root, batch_size, tokenizer.pad_token_id or 0, most, max_length)
+    parts = (
+        None if train is None else texts.read("training", train, limit, most if packed else None),
+        texts.read("evaluation", evaluation),
+        texts.read("validation", validation),
+    )
     example = _example(next(part for part in (parts[0], parts[2]) if part is not None), context + 1)
     return Task(
         *parts,
@@ -233,6 +229,7 @@ def language_task(
         directory=ModelDirectory(folder, lambda other: again(directory=other), partial(_spelled, tokenizer)),
         extra_files=DecoderFiles(folder, config.max_position_embeddings),
         preprocessing={"tokenizer": "tokenizer.json", "max_length": most, "padding": "behind, to the longest"},
+        notes=texts.notes,
     )
 
 
@@ -256,6 +253,30 @@ def _example(data: NextTokens, length: int) -> tuple[Tensor, Tensor]:
 
 Form = Callable[[Table, str, int | None], list[Text]]
 """(columns, what they are called in errors, how many rows) -> texts"""
+
+
+@dataclass
+class _Texts:
+    """Reads tables of texts, and notes what it cuts off them."""
+
+    form: Form
+    root: Path | None
+    batch_size: int
+    pad: int
+    most: int
+    """tokens of a text"""
+    asked: int
+    """`max_length`, which may be more than the model's positions"""
+    notes: list[str] = field(default_factory=list)
+
+    def read(self, part: str, source: TextSource, rows: int | None = None, at_once: int | None = None) -> NextTokens:
+        """The first `rows` texts of a file or table, several in a row of `at_once` tokens where that is given."""
+        what = str(source) if isinstance(source, str | Path) else "the table"
+        whole = self.form(read_table(source, self.root), what, rows)
+        if long := sum(len(text.tokens) > self.most for text in whole):
+            limit = "max_length" if self.most == self.asked else f"the model's positions; max_length={self.asked}"
+            self.notes.append(f"{long} of {len(whole)} {part} texts end after {self.most} tokens ({limit})")
+        return next_tokens([Text(t.tokens[: self.most], t.start) for t in whole], self.batch_size, self.pad, at_once)
 
 
 def _form(

@@ -302,11 +302,11 @@ def calibrate(student: nn.Module, task: Task, method: Method, percentile: float,
     set_mode(student, "observe")
     called = [(n, attribute(student, str(n.target))) for n in student.graph.nodes if n.op == "call_module"]
     with evaluating(student), torch.no_grad():
-        for batch in task.calibration(samples):
+        observers = [module for _, module in called if isinstance(module, ActivationFakeQuant)]
+        for batch in task.calibration(samples if observers else 0):  # the other grids take each value's own range
             student(*batch)
-        for _, module in called:
-            if isinstance(module, ActivationFakeQuant):
-                module.calibrate(method, percentile)
+        for module in observers:
+            module.calibrate(method, percentile)
         for node, module in called:
             if isinstance(module, WeightFakeQuant):
                 module.calibrate(attribute(student, str(table_of(node).target)), method, percentile)

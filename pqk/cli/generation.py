@@ -8,6 +8,9 @@ from pathlib import Path
 from pqk.cli.console import CommandAnswer, speaks, terminal, write_piece
 from pqk.generation.continuation import Continuation, Pace, Sampling
 
+STOPPED = {"end": "; the text ended", "positions": "; it stopped at the model's last position"}
+"""what is said beside the pace of a text that stopped before it had all tokens that were asked for"""
+
 
 def generate(
     folder: Path, prompt: str, sampling: Sampling, *, chat: bool, threads: int, as_json: bool
@@ -29,5 +32,5 @@ def pace_text(pace: Pace) -> str:
     """What a text took, in one line."""
     return (
         f"{pace.tokens} tokens after a prompt of {pace.prompt}: the first after {pace.first_ms:.3g} ms, "
-        f"then {pace.per_second:.4g} tokens a second"
+        f"then {pace.per_second:.4g} tokens a second{STOPPED.get(pace.stopped or '', '')}"
     )

@@ -10,8 +10,9 @@ from typing import Any
 
 from pqk.cli import views as describe
 from pqk.cli.console import CommandAnswer, clock, listed, table
+from pqk.core.onnxruntime_session import PAST, PRESENT, Continuing, session
 from pqk.core.run_folder import RunFolder, scope_of
-from pqk.deploy.artifact import MANIFEST, Artifact
+from pqk.deploy.artifact import MANIFEST, MODEL, Artifact
 from pqk.documents import parse_json, read_bytes
 from pqk.errors import InputError
 from pqk.files import read_sealed
@@ -156,9 +157,25 @@ def _inspect_artifact(artifact: Artifact) -> CommandAnswer:
         f"(teacher {metric_text(report.metric, report.metric.teacher if report.metric else None)}), "
         f"{report.size_bytes / 1e3:.0f} kB, for {manifest['target']}, seed {manifest['seed']}",
         f"inputs and outputs: {'; '.join(ports)}",
+        *_kept_text(artifact.folder / MODEL),
         f"integer coverage {percent(report.integer_coverage)}; parity {describe.parity(report)}",
         *([f"this is a compile{OF_ANOTHER}"] if artifact.given else []),
         "every file is as it was written",
     ]
     shown = [*describe.passes_done(report), *describe.warned(describe.diagnosed(report))]
     return CommandAnswer(document, ["\n".join(head), attribution_table(report), *shown])
+
+
+def _kept_text(path: Path) -> list[str]:
+    """What a file that continues texts takes, and gives, beside the inputs and outputs of its artifact: a line."""
+    run = session(path) if path.is_file() else None
+    if not isinstance(run, Continuing):
+        return []
+    shown = {i.name for i in run.get_inputs()}
+    kept = [i for i in run.inner.get_inputs() if i.name.startswith(PAST)]
+    others = [f"{i.name} {i.shape}" for i in run.inner.get_inputs() if i.name not in shown and i not in kept]
+    shapes = " or ".join(dict.fromkeys(str(i.shape) for i in kept))
+    beside = [*others, f"{kept[0].name} to {kept[-1].name} float32 {shapes}"]
+    return [
+        f"{path.name} takes {' and '.join(beside)}, too, and gives {PRESENT}*: pqk generate continues texts with it"
+    ]

@@ -18,7 +18,7 @@ from pqk.knowledge.sources import SOURCES
 from pqk.passes import PASSES
 from pqk.recipe.strict import documentation
 from pqk.report.schema import LatencyRow, Report
-from pqk.report.text import NOT_COMPARED, percent
+from pqk.report.text import NOT_COMPARED, metric_text, percent
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
@@ -130,7 +130,6 @@ def default_text(value: Any) -> str:
 
 def passes_done(report: Report) -> list[RenderableType]:
     """What each pass of a compile did, and what it left alone."""
-    metric = report.metric.unit if report.metric else ""
     rows = [
         [
             scope_of(r.index, r.pass_name),
@@ -138,8 +137,8 @@ def passes_done(report: Report) -> list[RenderableType]:
             clock(r.seconds),
             f"{r.parameters / 1e3:.0f} k",
             f"{r.macs / 1e6:.1f} M",
-            percent(r.metric) if metric == "share" else r.metric,
-            "; ".join(f"{k}: {listed(v)}" for k, v in r.details.items()),
+            metric_text(report.metric, r.metric),
+            "; ".join(f"{k}: {listed(v)}" for k, v in r.details.items() if v not in ([], {}, ())),
         ]
         for r in report.passes
     ]

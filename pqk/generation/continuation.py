@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,10 @@ from pydantic import Field
 
 from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT, Continuing, session
 from pqk.deploy.artifact import MODEL, Artifact
-from pqk.errors import InputError, first_line
+from pqk.errors import InputError
 from pqk.files import read_json
 from pqk.models.decoder_files import CONFIG, GENERATION
-from pqk.models.hub import quietly
+from pqk.models.hub import quietly, read_tokenizer
 from pqk.settings import settings
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -58,6 +58,8 @@ class Pace:
     """from the prompt to the first token"""
     per_second: float = 0.0
     """tokens a second after the first"""
+    stopped: Literal["end", "max_tokens", "positions"] | None = None
+    """what it stopped at: the token that ends texts, as many tokens as asked for, or the model's last position"""
 
 
 class Continuation:
@@ -89,13 +91,7 @@ class Continuation:
         ends = said.get("eos_token_id", config.get("eos_token_id"))
         self.ends: frozenset[int] = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self.longest: int = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
-        with quietly() as transformers:
-            try:
-                self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                    self.folder, local_files_only=True, trust_remote_code=False
-                )
-            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-                raise InputError(f"{self.folder} has no readable tokenizer: {first_line(error)}") from error
+        self.tokenizer: Any = read_tokenizer(self.folder, "generate")
 
     def tokens_of(self, prompt: str, chat: bool = False) -> list[int]:
         """The tokens of a prompt; `chat`: of a user's message in the tokenizer's template, ready for the answer.
@@ -133,8 +129,10 @@ class Continuation:
             self.pace.tokens, self.pace.first_ms = count, (first - start) * 1e3
             self.pace.per_second = (count - 1) / (now - first) if count > 1 else 0.0
             if new[0] in self.ends:
+                self.pace.stopped = "end"
                 return
             yield new[0]
+        self.pace.stopped = "max_tokens" if self.pace.tokens == chosen.max_tokens else "positions"
 
     def _step(
         self, new: Sequence[int], kept: dict[str, NDArray[Any]], total: int

@@ -18,6 +18,7 @@ from pqk.deploy.token_operators import ATTENTION, ROTARY, with_token_operators
 from pqk.errors import InputError
 from pqk.models.decoder import Decoder, decoder
 from pqk.models.decoder_files import DecoderFiles
+from pqk.models.language import language_task
 from pqk.passes.capture.capture import capture
 
 transformers = pytest.importorskip("transformers")
@@ -145,31 +146,41 @@ def test_a_family_that_computes_attention_by_itself_is_refused() -> None:
         Decoder(model)
 
 
-@pytest.mark.parametrize("broken", ["tokenizer", "pickle", "encoder", "nothing"])
-def test_a_directory_that_is_no_decoder_is_refused(tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("pickle", "only, which can run code"),
+        ("encoder", "which is no causal model"),
+        ("nothing", "no config.json"),
+        ("width", r"is \[\d+, 32\] in the file, and \[\d+, 64\] after its config.json"),
+    ],
+)
+def test_a_directory_that_is_no_decoder_is_refused(tmp_path: Path, broken: str, words: str) -> None:
     folder = tmp_path / "model"
     if broken != "nothing":
         tiny.directory(folder)
-    words = {
-        "tokenizer": "belongs to another model",
-        "pickle": "only, which can run code",
-        "encoder": "which is no causal model",
-        "nothing": "no config.json",
-    }[broken]
+    config = folder / "config.json"
     if broken == "pickle":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     if broken == "encoder":
-        config = folder / "config.json"
         config.write_text(config.read_text().replace('"llama"', '"bert"').replace("LlamaForCausalLM", "BertModel"))
-    if broken == "tokenizer":
-        from pqk.models.language import language_task
-
-        tiny.directory(folder, vocab_size=900)
-        with pytest.raises(InputError, match=words):
-            language_task(directory=folder, train=None, evaluation={"text": ["a"]}, validation={"text": ["a"]})
-        return
+    if broken == "width":
+        config.write_text(config.read_text().replace(f'"hidden_size": {tiny.WIDTH}', '"hidden_size": 64'))
     with pytest.raises(InputError, match=words):
         decoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "kept", "words"), [(900, True, "belongs to another model"), (None, False, "none of tokenizer.json")]
+)
+def test_a_tokenizer_that_is_missing_or_another_models_is_refused(
+    tmp_path: Path, vocabulary: int | None, kept: bool, words: str
+) -> None:
+    folder = tiny.directory(tmp_path / "model", **({} if vocabulary is None else {"vocab_size": vocabulary}))
+    if not kept:
+        (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=words):
+        language_task(directory=folder, train=None, evaluation={"text": ["a"]}, validation={"text": ["a"]})
 
 
 def test_a_configuration_says_the_hidden_units_by_its_own_name(tmp_path: Path) -> None:

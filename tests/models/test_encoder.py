@@ -155,7 +155,7 @@ def pools(mode: str, other: str, folder: Path) -> None:
         ("SequenceClassification", {"model_type": "gpt2"}, {}, "a gpt2 .*not a bidirectional text encoder"),
         ("SequenceClassification", {"model_type": "t5"}, {}, "an encoder and a decoder"),
         ("SequenceClassification", {"model_type": "nothing"}, {}, "no readable config.json"),
-        ("SequenceClassification", {"hidden_size": 32}, {}, "cannot be loaded as classification"),
+        ("SequenceClassification", {"hidden_size": 32}, {}, r"is \[16\] in the file, and \[32\] after its config.json"),
         ("SequenceClassification", {"problem_type": "multi_label_classification"}, {}, "several labels to a text"),
         (
             "Model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,10 @@ def test_pqk_continues_a_text(artifact: Artifact) -> None:
     assert model.pace.prompt == len(PROMPT) + 1
     assert model.pace.tokens <= 12
     assert model.pace.first_ms > 0
+    given = model.tokens_of(PROMPT)
+    for most, stopped in ((1, {"max_tokens", "end"}), (900, {"positions", "end"})):
+        list(model.tokens(given, Sampling(max_tokens=most)))
+        assert model.pace.stopped in stopped
     drawn = {"".join(model.stream(PROMPT, Sampling(max_tokens=12, temperature=3.0, seed=s))) for s in range(3)}
     assert len(drawn) == 3
 
@@ -135,6 +140,10 @@ def test_the_command_shows_the_text_and_what_it_took(artifact: Artifact, capsys:
     shown = capsys.readouterr()
     assert shown.out.startswith(PROMPT)
     assert "tokens after a prompt of 10" in shown.err
+    assert cli.run(["generate", str(artifact.folder), PROMPT, "--max-tokens", "900"]) == 0
+    assert re.search("; (the text ended|it stopped at the model's last\\s+position)$", capsys.readouterr().err.strip())
+    assert cli.run(["inspect", str(artifact.folder)]) == 0
+    assert "past_key_values.0.key to past_key_values.1.value float32" in capsys.readouterr().out
     assert cli.run(["generate", str(artifact.folder), PROMPT, "--max-tokens", "5", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["prompt"] == 10

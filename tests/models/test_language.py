@@ -57,6 +57,15 @@ def test_rows_keep_their_prompts_in_another_order() -> None:
             assert ids[: len(tokens[row])].tolist() == tokens[row]
 
 
+def test_texts_that_are_cut_are_counted(folder: Path) -> None:
+    assert task(folder).notes == task(folder, max_length=10**6).notes == ()
+    short = task(folder, max_length=9).notes
+    assert "6 of 6 training texts end after 9 tokens (max_length)" in short
+    long = {"text": ["a " * 300, "by"]}
+    (note,) = (n for n in task(folder, train=long).notes if "train" in n)
+    assert note == "1 of 2 training texts end after 64 tokens (the model's positions; max_length=512)"
+
+
 def test_a_part_of_the_data_still_knows_what_is_learned() -> None:
     data = next_tokens([Text([1, 5, 6, 7], 2), Text([1, 8, 9], 1), Text([1, 3, 4], 2)], 1, pad=0)
     found = {
