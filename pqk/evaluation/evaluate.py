@@ -19,13 +19,16 @@ from pqk.core.run_folder import scope_of
 from pqk.data.augmentation import why_not_augmented
 from pqk.deploy.torch_emitter import load_like
 from pqk.evaluation.diagnostics import Judged, diagnose
-from pqk.evaluation.latency_rows import time_variants
+from pqk.evaluation.latency_rows import ENDS, time_variants
 from pqk.evaluation.profile import profile
-from pqk.evaluation.rows import Subject
+from pqk.evaluation.rows import OnnxFile, Subject, Variant
 from pqk.evaluation.settings import Evaluation
 from pqk.evaluation.table import NEURAL_COMPRESSOR, TRITON, variants_of, with_optimized_teacher
+from pqk.evaluation.texts import continued_texts
 from pqk.passes import Quantize
-from pqk.report.schema import TITLES, Conditions, Fusion, MetricValues, Parity, Report
+from pqk.report.schema import LEAST_AGREEMENT, TITLES, Conditions, Fusion, MetricValues, Parity, Report
+from pqk.report.text import percent
+from pqk.report.texts import ContinuedTexts
 from pqk.target.machine import machine_fingerprint, peak_memory
 from pqk.task.task import Task
 from pqk.verify.fused_parity import check_fused_parity
@@ -70,6 +73,7 @@ def evaluate(
     judged = [_entitled(variant.judge(subject, latency), passes, tool) for variant in variants]
     by_variant = {j.row.variant: j for j in judged if j.row.runtime != NEURAL_COMPRESSOR}
     student, teacher = by_variant["student"].row, by_variant["teacher_fp32"].row
+    texts = _texts(variants, subject)
     seconds = {scope_of(r.index, r.pass_name): r.seconds for r in program.records}
     return Report(
         metric=MetricValues(
@@ -94,6 +98,7 @@ def evaluate(
         passes=program.records,
         diagnostics=diagnose(task, by_variant, sum(seconds.values())),
         layer_times=profile(variants, subject),
+        texts=texts,
         notes=(
             *task.notes,
             *_by_tool(tool),
@@ -102,8 +107,32 @@ def evaluate(
             *_uncounted(subject),
             *optimized,
             *notes,
+            *_otherwise_at_once(texts),
         ),
     )
+
+
+def _texts(variants: Sequence[Variant], subject: Subject) -> ContinuedTexts | None:
+    """The report's part on texts that are continued; None where the student's runtime or its task does not."""
+    task, settings = subject.task, subject.settings
+    files = {v.name: v.path for v in variants if isinstance(v, OnnxFile)}
+    if not task.generates or not settings.texts or not {*ENDS} <= files.keys():
+        return None
+    timed, optimized = subject.why_not_timed is None, subject.why_not_measured is None
+    teacher, student = (files[name] for name in ENDS)
+    return continued_texts(
+        teacher, student, task, settings.texts, threads=settings.threads, timed=timed, optimized=optimized
+    )
+
+
+def _otherwise_at_once(texts: ContinuedTexts | None) -> Iterator[str]:
+    """What the report says of a student whose tokens depend on how many are read at once."""
+    if texts is not None and texts.as_whole < LEAST_AGREEMENT:
+        yield (
+            f"of the tokens that the student chose one by one, it chooses {percent(texts.as_whole)} where their text "
+            'is read at once: activations = "dynamic" takes one range for all that is read together, "static" and '
+            '"blockwise" do not'
+        )
 
 
 def _unaugmented(task: Task) -> Iterator[str]:

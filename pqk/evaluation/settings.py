@@ -22,7 +22,8 @@ class Evaluation:
     """What to measure of a finished student, beside what, and how long. The default is that of every committed result.
 
     Raises:
-        InputError: a control, baseline or runtime is unknown, or a batch or a number of threads is below 1.
+        InputError: a control, baseline or runtime is unknown, a batch or a number of threads is below 1, or one of
+            texts is negative.
     """
 
     rehearsal: bool = True
@@ -44,6 +45,8 @@ class Evaluation:
     """how long contenders are measured in turn"""
     threads: int = THREADS
     """intra-op threads of every runtime"""
+    texts: int = 32
+    """prompts of evaluation data that teacher and student continue, where they continue texts"""
     batches: tuple[int, ...] = (1, 32)
     """batch sizes that the table's networks are timed at; the first is the one that the table shows"""
 
@@ -53,6 +56,8 @@ class Evaluation:
                 f"evaluation: timing has {self.timing.rounds} rounds; an interval needs at least {FEWEST_ROUNDS}, or "
                 "say latency=False"
             )
+        if self.texts < 0:
+            raise InputError(f"evaluation: texts={self.texts} must be 0 or more")
         if self.threads < 1 or not self.batches or min(self.batches) < 1:
             raise InputError(f"evaluation: threads={self.threads} and batches={self.batches} must be 1 or more")
 
@@ -64,7 +69,9 @@ class Evaluation:
     @staticmethod
     def quick() -> Evaluation:
         """Accuracy, parity, coverage and size of teacher and student, and times that mean little: in seconds."""
-        return Evaluation(baselines=(), runtimes=(), steps_between=False, layer_times=False, timing=QUICK, batches=(1,))
+        return Evaluation(
+            baselines=(), runtimes=(), steps_between=False, layer_times=False, timing=QUICK, texts=4, batches=(1,)
+        )
 
     @staticmethod
     def named(name: str) -> Evaluation:

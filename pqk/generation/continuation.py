@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT, Continuing, session
+from pqk.core.onnxruntime_session import Continuing, session
+from pqk.core.steps import Steps
 from pqk.deploy.artifact import MODEL, Artifact
 from pqk.errors import InputError
-from pqk.files import read_json
-from pqk.models.decoder_files import CONFIG, GENERATION
+from pqk.generation.greedy import Limits
 from pqk.models.hub import quietly, read_tokenizer
 from pqk.settings import settings
 
@@ -81,16 +81,8 @@ class Continuation:
             raise InputError(
                 f"{self.folder} continues no texts: its {MODEL} takes nothing that is kept of tokens before"
             )
-        self._run, self.pace = run.inner, Pace()
-        pasts = [i for i in self._run.get_inputs() if i.name.startswith(PAST)]
-        self._empty = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in pasts}
-        self._outputs = [o.name for o in self._run.get_outputs()]
-        self._placed = any(i.name == PLACES for i in self._run.get_inputs())
-        config = read_json(self.folder / CONFIG)
-        said = read_json(self.folder / GENERATION) if (self.folder / GENERATION).is_file() else config
-        ends = said.get("eos_token_id", config.get("eos_token_id"))
-        self.ends: frozenset[int] = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        self.longest: int = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
+        self._steps, self.pace = Steps(run), Pace()
+        self.limits = Limits.of(self.folder)
         self.tokenizer: Any = read_tokenizer(self.folder, "generate")
 
     def tokens_of(self, prompt: str, chat: bool = False) -> list[int]:
@@ -116,34 +108,25 @@ class Continuation:
         Raises `InputError` for a prompt that fills all positions.
         """
         chosen, start = sampling or Sampling(), time.perf_counter()
-        if len(prompt) >= self.longest:
-            raise InputError(f"generate: the prompt has {len(prompt)} tokens and the model {self.longest} positions")
+        longest = self.limits.longest
+        if len(prompt) >= longest:
+            raise InputError(f"generate: the prompt has {len(prompt)} tokens and the model {longest} positions")
         self.pace = Pace(prompt=len(prompt))
-        draws, new, kept, total, first = np.random.default_rng(chosen.seed), list(prompt), self._empty, 0, start
-        for count in range(1, min(chosen.max_tokens, self.longest - len(prompt)) + 1):
+        draws, new, total, first = np.random.default_rng(chosen.seed), list(prompt), 0, start
+        kept = self._steps.empty
+        for count in range(1, min(chosen.max_tokens, longest - len(prompt)) + 1):
             total += len(new)
-            scores, kept = self._step(new, kept, total)
-            new = [choose(scores, chosen, draws)]
+            scores, kept = self._steps(new, kept, total)
+            new = [choose(scores[-1], chosen, draws)]
             now = time.perf_counter()
             first = now if count == 1 else first
             self.pace.tokens, self.pace.first_ms = count, (first - start) * 1e3
             self.pace.per_second = (count - 1) / (now - first) if count > 1 else 0.0
-            if new[0] in self.ends:
+            if new[0] in self.limits.ends:
                 self.pace.stopped = "end"
                 return
             yield new[0]
         self.pace.stopped = "max_tokens" if self.pace.tokens == chosen.max_tokens else "positions"
-
-    def _step(
-        self, new: Sequence[int], kept: dict[str, NDArray[Any]], total: int
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
-        """Scores [V] of what follows the `new` tokens, of `total`, and what is kept of all."""
-        feeds = {IDS: np.array([new]), MASK: np.ones((1, total), np.int64), **kept}
-        if self._placed:
-            feeds[PLACES] = np.arange(total - len(new), total)[None]
-        found = dict(zip(self._outputs, self._run.run(None, feeds), strict=True))
-        scores = next(value for name, value in found.items() if not name.startswith(PRESENT))
-        return scores[0, -1], {name: found[PRESENT + name.removeprefix(PAST)] for name in kept}
 
     def stream(self, prompt: str, sampling: Sampling | None = None, *, chat: bool = False) -> Iterator[str]:
         """The text that follows `prompt`, piece by piece, each of whole characters. Raises as `tokens` does."""

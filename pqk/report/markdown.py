@@ -33,6 +33,7 @@ from pqk.report.text import (
     reasons_of,
     robustness_note,
     robustness_rows,
+    texts_text,
     value_text,
 )
 
@@ -51,7 +52,8 @@ def to_markdown(report: Report) -> str:
         markdown_table(ATTRIBUTION_HEADER, [attribution_cells(report, row) for row in report.attribution]),
         *missing_numbers(report),
         *([] if report.promise is None else promise_section(report.promise, report)),
-        *cascade_section(report),
+        *lines_section("The cascade", cascade_text(report)),
+        *lines_section("Texts", texts_text(report)),
         "## Latency",
         latency_section(report),
         "## Parity",
@@ -74,10 +76,9 @@ def missing_numbers(report: Report) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def cascade_section(report: Report) -> list[str]:
-    """Who answers how much of a cascade; nothing where the student answers everything."""
-    lines = cascade_text(report).splitlines()
-    return ["## The cascade", "\n".join(f"- {line}" for line in lines)] if lines else []
+def lines_section(title: str, text: str) -> list[str]:
+    """A bullet for every line under a title; nothing where there is none."""
+    return [f"## {title}", "\n".join(f"- {line}" for line in text.splitlines())] if text else []
 
 
 def promise_section(promise: Promise, report: Report) -> list[str]:

@@ -21,6 +21,7 @@ from pqk.report.cascade import CascadeResult
 from pqk.report.diagnostics import ControlVariant, Diagnostics
 from pqk.report.layer_times import LayerTimes
 from pqk.report.promise import Promise
+from pqk.report.texts import ContinuedTexts
 
 SCHEMA_PATH = Path(__file__).with_name("report.schema.json")
 
@@ -145,7 +146,10 @@ class Parity(Part):
     passed: bool
     layers: tuple[LayerParity, ...]
     agreement: Share | None
-    """share of evaluation samples with the same decision, fake-quant graph and what is deployed"""
+    """share of evaluation samples with the same decision, fake-quant graph and what is deployed; of texts, of tokens"""
+    own_agreement: Share | None = None
+    """share of tokens that the runtime decides as itself where it reads a text at once and one by one, which bounds
+    what can be asked of `agreement`; null where that is not needed"""
     metric_delta: float | None
     """the metric of what is deployed less the fake-quant graph's"""
     first_divergence: str | None
@@ -274,6 +278,8 @@ class Report(Part):
     """null where no contract was given"""
     cascade: CascadeResult | None = None
     """null where the student answers everything"""
+    texts: ContinuedTexts | None = None
+    """null where the student continues none, or they were not asked for"""
     layer_times: LayerTimes | None = None
     """null where they were not measured, as in reports of earlier versions"""
     notes: tuple[str, ...] = ()

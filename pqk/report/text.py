@@ -178,6 +178,38 @@ def cascade_text(report: Report) -> str:
     return "\n".join([*lines, f"both files together {made.size_bytes / 1e6:.2f} MB"])
 
 
+def texts_text(report: Report) -> str:
+    """Where the student's texts leave the teacher's, and how fast they come, in lines; "" where it continues none."""
+    made = report.texts
+    if made is None:
+        return ""
+    least, low, middle, high, most = (int(n) for n in quantiles(made.alike))
+    lines = [
+        f"{made.texts} prompts of at most {made.prompt_tokens} tokens of evaluation data, continued by at most "
+        f"{made.tokens} likeliest tokens: {percent(made.equal)} of the texts are the teacher's; the tokens before the "
+        f"first other one are {least} to {most}, median {middle}, quartiles {low} and {high}",
+        f"step by step the student chooses {percent(made.as_whole)} of the tokens that it chooses where the text is "
+        f"read at once; scores differ by {made.whole_difference:.2g} of the largest, at most",
+        f"of four tokens in a row {percent(made.student_repeated)} had stood in the same text before, of the teacher's "
+        f"{percent(made.teacher_repeated)}",
+    ]
+    if made.ratio is not None:
+        lines.append(
+            f"{made.student_per_second:.4g} tokens a second after the first, {made.ratio:.2f}x the teacher's "
+            f"{made.teacher_per_second:.4g} ({made.ratio_low:.2f} to {made.ratio_high:.2f}, texts in turn)"
+        )
+    if made.student_first_ms is not None:
+        lines.append(f"{made.student_first_ms:.3g} ms to the first token, teacher {made.teacher_first_ms:.3g} ms")
+    kept = made.student_kept_bytes, made.teacher_kept_bytes
+    return "\n".join([*lines, f"{kept[0] / 1e3:.4g} kB are kept of a token, of the teacher's {kept[1] / 1e3:.4g} kB"])
+
+
+def quantiles(values: Sequence[int]) -> tuple[float, ...]:
+    """The least, the quartiles and the largest."""
+    ordered = sorted(values)
+    return tuple(ordered[round(share * (len(ordered) - 1))] for share in (0, 0.25, 0.5, 0.75, 1))
+
+
 def promise_text(promise: Promise, *, share: bool) -> str:
     """What was promised, whether it holds, and what ships, in lines."""
     kept = "kept" if promise.kept else "not kept"
@@ -318,7 +350,9 @@ def parity_text(parity: Parity, *, share: bool) -> str:
         return NOT_COMPARED
     delta = difference_text(parity.metric_delta, share=share, signed=True)
     alike = f"{percent(parity.agreement)} of {parity.samples} samples decided alike, metric differs by {delta}"
-    return f"{deployed_form(parity)}: {alike}"
+    own = percent(parity.own_agreement)
+    itself = "" if parity.own_agreement is None else f"; the runtime decides {own} as itself, read one by one"
+    return f"{deployed_form(parity)}: {alike}{itself}"
 
 
 def conditions_of(report: Report) -> list[str]:

@@ -1,4 +1,4 @@
-"""Interpreters of the INT8 graph that record its integers and find exact ties."""
+"""Interpreters of the fake-quant graph and of the INT8 graph: exact products, recorded integers, exact ties."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pqk.core.aten import DEQUANTIZE, NBITS, QUANTIZE, QUANTIZERS
-from pqk.core.graph import operand
+from pqk.core.graph import attribute, operand
+from pqk.quant.block_fake_quant import BlockFakeQuant
 from pqk.quant.qparams import per_axis
 
+aten = torch.ops.aten
 TIE = 1e-9
 """how near to a half a float64 quotient must be to be one: well above its rounding, well below float32's"""
 REQUANTIZED = 4 * 2.0**-24
@@ -34,6 +36,21 @@ class Recorder(fx.Interpreter):
         if n.target in QUANTIZERS:
             self.integers[n] = (result,) if n.target is QUANTIZE else tuple(result)
         return result
+
+
+class RoundedOnce(fx.Interpreter):
+    """Runs a fake-quant graph with the products of linear layers in blocks in float64, rounded once, as the INT8 graph.
+
+    The next layer rounds what they give, and a sum of floats falls on the other side of a half more often.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        source = operand(n) if n.target is aten.linear.default else n
+        rounds = source.op == "call_module" and isinstance(attribute(self.module, str(source.target)), BlockFakeQuant)
+        if source is n or not rounds:
+            return super().run_node(n)
+        x, weight, bias = (*self.fetch_args_kwargs_from_env(n)[0], None)[:3]
+        return nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
 
 
 class Ties(fx.Interpreter):

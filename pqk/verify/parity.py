@@ -7,12 +7,14 @@ differs is right, too, where it is the one of exact arithmetic, found in float64
 a sum the other way, the runtime adds up integers. (A share alone does not tell that from an error: of the 320 outputs
 of a small layer, one is 0.3 %.) What is a half before rounding, or nearer to one than one rounding of the quotient, is
 left out of the exact share. End to end, decisions agree on 99.5 % of the samples and the metric within 0.1 points, but
-never finer than one sample. The first layer that breaks the contract is named, with its numbers.
+never finer than one sample; where a runtime disagrees with itself, reading a text at once and token by token, twice as
+often is allowed (`own_agreement`). The first layer that breaks the contract is named, with its numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from pqk.deploy.qdq import AccumulatorTwin, Array, Layer, QdqFile
 from pqk.errors import InputError
 from pqk.report.schema import LayerParity, Parity
 from pqk.task.task import Task
-from pqk.verify.interpreters import Recorder, Ties
+from pqk.verify.interpreters import Recorder, RoundedOnce, Ties
+from pqk.verify.own_agreement import own_agreement
 from pqk.verify.verdict import EXACT_SHARE, MAX_LSB, RELATIVE, compare_ends, verdict
 
 
@@ -52,7 +55,9 @@ def check_parity(
     layers = check_layers_of(int8_graph, onnx_path, task, inputs, optimized=optimized)
     with torch.inference_mode():
         deployed = OnnxModel(onnx_path, fake_quant(*task.example), optimized=optimized)
-    ends = compare_ends(fake_quant, deployed, task, samples=samples)
+    assert isinstance(fake_quant, fx.GraphModule)
+    itself = partial(own_agreement, onnx_path, task, optimized=optimized)
+    ends = compare_ends(RoundedOnce(fake_quant).run, deployed, task, samples=samples, itself=itself)
     return verdict(layers, ends, "optimized" if optimized else "unoptimized")
 
 

@@ -19,10 +19,12 @@ from pqk.cli import app as cli
 from pqk.deploy.artifact import Artifact
 from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
+from pqk.evaluation.texts import continued_texts
 from pqk.generation.continuation import Continuation, Sampling, choose
 from pqk.models.decoder import decoder
 from pqk.models.language import language_task
 from pqk.recipe.recipe import Recipe
+from pqk.report.text import texts_text
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -89,6 +91,29 @@ def test_configurations_say_what_the_student_is(artifact: Artifact, teacher: Pat
     decoding = genai["decoder"]
     assert (decoding["num_hidden_layers"], decoding["num_key_value_heads"], decoding["head_size"]) == (2, 2, 8)
     assert json.loads((artifact.folder / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_the_report_says_where_texts_part(artifact: Artifact) -> None:
+    made = artifact.report.texts
+    assert made is not None and made.texts == len(made.alike) == 4
+    assert max(made.alike) <= made.tokens
+    assert made.student_kept_bytes == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
+    assert made.teacher_per_second and made.student_per_second and made.ratio
+    page = (artifact.folder / "report.md").read_text()
+    assert "## Texts" in page and "256 B are kept of a token" in page.replace("0.256 kB", "256 B")
+    assert made.as_whole > 0.97
+
+
+def test_texts_of_one_file_are_the_same(artifact: Artifact, teacher: Path) -> None:
+    """A file beside itself: every token alike, and the data's own prompts are what is continued."""
+    rows = {"prompt": ["a dog", "the cat ran by"], "completion": ["ran", "too"]}
+    task = language_task(directory=teacher, train=None, evaluation=rows, validation=rows)
+    path = artifact.folder / "model.onnx"
+    made = continued_texts(path, path, task, 8, threads=1, timed=False)
+    assert made is not None and made.texts == 2 and made.equal == 1.0
+    assert made.prompt_tokens == len("the cat ran by") + 1
+    assert made.ratio is None and made.teacher_repeated == made.student_repeated
+    assert texts_text(artifact.report.model_copy(update={"texts": made})).count("\n") == 3
 
 
 def test_pqk_continues_a_text(artifact: Artifact) -> None:

@@ -1,5 +1,6 @@
 """The parity contract on a hand-made pair: a torch graph and a QDQ file of conv, sum, pool and linear."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,6 +240,33 @@ def test_a_float_decision_is_refused(tmp_path: Path) -> None:
 )
 def test_tolerances_end_to_end(agreement: float, delta: float | None, samples: int, kept: bool) -> None:
     assert (why_not_at_the_ends(agreement, delta, 1.0, samples, samples) is None) is kept
+
+
+@pytest.mark.parametrize(
+    ("agreement", "own", "kept"),
+    [(0.99, 0.995, True), (0.9899, 0.995, False), (0.995, 1.0, True), (0.5, 0.8, False)],
+)
+def test_others_may_disagree_with_a_runtime_twice_as_often_as_itself(agreement: float, own: float, kept: bool) -> None:
+    """And as often as the contract allows in any case."""
+    reason = why_not_at_the_ends(agreement, 0.0, 1.0, 10_000, 10_000, own)
+    assert (reason is None) is kept
+    assert kept or f"agrees with itself on {100 * own:.2f} %" in str(reason)
+
+
+def test_decisions_without_a_label_are_not_counted() -> None:
+    """Padding, of which networks always decide alike, does not hide what differs."""
+    x = torch.arange(12.0).reshape(2, 6, 1)
+    targets = torch.tensor([[0, 1, -100, -100, -100, -100], [1, 0, 1, -100, -100, -100]])
+    task = Task(None, [(x, targets)], [(x, targets)], decision=lambda y: y.argmax(-1), class_axis=2)
+    wrong = torch.tensor([[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+
+    def says(flipped: torch.Tensor) -> Callable[..., torch.Tensor]:
+        return lambda x: torch.stack([1.0 - flipped, flipped.float()], -1)
+
+    found = compare_ends(says(torch.zeros(2, 6)), says(wrong), task, samples=None, itself=lambda: 0.9)
+    assert found["agreement"] == 0.8  # of five with a label
+    assert found["own_agreement"] == 0.9 and found["divergence"] is None
+    assert "own_agreement" not in compare_ends(says(wrong), says(wrong), task, samples=None, itself=lambda: 0.9)
 
 
 def test_an_onnx_model_answers_in_the_structure_of_its_module(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from string import Template
 from pqk.report.html.drawing import why_not_drawn
 from pqk.report.html.elements import Markup, bullets, element, escape, joined, paragraph, section
 from pqk.report.html.evidence import by_class, conditions, distillation, latencies, layers, parity
-from pqk.report.html.verdict import cascade, front, headline, lead, numbers, promise, tried
+from pqk.report.html.verdict import cascade, front, headline, lead, numbers, promise, texts, tried
 from pqk.report.schema import Report
 
 __all__ = ["to_html", "why_not_drawn"]
@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 SECTIONS = {
     "promise": ("The promise", promise),
     "cascade": ("The cascade", cascade),
+    "texts": ("Texts", texts),
     "front": ("Metric against speed", front),
     "layers": ("Where the time goes", layers),
     "parity": ("Parity and coverage", parity),

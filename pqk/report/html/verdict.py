@@ -20,6 +20,7 @@ from pqk.report.text import (
     percent,
     reasons_of,
     scaled,
+    texts_text,
     value_text,
 )
 
@@ -135,7 +136,16 @@ def promise(report: Report) -> Markup:
 
 def cascade(report: Report) -> Markup:
     """Who answers how much of a cascade; nothing where the student answers everything."""
-    lines = cascade_text(report).splitlines()
+    return _sentences(cascade_text(report))
+
+
+def texts(report: Report) -> Markup:
+    """Where continued texts leave the teacher's, and how fast they come; nothing where there are none."""
+    return _sentences(texts_text(report))
+
+
+def _sentences(text: str) -> Markup:
+    lines = text.splitlines()
     return bullets([f"{line[0].upper()}{line[1:]}." for line in lines]) if lines else Markup("")
 
 

@@ -1,0 +1,56 @@
+"""The likeliest continuation of a text, token by token, and where the texts of a model end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pqk.core.steps import KeyValues
+from pqk.files import read_json
+from pqk.models.decoder_files import CONFIG, GENERATION
+
+Step = Callable[[Sequence[int], KeyValues, int], tuple[NDArray[np.float32], KeyValues]]
+"""(new tokens, what is kept, how many tokens there are with the new ones) -> scores [S, V], and what is kept of all"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where the texts of a model end."""
+
+    ends: frozenset[int] = frozenset()
+    """the tokens that end them"""
+    longest: int = 2**31
+    """positions: prompt and continuation have so many tokens at most"""
+
+    @staticmethod
+    def of(folder: Path) -> Limits:
+        """What the configuration of a directory says. Raises `InputError` where it is missing or not readable."""
+        config = read_json(folder / CONFIG)
+        said = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else config
+        ends = said.get("eos_token_id", config.get("eos_token_id"))
+        longest = config.get("max_position_embeddings") or config.get("n_positions") or Limits.longest
+        return Limits(frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]), longest)
+
+
+def likeliest(
+    step: Step, empty: KeyValues, prompt: Sequence[int], count: int, limits: Limits
+) -> tuple[list[int], NDArray[np.float32]]:
+    """The likeliest tokens after `prompt`, each after those before: up to `count`, or to the token that ends texts.
+
+    With them their scores, float32 [T, V]. `step` is a `Steps`, or runs one, and `empty` what it begins with.
+    """
+    found: list[int] = []
+    rows: list[NDArray[np.float32]] = []
+    new, kept, total = list(prompt), empty, 0
+    most = min(count, limits.longest - len(prompt))
+    while len(found) < most and not (found and found[-1] in limits.ends):
+        total += len(new)
+        scores, kept = step(new, kept, total)
+        rows.append(scores[-1])
+        new = [int(scores[-1].argmax())]
+        found += new
+    return found, np.stack(rows)
