@@ -1,10 +1,10 @@
 """Multi-step arithmetic with worked steps: a language whose answers can be checked, and a small Llama that speaks it.
 
-    python -m pqk.models.arithmetic --out out/arithmetic --steps 1500
+    python -m pqk.models.arithmetic --out out/arithmetic --steps 1000
 
-A problem is a number and up to four operations, done from left to right and kept below 100: `47*8+9-3=` has the steps
-`47*8=76;76+9=85;85-3=82;` and the answer `82`. Its difficulty is the number of operations. Whoever works step by step
-needs 2,700 facts; whoever answers at once needs a number of them that grows ninefold with each operation.
+A problem is a digit and up to five operations, done from left to right, of whose results the last digit is kept:
+`7*8+9-3=` has the steps `7*8=6;6+9=5;5-3=2;` and the answer `2`. Its difficulty is the number of operations. Whoever
+works step by step needs 270 facts; whoever answers at once needs 27 times as many with each further operation.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pqk.models.hub import quietly
 
 log = logging.getLogger(__name__)
 
-MODULUS = 100
+MODULUS = 10
 SYMBOLS = "+-*"
 LETTERS = "0123456789+-*=;:?!"
 SPECIAL = ("<pad>", "<s>", "</s>")
-HARDEST = 4
+HARDEST = 5
 WORKED, ANSWERED = "!", "?"
 """what a prompt begins with: steps are to come before the answer, or the answer at once"""
 
@@ -51,37 +51,44 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """As it is asked: `47*8+9=`."""
+        """As it is asked: `7*8+9=`."""
         return f"{self.first}{''.join(f'{symbol}{n}' for symbol, n in self.operations)}="
 
     @property
     def steps(self) -> str:
-        """Its worked steps: `47*8=76;76+9=85;`."""
-        value, written = self.first, []
+        """Its worked steps: `7*8=6;6+9=5;`."""
+        before = [self.first, *self.values]
+        lines = zip(before, self.operations, self.values, strict=False)
+        return "".join(f"{value}{symbol}{n}={after};" for value, (symbol, n), after in lines)
+
+    @property
+    def values(self) -> list[int]:
+        """What comes out after each operation."""
+        found = [self.first]
         for symbol, n in self.operations:
-            after = applied(value, symbol, n)
-            written.append(f"{value}{symbol}{n}={after};")
-            value = after
-        return "".join(written)
+            found.append(applied(found[-1], symbol, n))
+        return found[1:]
+
+    @property
+    def short_steps(self) -> str:
+        """What comes out after each operation, without the operation: `6;5;`."""
+        return "".join(f"{value};" for value in self.values)
 
     @property
     def answer(self) -> str:
         """What comes out."""
-        value = self.first
-        for symbol, n in self.operations:
-            value = applied(value, symbol, n)
-        return str(value)
+        return str(self.values[-1])
 
 
 def applied(value: int, symbol: str, n: int) -> int:
-    """`value` after one operation, from 0 to 99."""
+    """`value` after one operation, from 0 to 9."""
     return {"+": value + n, "-": value - n, "*": value * n}[symbol] % MODULUS
 
 
 def problems(count: int, difficulties: Sequence[int], seed: int) -> list[Problem]:
     """Random problems, each difficulty as often as the others, none twice where there are enough.
 
-    Raises `InputError` for a difficulty that is not from 1 to 4.
+    Raises `InputError` for a difficulty that is not from 1 to 5.
     """
     if any(not 1 <= d <= HARDEST for d in difficulties) or not difficulties:
         raise InputError(f"arithmetic: difficulties {[*difficulties]} must be from 1 to {HARDEST}")
@@ -154,10 +161,10 @@ def reasoner(layers: int, width: int, seed: int = 0) -> Any:
 
 
 def train(model: Any, steps: int, seed: int = 0, batch: int = 64, rate: float = 2e-3) -> dict[str, float]:
-    """Trains a model on fresh problems of all difficulties, three in four with steps.
+    """Trains a model on fresh problems, of each difficulty three in four with steps.
 
-    AdamW, 200 steps of warm-up and a cosine to 0. Returns the mean loss of the last 100 steps, in nats per learned
-    token, and the seconds.
+    AdamW, a tenth of the steps as warm-up and a cosine to 0. Returns the mean loss of the last 100 steps, in nats per
+    learned token, and the seconds.
     """
     tokenizer, start, losses = letters(), time.monotonic(), list[float]()
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -166,7 +173,7 @@ def train(model: Any, steps: int, seed: int = 0, batch: int = 64, rate: float = 
         of = problems(batch, range(1, HARDEST + 1), seed * 1_000_003 + step)
         ids, targets = _batch(tokenizer, mixed(of))
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = rate * min(1.0, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss = F.cross_entropy(model(input_ids=ids, use_cache=False).logits.transpose(1, 2), targets, ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
@@ -199,7 +206,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the directory to write")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -21,23 +21,36 @@ Parse = Callable[[str], Any]
 
 
 def step_by_step(
-    questions: Sequence[str], rationales: Sequence[str], answers: Sequence[str], weight: float = 1.0
+    questions: Sequence[str],
+    rationales: Sequence[str],
+    answers: Sequence[str],
+    weight: float = 1.0,
+    marks: tuple[str, str] = (LABEL, RATIONALE),
 ) -> Columns:
     """Two tasks, told apart by what stands before the question: to answer, and to reason.
 
     Hsieh et al., Distilling Step-by-Step, ACL Findings 2023, arXiv:2305.02301, section 3.2: the loss of the answers
     plus `weight` times that of the rationales. The weight is a share of the rows: of 0.5 every second rationale is
-    there, of 2 each is there twice. In use a question is asked with `LABEL`, and no rationale is written.
+    there, of 2 each is there twice. In use a question is asked with the first mark, and no rationale is written.
+
+    Args:
+        questions: what is asked.
+        rationales: the worked steps.
+        answers: what comes out.
+        weight: of the rationales' loss beside that of the answers.
+        marks: what stands before a question that is to be answered, and before one that is to be worked.
 
     Raises:
-        InputError: the columns differ in length, or the weight is negative.
+        InputError: the columns differ in length, the weight is negative, or the marks are the same.
     """
     _same_length(questions=questions, rationales=rationales, answers=answers)
     if weight < 0:
         raise InputError(f"rationales: weight = {weight:g} must not be negative")
-    rows = [(LABEL + q, a) for q, a in zip(questions, answers, strict=True)]
+    if marks[0] == marks[1]:
+        raise InputError(f"rationales: both tasks have the mark {marks[0]!r}, so none can be asked for")
+    rows = [(marks[0] + q, a) for q, a in zip(questions, answers, strict=True)]
     for i, (q, r) in enumerate(zip(questions, rationales, strict=True)):
-        rows += [(RATIONALE + q, r)] * (int((i + 1) * weight) - int(i * weight))
+        rows += [(marks[1] + q, r)] * (int((i + 1) * weight) - int(i * weight))
     return _columns(rows)
 
 

@@ -22,6 +22,14 @@ def test_two_tasks_with_their_weights(weight: float, count: int) -> None:
     assert weight < 1 or len(set(others)) == 10
 
 
+def test_the_two_tasks_may_have_other_marks() -> None:
+    """Those of a tokenizer that knows few letters; equal ones could not be told apart."""
+    found = step_by_step(Q[:1], R[:1], A[:1], marks=("?", "!"))
+    assert found == {"prompt": ["?q0", "!q0"], "completion": ["a0", "r0"]}
+    with pytest.raises(InputError, match="both tasks have the mark '!'"):
+        step_by_step(Q, R, A, marks=("!", "!"))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
 def test_a_share_is_long(share: float) -> None:
     found = mixed(Q, R, A, share, seed=3)

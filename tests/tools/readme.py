@@ -16,6 +16,8 @@
 <!-- strangers -->        what became of models that no recipe knows: models/results/strangers.json, where it is there
 <!-- promises -->         the same in a sentence
 <!-- peers -->            the same models through other tools, from the same file
+<!-- reasoning -->        what students of a teacher that reasons learn from: models/results/reasoning.json, if there
+<!-- black_box -->        what a student of a teacher's texts alone reaches: models/results/black_box.json, likewise
 <!-- terms -->            the distillation terms, with the first sentence of each
 <!-- sources -->          where teachers come from, likewise
 <!-- authors -->          who writes the answers of a training, likewise
@@ -364,6 +366,96 @@ def allocations() -> str:
     return f"{'; '.join(said)} (`models/results/allocation.json`, `python tests/tools/allocation.py`)."
 
 
+LEARNED_FROM = {
+    "answers": "answers alone",
+    "step by step": "answers, and rationales beside them (Step-by-Step)",
+    "worked": "rationales, then the answer",
+    "mixed": "a fifth of these, the others short (Mix Distillation)",
+    "adaptive": "rationales where the answer alone is unlikely",
+    "teacher's texts": "what the teacher writes (sequence level)",
+    "on policy": "three quarters of the steps so, then GKD (on policy)",
+}
+"""as `tests/tools/reasoning.py` names ways -> in words"""
+
+
+def of_seeds(found: dict[str, float], digits: int = 1) -> str:
+    """A share and its interval, in percent, as far as shares go."""
+    low, high = (100 * min(1.0, max(0.0, found[name])) for name in ("low", "high"))
+    return f"{100 * found['mean']:.{digits}f} % ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def shares_of(found: list[dict[str, float]]) -> list[str]:
+    return [f"{100 * each['mean']:.0f}" for each in found]
+
+
+def reasoning_conditions(conditions: dict[str, Any]) -> str:
+    teacher = conditions["teacher"]
+    return (
+        f"{len(conditions['seeds'])} seeds with 95 % intervals (Student's t), {conditions['held_out']} held-out "
+        f"problems, {conditions['steps']} steps of {conditions['batch']} rows; a rate of "
+        f"{', '.join(f'{rate:g}' for rate in conditions['rates'])} was chosen on {conditions['validation']} validation "
+        f"problems. The teacher has {teacher['layers']} layers of {teacher['width']}"
+    )
+
+
+def where_measured(name: str, shown: Callable[[dict[str, Any]], str]) -> str:
+    """What is shown of a result, or that there is none."""
+    path = RESULTS / f"{name}.json"
+    return shown(json.loads(path.read_text())) if path.exists() else "No run is committed yet."
+
+
+def reasoning(found: dict[str, Any]) -> str:
+    """The right answers of students by what they learned from, and where steps made them worse."""
+    rows = [
+        [row["student"], LEARNED_FROM[row["way"]], of_seeds(row["match"]), *shares_of(row["by_difficulty"]),
+         f"{row['letters']:.0f}"]
+        for row in found["rows"]
+    ]  # fmt: skip
+    header = ("student", "learns from", "right", "1", "2", "3", "4", "5", "letters")
+    same = len({json.dumps(row["runs"]) for row in found["rows"]}) < len(found["rows"])
+    equal = (
+        " Rows with the same numbers learned from the same texts, or always write the same digit: a teacher that is "
+        "always right writes the worked steps, and no answer alone was likely enough to go without them."
+    )
+    worse = [
+        f"{row['student']}, {LEARNED_FROM[row['way']]}, difficulty {row['difficulty']}: "
+        f"{100 * row['mean']:+.1f} points ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+        for row in found["beside_answers_alone"]
+        if row["high"] < 0
+    ]
+    said = f"Worse than answers alone, with an interval below 0: {'; '.join(worse)}." if worse else (
+        "No way of these is worse than answers alone, at any difficulty, with an interval below 0."
+    )  # fmt: skip
+    return (
+        markdown_table(header, rows, texts=2)
+        + f"\n\n`models/results/reasoning.json`: {reasoning_conditions(found['conditions'])} and is right in "
+        f"{100 * found['teacher']['match']:.1f} %. Columns 1 to 5 are percent right by operations; of one operation "
+        "there are only 270 problems, which are learned from, too. Letters are those that a student writes for an "
+        f"answer. {said}{equal if same else ''}"
+    )
+
+
+def black_box(found: dict[str, Any]) -> str:
+    """What a student of texts reaches of the gain of one that sees probabilities, and what was asked for it."""
+    conditions, asked, share = found["conditions"], found["asked"], found["share_of_gain"]
+    words = {
+        "data alone": f"{conditions['labelled']} worked problems, no teacher",
+        "black box": f"{conditions['samples']} texts of the teacher for each of {asked['prompts']} problems",
+        "white box": "the teacher's probabilities on the same texts",
+    }
+    rows = [
+        [words[row["from"]], of_seeds(row["match"]), *shares_of(row["by_difficulty"]), f"{row['rate']:g}"]
+        for row in found["rows"]
+    ]
+    reached = share["none"] if "none" in share else f"{of_seeds(share, 0)} of the white box's gain"
+    return (
+        markdown_table(("learns from", "right", "1", "2", "3", "4", "5", "rate"), rows, texts=1)
+        + f"\n\n`models/results/black_box.json`: a student of {found['student']}; {asked['queries']} queries, of whose "
+        f"answers {100 * asked['right']:.1f} % are right. The black box reaches {reached}. "
+        f"{reasoning_conditions(conditions)}."
+    )
+
+
 def of_strangers(shown: Callable[[dict[str, Any]], str]) -> str:
     """A table of the benchmark on strangers, or that it is not committed."""
     path = RESULTS / "strangers.json"
@@ -451,6 +543,8 @@ MAKERS: dict[str, Callable[..., str]] = {
     "growth": growth,
     "shapes": shapes,
     "allocation": allocations,
+    "reasoning": lambda: where_measured("reasoning", reasoning),
+    "black_box": lambda: where_measured("black_box", black_box),
     "strangers": lambda: of_strangers(strangers_table),
     "promises": lambda: of_strangers(promises),
     "peers": lambda: of_strangers(peers),
