@@ -1,11 +1,12 @@
 """Tokens a second of models that continue texts, in turn: artifacts, ONNX files, and GGUF files in llama.cpp.
 
-    python tests/tools/tokens.py teacher=out/teacher.onnx student=out/smollm2/model.onnx \
+    python tests/tools/tokens.py teacher=out/smollm2 student=out/smollm2_stories/model.onnx \
         q8=out/q8.gguf --llama-python LLAMA/bin/python --threads 1 2 --out out/tokens.json
 
-Every contender lives in a process of its own. In a round each continues the same prompt by the same number of tokens,
-one after the other, while the others wait; ratios to the first one are taken within rounds. llama.cpp needs a Python
-that has llama-cpp-python, which may be another one than this.
+A Hugging Face directory is the FP32 file that pqk makes of it. Every contender lives in a process of its own. In a
+round each continues the same prompt by the same number of tokens, one after the other, while the others wait; ratios
+to the first one are taken within rounds. llama.cpp needs a Python that has llama-cpp-python, which may be another one
+than this.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,18 @@ def work(path: str, threads: int) -> None:
 # ---- rounds
 
 
+def emitted(directory: Path, out: Path) -> Path:
+    """The FP32 file with a cache that pqk makes of a Hugging Face directory."""
+    from pqk.deploy.onnx_emitter import emit_onnx_for
+    from pqk.models.decoder import decoder
+    from pqk.models.language import language_task
+
+    texts = {"text": ["Once upon a time there was a little girl who had a red ball.", "One day a dog ran by."]}
+    task = language_task(directory=directory, train=None, evaluation=texts, validation=texts, context=8)
+    emit_onnx_for(decoder(directory), task, out)
+    return out
+
+
 class Contender:
     def __init__(self, name: str, path: str, threads: int, python: str) -> None:
         self.name = name
@@ -112,7 +126,7 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     """Medians of every contender, and of its ratio to the first with its bootstrap interval of 95 %."""
     import numpy as np
 
-    named = [entry.partition("=")[::2] for entry in options.contenders]
+    named = options.named
     pythons = [options.llama_python if path.endswith(".gguf") else sys.executable for _, path in named]
     contenders = [Contender(n, path, threads, python) for (n, path), python in zip(named, pythons, strict=True)]
     prompt = [1 + i % 400 for i in range(options.prompt)]
@@ -156,8 +170,14 @@ def main() -> None:
         return
     from pqk.target.machine import machine_fingerprint
 
+    given = [entry.partition("=")[::2] for entry in options.contenders]
+    with tempfile.TemporaryDirectory() as folder:
+        options.named = [
+            (n, str(emitted(Path(path), Path(folder) / f"{n}.onnx")) if Path(path).is_dir() else path)
+            for n, path in given
+        ]
+        results = {str(threads): measure(options, threads) for threads in options.threads}
     conditions = {key: getattr(options, key) for key in ("prompt", "tokens", "rounds")}
-    results = {str(threads): measure(options, threads) for threads in options.threads}
     document = {"conditions": conditions | {"machine": machine_fingerprint()}, "threads": results}
     text = json.dumps(document, indent=1) + "\n"
     if options.out is not None:
