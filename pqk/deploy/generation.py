@@ -21,10 +21,10 @@ from pqk.core.aten import aten
 from pqk.core.attention import POSITIONS, SIGHTS, Site, sites
 from pqk.core.graph import call, finish, shape
 from pqk.errors import InputError
-from pqk.task.axes import BATCH
 
-SEQUENCE, TOTAL, PAST = "sequence", "total_sequence", "past_sequence"
-"""axes: the new tokens, all of them, those before"""
+TEXTS, SEQUENCE, TOTAL, PAST = "batch_size", "sequence", "total_sequence", "past_sequence"
+"""axes: the texts, the new tokens, all of them, those before; transformers.js 4.3 makes an empty cache of the right
+size where the first has this very name, and of no text elsewhere"""
 POSITION = "position_ids"
 """the input that says where the new tokens stand"""
 
@@ -58,8 +58,8 @@ class Cache:
 
     def axes(self) -> tuple[tuple[str | None, ...], ...]:
         """The names of the free axes of `input_ids`, `attention_mask`, `position_ids`, and each key and value."""
-        new, kept = (BATCH, SEQUENCE), (BATCH, None, PAST, None)
-        return (new, (BATCH, TOTAL), new, *[kept] * (2 * len(self.entries)))
+        new, kept = (TEXTS, SEQUENCE), (TEXTS, None, PAST, None)
+        return (new, (TEXTS, TOTAL), new, *[kept] * (2 * len(self.entries)))
 
 
 def with_past(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, Cache]:

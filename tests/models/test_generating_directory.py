@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,8 @@ def test_the_file_takes_what_is_kept_and_gives_it_back(artifact: Artifact) -> No
     assert [i.name for i in run.get_inputs()] == ["input_ids", "attention_mask", "position_ids", *pasts]
     assert [o.name for o in run.get_outputs()] == ["logits", *(p.replace("past_key_values", "present") for p in pasts)]
     shapes = {i.name: i.shape for i in run.get_inputs()}
-    assert shapes["attention_mask"] == ["batch", "total_sequence"]
-    assert shapes[pasts[0]] == ["batch", 2, "past_sequence", 8]
+    assert shapes["attention_mask"] == ["batch_size", "total_sequence"]
+    assert shapes[pasts[0]] == ["batch_size", 2, "past_sequence", 8]
     assert {o.domain for o in onnx.load(artifact.folder / "model.onnx").opset_import} == {""}
 
 
@@ -158,6 +160,37 @@ def test_onnxruntime_genai_continues_it_alike(artifact: Artifact) -> None:
     while not generator.is_done():
         generator.generate_next_token()
     assert list(generator.get_sequence(0)) == [*tokens, *expected]
+
+
+TRANSFORMERS_JS = """
+const { AutoModelForCausalLM, Tensor, env } = require('@huggingface/transformers');
+const [, , root, name, count, ...ids] = process.argv;
+env.allowRemoteModels = false;
+env.localModelPath = root;
+const tokens = (values) => new Tensor('int64', BigInt64Array.from(values, BigInt), [1, ids.length]);
+AutoModelForCausalLM.from_pretrained(name, { dtype: 'fp32', subfolder: '', device: 'cpu' })
+    .then((model) => model.generate({
+        input_ids: tokens(ids), attention_mask: tokens(ids.map(() => 1)), max_new_tokens: +count, do_sample: false,
+    }))
+    .then((found) => console.log(found.tolist()[0].join(' ')));
+"""
+
+
+def test_transformers_js_continues_it_alike(artifact: Artifact, tmp_path: Path) -> None:
+    """It sizes the empty cache by the name of the axis, which is held in any case."""
+    folder = artifact.folder
+    free = {i.name: i.shape for i in ort.InferenceSession(folder / "model.onnx").get_inputs()}
+    assert {shape[0] for shape in free.values()} == {"batch_size"}
+    node, script = shutil.which("node"), tmp_path / "run.cjs"
+    script.write_text(TRANSFORMERS_JS)
+    asked = [node, "-e", "require('@huggingface/transformers')"]
+    if node is None or subprocess.run(asked, capture_output=True).returncode:  # type: ignore[arg-type]
+        pytest.skip("needs node, and NODE_PATH at a folder with @huggingface/transformers (npm, 4.3.2)")
+    tokens = tiny.letters()(PROMPT)["input_ids"]
+    expected = [*tokens, *Continuation(folder).tokens(tokens, Sampling(max_tokens=12))]
+    command = [node, str(script), str(folder.parent), folder.name, "12", *map(str, tokens)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [int(n) for n in said.split()][: len(expected)] == expected
 
 
 def test_the_command_shows_the_text_and_what_it_took(artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
