@@ -1,6 +1,7 @@
 """What the teacher is worth after post-training quantization alone: the tools that need no training, at their best.
 
-ONNX Runtime's own static quantization is always there, and for transformers its dynamic one, beside optimum's
+ONNX Runtime's own static quantization is always there, and for transformers its dynamic one, which with products in
+blocks (`MatMulNBits`) is what it has for models that continue texts, beside optimum's
 `ORTQuantizer`, which runs the same quantizers with other settings: those it recommends for the kind of CPU. The FP32
 baseline of a transformer gets ONNX Runtime's own tool for them, `onnxruntime.transformers.optimizer`, where that makes
 it faster. Intel's neural-compressor is used where it is installed. Its ONNX side was last released in 2024 as
@@ -98,13 +99,42 @@ def onnxruntime_dynamic(teacher: Path, out: Path, target: Target) -> str | None:
             quantize_dynamic(
                 teacher,
                 out,
-                op_types_to_quantize=["MatMul", "Gather", "Attention", "EmbedLayerNormalization"],
+                op_types_to_quantize=["MatMul", "Gather", "EmbedLayerNormalization", *_own_attention(teacher)],
                 per_channel=True,
                 reduce_range=_seven_bits(target),
                 weight_type=QuantType.QInt8,
             )
         except Exception as error:  # the quantizer's errors share no base class
             return f"ONNX Runtime cannot quantize the teacher dynamically: {first_line(error)}"
+    return None
+
+
+def _own_attention(path: Path) -> list[str]:
+    """ONNX Runtime's own `Attention`, where a file has it: the quantizer takes ONNX's operator of that name for it, and
+    writes a file that does not load (`findings/ort_quantizer_standard_attention.sh`)."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return ["Attention"] if any(n.op_type == "Attention" and n.domain for n in nodes) else []
+
+
+def onnxruntime_blocks(teacher: Path, out: Path) -> str | None:
+    """Write the form of an FP32 ONNX file whose products are `MatMulNBits`: None, or why it has none.
+
+    Weights of 8 bits in blocks of 32, symmetric, `accuracy_level` 4: the tool's own level multiplies in float, which
+    takes many times as long (`findings/ort_nbits_default_accuracy.sh`).
+    """
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with quiet(level=logging.ERROR), tempfile.TemporaryDirectory() as folder:
+        try:
+            plain = Path(folder) / "plain.onnx"
+            quant_pre_process(teacher, plain, skip_symbolic_shape=True)  # a tied head becomes a weight of its own
+            settings = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4, bits=8)
+            quantizer = MatMulNBitsQuantizer(onnx.load(plain), algo_config=settings)
+            quantizer.process()
+            quantizer.model.save_model_to_file(str(out), False)
+        except Exception as error:  # as above
+            return f"ONNX Runtime cannot write the teacher's products in blocks: {first_line(error)}"
     return None
 
 
@@ -249,7 +279,7 @@ def neural_compressor_ptq(
             return None, f"neural-compressor {installed('neural-compressor')}: {first_line(error)}"
 
 
-Tool = Literal["teacher_ptq", "teacher_dynamic", "teacher_optimum_static", "teacher_optimum_dynamic"]
+Tool = Literal["teacher_ptq", "teacher_dynamic", "teacher_blocks", "teacher_optimum_static", "teacher_optimum_dynamic"]
 """what another tool makes of the teacher's file without training, as the report's rows are called"""
 TOOLS: tuple[Tool, ...] = get_args(Tool)
 
@@ -260,5 +290,7 @@ def why_not_quantized(tool: Tool, teacher: Path, out: Path, task: Task, target: 
         return ptq(teacher, out, task, target)
     if tool == "teacher_dynamic":
         return onnxruntime_dynamic(teacher, out, target)
+    if tool == "teacher_blocks":
+        return onnxruntime_blocks(teacher, out)
     samples = task.calibration(CALIBRATION, teacher=True) if tool == "teacher_optimum_static" else None
     return optimum_ptq(teacher, out, samples, target)

@@ -130,7 +130,9 @@ def _quantized_teachers(subject: Subject, teacher: OnnxFile) -> list[Variant]:
     if target.runtime == TRITON:
         return [Missing("teacher_ptq", "the tools that quantize after training write for CPUs")]
     names: list[Tool] = ["teacher_ptq"] if "onnxruntime" in tools else []
-    if is_transformer(teacher.path):
+    if subject.task.generates:  # static ranges are found by feeds of texts, which such a file does not take alone
+        names = ["teacher_dynamic", "teacher_blocks"] if "onnxruntime" in tools else []
+    elif is_transformer(teacher.path):
         names += ["teacher_dynamic"] if "onnxruntime" in tools else []
         names += ["teacher_optimum_static", "teacher_optimum_dynamic"] if "optimum" in tools else []
     rows = [_by_tool(subject, teacher, name) for name in names]

@@ -21,6 +21,8 @@ from pqk.task.task import Task
 
 PROMPT, TOKENS = 16, 48
 """tokens of a prompt, where data does not say what is one, and tokens behind each, at most"""
+PAUSE = 0.05
+"""seconds before each text, in which the other file's threads stop spinning"""
 GRAM = 4
 """tokens in a row that are looked for again"""
 
@@ -100,6 +102,7 @@ def _prompts(task: Task, texts: int) -> Iterator[list[int]]:
 
 
 def _continue(steps: Steps, prompt: Sequence[int], limits: Limits) -> Continued:
+    time.sleep(PAUSE)
     marks: list[float] = [time.perf_counter()]
 
     def timed(*arguments: Any) -> Any:

@@ -15,10 +15,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 
 from pqk import compress
+from pqk.bench.baselines import Tool, why_not_quantized
 from pqk.cli import app as cli
+from pqk.core.onnxruntime_session import OnnxModel
 from pqk.deploy.artifact import Artifact
+from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
 from pqk.evaluation.texts import continued_texts
@@ -27,6 +31,7 @@ from pqk.models.decoder import decoder
 from pqk.models.language import language_task
 from pqk.recipe.recipe import Recipe
 from pqk.report.text import texts_text
+from pqk.target.target import Target
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -116,6 +121,21 @@ def test_texts_of_one_file_are_the_same(artifact: Artifact, teacher: Path) -> No
     assert made.prompt_tokens == len("the cat ran by") + 1
     assert made.ratio is None and made.teacher_repeated == made.student_repeated
     assert texts_text(artifact.report.model_copy(update={"texts": made})).count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("tool", "operator"), [("teacher_dynamic", "MatMulInteger"), ("teacher_blocks", "MatMulNBits")]
+)
+def test_stock_tools_quantize_the_teacher(teacher: Path, tmp_path: Path, tool: Tool, operator: str) -> None:
+    """Every linear layer, the tied head included by the tool that folds it; ONNX's own attention stays what it is."""
+    texts, path, out = {"text": tiny.stories(8)}, tmp_path / "teacher.onnx", tmp_path / "out.onnx"
+    task, model = language_task(directory=teacher, train=None, evaluation=texts, validation=texts), decoder(teacher)
+    emit_onnx_for(model, task, path)
+    assert why_not_quantized(tool, path, out, task, Target.detect()) is None
+    operators = [n.op_type for n in onnx.load(out).graph.node]
+    assert operators.count(operator) >= 14 and operators.count("Attention") == 2
+    scores = [task.score(OnnxModel(p, torch.zeros(1)), task.evaluation) for p in (path, out)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
 
 
 def test_pqk_continues_a_text(artifact: Artifact) -> None:
