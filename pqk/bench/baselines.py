@@ -116,7 +116,7 @@ def _own_attention(path: Path) -> list[str]:
     return ["Attention"] if any(n.op_type == "Attention" and n.domain for n in nodes) else []
 
 
-def onnxruntime_blocks(teacher: Path, out: Path) -> str | None:
+def why_not_written_in_blocks(teacher: Path, out: Path) -> Reason | None:
     """Write the form of an FP32 ONNX file whose products are `MatMulNBits`: None, or why it has none.
 
     Weights of 8 bits in blocks of 32, symmetric, `accuracy_level` 4: the tool's own level multiplies in float, which
@@ -291,6 +291,6 @@ def why_not_quantized(tool: Tool, teacher: Path, out: Path, task: Task, target: 
     if tool == "teacher_dynamic":
         return onnxruntime_dynamic(teacher, out, target)
     if tool == "teacher_blocks":
-        return onnxruntime_blocks(teacher, out)
+        return why_not_written_in_blocks(teacher, out)
     samples = task.calibration(CALIBRATION, teacher=True) if tool == "teacher_optimum_static" else None
     return optimum_ptq(teacher, out, samples, target)

@@ -5,6 +5,7 @@
 <!-- costs -->            what distillation and quantization-aware training cost: models/results/training_cost.json
 <!-- table: NAME -->      the attribution table of models/results/NAME.json
 <!-- recipe: NAME -->     models/NAME.toml
+<!-- tokens: NAME -->     tokens a second of several files in turn: models/results/NAME.json
 <!-- comparison: NAME --> both rounds of models/results/NAME.json, which `pqk compare` wrote
 <!-- kernels -->          what `pqk kernels` found of the committed students and of all kernels' cases
 <!-- families -->         which passes apply to which family of encoders: models/results/encoder_families.json
@@ -140,9 +141,37 @@ def sweep() -> str:
 
 
 def reports() -> dict[str, Report]:
-    """The committed reports of compiles, by the recipe's name."""
+    """The committed reports of compiles, by the recipe's name; models that continue texts have tables of their own."""
     paths = sorted(p for p in RESULTS.glob("*.json") if "attribution" in json.loads(p.read_text()))
-    return {path.stem: Report.load(path) for path in paths}
+    found = {path.stem: Report.load(path) for path in paths}
+    return {name: report for name, report in found.items() if report.texts is None}
+
+
+def tokens(name: str) -> str:
+    """Tokens a second of several files in turn."""
+    document = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = []
+    for threads, contenders in document["threads"].items():
+        for contender, found in contenders.items():
+            ratios = (
+                f"{ratio:.2f}x ({low:.2f} to {high:.2f})"
+                for ratio, low, high in (found["token_ratio"], found["first_ratio"])
+            )
+            rows.append(
+                [
+                    contender.replace("_", " "),
+                    threads,
+                    f"{found['tokens_per_second']:.4g}",
+                    *ratios,
+                    f"{found['file_mb']:.4g} MB",
+                ]
+            )
+    header = ("file", "threads", "tokens a second", "beside the first", "time to the first token, likewise", "size")
+    said = document["conditions"]
+    return (
+        f"{markdown_table(header, rows)}\n\n`models/results/{name}.json`: {said['tokens']} tokens after a prompt of "
+        f"{said['prompt']}, {said['rounds']} rounds in turn, {said['machine']['cpu']} ({said['machine']['target']})."
+    )
 
 
 def results() -> str:
@@ -531,6 +560,7 @@ def ops() -> str:
 
 MAKERS: dict[str, Callable[..., str]] = {
     "table": table,
+    "tokens": tokens,
     "recipe": recipe,
     "comparison": comparison,
     "results": results,
