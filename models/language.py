@@ -167,6 +167,8 @@ def language_task(
     max_length: int = 512,
     limit: int | None = None,
     context: int = 64,
+    retained: TextSource | None = None,
+    retained_evaluation: TextSource | None = None,
 ) -> Task:
     """Next-token data for the causal model in a Hugging Face directory.
 
@@ -185,6 +187,8 @@ def language_task(
         max_length: tokens of a text, of which longer ones lose the rest.
         limit: use only the first so many texts of train.
         context: tokens that are kept where a token is timed, and of the prompt that is timed, one more.
+        retained: texts of what the model must not forget, read as the others are (`Task(retained=…)`).
+        retained_evaluation: such texts that this is measured on.
 
     Raises `InputError` for files, columns and tokenizers that do not fit the model or each other, and for texts of
     which nothing is learned.
@@ -202,7 +206,7 @@ def language_task(
     again = partial(
         language_task, data, train=train, evaluation=evaluation, validation=validation, text=text, prompt=prompt,
         completion=completion, rationale=rationale, messages=messages, ends=ends, packed=packed, batch_size=batch_size,
-        max_length=max_length, limit=limit, context=context,
+        max_length=max_length, limit=limit, context=context, retained=retained, retained_evaluation=retained_evaluation,
     )  # fmt: skip
     tokenizer = load_tokenizer(folder, config, "language", least=0.9, needs_padding=False)
     most = min(max_length, config.max_position_embeddings)
@@ -212,6 +216,10 @@ def language_task(
         None if train is None else texts.read("training", train, limit, most if packed else None),
         texts.read("evaluation", evaluation),
         texts.read("validation", validation),
+    )
+    old, old_evaluation = (
+        None if source is None else texts.read(part, source)
+        for part, source in (("retained", retained), ("retained evaluation", retained_evaluation))
     )
     example = _example(next(part for part in (parts[0], parts[2]) if part is not None), context + 1)
     return Task(
@@ -230,6 +238,8 @@ def language_task(
         extra_files=DecoderFiles(folder, config.max_position_embeddings),
         preprocessing={"tokenizer": "tokenizer.json", "max_length": most, "padding": "behind, to the longest"},
         notes=texts.notes,
+        retained=old,
+        retained_evaluation=old_evaluation,
     )
 
 

@@ -64,6 +64,9 @@ class Job:
             "validation": self.task.validation.fingerprint(),
             "evaluation": self.task.evaluation.fingerprint(),
         }
+        for name in ("retained", "retained_evaluation"):
+            if (more := getattr(self.task, name)) is not None:
+                data[name] = more.fingerprint()
         if self.deciding is not None:
             data["deciding"] = self.deciding.data.fingerprint()
         competing = self.students if self.recipe.contract is not None else ()

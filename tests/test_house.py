@@ -320,9 +320,9 @@ def test_the_tuples_list_everything() -> None:
 
 
 def test_passes_and_terms_are_documented() -> None:
-    """What `pqk passes` shows: words on every pass, term, source and author, and on every field of theirs."""
+    """What `pqk passes` shows: words on every pass, term, source, author and table, and on every field of theirs."""
     shown = reference()
-    for entry in [*shown["passes"], *shown["terms"], *shown["sources"], *shown["authors"]]:
+    for entry in [*shown["passes"], *shown["terms"], *shown["sources"], *shown["authors"], *shown["tables"]]:
         said = entry["documentation"]  # a dataclass without a docstring gets its signature as one
         assert said and not said.startswith(f"{entry['name'].title()}("), entry["name"]
         silent = [f["name"] for f in entry["fields"] if not f["documentation"]]

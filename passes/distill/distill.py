@@ -27,8 +27,9 @@ from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence, LogitMSE, MiniLLM, Term
 from pqk.knowledge.answers.authors import AnyAnswers, Desk
 from pqk.knowledge.objective import why_not_learned
+from pqk.knowledge.retention import Memory, Retention
 from pqk.knowledge.sources import AnySource, FromModule, TeacherContext
-from pqk.knowledge.teachers.base import LogitCache, Teacher, cache_for
+from pqk.knowledge.teachers.base import Teacher, cache_for
 from pqk.knowledge.terms.feature import channel_axis
 from pqk.knowledge.terms.response import ResponseTerm
 from pqk.models.decoder import decoder, decoder_config
@@ -39,7 +40,7 @@ from pqk.passes.prune.survivors import surviving_channels
 from pqk.quant.fake_quant import quantizers
 from pqk.settings import settings
 from pqk.task.task import Task
-from pqk.training.trainer import Training, TrainingLog, fit
+from pqk.training.trainer import Objective, Training, TrainingLog, fit
 
 CAPTURED_CLIP = 1.0
 """the gradient's norm after `capture`, where the recipe gives none"""
@@ -82,6 +83,9 @@ class Distill(Training, Pass):
     answers: AnyAnswers | None = None
     """who answers the prompts, of models that continue texts: a table with `by`, such as { by = "student", fraction =
     0.5 }, and the author's own fields; none: the data does"""
+    retain: Retention | None = None
+    """what holds the student to an old model on what must not be forgotten, the task's `retained` data: a table such as
+    { terms = [{ term = "kl", weight = 1.0, temperature = 2.0 }], old = { source = "snapshot" } }; none: nothing does"""
 
     def __post_init__(self) -> None:
         if not any(t.weight > 0 for t in self.terms):
@@ -155,6 +159,8 @@ class Distill(Training, Pass):
         reasons = [term.why_not_compared(task, outputs) for term in self._counted()]
         if self.answers is not None and not task.generates:
             reasons.append("answers are written by models that continue texts (Task(generates=True)), and this is none")
+        if self.retain is not None:
+            reasons.append(self.retain.why_not_applied(task, outputs))
         return next((f"distill: {reason}" for reason in reasons if reason is not None), None)
 
     def apply(self, program: Program, task: Task) -> Program:
@@ -175,9 +181,13 @@ class Distill(Training, Pass):
         data = task.need_train("distill")
         self._check_stage(program.stage)
         teacher, live = self._teacher_for(program, task, data)
+        memory = self._memory(program, task)
+        before = {} if memory is None else memory.figures(program.student)
         with frozen_parameters(program.student, self.frozen):
-            log, kept_epoch = self._train(program, task, data, teacher)
+            log, kept_epoch = self._train(program, task, data, teacher, memory)
         notes: dict[str, Any] = log.notes if kept_epoch is None else {"kept_epoch": kept_epoch, **log.notes}
+        if memory is not None:
+            notes["retained"] = memory.forgotten(before, memory.figures(program.student))
         if kept_epoch == 0:
             notes["kept"] = UNTRAINED
         if program.run.rough and teacher.live_seconds:
@@ -191,26 +201,49 @@ class Distill(Training, Pass):
 
     def _teacher_for(self, program: Program, task: Task, data: Data) -> tuple[Teacher, Reason | None]:
         """The teacher, and why it answers every batch live; None where its answers are cached."""
-        teacher = self.teacher.make(
-            TeacherContext(
-                program.teacher,
-                program.student,
-                points=sorted({p[1] for t in self._counted() if (p := t.points())}),
-                precision=self.teacher_precision,
-                example=task.example,
-                earlier=lambda number: earlier_student(program, number),
-                class_axis=task.class_axis_of,
-                language_model=language_model,
-            )
-        )
-        cache: LogitCache | Reason | None = self.why_not_cached()
-        if cache is None:
-            free = any(name is not None for axes in task.axes for name in axes[1:])
-            cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, self.cached_output(), free)
-        teacher.cache = cache if isinstance(cache, LogitCache) else None
-        return teacher, None if isinstance(cache, LogitCache) else cache
+        points = sorted({p[1] for t in self._counted() if (p := t.points())})
+        teacher = self.teacher.make(self._context(program, task, points))
+        reason = self.why_not_cached()
+        if reason is None:
+            reason = self._keep_answers(program, task, data, teacher, self.cached_output())
+        return teacher, reason
 
-    def _train(self, program: Program, task: Task, data: Data, teacher: Teacher) -> tuple[TrainingLog, int | None]:
+    def _context(self, program: Program, task: Task, points: Sequence[str]) -> TeacherContext:
+        return TeacherContext(
+            program.teacher,
+            program.student,
+            points=points,
+            precision=self.teacher_precision,
+            example=task.example,
+            earlier=lambda number: earlier_student(program, number),
+            class_axis=task.class_axis_of,
+            language_model=language_model,
+        )
+
+    def _keep_answers(
+        self, program: Program, task: Task, data: Data, teacher: Teacher, output: str | None
+    ) -> Reason | None:
+        """Let a teacher's answers to this data be kept; why they are not, else None."""
+        free = any(name is not None for axes in task.axes for name in axes[1:])
+        cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, output, free)
+        if isinstance(cache, str):
+            return cache
+        teacher.cache = cache
+        return None
+
+    def _memory(self, program: Program, task: Task) -> Memory | None:
+        """The old model, and the data that must not be forgotten; None: the task has none."""
+        if task.retained_evaluation is None:
+            return None
+        source = FromModule() if self.retain is None else self.retain.old
+        memory = Memory(task, source.make(self._context(program, task, ())), source.like_student)
+        if self.retain is not None and task.retained is not None:
+            self._keep_answers(program, task, task.retained, memory.old, None)
+        return memory
+
+    def _train(
+        self, program: Program, task: Task, data: Data, teacher: Teacher, memory: Memory | None
+    ) -> tuple[TrainingLog, int | None]:
         """Fit the student and leave it as the one to keep: the log, and its epoch where students were compared."""
         student = program.student
         step_sizes = [q.scale for q in quantizers(student).values() if q.scale.requires_grad]
@@ -235,7 +268,10 @@ class Distill(Training, Pass):
             author=author,
         )
         objective.select(student, program.teacher, self.keep)
-        log = fit(program.run, student, data, objective, self._clipped(program.stage))
+        whole: Objective = objective
+        if memory is not None and self.retain is not None:
+            whole = memory.retaining(objective, self.retain.terms, student, program.run.seed_for("retained"))
+        log = fit(program.run, student, data, whole, self._clipped(program.stage))
         kept_epoch = objective.finish(student)
         for scale in step_sizes:  # that they were frozen is a state of this training: a later one learns them again
             scale.requires_grad_(True)

@@ -38,7 +38,8 @@ KEPT = "kept_tokens.json"
 class Vocabulary(Pass):
     """Leave out the tokens that training texts do not use, of teacher, student, tokenizer and data. Comes first.
 
-    Other texts are spelled with what is left, down to bytes or characters. The teacher is compared over kept tokens.
+    Texts that must not be forgotten (`Task(retained=…)`) count as training texts. Others are spelled with what is left,
+    down to bytes or characters. The teacher is compared over kept tokens.
     """
 
     size: int | None = Field(default=None, ge=1)
@@ -63,6 +64,8 @@ class Vocabulary(Pass):
         place = self._directory(task)
         tokens, of = read_tokens(place.folder), text_model(teacher).get_input_embeddings().num_embeddings
         counts = count_tokens(task.need_train(self.name))
+        if task.retained is not None:  # a token that is left out is forgotten for certain
+            counts += count_tokens(task.retained)
         fewest = self.min_count or (1 if self.size is None and self.share is None else None)
         kept = TokenChoice(self.size, self.share, fewest).of(tokens, counts)
         folder = Path(tempfile.mkdtemp(prefix="pqk-vocabulary-"))

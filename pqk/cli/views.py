@@ -14,6 +14,7 @@ from pqk.cli.console import clock, listed, table
 from pqk.core.run_folder import scope_of
 from pqk.knowledge import TERMS
 from pqk.knowledge.answers.authors import AUTHORS
+from pqk.knowledge.retention import Retention
 from pqk.knowledge.sources import SOURCES
 from pqk.passes import PASSES
 from pqk.recipe.strict import documentation
@@ -47,7 +48,8 @@ def reference() -> dict[str, Any]:
         about = {"name": name, "documentation": inspect.getdoc(kind) or "", "needs_teacher": kind.needs_teacher}
         terms.append({**about, "fields": [f for f in entries if f["name"] != "term"]})
     sources, authors = ([_named(kind, key) for kind in kinds] for key, kinds in (("source", SOURCES), ("by", AUTHORS)))
-    return {"passes": passes, "terms": terms, "sources": sources, "authors": authors}
+    retention = {"name": "retain", "documentation": inspect.getdoc(Retention) or "", "fields": _fields(Retention)}
+    return {"passes": passes, "terms": terms, "sources": sources, "authors": authors, "tables": [retention]}
 
 
 def _named(kind: type[Any], key: str) -> dict[str, Any]:
@@ -104,6 +106,8 @@ def reference_tables(document: dict[str, Any]) -> list[RenderableType]:
         shown += [f'teacher = {{ source = "{s["name"]}" }}: {s["documentation"]}', _field_table(s["fields"]), ""]
     for a in document["authors"]:
         shown += [f'answers = {{ by = "{a["name"]}" }}: {a["documentation"]}', _field_table(a["fields"]), ""]
+    for o in document["tables"]:
+        shown += [f"{o['name']} = {{ … }}: {o['documentation']}", _field_table(o["fields"]), ""]
     return shown
 
 

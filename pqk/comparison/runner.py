@@ -135,6 +135,7 @@ class _Bench:
         for name in ("cells", "students", WORK):
             (folder / name).mkdir(parents=True, exist_ok=True)
         data = [None if d is None else d.fingerprint() for d in (task.train, task.validation, task.evaluation)]
+        data += [d.fingerprint() for d in (task.retained, task.retained_evaluation) if d is not None]
         made_of = [weights_fingerprint(teacher), target.name, data, digest_of("example", task.example)]
         made_of += [] if student is None else [network_fingerprint(student)]
         self.source = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()

@@ -25,9 +25,10 @@ from pqk.evaluation.rows import OnnxFile, Subject, Variant
 from pqk.evaluation.settings import Evaluation
 from pqk.evaluation.table import NEURAL_COMPRESSOR, TRITON, variants_of, with_optimized_teacher
 from pqk.evaluation.texts import continued_texts
+from pqk.knowledge.retention import divergence
 from pqk.passes import Quantize
 from pqk.report.schema import LEAST_AGREEMENT, TITLES, Conditions, Fusion, MetricValues, Parity, Report
-from pqk.report.text import percent
+from pqk.report.text import metric_text, percent
 from pqk.report.texts import ContinuedTexts
 from pqk.target.machine import machine_fingerprint, peak_memory
 from pqk.task.task import Task
@@ -105,6 +106,7 @@ def evaluate(
             *_unaugmented(task),
             *_given(subject),
             *_uncounted(subject),
+            *_forgotten(task, by_variant["teacher_fp32"], by_variant["student"]),
             *optimized,
             *notes,
             *_otherwise_at_once(texts),
@@ -184,6 +186,21 @@ def _uncounted(subject: Subject) -> Iterator[str]:
     for name, module in (("teacher", subject.program.teacher), ("student", subject.program.student)):
         if (reason := why_not_counted(module, subject.task.example)) is not None:
             yield f"{name}: {reason}"
+
+
+def _forgotten(task: Task, teacher: Judged, student: Judged) -> Iterator[str]:
+    """What the report says of data that must not be forgotten: both as deployed, on samples that nothing trained on."""
+    data, old, new = task.retained_evaluation, teacher.model, student.model
+    if data is None or old is None or new is None:
+        return
+    shown = task.teachers(data)
+    said = f"how far the student is from its teacher: {divergence(task, new, data, old, shown):.4g}"
+    if data.labelled:
+        names = {"name": task.metric.name, "unit": task.metric.unit}
+        values = MetricValues(**names, teacher=task.score(old, shown), student=task.score(new, data))
+        teachers, students = (metric_text(values, value) for value in (values.teacher, values.student))
+        said = f"{task.metric.name} {teachers} of the teacher, {students} of the student; {said}"
+    yield f"what must not be forgotten, {data.samples} samples: {said}"
 
 
 def _conditions(subject: Subject) -> Conditions:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from pqk.knowledge.answers.authors import AUTHORS, AnyAnswers, ByMixture, ByReplay, ByStudent, ByTeacher
 from pqk.knowledge.answers.generation import Ends, TokenSampling, generate
 from pqk.knowledge.pairs import Pair, suggest_pairs
+from pqk.knowledge.retention import Retention
 from pqk.knowledge.sources import (
     FromArtifact,
     FromAssistant,
@@ -29,6 +26,7 @@ from pqk.knowledge.teachers.black_box import CallableTeacher, OnnxTeacher, logit
 from pqk.knowledge.teachers.ensemble import EMATeacher, EnsembleTeacher, UncertaintyTeacher
 from pqk.knowledge.teachers.online import ExitsTeacher, PeerTeacher, ShadowTeacher
 from pqk.knowledge.terms.base import Term, View
+from pqk.knowledge.terms.catalogue import TERMS, AnyTerm
 from pqk.knowledge.terms.dual_space import DualSpace
 from pqk.knowledge.terms.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
 from pqk.knowledge.terms.neurons import TaskNeurons, neuron_scores
@@ -56,26 +54,14 @@ from pqk.knowledge.terms.response import (
     StandardizedKD,
 )
 
-TERMS = (
-    CrossEntropy, KLDivergence, ReverseKL, JSD, SkewKL, SkewReverseKL, LogitMSE, DecoupledKD, StandardizedKD, DIST,
-    LabelSmoothing, SortedULD, MiniLLM,
-    Hint, AttentionTransfer, AttentionMaps, HiddenCosine, TaskNeurons, DualSpace,
-    RKDDistance, RKDAngle, SimilarityPreserving, CorrelationCongruence, LocalGeometry, PKT,
-)  # fmt: skip
-AnyTerm = Annotated[
-    CrossEntropy | KLDivergence | ReverseKL | JSD | SkewKL | SkewReverseKL | LogitMSE | DecoupledKD | StandardizedKD
-    | DIST | LabelSmoothing | SortedULD | MiniLLM
-    | Hint | AttentionTransfer | AttentionMaps | HiddenCosine | TaskNeurons | DualSpace
-    | RKDDistance | RKDAngle | SimilarityPreserving | CorrelationCongruence | LocalGeometry | PKT,
-    Field(discriminator="term"),
-]  # fmt: skip
-
 __all__ = [
     "AUTHORS",
     "DIST",
     "JSD",
     "PKT",
+    "TERMS",
     "AnyAnswers",
+    "AnyTerm",
     "AttentionMaps",
     "AttentionTransfer",
     "ByMixture",
@@ -117,6 +103,7 @@ __all__ = [
     "PeerTeacher",
     "RKDAngle",
     "RKDDistance",
+    "Retention",
     "ReverseKL",
     "ShadowTeacher",
     "SimilarityPreserving",

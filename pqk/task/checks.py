@@ -18,6 +18,8 @@ from pqk.task.metrics import Metric, check_labels
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
 """where the modules are that torch's own quantization leaves"""
+TRAINED = ("train", "retained")
+"""data that is trained on alone, which may be another each time it is read"""
 
 
 def check_arguments(functions: Mapping[str, object], tables: Mapping[str, object], names: Mapping[str, object]) -> None:
@@ -112,7 +114,7 @@ def check_batches(
         if classes is not None and isinstance(stored, Tensor):
             check_labels(stored, classes, what, ignored)
         return
-    whole = what != "train" or data.in_memory
+    whole = what not in TRAINED or data.in_memory
     first: Batch | None = None
     for number in itertools.count():
         try:

@@ -15,7 +15,7 @@ from pqk.data.structures import Inputs, Outputs, first_tensor, joined, map_tenso
 from pqk.data.views import TeachersView, TwoViews, Views
 from pqk.errors import InputError, Reason
 from pqk.settings import in_words
-from pqk.task.checks import check_arguments, check_batches, check_scores, check_views, try_forward
+from pqk.task.checks import TRAINED, check_arguments, check_batches, check_scores, check_views, try_forward
 from pqk.task.classes import ClassAxis, ignored_by
 from pqk.task.directory import ModelDirectory
 from pqk.task.metrics import (
@@ -29,6 +29,7 @@ from pqk.task.metrics import (
     named_metric,
     predict,
 )
+from pqk.task.retained import retained_data
 from pqk.task.signature import Signature
 from pqk.task.state import held_counters
 
@@ -69,6 +70,10 @@ class Task:
         directory: that of a Hugging Face tokenizer that the texts were read with, for passes that change it.
         notes: what the report should say of the data.
         validation_share: share of `train` that is split off where `validation` is None, between 0 and 1.
+        retained: data like `train` of what the model must not forget, with or without labels; `distill` can hold the
+            student to an old model there (`retain`), and says how much was forgotten.
+        retained_evaluation: the samples of it that this is measured on; split off `retained` (`validation_share`) if
+            None.
         views: what teacher and student see of a batch, where that differs; `example` is then as the student sees it.
 
     Raises:
@@ -98,6 +103,8 @@ class Task:
         kept: Kept | None = None,
         generates: bool = False,
         directory: ModelDirectory | None = None,
+        retained: Any = None,
+        retained_evaluation: Any = None,
     ) -> None:
         check_arguments(
             {"loss": loss, "decision": decision, "extra_files": extra_files},
@@ -113,10 +120,14 @@ class Task:
         self.train, self.validation = _with_validation(whole, validation, validation_share)
         self.validation_is_split = validation is None
         """off the training data, which the teacher may have seen"""
+        self.retained, self.retained_evaluation = retained_data(retained, retained_evaluation, validation_share)
         self.views = views
         if views is not None:
             self.train = None if self.train is None else TwoViews(self.train, views)
             self.validation, self.evaluation = TwoViews(self.validation, views), TwoViews(self.evaluation, views)
+            self.retained, self.retained_evaluation = (
+                None if data is None else TwoViews(data, views) for data in (self.retained, self.retained_evaluation)
+            )
         if not isinstance(metric, Metric | str):
             raise InputError(
                 f"task: metric is a {type(metric).__name__}; pass its name, or Metric(name, unit, function)"
@@ -286,7 +297,10 @@ class Task:
     @property
     def _sources(self) -> dict[str, Data]:
         """All data, by what it is for."""
-        named = {"train": self.train, "validation": self.validation, "evaluation": self.evaluation}
+        named = {
+            "train": self.train, "validation": self.validation, "evaluation": self.evaluation,
+            "retained": self.retained, "retained evaluation": self.retained_evaluation,
+        }  # fmt: skip
         return {what: data for what, data in named.items() if data is not None}
 
     @property
@@ -402,7 +416,9 @@ class Task:
         judged: dict[str, tuple[Outputs, Any]] = {}
         for what, data in self._sources.items():
             batch = next(data.batches())
-            if what != "train" and digest_of(what, tensors(batch)) != digest_of(what, tensors(next(data.batches()))):
+            if what not in TRAINED and digest_of(what, tensors(batch)) != digest_of(
+                what, tensors(next(data.batches()))
+            ):
                 raise InputError(
                     f"{what} data: its first batch is another one each time it is read, so that outputs and targets of "
                     "two readings are not of the same samples; give it one order, or let torch shuffle, which pqk seeds"

@@ -120,6 +120,46 @@ def why_not_alone(student: nn.Module, batch: Batch) -> Reason | None:
         return alone if alone is not None and why_not_of(2) is None else None
 
 
+class SmallBatches:
+    """Tells batches that leave a process one sample, on which the student cannot train. All processes agree."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student
+        self.alone: bool | None = None
+        """whether the student can train on a single sample, once that is asked"""
+
+    def __contains__(self, batch: Batch) -> bool:
+        if len(batch.inputs[0]) >= 2 * world_size():
+            return False
+        if self.alone is None:
+            self.alone = why_not_alone(self.student, batch) is None
+        return not self.alone
+
+    def check(self, data: Data, first: Batch, where: str) -> None:
+        """Raises `InputError`, beginning with `where`, where no batch of `data` is large enough to train on."""
+        least = 2 * world_size()
+        if data.samples < least * len(data) and first in self:
+            shared = "" if world_size() == 1 else f" over {world_size()} processes"
+            raise InputError(
+                f"{where}: {data.samples} samples in {len(data)} batches{shared} leave one sample to a step, and the "
+                f"student cannot train on one ({why_not_alone(self.student, first)}): take batches of at least {least} "
+                "samples"
+            )
+
+
+def local_part(batch: Batch, device: torch.device) -> Batch:
+    """This process's part of a batch, on its device. Every process gets at least one sample."""
+    index, world = rank(), world_size()
+    count = len(batch.inputs[0])
+
+    def part(t: Tensor) -> Tensor:
+        t = t if world == 1 else t[index % count :: world]
+        t = t.to(device)
+        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+    return map_tensors(part, batch)
+
+
 class _Trainer:
     """One training run: its steps, and what follows a loss that is not finite."""
 
@@ -130,9 +170,8 @@ class _Trainer:
         self.total = max(1, round(training.epochs * len(data)))
         self.accelerator = accelerator()
         first = next(data.batches())
-        self.alone: bool | None = None
-        """whether the student can train on a single sample, once that is asked"""
-        self._check_batches(first)
+        self.small = SmallBatches(student)
+        self.small.check(data, first, run.scope)
         self.strides: UnitStrides | None = UnitStrides()
         """what computes convolutions in another way; None once a step has shown that there are none of them"""
         if any(t.dim() == 4 for t in first.inputs):
@@ -173,25 +212,6 @@ class _Trainer:
         self.student.to(device=home, memory_format=torch.contiguous_format).train(False)  # type: ignore[call-overload]
         return TrainingLog(self.state.losses, self.state.step, self.state.retries, self.state.left_out)
 
-    def _check_batches(self, first: Batch) -> None:
-        """Raises `InputError` where no batch is large enough to train on."""
-        least = 2 * world_size()
-        if self.data.samples < least * len(self.data) and self._too_small(first):
-            shared = "" if world_size() == 1 else f" over {world_size()} processes"
-            raise InputError(
-                f"{self.run.scope}: {self.data.samples} samples in {len(self.data)} batches{shared} leave one sample "
-                f"to a step, and the student cannot train on one ({why_not_alone(self.student, first)}): take batches "
-                f"of at least {least} samples"
-            )
-
-    def _too_small(self, batch: Batch) -> bool:
-        """Whether a process would get one sample of it, on which the student cannot train. All processes agree."""
-        if len(batch.inputs[0]) >= 2 * world_size():
-            return False
-        if self.alone is None:
-            self.alone = why_not_alone(self.student, batch) is None
-        return not self.alone
-
     def _leave_out(self, batch: Batch) -> None:
         """Count a batch as a step on which nothing is trained: schedules, checkpoints and order stay as they are."""
         if not self.state.left_out:
@@ -213,7 +233,7 @@ class _Trainer:
         set_seed(seed & 0xFFFFFFFF)
         batches = self.data.batches(seed, epoch, start, generator)
         for batch in batches:
-            if self._too_small(batch):
+            if batch in self.small:
                 self._leave_out(batch)
                 advance(1, "left out")
                 if state.step >= self.total:
@@ -266,7 +286,7 @@ class _Trainer:
         self.objective.begin(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.learning_rate * self.state.factor * rate(self.training, progress)
-        batch = self._local(batch)
+        batch = local_part(batch, self.accelerator.device)
         with autocast(self.accelerator.device.type, self.training.precision):
             losses = self.objective(model, batch)
         loss = losses.float().mean()
@@ -294,18 +314,6 @@ class _Trainer:
             flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
             for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(mean.view_as(g))
-
-    def _local(self, batch: Batch) -> Batch:
-        """This process's part of a batch, on its device. Every process gets at least one sample."""
-        index, world = rank(), world_size()
-        count = len(batch.inputs[0])
-
-        def part(t: Tensor) -> Tensor:
-            t = t if world == 1 else t[index % count :: world]
-            t = t.to(self.accelerator.device)
-            return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-
-        return map_tensors(part, batch)
 
     def _average(self) -> None:
         """Exponential moving average with a horizon of `average` epochs, unbiased at the start."""

@@ -26,7 +26,7 @@ from pqk.deploy import artifact
 from pqk.deploy.artifact import Artifact
 from pqk.errors import InputError, ParityError
 from pqk.evaluation import evaluate as proof
-from pqk.knowledge import CrossEntropy
+from pqk.knowledge import CrossEntropy, Retention
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.recipe.recipe import Recipe
 from pqk.task.task import Task
@@ -112,6 +112,23 @@ def test_it_ships_what_it_says(whole: Path) -> None:
     assert artifact.manifest["inputs"] == [{"name": "input", "shape": ["batch", 3, 6, 6], "dtype": "float32"}]
     assert artifact.report.parity is not None and artifact.report.parity.passed
     assert set(artifact.report.seconds) == {f"{i:02d}-{p.name}" for i, p in enumerate(RECIPE.passes)}
+
+
+def old_data(scale: float = 1.0) -> ArrayData:
+    return ArrayData(torch.randn(20, 3, 6, 6, generator=torch.Generator().manual_seed(9)) * scale, None, 5)
+
+
+def test_what_must_not_be_forgotten_is_in_the_report_and_part_of_the_run(tmp_path: Path) -> None:
+    """Held in training, measured on what is deployed; and a resume is of a run with the same such data."""
+    recipe = Recipe(passes=(Capture(), Quantize(samples=8), Distill(epochs=1, retain=Retention()), Convert()))
+    done = compress(Net(), task(retained=old_data()), recipe, "x86-avx2", tmp_path / "out", evaluation=TABLE)
+    (note,) = (n for n in done.report.notes if "must not be forgotten" in n)
+    assert note.startswith("what must not be forgotten, 2 samples: how far the student is from its teacher: ")
+    said = done.report.passes[2].details["retained"]
+    assert said["samples"] == 2 and float(note.rpartition(" ")[2]) == pytest.approx(said["divergence_after"], rel=0.2)
+    for other in (task(), task(retained=old_data(2.0))):
+        with pytest.raises(InputError, match="data"):
+            compress(Net(), other, recipe, "x86-avx2", tmp_path / "out", resume=True, evaluation=TABLE)
 
 
 def test_the_teacher_is_never_changed(tmp_path: Path, proven: None) -> None:

@@ -56,6 +56,23 @@ def test_teacher_and_task_speak_of_kept_tokens(whole: tuple[Decoder, Task]) -> N
     assert teacher.model.config.vocab_size == 361, "the teacher that was given is as it was"
 
 
+def test_tokens_of_what_must_not_be_forgotten_stay(whole: tuple[Decoder, Task]) -> None:
+    teacher, task = whole
+    assert task.directory is not None
+    table, more = {"text": SENTENCES[:3]}, {"text": SENTENCES[3:6]}
+    held = language_task(
+        directory=task.directory.folder, train=table, evaluation=table, validation=table, retained=more,
+        retained_evaluation=more, batch_size=4,
+    )  # fmt: skip
+    _, reduced = prepared([Vocabulary()], teacher, held)
+    for part, other in ((held.retained, reduced.retained), (held.retained_evaluation, reduced.retained_evaluation)):
+        assert part is not None and other is not None
+        lengths = [sum(int((b.inputs[1] > 0).sum()) for b in data.batches()) for data in (part, other)]
+        assert lengths[0] == lengths[1], "every token is still there"
+    with pytest.raises(InputError, match="cannot be split off to tell what was forgotten; pass retained_evaluation"):
+        language_task(directory=task.directory.folder, train=table, evaluation=table, validation=table, retained=more)
+
+
 def test_nats_a_character_are_those_of_all_tokens_over_all_characters(whole: tuple[Decoder, Task]) -> None:
     teacher, task = whole
     _, reduced = prepared([Vocabulary(min_count=3)], teacher, task)

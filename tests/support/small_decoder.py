@@ -35,7 +35,7 @@ def sequences(count: int = 16, seed: int = 0, batch_size: int = 4, prompt: int =
     return next_tokens([Text(row, prompt) for row in rows], batch_size, 0)
 
 
-def sequence_task(train: NextTokens | None = None) -> Task:
+def sequence_task(train: NextTokens | None = None, **settings: Any) -> Task:
     """Next tokens of random sequences."""
     data = sequences() if train is None else train
     held: NextTokens = sequences(8, 1)
@@ -44,5 +44,5 @@ def sequence_task(train: NextTokens | None = None) -> Task:
         data, held, held, metric=LIKELIHOOD, decision=choice,
         kept=kept, generates=True, class_axis=2, example=example, input_names=("input_ids", "attention_mask"),
         output_names=("logits",),
-        dynamic_axes={name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")},
+        dynamic_axes={name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}, **settings,
     )  # fmt: skip
