@@ -169,6 +169,7 @@ def language_task(
     context: int = 64,
     retained: TextSource | None = None,
     retained_evaluation: TextSource | None = None,
+    critic: Callable[[str, Sequence[str]], Sequence[float]] | None = None,
 ) -> Task:
     """Next-token data for the causal model in a Hugging Face directory.
 
@@ -189,6 +190,7 @@ def language_task(
         context: tokens that are kept where a token is timed, and of the prompt that is timed, one more.
         retained: texts of what the model must not forget, read as the others are (`Task(retained=…)`).
         retained_evaluation: such texts that this is measured on.
+        critic: (prompt, answers) -> a number for each answer, higher is better (`Task(critic=…)`, of texts).
 
     Raises `InputError` for files, columns and tokenizers that do not fit the model or each other, and for texts of
     which nothing is learned.
@@ -207,6 +209,7 @@ def language_task(
         language_task, data, train=train, evaluation=evaluation, validation=validation, text=text, prompt=prompt,
         completion=completion, rationale=rationale, messages=messages, ends=ends, packed=packed, batch_size=batch_size,
         max_length=max_length, limit=limit, context=context, retained=retained, retained_evaluation=retained_evaluation,
+        critic=critic,
     )  # fmt: skip
     tokenizer = load_tokenizer(folder, config, "language", least=0.9, needs_padding=False)
     most = min(max_length, config.max_position_embeddings)
@@ -240,7 +243,18 @@ def language_task(
         notes=texts.notes,
         retained=old,
         retained_evaluation=old_evaluation,
+        critic=None if critic is None else partial(_criticised, tokenizer, critic),
     )
+
+
+def _criticised(
+    tokenizer: Any, critic: Callable[[str, Sequence[str]], Sequence[float]], prompt: Tensor, answers: Sequence[Tensor]
+) -> Sequence[float]:
+    """What a function of texts says of answers to a prompt, in tokens."""
+    asked, *said = tokenizer.batch_decode(
+        [t.tolist() for t in (prompt, *answers)], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return critic(asked, said)
 
 
 def _spelled(tokenizer: Any, data: Any) -> tuple[int, int]:

@@ -25,11 +25,12 @@ from pqk.data.data import Data
 from pqk.data.structures import first_tensor, tensors
 from pqk.errors import InputError, Reason, nearest
 from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence, LogitMSE, MiniLLM, Term
-from pqk.knowledge.answers.authors import AnyAnswers, Desk
+from pqk.knowledge.answers.authors import Desk
+from pqk.knowledge.answers.catalogue import AnyAnswers
 from pqk.knowledge.objective import why_not_learned
 from pqk.knowledge.retention import Memory, Retention
 from pqk.knowledge.sources import AnySource, FromModule, TeacherContext
-from pqk.knowledge.teachers.base import Teacher, cache_for
+from pqk.knowledge.teachers.base import LogitCache, Teacher, cache_for
 from pqk.knowledge.terms.feature import channel_axis
 from pqk.knowledge.terms.response import ResponseTerm
 from pqk.models.decoder import decoder, decoder_config
@@ -115,7 +116,9 @@ class Distill(Training, Pass):
                 reason = "it draws at another temperature, or among some of the tokens only"
             if reason is not None:
                 return f'minillm is an expectation over the student\'s own answers, and with by = "{how.by}" {reason}'
-        if how is not None and how.by != "teacher" and not any(t.needs_teacher for t in terms):
+        if any(t.ranks for t in terms) and (how is None or not how.ranked):
+            return 'ranking compares answers that a critic ranked; set answers = { by = "critic" }'
+        if how is not None and not how.for_all_terms and not any(t.needs_teacher for t in terms):
             return f'answers by = "{how.by}" are judged by the teacher, and no term asks it; add one, such as jsd'
         return None
 
@@ -157,8 +160,8 @@ class Distill(Training, Pass):
 
     def why_not_applied(self, task: Task, outputs: Any) -> Reason | None:
         reasons = [term.why_not_compared(task, outputs) for term in self._counted()]
-        if self.answers is not None and not task.generates:
-            reasons.append("answers are written by models that continue texts (Task(generates=True)), and this is none")
+        if self.answers is not None:
+            reasons.append(self.answers.why_not_applied(task))
         if self.retain is not None:
             reasons.append(self.retain.why_not_applied(task, outputs))
         return next((f"distill: {reason}" for reason in reasons if reason is not None), None)
@@ -203,10 +206,11 @@ class Distill(Training, Pass):
         """The teacher, and why it answers every batch live; None where its answers are cached."""
         points = sorted({p[1] for t in self._counted() if (p := t.points())})
         teacher = self.teacher.make(self._context(program, task, points))
-        reason = self.why_not_cached()
-        if reason is None:
-            reason = self._keep_answers(program, task, data, teacher, self.cached_output())
-        return teacher, reason
+        cache: LogitCache | Reason | None = self.why_not_cached()
+        if cache is None:
+            cache = self._cache(program, task, data, teacher, self.cached_output())
+        teacher.cache = cache if isinstance(cache, LogitCache) else None
+        return teacher, None if isinstance(cache, LogitCache) else cache
 
     def _context(self, program: Program, task: Task, points: Sequence[str]) -> TeacherContext:
         return TeacherContext(
@@ -220,16 +224,12 @@ class Distill(Training, Pass):
             language_model=language_model,
         )
 
-    def _keep_answers(
+    def _cache(
         self, program: Program, task: Task, data: Data, teacher: Teacher, output: str | None
-    ) -> Reason | None:
-        """Let a teacher's answers to this data be kept; why they are not, else None."""
+    ) -> LogitCache | Reason:
+        """Where a teacher's answers to this data are kept, or why they are not."""
         free = any(name is not None for axes in task.axes for name in axes[1:])
-        cache = cache_for(program.run.folder, teacher, data, self.teacher_precision, output, free)
-        if isinstance(cache, str):
-            return cache
-        teacher.cache = cache
-        return None
+        return cache_for(program.run.folder, teacher, data, self.teacher_precision, output, free)
 
     def _memory(self, program: Program, task: Task) -> Memory | None:
         """The old model, and the data that must not be forgotten; None: the task has none."""
@@ -238,7 +238,8 @@ class Distill(Training, Pass):
         source = FromModule() if self.retain is None else self.retain.old
         memory = Memory(task, source.make(self._context(program, task, ())), source.like_student)
         if self.retain is not None and task.retained is not None:
-            self._keep_answers(program, task, task.retained, memory.old, None)
+            cache = self._cache(program, task, task.retained, memory.old, None)
+            memory.old.cache = cache if isinstance(cache, LogitCache) else None
         return memory
 
     def _train(

@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from pqk.cli.console import clock, listed, table
 from pqk.core.run_folder import scope_of
 from pqk.knowledge import TERMS
-from pqk.knowledge.answers.authors import AUTHORS
+from pqk.knowledge.answers.catalogue import AUTHORS
 from pqk.knowledge.retention import Retention
 from pqk.knowledge.sources import SOURCES
 from pqk.passes import PASSES

@@ -75,6 +75,12 @@ def prompts_of(batch: Batch, least: int = 1) -> list[Tensor]:
     return [row[:count] for row, count in zip(ids, counts.tolist(), strict=True)]
 
 
+def answers_of(batch: Batch, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """What follows the prompts (`prompts_of`) in a batch: the data's answers, int64 [N]."""
+    ids, mask = batch.inputs
+    return [row[len(p) : n] for row, p, n in zip(ids, prompts, mask.sum(1).tolist(), strict=True)]
+
+
 def answered(prompts: Sequence[Tensor], answers: Sequence[Tensor], pad: int = 0) -> Batch:
     """Prompts int64 [P] with their answers int64 [N] behind them, as a batch that learns the answers alone.
 

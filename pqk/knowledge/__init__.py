@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pqk.knowledge.answers.authors import AUTHORS, AnyAnswers, ByMixture, ByReplay, ByStudent, ByTeacher
+from pqk.knowledge.answers.authors import ByMixture, ByReplay, ByStudent, ByTeacher
+from pqk.knowledge.answers.catalogue import AUTHORS, AnyAnswers
+from pqk.knowledge.answers.critic import ByCritic
 from pqk.knowledge.answers.generation import Ends, TokenSampling, generate
 from pqk.knowledge.pairs import Pair, suggest_pairs
 from pqk.knowledge.retention import Retention
@@ -30,7 +32,7 @@ from pqk.knowledge.terms.catalogue import TERMS, AnyTerm
 from pqk.knowledge.terms.dual_space import DualSpace
 from pqk.knowledge.terms.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
 from pqk.knowledge.terms.neurons import TaskNeurons, neuron_scores
-from pqk.knowledge.terms.policy import MiniLLM
+from pqk.knowledge.terms.policy import MiniLLM, Ranking
 from pqk.knowledge.terms.relation import (
     PKT,
     CorrelationCongruence,
@@ -64,6 +66,7 @@ __all__ = [
     "AnyTerm",
     "AttentionMaps",
     "AttentionTransfer",
+    "ByCritic",
     "ByMixture",
     "ByReplay",
     "ByStudent",
@@ -103,6 +106,7 @@ __all__ = [
     "PeerTeacher",
     "RKDAngle",
     "RKDDistance",
+    "Ranking",
     "Retention",
     "ReverseKL",
     "ShadowTeacher",

@@ -117,12 +117,15 @@ class Distillation(Objective):
         for written, shown in self._shown(batch, terms):
             view = self._view(student, written, [t for _, t in shown])
             views.append(view)
+            best = view.best()
             for i, term in shown:
-                losses[i] = self._loss(i, term, view)
+                losses[i] = self._loss(i, term, view if term.ranks else best)
                 ramps[i] = ramp(term, self.progress, self.start if term.needs_teacher else 0.0)
         total = self.balance(dict(sorted(losses.items())), ramps, student)
         own = self.teacher.auxiliary_loss(views[0]) if torch.is_grad_enabled() else None
-        return total if own is None else total + own
+        if own is None:
+            return total
+        return total + (own if own.shape == total.shape else own.mean())  # of all answers that were ranked
 
     def _shown(self, batch: Batch, terms: Numbered) -> list[tuple[Written, Numbered]]:
         """What the terms see of a training batch: the data, or answers that are written to its prompts."""
@@ -146,13 +149,13 @@ class Distillation(Objective):
         masks = {name: function(batch) for name, function in self.masks.items()}
         return View(
             outputs, answer[0], batch.targets, features, answer[1], self.task, batch.inputs, masks,
-            written.teacher_share,
+            written.teacher_share, written.scores,
         )  # fmt: skip
 
     def _loss(self, number: int, term: Term, view: View) -> Tensor:
         projector = self.projectors[str(number)] if str(number) in self.projectors else None  # noqa: SIM401 (a ModuleDict)
         loss = term.weight * term(view, projector)
-        return loss * self.gates[number](view).detach() if number in self.gates else loss
+        return loss * self.gates[number](view.best()).detach() if number in self.gates else loss
 
     def end_epoch(self, student: nn.Module, epoch: int) -> None:
         if self.author is not None:

@@ -105,9 +105,10 @@ class Task:
         directory: ModelDirectory | None = None,
         retained: Any = None,
         retained_evaluation: Any = None,
+        critic: Callable[[Tensor, Sequence[Tensor]], Sequence[float]] | None = None,
     ) -> None:
         check_arguments(
-            {"loss": loss, "decision": decision, "extra_files": extra_files},
+            {"loss": loss, "decision": decision, "extra_files": extra_files, "critic": critic},
             {"dynamic_axes": dynamic_axes, "timed": timed, "preprocessing": preprocessing},
             {"input_names": input_names, "output_names": output_names, "notes": notes},
         )
@@ -143,7 +144,7 @@ class Task:
         inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
         self.signature = Signature.of(inputs, input_names, output_names, dynamic_axes, timed)
         self.preprocessing, self.extra_files = preprocessing or {}, extra_files
-        self._kept, self.generates, self.directory = kept, generates, directory
+        self._kept, self.generates, self.directory, self.critic = kept, generates, directory, critic
         self._notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
 
     def with_evaluation(self, data: Data, note: str) -> Task:

@@ -21,6 +21,7 @@ from pqk.data.sequences import answered, prompts_of
 from pqk.errors import InputError
 from pqk.knowledge import (
     JSD,
+    ByCritic,
     ByMixture,
     ByReplay,
     ByStudent,
@@ -29,11 +30,13 @@ from pqk.knowledge import (
     FrozenTeacher,
     KLDivergence,
     MiniLLM,
+    Ranking,
     SkewKL,
     Term,
     View,
 )
-from pqk.knowledge.answers.authors import AUTHORS, AnswerSettings, Desk, ReplayAuthor
+from pqk.knowledge.answers.authors import AnswerSettings, Desk, ReplayAuthor
+from pqk.knowledge.answers.catalogue import AUTHORS
 from pqk.knowledge.objective import Distillation
 from pqk.models.language import Text, next_tokens
 from pqk.passes import Capture, Distill, Quantize
@@ -47,6 +50,7 @@ WAYS: dict[str, tuple[AnswerSettings, tuple[Term, ...]]] = {
     "teacher": (ByTeacher(**SHORT, temperature=1.0, samples=2), (CrossEntropy(),)),
     "student": (ByStudent(**SHORT), (CrossEntropy(weight=0.5), JSD())),
     "mixture": (ByMixture(**SHORT), (MiniLLM(), CrossEntropy(weight=0.5))),
+    "critic": (ByCritic(**SHORT, samples=2), (Ranking(), CrossEntropy())),
     "replay": (ByReplay(**SHORT, start=0.9, capacity=12), (SkewKL(),)),
 }
 every = pytest.mark.parametrize("name", WAYS)

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -40,6 +40,9 @@ class Written(NamedTuple):
     """whether they stand in the place of the data for all terms, and not for those alone that ask the teacher"""
     teacher_share: float | None = None
     """of the probabilities that they were drawn with, beside the student's own; None: they are not the student's"""
+    scores: Tensor | None = None
+    """where several answers to each prompt were ranked: what the critic says of each [B, N], the best first, which are
+    the rows of the batch prompt by prompt; None: each prompt has one answer"""
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,20 @@ class AnswerSettings(TokenSampling, ABC):
 
     why_unlike_said: ClassVar[Reason | None] = None
     """why an objective that is an expectation over the student's own answers cannot use these, else None"""
+    for_all_terms: ClassVar[bool] = False
+    """whether these answers are the data of all terms, and not of those alone that ask the teacher"""
+    ranked: ClassVar[bool] = False
+    """whether several answers to each prompt are ranked"""
     prompt_tokens: int = Field(default=1, ge=1)
     """tokens of a text that are given at least, where the data says no longer prompt"""
     stop: tuple[int, ...] | None = None
     """tokens that end an answer; by default those of the teacher's configuration"""
+
+    def why_not_applied(self, task: Task) -> Reason | None:
+        """Why nothing can be answered in this way for a task, else None."""
+        if not task.generates:
+            return "answers are written by models that continue texts (Task(generates=True)), and this is none"
+        return None
 
     @abstractmethod
     def make(self, desk: Desk) -> Author:
@@ -216,6 +229,7 @@ class ByTeacher(AnswerSettings):
     samples: int = Field(default=1, ge=1)
     """different answers to a prompt; epoch e shows answer e mod samples"""
     why_unlike_said: ClassVar[Reason | None] = "the teacher writes the answers"
+    for_all_terms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.samples > 1 and self.temperature == 0:
@@ -375,7 +389,3 @@ class ByReplay(AnswerSettings):
 
     def make(self, desk: Desk) -> Author:
         return ReplayAuthor(desk, self)
-
-
-AUTHORS: tuple[type[AnswerSettings], ...] = (ByTeacher, ByStudent, ByMixture, ByReplay)
-AnyAnswers = Annotated[ByTeacher | ByStudent | ByMixture | ByReplay, Field(discriminator="by")]

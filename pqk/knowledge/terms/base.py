@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from pqk.data.structures import Inputs
+from pqk.data.structures import Inputs, map_tensors
 from pqk.errors import InputError, Reason, nearest
 from pqk.settings import settings
 from pqk.task.task import Task
@@ -39,6 +39,21 @@ class View:
     teacher_share: float | None = None
     """where the student wrote the answers that are the labels: of the probabilities that it drew with, the teacher's
     part; None: they are the data's, or others'"""
+    scores: Tensor | None = None
+    """where several answers to each prompt were ranked: what the critic says of each [B, N], the best first; all else
+    then has a row for each, [B · N, …], prompt by prompt"""
+
+    def best(self) -> View:
+        """The view of the best answer to each prompt alone, where several were ranked."""
+        if self.scores is None:
+            return self
+        count = self.scores.shape[1]
+        shown = {
+            f.name: map_tensors(lambda t: t[::count], getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in ("task", "teacher_share", "scores")
+        }
+        return View(**shown, task=self.task, teacher_share=self.teacher_share)
 
     def mask(self, name: str) -> Tensor:
         """Looks up a mask of this training, or else the model input of that name.
@@ -98,6 +113,8 @@ class Term(ABC):
     needs_teacher: ClassVar[bool] = True
     other_classes: ClassVar[bool] = False
     """whether the teacher's classes may be others than the student's"""
+    ranks: ClassVar[bool] = False
+    """whether it looks at all answers that a critic ranked, and not at the best of each prompt alone"""
     blind: ClassVar[str] = ""
     """what this term cannot see, so that it must not train a student alone"""
 

@@ -1,18 +1,19 @@
-"""Policy knowledge: terms whose gradient is that of an expectation over answers that the student itself writes."""
+"""Policy knowledge: terms about answers that the student itself writes, judged token by token or as a whole."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from pqk.data.structures import tensors, widened
 from pqk.errors import InputError
 from pqk.knowledge.terms.base import View
-from pqk.knowledge.terms.response import ResponseTerm, kl_rows, over_tokens
+from pqk.knowledge.terms.response import ResponseTerm, kl_rows, over_tokens, pick
 from pqk.settings import settings
 
 
@@ -75,6 +76,40 @@ class MiniLLM(ResponseTerm):
             value, share = before if self.single_step_decomposition else (total, weight)
             columns.append(value / share.clamp_min(1) if self.length_normalization else value)
         return torch.stack(columns[::-1], 1)
+
+
+@settings
+class Ranking(ResponseTerm):
+    """Σ_{r_i > r_j} max(0, p_j − p_i + m) of answers i, j to a prompt: r what a critic says, p log-likelihood a token.
+
+    Yuan et al., RRHF, NeurIPS 2023, arXiv:2304.05302, section 3.1, with m = 0, which CycleAlign (arXiv:2310.16271)
+    trains by. Logits are [B · N, S, C], labels int64 [B · N, S] the answers of `answers = { by = "critic" }`. A batch
+    without such answers has no loss.
+    """
+
+    term: Literal["ranking"] = "ranking"
+    needs_teacher: ClassVar[bool] = False
+    ranks: ClassVar[bool] = True
+    blind: ClassVar[str] = "it sees which answer is more probable, and not how probable"
+    margin: float = Field(default=0.0, ge=0)
+    """m: by how many nats per token the better answer is to be ahead"""
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        (logits,) = (widened(z) for z in tensors(pick(view.student, self.output)))
+        if view.scores is None:
+            return logits.flatten(1)[:, 0] * 0.0
+        (labels,) = self.labels(view, [logits])
+        p = token_log_likelihood(logits, labels, view.task.ignored).view_as(view.scores)
+        better = view.scores[:, :, None] > view.scores[:, None, :]
+        behind = (p[:, None, :] - p[:, :, None] + self.margin).clamp_min(0)
+        return (behind * better).sum((1, 2))
+
+
+def token_log_likelihood(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """The mean log-probability of the tokens that have a label, [B], by scores [B, S, C] and labels int64 [B, S]."""
+    counted = labels != ignored
+    rows = logits[counted]
+    return over_tokens(rows.gather(1, labels[counted][:, None])[:, 0] - rows.logsumexp(-1), counted)
 
 
 def _mixed(log_s: Tensor, log_t: Tensor, share: float) -> Tensor:

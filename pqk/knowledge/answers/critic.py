@@ -1,0 +1,123 @@
+"""A critic: the student answers each prompt several times, and what is best of that is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pqk.core.distributed import rank
+from pqk.data.data import Batch
+from pqk.data.sequences import UNLABELLED, answered, answers_of, prompts_of
+from pqk.data.structures import first_tensor, widened
+from pqk.errors import InputError, Reason
+from pqk.knowledge.answers.authors import AnswerSettings, Author, Desk, Written, number, teachers_scores
+from pqk.knowledge.answers.generation import generate
+from pqk.knowledge.terms.policy import token_log_likelihood
+from pqk.settings import settings
+from pqk.task.task import Task
+
+
+class CriticAuthor(Author):
+    """Several answers of the student to each prompt, and the data's, in the order of what a critic says of them."""
+
+    def __init__(self, desk: Desk, how: ByCritic) -> None:
+        super().__init__(desk, how)
+        self.settings = how
+        if how.critic == "teacher":
+            teachers_scores(desk.teacher, torch.device("cpu"))  # refused before training, not in it
+        elif (reason := how.why_not_applied(desk.task)) is not None:
+            raise InputError(f"distill: {reason}")
+        else:
+            batch = next(desk.task.need_train("distill").batches())
+            prompts = prompts_of(batch, how.prompt_tokens)
+            self.scores([(p, [a]) for p, a in zip(prompts, answers_of(batch, prompts), strict=True)][:1])
+
+    def write(self, batch: Batch, chance: float, step: int, progress: float) -> Written | None:
+        if chance >= self.settings.fraction:
+            return None
+        prompts, how = prompts_of(batch, self.how.prompt_tokens), self.settings
+        asked = [(row, draw) for row in range(len(prompts)) for draw in range(how.samples)]
+        seeds = [number(self.desk.seed, "proposal", step, rank(), row, draw) for row, draw in asked]
+        found = generate(self._student[0], [prompts[row] for row, _ in asked], how, seeds, self.ends)
+        proposals = [found[row * how.samples : (row + 1) * how.samples] for row in range(len(prompts))]
+        if how.data:
+            proposals = [[a, *own] for a, own in zip(answers_of(batch, prompts), proposals, strict=True)]
+        rivals = list(zip(prompts, proposals, strict=True))
+        scores, order = self.scores(rivals).sort(dim=1, descending=True, stable=True)
+        best_first = [(p, [own[i] for i in o.tolist()]) for (p, own), o in zip(rivals, order, strict=True)]
+        return Written(_rows(best_first), instead=True, scores=scores)
+
+    def scores(self, rivals: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
+        """What the critic says of each prompt's answers, float32 [B, N]. Raises `InputError` for what are no scores."""
+        if self.settings.critic == "teacher":
+            batch, count = _rows(rivals), len(rivals[0][1])
+            parts = []
+            for first in range(0, len(batch.targets), len(rivals)):  # no more at once than of the data
+                part = [t[first : first + len(rivals)] for t in (*batch.inputs, batch.targets)]
+                answer, _ = self.desk.teacher(Batch((part[0], part[1]), part[2], None))
+                parts.append(token_log_likelihood(widened(first_tensor(answer)), part[2], UNLABELLED).float())
+            return torch.cat(parts).view(-1, count)
+        critic, rows = self.desk.task.critic, []
+        assert critic is not None
+        for prompt, answers in rivals:
+            said = critic(prompt, answers)
+            row = [float(s) for s in said]
+            if len(row) != len(answers) or not all(map(math.isfinite, row)):
+                raise InputError(
+                    f"distill: the task's critic gave {row} for {len(answers)} answers; it gives one finite number for "
+                    "each, higher is better"
+                )
+            rows.append(row)
+        return torch.tensor(rows, device=rivals[0][0].device)
+
+
+def _rows(rivals: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Batch:
+    """A row for each answer, prompt by prompt."""
+    return answered([p for p, own in rivals for _ in own], [a for _, own in rivals for a in own])
+
+
+@settings
+class ByCritic(AnswerSettings):
+    """The student answers several times, a critic ranks that and the data's answer, and the best is what is learned.
+
+    The step of CycleAlign (Hong et al., ACL Findings 2024, arXiv:2310.16271) in which a model's own answers, ranked by
+    a stronger one, train it by the losses of RRHF (Yuan et al., NeurIPS 2023, arXiv:2304.05302): `cross_entropy` on the
+    best and the term `ranking` on all. Here the critic is the teacher's log-likelihood per token, or a function; there
+    are no demonstrations in a prompt that the two models' agreement would renew.
+
+    Raises:
+        InputError: the answers would all be alike.
+    """
+
+    by: Literal["critic"] = "critic"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """share of the steps in which the student answers; in the others the data does"""
+    samples: int = Field(default=4, ge=2)
+    """the student's answers to a prompt"""
+    data: bool = True
+    """whether the data's answer is ranked among them"""
+    critic: Literal["teacher", "task"] = "teacher"
+    """who ranks: the teacher, by its log-likelihood per token, or the function of the task, `Task(critic=…)`"""
+    why_unlike_said: ClassVar[Reason | None] = "the best of several answers is taken"
+    for_all_terms: ClassVar[bool] = True
+    ranked: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.temperature == 0:
+            raise InputError(f"samples = {self.samples} of the most probable tokens are all alike; set a temperature")
+
+    def why_not_applied(self, task: Task) -> Reason | None:
+        if self.critic == "task" and task.critic is None:
+            return (
+                'critic = "task" ranks by a function of the task, and it has none; pass Task(critic=…), or let the '
+                "teacher rank"
+            )
+        return super().why_not_applied(task)
+
+    def make(self, desk: Desk) -> Author:
+        return CriticAuthor(desk, self)
