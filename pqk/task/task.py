@@ -74,6 +74,8 @@ class Task:
             student to an old model there (`retain`), and says how much was forgotten.
         retained_evaluation: the samples of it that this is measured on; split off `retained` (`validation_share`) if
             None.
+        critic: (tokens of a prompt int64 [P], answers int64 [N] each) -> a number for each answer, higher is better and
+            the same each time, for `answers = { by = "critic", critic = "task" }` of `distill`.
         views: what teacher and student see of a batch, where that differs; `example` is then as the student sees it.
 
     Raises:
