@@ -26,6 +26,7 @@ from pqk.knowledge import (
     LabelSmoothing,
     LogitMSE,
     MiniLLM,
+    Ranking,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
@@ -86,8 +87,25 @@ def parts_of() -> dict[str, Tensor]:
 
 
 def test_every_term_is_here() -> None:
-    tested = {type(t) for t in (*RESPONSE, *FEATURE)} | {DualSpace, AttentionMaps}
+    tested = {type(t) for t in (*RESPONSE, *FEATURE)} | {DualSpace, AttentionMaps, Ranking}
     assert tested == set(TERMS)
+
+
+def test_an_order_of_answers_does_not_see_what_has_no_label() -> None:
+    """Three answers to one prompt, of which the second is best and all are wrong about it."""
+    clean, spoiled = draw(0, CLASSES), draw(0, CLASSES)
+    spoiled[LABELS == -100] = 1000 * draw(9, CLASSES)[LABELS == -100]
+    scores, found = torch.tensor([[1.0, 3.0, 2.0]]), []
+    for logits in (clean, spoiled):
+        learned = logits.requires_grad_()
+        view = View(learned, draw(1, CLASSES), LABELS, {}, {}, TASK, scores=scores)
+        loss = Ranking(margin=9.0)(view, None)
+        assert loss.shape == (1,) and float(loss.detach()) > 1
+        loss.sum().backward()
+        assert learned.grad is not None and not learned.grad[LABELS == -100].any()
+        found.append((loss.detach(), learned.grad))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
 
 
 @EVERY
