@@ -34,6 +34,7 @@ from pqk.knowledge import (
     LocalGeometry,
     LogitMSE,
     MiniLLM,
+    Ranking,
     ReverseKL,
     RKDAngle,
     RKDDistance,
@@ -437,7 +438,8 @@ def test_every_term_is_a_table_of_a_recipe(kind: Any) -> None:
     chosen = {k: v for k, v in (REQUIRED | SET).items() if k in names}
     table = {"term": next(f.default for f in fields(kind) if f.name == "term"), **chosen}
     others = [{"term": "cross_entropy"}] if kind.blind else []
-    answers = {"answers": {"by": "mixture"}} if kind is MiniLLM else {}
+    author = {MiniLLM: "mixture", Ranking: "critic"}.get(kind)
+    answers = {} if author is None else {"answers": {"by": author}}
     text, wrong = (
         tomli_w.dumps({"pass": [{"name": "distill", "terms": [{**table, **more}, *others], **answers}]})
         for more in ({}, {"wieght": 2.0})
