@@ -27,6 +27,7 @@ from pqk.evaluation.table import NEURAL_COMPRESSOR, TRITON, variants_of, with_op
 from pqk.evaluation.texts import continued_texts
 from pqk.knowledge.retention import divergence
 from pqk.passes import Quantize
+from pqk.quant.fake_quant import DynamicFakeQuant
 from pqk.report.schema import LEAST_AGREEMENT, TITLES, Conditions, Fusion, MetricValues, Parity, Report
 from pqk.report.text import metric_text, percent
 from pqk.report.texts import ContinuedTexts
@@ -109,7 +110,7 @@ def evaluate(
             *_forgotten(task, by_variant["teacher_fp32"], by_variant["student"]),
             *optimized,
             *notes,
-            *_otherwise_at_once(texts),
+            *_otherwise_at_once(texts, subject),
         ),
     )
 
@@ -127,13 +128,14 @@ def _texts(variants: Sequence[Variant], subject: Subject) -> ContinuedTexts | No
     )
 
 
-def _otherwise_at_once(texts: ContinuedTexts | None) -> Iterator[str]:
-    """What the report says of a student whose tokens depend on how many are read at once."""
-    if texts is not None and texts.as_whole < LEAST_AGREEMENT:
+def _otherwise_at_once(texts: ContinuedTexts | None, subject: Subject) -> Iterator[str]:
+    """What the report says of a student whose ranges, and so its tokens, depend on how many are read at once."""
+    kinds = {type(m) for m in subject.fake_quant.modules()}
+    if texts is not None and texts.as_whole < LEAST_AGREEMENT and DynamicFakeQuant in kinds:
         yield (
             f"of the tokens that the student chose one by one, it chooses {percent(texts.as_whole)} where their text "
-            'is read at once: activations = "dynamic" takes one range for all that is read together, "static" and '
-            '"blockwise" do not'
+            'is read at once: activations = "dynamic" takes one range for all that is read together; "static" and '
+            '"blockwise" take none'
         )
 
 
