@@ -61,7 +61,7 @@ def grouped_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     **unused: Any,
@@ -77,8 +77,9 @@ def grouped_attention(
     scores = rows @ key.transpose(2, 3)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    seen = attention_mask if share == 1 else torch.cat([attention_mask] * share, 2)
-    found = (scores + seen).softmax(-1) @ value
+    if attention_mask is not None:  # else everything is seen
+        scores = scores + (attention_mask if share == 1 else torch.cat([attention_mask] * share, 2))
+    found = scores.softmax(-1) @ value
     return found.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2), None
 
 
@@ -114,6 +115,28 @@ def decoder_config(folder: Path) -> Any:
             f"decoder: {folder} is a {config.model_type}, which is no causal model; pqk.models.encoder takes it"
         )
     return config
+
+
+@torch.no_grad()
+def check_same(module: nn.Module, sample: tuple[Tensor, ...], expected: Tensor, what: str) -> None:
+    """Raises `InputError` where a model whose attention was replaced computes other logits than `expected`.
+
+    Args:
+        module: what computes logits of `sample`.
+        expected: those of `transformers`' own attention.
+        what: what errors begin with, such as "decoder: llama".
+    """
+    try:
+        with quietly():
+            found = module(*sample)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{what} does not run with attention of another kind: {first_line(error)}") from error
+    off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not off <= SAME:
+        raise InputError(
+            f"{what} computes attention by itself, or adds to it what is not known here: with attention of this kind "
+            f"its logits differ by {off:.1e} of the largest one (at most {SAME:.0e} may)"
+        )
 
 
 def linear_layers(model: nn.Module) -> None:
@@ -158,24 +181,7 @@ class Decoder(nn.Module):
         self.near = Sight(window) if "sliding_attention" in kinds and "full_attention" in kinds else None
         if kinds == {"sliding_attention"}:
             self.sight = Sight(window)
-        self._check(sample, expected)
-
-    @torch.no_grad()
-    def _check(self, sample: Tensor, expected: Tensor) -> None:
-        """Raises `InputError` where answers differ from those of `transformers`' own attention."""
-        try:
-            with quietly():
-                found = self(sample, torch.ones_like(sample))
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            kind = self.model.config.model_type
-            raise InputError(f"decoder: {kind} does not run with attention of another kind: {error}") from error
-        off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        if not off <= SAME:
-            raise InputError(
-                f"decoder: {self.model.config.model_type} computes attention by itself, or adds to it what is not "
-                f"known here: with attention of this kind its logits differ by {off:.1e} of the largest one (at most "
-                f"{SAME:.0e} may)"
-            )
+        check_same(self, (sample, torch.ones_like(sample)), expected, f"decoder: {kind}")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         seen: Any = self.sight(attention_mask)

@@ -7,6 +7,7 @@ The same directory opens in onnxruntime-genai (genai_config.json), in optimum's 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from pqk.models.hub import TOKENIZER, layer_weights, quietly, read_config, store
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
 CHAT = "chat_template.jinja"
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""tokens that a configuration names"""
 HIDDEN_UNITS = ("intermediate_size", "n_inner", "ffn_dim")
 """what configurations call the hidden units of a feed-forward network"""
 LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -107,14 +110,13 @@ class DecoderFiles:
         config = read_config(self.folder, "decoder")
         with quietly():
             sizes = sizes_of_decoder(student, self._wide(config))
+            generation = generation_config(self.folder, config, ENDS)
             documents = {
                 CONFIG: self._config(config, sizes),
-                GENERATION: self._generation(config),
-                GENAI: genai_config(config, sizes, self._generation(config), self.longest),
+                GENERATION: generation,
+                GENAI: genai_config(config, sizes, generation, self.longest),
             }
-        names = (*TOKENIZER, CHAT)
-        whole = {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).is_file()}
-        return {**{name: _text(document) for name, document in documents.items()}, **whole}
+        return {**json_files(documents), **stored_files(self.folder, (*TOKENIZER, CHAT))}
 
     def _wide(self, config: Any) -> frozenset[str]:
         """The names of the weights whose one side is the hidden units."""
@@ -144,13 +146,30 @@ class DecoderFiles:
             document["pqk"] = {"layers": [{"heads": h, "groups": g, "intermediate": i} for h, g, i in rows]}
         return document
 
-    def _generation(self, config: Any) -> dict[str, Any]:
-        """How the teacher's directory says that texts are made; where it does not, the tokens at their ends."""
-        if (self.folder / GENERATION).is_file():
-            found: dict[str, Any] = json.loads((self.folder / GENERATION).read_text())
-            return found
-        ends = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return {name: token for name, token in ends.items() if token is not None}
+
+def generation_config(folder: Path, config: Any, ends: Sequence[str]) -> dict[str, Any]:
+    """How the directory of a model says that it generates; where it does not, the tokens at the ends.
+
+    Args:
+        folder: the model's directory.
+        config: its configuration.
+        ends: what the tokens at the ends are called there.
+    """
+    if (folder / GENERATION).is_file():
+        found: dict[str, Any] = json.loads((folder / GENERATION).read_text())
+        return found
+    tokens = {name: getattr(config, name, None) for name in ends}
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def stored_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Those of the files of these names that are in a folder: name -> contents."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def json_files(documents: Mapping[str, Any]) -> dict[str, bytes]:
+    """Documents as JSON files: name -> contents."""
+    return {n: (json.dumps(d, indent=2, ensure_ascii=False) + "\n").encode() for n, d in documents.items()}
 
 
 def genai_config(config: Any, sizes: DecoderSizes, generation: dict[str, Any], longest: int) -> dict[str, Any]:
@@ -194,7 +213,3 @@ def genai_config(config: Any, sizes: DecoderSizes, generation: dict[str, Any], l
         "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
     }
     return {"model": model, "search": search}
-
-
-def _text(document: dict[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

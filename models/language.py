@@ -27,7 +27,17 @@ from pqk.errors import InputError
 from pqk.models.decoder import FREE, INPUTS, decoder_config
 from pqk.models.decoder_files import DecoderFiles
 from pqk.models.hub import find_directory, load_tokenizer
-from pqk.models.text_data import Table, TextData, TextSource, column, padded, read_table
+from pqk.models.text_data import (
+    Table,
+    TextData,
+    TextSource,
+    column,
+    column_names,
+    filled_strings,
+    padded,
+    read_table,
+    strings,
+)  # fmt: skip
 from pqk.task.classes import IGNORED
 from pqk.task.directory import ModelDirectory
 from pqk.task.metrics import Metric
@@ -200,8 +210,8 @@ def language_task(
         raise InputError(
             f"language: limit={limit} and max_length={max_length} must leave a text of two tokens, at least"
         )
-    columns = read_table(evaluation, root)
-    if text == "text" and _has(columns, prompt, completion) and not _has(columns, text):
+    columns = column_names(read_table(evaluation, root))
+    if text == "text" and {prompt, completion} <= columns and text not in columns:
         text = None
     folder = find_directory(directory, root, "language")
     config = decoder_config(folder)
@@ -321,11 +331,6 @@ def _form(
     return partial(_completions, tokenizer, answered, end)
 
 
-def _has(table: Table, *names: str) -> bool:
-    """Whether a table has these columns."""
-    return {*names} <= {*map(str, getattr(table, "column_names", None) or list(table))}
-
-
 def _plain(tokenizer: Any, name: str, end: list[int], table: Table, what: str, rows: int | None) -> list[Text]:
     found = tokenizer(strings(table, name, what)[:rows], verbose=False)["input_ids"]
     return [Text([*tokens, *end]) for tokens in found]
@@ -334,13 +339,11 @@ def _plain(tokenizer: Any, name: str, end: list[int], table: Table, what: str, r
 def _completions(
     tokenizer: Any, names: tuple[str, str | None, str], end: list[int], table: Table, what: str, rows: int | None
 ) -> list[Text]:
-    asked, steps, answered = (None if n is None else strings(table, n, what)[:rows] for n in names)
-    assert asked is not None and answered is not None
+    prompt, rationale, completion = names
+    asked, answered = strings(table, prompt, what)[:rows], filled_strings(table, completion, what, rows)
+    steps = None if rationale is None else strings(table, rationale, what)[:rows]
     if steps is not None:
         answered = [f"{step}\n{answer}" for step, answer in zip(steps, answered, strict=True)]
-    for row, answer in enumerate(answered, 1):
-        if not answer.strip():
-            raise InputError(f"language: row {row} of {what} has an empty {names[2]}")
     prompts = tokenizer(asked, verbose=False)["input_ids"]
     answers = tokenizer(answered, add_special_tokens=False, verbose=False)["input_ids"]
     return [Text([*p, *a, *end], len(p)) for p, a in zip(prompts, answers, strict=True)]
@@ -364,12 +367,3 @@ def _conversations(tokenizer: Any, name: str, table: Table, what: str, rows: int
             raise InputError("language: the chat template changes what was said before when an answer follows")
         found.append(Text(whole, len(before)))
     return found
-
-
-def strings(table: Table, name: str, what: str) -> list[str]:
-    """A column of texts. Raises `InputError` for another value, naming its row."""
-    values = column(table, name, what)
-    for row, value in enumerate(values, 1):
-        if not isinstance(value, str):
-            raise InputError(f"language: row {row} of {what} has in {name} no text but {type(value).__name__}")
-    return values

@@ -92,8 +92,30 @@ def column(table: Table, name: str, what: str) -> list[Any]:
     try:
         return list(table[name])
     except KeyError as error:
-        known = getattr(table, "column_names", None) or list(table)
-        raise InputError(f'text: {what} has no column "{name}"{nearest(name, map(str, known))}') from error
+        raise InputError(f'text: {what} has no column "{name}"{nearest(name, sorted(column_names(table)))}') from error
+
+
+def column_names(table: Table) -> set[str]:
+    """The names of a table's columns."""
+    return {*map(str, getattr(table, "column_names", None) or list(table))}
+
+
+def strings(table: Table, name: str, what: str) -> list[str]:
+    """A column of texts. Raises `InputError` for another value, naming its row."""
+    values = column(table, name, what)
+    for row, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            raise InputError(f"text: row {row} of {what} has in {name} no text but {type(value).__name__}")
+    return values
+
+
+def filled_strings(table: Table, name: str, what: str, rows: int | None = None) -> list[str]:
+    """The first `rows` of a column of texts. Raises `InputError` for one that is empty or blank, naming its row."""
+    values = strings(table, name, what)[:rows]
+    for row, value in enumerate(values, 1):
+        if not value.strip():
+            raise InputError(f"text: row {row} of {what} has an empty {name}")
+    return values
 
 
 # ---- tokens

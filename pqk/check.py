@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import statistics
 import tempfile
 import time
@@ -29,7 +28,7 @@ from pqk.bench.stopwatch import Stopwatch, training_seconds
 from pqk.copies import copy_of
 from pqk.core.costs import count_macs, count_parameters, float_bytes, why_not_counted
 from pqk.core.modes import evaluating, fused_layers
-from pqk.core.onnxruntime_session import session
+from pqk.core.onnxruntime_session import copy_files, session, size_of
 from pqk.core.pipeline import prepared, verify
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.progress import Observer, Silent
@@ -298,7 +297,7 @@ class Rehearsal:
             return
         graph, file = self.oracle.emitted
         if _alike(graph, self.program.student):
-            shutil.copyfile(file, path)
+            copy_files(file, path)
             self.program = dataclasses.replace(self.program, student=graph)
 
     def _measure(self, path: Path, teacher: Path, here: bool) -> None:
@@ -308,7 +307,7 @@ class Rehearsal:
         self.found.student = {
             "weights": sum(tensors[n].numel() for n in weights),
             "macs": count_macs(self.program.student, task.example),
-            "size_bytes": path.stat().st_size,
+            "size_bytes": size_of(path),
         }
         if not here:
             return

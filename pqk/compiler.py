@@ -22,11 +22,21 @@ from pqk.bench.oracle import Oracle
 from pqk.core.decisions import Journal
 from pqk.core.distributed import from_main, is_main_process, wait_for_all
 from pqk.core.modes import fused_layers
+from pqk.core.onnxruntime_session import copy_files
 from pqk.core.pipeline import run_passes
 from pqk.core.program import Program
 from pqk.core.progress import Observer, Silent
 from pqk.core.run_context import RunContext
-from pqk.deploy.artifact import MANIFEST, MODEL, Artifact, describe_interface, seal, write_report, write_student
+from pqk.deploy.artifact import (
+    MANIFEST,
+    MODEL,
+    Artifact,
+    describe_interface,
+    name_two_files,
+    seal,
+    write_report,
+    write_student,
+)
 from pqk.deploy.cascade import CASCADE_TEACHER, Routing
 from pqk.deploy.tuning import Tuning
 from pqk.documents import digest_of_file, digest_of_values
@@ -182,7 +192,7 @@ def _finished(job: Job, program: Program, result: SearchResult | None, allow_par
         _compare_sizes(job, program, interface, allow_parity_failure)
     else:
         assert result is not None and result.file is not None
-        shutil.copyfile(result.file, job.folder.unfinished_artifact / MODEL)
+        copy_files(result.file, job.folder.unfinished_artifact / MODEL)
     cascade = None if result is None else result.cascade
     if cascade is not None:
         shutil.copyfile(cascade.teacher, job.folder.unfinished_artifact / CASCADE_TEACHER)
@@ -309,6 +319,7 @@ def _ship(job: Job, program: Program, finished: Finished, allow_parity_failure: 
             f"{job.folder.path}; --resume --allow-parity-failure finishes the artifact all the same"
         )
     identity = read_sealed(job.folder.identity, ("teacher", "data"), unsealed=True)
+    name_two_files(job.folder.unfinished_artifact)
     manifest = {
         "pqk": importlib.metadata.version("pqk"),
         "versions": machine_fingerprint()["versions"],

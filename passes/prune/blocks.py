@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,13 @@ from pqk.task.metrics import distance
 
 NORMALIZED = 1e-3
 """largest difference of values normalized once and twice: what the epsilon of a norm makes"""
+
+
+@runtime_checkable
+class Unremovable(Protocol):
+    """A module that says why it is not left out alone, such as a part of a layer that goes whole."""
+
+    why_not_removed: Reason
 
 
 @dataclass
@@ -138,6 +145,8 @@ def _hidden(calls: _Calls) -> tuple[Any, Any]:
 
 
 def _why_not_removed(module: nn.Module, calls: _Calls) -> Reason | None:
+    if isinstance(module, Unremovable):
+        return module.why_not_removed
     if calls.times != 1:
         return f"it is called {calls.times} times in one forward pass"
     x, y = _hidden(calls)

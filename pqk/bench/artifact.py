@@ -8,7 +8,7 @@ from pathlib import Path
 from pqk.bench.contenders import Contender, onnxruntime_contender
 from pqk.bench.measure import TimingProtocol, measure
 from pqk.core.run_folder import RunFolder
-from pqk.deploy.artifact import Artifact
+from pqk.deploy.artifact import Artifact, deployed_file
 from pqk.documents import digest_of_file
 from pqk.errors import InputError
 from pqk.report.schema import LatencyRow
@@ -34,7 +34,7 @@ def benchmark(
     Raises:
         InputError: the artifact has no `model.onnx`, or the teacher's file beside it is another's.
     """
-    if not (artifact.folder / "model.onnx").exists():
+    if not (file := deployed_file(artifact.folder)).exists():
         raise InputError(f"{artifact.folder} has no model.onnx, which a CPU is timed with; use --device cuda on a GPU")
     timing = timing or TimingProtocol(rounds=30)
     teacher = next((p for p in RunFolder.of(artifact.folder).teacher_files if p.exists()), None)
@@ -43,7 +43,7 @@ def benchmark(
     rows: list[LatencyRow] = []
     for batch in batches:
         feeds = artifact.example(batch)
-        student = onnxruntime_contender("student", artifact.folder / "model.onnx", feeds, threads=threads)
+        student = onnxruntime_contender("student", file, feeds, threads=threads)
         base = onnxruntime_contender("teacher_fp32", teacher, feeds, threads=threads) if teacher else None
         contenders: list[Contender] = [student] if base is None else [base, student]
         timed = measure(contenders, base, timing)

@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from pqk.bench.contenders import Feeds
 from pqk.bench.measure import THREADS, ratio_to
-from pqk.core.onnxruntime_session import session
+from pqk.core.onnxruntime_session import encoder_of, files_of, session
 from pqk.data.structures import Inputs
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError, Reason, first_line
@@ -286,6 +286,8 @@ TOOLS: tuple[Tool, ...] = get_args(Tool)
 
 def why_not_quantized(tool: Tool, teacher: Path, out: Path, task: Task, target: Target) -> Reason | None:
     """Write what a tool makes of the FP32 ONNX file of the teacher: None, or why there is no such file."""
+    if task.seq2seq:
+        return _why_not_both(tool, teacher, out, target)
     if tool == "teacher_ptq":
         return ptq(teacher, out, task, target)
     if tool == "teacher_dynamic":
@@ -294,3 +296,19 @@ def why_not_quantized(tool: Tool, teacher: Path, out: Path, task: Task, target: 
         return why_not_written_in_blocks(teacher, out)
     samples = task.calibration(CALIBRATION, teacher=True) if tool == "teacher_optimum_static" else None
     return optimum_ptq(teacher, out, samples, target)
+
+
+def _why_not_both(tool: Tool, teacher: Path, out: Path, target: Target) -> Reason | None:
+    """As `why_not_quantized`, for a decoder and its encoder."""
+    if tool in ("teacher_ptq", "teacher_optimum_static"):
+        return "its calibration runs one file on what is given to both, the encoder's and the decoder's"
+    for source, made in zip(files_of(teacher), (out, encoder_of(out)), strict=True):
+        if tool == "teacher_blocks":
+            reason = why_not_written_in_blocks(source, made)
+        elif tool == "teacher_dynamic":
+            reason = onnxruntime_dynamic(source, made, target)
+        else:
+            reason = optimum_ptq(source, made, None, target)
+        if reason is not None:
+            return reason
+    return None

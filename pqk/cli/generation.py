@@ -21,7 +21,7 @@ def generate(
     for piece in model.stream(prompt, sampling, chat=chat):
         pieces.append(piece)
         if shown:
-            write_piece(piece if len(pieces) > 1 or chat else prompt + piece)
+            write_piece(piece if len(pieces) > 1 or chat or model.seq2seq else prompt + piece)
     if shown:
         write_piece("\n")
         terminal(stderr=True).print(pace_text(model.pace), highlight=False)

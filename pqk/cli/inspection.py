@@ -10,9 +10,9 @@ from typing import Any
 
 from pqk.cli import views as describe
 from pqk.cli.console import CommandAnswer, clock, listed, table
-from pqk.core.onnxruntime_session import PAST, PRESENT, Continuing, session
+from pqk.core.onnxruntime_session import PAST, PRESENT, Continuing, EncoderDecoderSession, encoder_of, session
 from pqk.core.run_folder import RunFolder, scope_of
-from pqk.deploy.artifact import MANIFEST, MODEL, Artifact
+from pqk.deploy.artifact import MANIFEST, Artifact, deployed_file
 from pqk.documents import parse_json, read_bytes
 from pqk.errors import InputError
 from pqk.files import read_sealed
@@ -157,7 +157,7 @@ def _inspect_artifact(artifact: Artifact) -> CommandAnswer:
         f"(teacher {metric_text(report.metric, report.metric.teacher if report.metric else None)}), "
         f"{report.size_bytes / 1e3:.0f} kB, for {manifest['target']}, seed {manifest['seed']}",
         f"inputs and outputs: {'; '.join(ports)}",
-        *_kept_text(artifact.folder / MODEL),
+        *_kept_text(deployed_file(artifact.folder)),
         f"integer coverage {percent(report.integer_coverage)}; parity {describe.parity(report)}",
         *([f"this is a compile{OF_ANOTHER}"] if artifact.given else []),
         "every file is as it was written",
@@ -169,6 +169,11 @@ def _inspect_artifact(artifact: Artifact) -> CommandAnswer:
 def _kept_text(path: Path) -> list[str]:
     """What a file that continues texts takes, and gives, beside the inputs and outputs of its artifact: a line."""
     run = session(path) if path.is_file() else None
+    if isinstance(run, EncoderDecoderSession):
+        return [
+            f"{encoder_of(path).name} reads the source, and {path.name} takes {PAST}*, too, and gives {PRESENT}*: "
+            "pqk generate makes targets with both"
+        ]
     if not isinstance(run, Continuing):
         return []
     shown = {i.name for i in run.get_inputs()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,36 @@ OnnxSource = Path | str | bytes
 """an ONNX file, or its bytes"""
 IDS, MASK, PLACES, PAST, PRESENT = "input_ids", "attention_mask", "position_ids", "past_key_values.", "present."
 """what files that continue texts call their inputs and outputs, in Hugging Face's tools and here"""
+ENCODED, SOURCE_MASK = "encoder_hidden_states", "encoder_attention_mask"
+"""what a decoder's file calls the encoder's hidden states, and the mask of its source"""
+HIDDEN = "last_hidden_state"
+"""what an encoder's file calls its hidden states"""
+DECODER_FILE = "decoder_model_merged.onnx"
+"""what Hugging Face's tools call a decoder that takes and gives what is kept, with the first token and with others"""
+TARGET = ("decoder_input_ids", "decoder_attention_mask")
+"""what a model of two files is given of a target, beside its source"""
+
+
+def encoder_of(decoder: Path) -> Path:
+    """Where the file of the encoder is that belongs to a decoder's: `encoder_model.onnx` for the usual name."""
+    return decoder.with_name(f"encoder_{decoder.name.removeprefix('decoder_').replace('_merged', '')}")
+
+
+def files_of(model: Path) -> tuple[Path, ...]:
+    """The files that a deployed model is: its own, and that of its encoder where it is a decoder with one."""
+    encoder = encoder_of(model)
+    return (model, encoder) if encoder.is_file() else (model,)
+
+
+def size_of(model: Path) -> int:
+    """The bytes of a deployed model, in all its files."""
+    return sum(path.stat().st_size for path in files_of(model))
+
+
+def copy_files(model: Path, to: Path) -> None:
+    """Copy a deployed model, in all its files."""
+    for source, target in zip(files_of(model), (to, encoder_of(to)), strict=False):
+        shutil.copyfile(source, target)
 
 
 def session(
@@ -55,7 +87,13 @@ def session(
     except Exception as error:  # onnxruntime's exceptions share no public base class
         what = "the model's bytes" if isinstance(model, bytes) else str(model)
         raise InputError(f"ONNX Runtime {ort.__version__} refuses {what}: {str(error).strip()}") from error
-    return Continuing(run) if any(i.name.startswith(PAST) for i in run.get_inputs()) else run
+    names = [i.name for i in run.get_inputs()]
+    if not any(name.startswith(PAST) for name in names):
+        return run
+    if ENCODED not in names or isinstance(model, bytes) or not (encoder := encoder_of(Path(model))).is_file():
+        return Continuing(run)
+    reads = session(encoder, threads=threads, spinning=spinning, optimized=optimized)
+    return EncoderDecoderSession(reads, run, (encoder, Path(model)))
 
 
 class Continuing:
@@ -102,6 +140,86 @@ class Continuing:
             kinds = {i.name: np.uint8 if "uint8" in i.type else np.float32 for i in pasts}
             self._pasts[batch, tokens] = {name: np.zeros(shape, kinds[name]) for name, shape in shapes.items()}
         return self._pasts[batch, tokens]
+
+
+@dataclass(frozen=True)
+class TargetInput:
+    """An input that no file has by that name."""
+
+    name: str
+    type: str
+    shape: list[str]
+
+
+class EncoderDecoderSession:
+    """The sessions of an encoder and a decoder, run as one model of a source and the tokens of its target.
+
+    Where the mask of the target has more tokens than are given, keys and values of the others are zeros, those of the
+    source as well: then the decoder runs alone. Otherwise the encoder reads the source, and the decoder begins.
+    """
+
+    def __init__(self, encoder: Any, decoder: Any, paths: tuple[Path, Path]) -> None:
+        self.encoder, self.decoder, self.paths = encoder, decoder, paths
+        self._inputs = [i.name for i in encoder.get_inputs()]
+        self._masked = any(i.name == SOURCE_MASK for i in decoder.get_inputs())
+        self._pasts = [i for i in decoder.get_inputs() if i.name.startswith(PAST)]
+        self._width = next(i.shape[2] for i in decoder.get_inputs() if i.name == ENCODED)
+        self._zeros: dict[tuple[int, int, int], dict[str, Any]] = {}
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any], *options: Any) -> list[Any]:
+        """The outputs of these names, by default all but what is kept."""
+        return self.decoder.run(names or self._names, self.feeds_of_decoder(feeds), *options)
+
+    def feeds_of_encoder(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """What the encoder is given of the inputs of both."""
+        return {name: feeds[name] for name in self._inputs}
+
+    def feeds_of_decoder(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """What the decoder is given of the inputs of both; for the first token, after the encoder was run."""
+        ids, mask = (feeds[name] for name in TARGET)
+        before, batch = mask.shape[1] - ids.shape[1], len(ids)
+        own = {IDS: ids, **({SOURCE_MASK: feeds[MASK]} if self._masked else {})}
+        if not before:
+            hidden = self.encoder.run([HIDDEN], self.feeds_of_encoder(feeds))[0]
+            return {**own, ENCODED: hidden, **self._kept(batch, 0, 0)}
+        source = feeds[MASK].shape[1] if self._masked else self._length
+        return {**own, **self._kept(batch, before, source)}
+
+    def get_inputs(self) -> list[Any]:
+        """The encoder's, and ids and mask of the target."""
+        return [
+            *self.encoder.get_inputs(),
+            *(TargetInput(name, "tensor(int64)", ["batch", "target"]) for name in TARGET),
+        ]
+
+    def get_outputs(self) -> list[Any]:
+        """All but what is kept."""
+        return [o for o in self.decoder.get_outputs() if not o.name.startswith(PRESENT)]
+
+    def end_profiling(self) -> str:
+        return str(self.decoder.end_profiling())
+
+    @property
+    def _names(self) -> list[str]:
+        return [o.name for o in self.get_outputs()]
+
+    @property
+    def _length(self) -> int:
+        """The tokens of every source, where it is one length."""
+        length: int = next(o.shape[1] for o in self.encoder.get_outputs() if o.name == HIDDEN)
+        return length
+
+    def _kept(self, batch: int, tokens: int, source: int) -> dict[str, Any]:
+        """Zeros for keys and values of so many tokens of a target and of its source, and for its hidden states."""
+        key = batch, tokens, source
+        if key not in self._zeros:
+            lengths = {i.name: source if ".encoder." in i.name else tokens for i in self._pasts}
+            shapes = {i.name: (batch, i.shape[1], lengths[i.name], i.shape[3]) for i in self._pasts}
+            found: dict[str, Any] = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+            if source:
+                found[ENCODED] = np.zeros((batch, source, self._width), np.float32)
+            self._zeros[key] = found
+        return self._zeros[key]
 
 
 class OnnxModel:

@@ -1,4 +1,4 @@
-"""A file that continues texts, run step by step: new tokens in, scores of the next one and what is kept out."""
+"""A file that generates, run step by step: new tokens in, scores of the next one and what is kept out."""
 
 from __future__ import annotations
 
@@ -8,36 +8,68 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT, Continuing
+from pqk.core.onnxruntime_session import (
+    ENCODED,
+    HIDDEN,
+    IDS,
+    MASK,
+    PAST,
+    PLACES,
+    PRESENT,
+    SOURCE_MASK,
+    Continuing,
+    EncoderDecoderSession,
+)
 
 KeyValues = dict[str, NDArray[Any]]
-"""keys and values of all tokens so far, by the names of the file's inputs: float32 [1, G, S, D]"""
+"""keys and values of all tokens so far, by the names of the file's inputs: float32 [1, G, S, D]; of an encoder-decoder
+the source's hidden states [1, S, C] and mask [1, S], too"""
 
 
 class Steps:
-    """A file that continues texts, opened in ONNX Runtime, one text at a time.
+    """A file that continues texts, or the decoder's of an encoder-decoder, opened in ONNX Runtime, one text at a time.
 
     Args:
         run: its session.
     """
 
-    def __init__(self, run: Continuing) -> None:
-        self._run = run.inner
+    def __init__(self, run: Continuing | EncoderDecoderSession) -> None:
+        self._encoder = run.encoder if isinstance(run, EncoderDecoderSession) else None
+        self._run = run.decoder if isinstance(run, EncoderDecoderSession) else run.inner
         pasts = [i for i in self._run.get_inputs() if i.name.startswith(PAST)]
         self.empty: KeyValues = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in pasts}
         self._outputs = [o.name for o in self._run.get_outputs()]
-        self._placed = any(i.name == PLACES for i in self._run.get_inputs())
+        self._inputs = {i.name for i in self._run.get_inputs()}
 
     @property
     def kept_bytes(self) -> int:
         """What is kept of one token."""
         return sum(t.itemsize * t.shape[1] * t.shape[3] for t in self.empty.values())
 
+    @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads a source first."""
+        return self._encoder is not None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether what is read is tokens."""
+        return self._encoder is None or any(i.name == IDS for i in self._encoder.get_inputs())
+
+    def encoded(self, source: Sequence[int]) -> KeyValues:
+        """What the decoder begins with after its encoder has read the tokens of a source."""
+        assert self._encoder is not None
+        ids = np.array([source])
+        hidden = self._encoder.run([HIDDEN], {IDS: ids, MASK: np.ones_like(ids)})[0]
+        return {**self.empty, ENCODED: hidden, SOURCE_MASK: np.ones_like(ids)}
+
     def __call__(self, new: Sequence[int], kept: KeyValues, total: int) -> tuple[NDArray[np.float32], KeyValues]:
         """Scores [S, V] of what follows each of the S `new` tokens, the last of `total`, and what is kept of all."""
-        feeds = {IDS: np.array([new]), MASK: np.ones((1, total), np.int64), **kept}
-        if self._placed:
+        feeds = {IDS: np.array([new]), **kept}
+        if MASK in self._inputs:
+            feeds[MASK] = np.ones((1, total), np.int64)
+        if PLACES in self._inputs:
             feeds[PLACES] = np.arange(total - len(new), total)[None]
         found = dict(zip(self._outputs, self._run.run(None, feeds), strict=True))
         scores = next(value for name, value in found.items() if not name.startswith(PRESENT))
-        return scores[0], {name: found[PRESENT + name.removeprefix(PAST)] for name in kept}
+        return scores[0], {name: found.get(PRESENT + name.removeprefix(PAST), old) for name, old in kept.items()}

@@ -1,6 +1,8 @@
 """The directory that ships, and how it is read back. `model.onnx` is usable without pqk.
 
 model.onnx            the student, INT8, self-contained; not where the target is a GPU
+encoder_model.onnx    instead of it, of an encoder-decoder: what reads the source, and
+decoder_model_merged.onnx  what generates the target, with keys and values of the source and of the tokens before
 student.pt2           the fused student, where the recipe fuses; it needs `import pqk.kernels`
 tuning.json           the block sizes that its kernels run with on a GPU
 student.safetensors   its tensors, and
@@ -26,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from pqk.core.onnxruntime_session import session
+from pqk.core.onnxruntime_session import DECODER_FILE, encoder_of, session
 from pqk.core.pipeline import rebuild
 from pqk.core.program import Program, Rewrite, parse_plan
 from pqk.core.run_folder import RunFolder
@@ -50,12 +52,13 @@ from pqk.task.axes import Sizes, sizes_of
 from pqk.task.task import Task
 
 MANIFEST = "manifest.json"
-MODEL, FUSED = DEPLOYED = ("model.onnx", "student.pt2")
-"""what is run; an artifact has one of them or both"""
+MODEL, FUSED, _ = DEPLOYED = ("model.onnx", "student.pt2", DECODER_FILE)
+"""what is run; an artifact has the first or the second or both, or a decoder and its encoder"""
+ENCODER_FILE = encoder_of(Path(DECODER_FILE)).name
 TENSORS, PLAN = STUDENT = ("student.safetensors", "student.json")
 RECIPE = "recipe.toml"
 REPORT, REPORT_PAGE, REPORT_HTML = "report.json", "report.md", "report.html"
-OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, REPORT_HTML, TUNING, *DEPLOYED, CASCADE_TEACHER)
+OWN = (*STUDENT, RECIPE, REPORT, REPORT_PAGE, REPORT_HTML, TUNING, *DEPLOYED, ENCODER_FILE, CASCADE_TEACHER)
 """every file that a compile writes, but for the manifest and what the task adds"""
 PROVENANCE = (
     "Written by a compile. Files, folders and modules that are named here are as its recipe named them: weights are",
@@ -86,6 +89,17 @@ def write_student(program: Program, task: Task, recipe: Recipe, folder: Path, tu
     write_json(folder / PLAN, {"plan": [asdict(r) for r in program.plan]})
     write_whole(folder / RECIPE, lambda p: p.write_text(shipped_recipe(recipe)))
     return (*OWN, *extra)
+
+
+def deployed_file(folder: Path) -> Path:
+    """The file in an artifact that ONNX Runtime is given: model.onnx, or a decoder's, whose encoder lies beside."""
+    return folder / (DECODER_FILE if (folder / DECODER_FILE).is_file() else MODEL)
+
+
+def name_two_files(folder: Path) -> None:
+    """Call a decoder in `folder` that has an encoder as Hugging Face's tools do."""
+    if (folder / ENCODER_FILE).is_file():
+        (folder / MODEL).replace(folder / DECODER_FILE)
 
 
 def shipped_recipe(recipe: Recipe) -> str:
@@ -272,7 +286,7 @@ class Artifact:
         return None if entry is None else Routing(float(entry["temperature"]), float(entry["threshold"]))
 
     def _runner(self) -> Callable[[dict[str, NDArray[Any]]], list[NDArray[Any]]]:
-        onnx = self.folder / MODEL
+        onnx = deployed_file(self.folder)
         if not onnx.exists():
             return partial(_run_torch, self.student())
         student = partial(session(onnx).run, None)

@@ -81,14 +81,14 @@ def with_past(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, Cache]:
     attentions = sites(found)
     if not attentions:
         raise InputError("generation: the model has no attention, so there is nothing to keep of the tokens before")
-    cache = Cache(tuple(_entry(site) for site in attentions))
+    cache = Cache(tuple(entry_of(site) for site in attentions))
     ids, mask = (n for n in found.graph.nodes if n.op == "placeholder")
     places_of_new = _add_input(found.graph, mask, POSITION, ids)
     pasts = _add_pasts(found.graph, places_of_new, cache, attentions)
     sizes = _Sizes.add(found.graph, ids, pasts)
     _see_the_whole(found, mask, places_of_new, sizes)
     presents = [
-        _append(found.graph, past, new)
+        appended(found.graph, past, new)
         for past, new in zip(pasts, (n for s in attentions for n in (s.key, s.value)), strict=True)
     ]
     output = found.graph.output_node()
@@ -120,7 +120,8 @@ def places(mask: Tensor) -> Tensor:
 # ---- finding
 
 
-def _entry(site: Site) -> CacheEntry:
+def entry_of(site: Site) -> CacheEntry:
+    """What is kept of an attention."""
     (_, groups, _, key_width), (_, _, _, value_width) = shape(site.key), shape(site.value)
     assert groups is not None and key_width is not None and value_width is not None
     return CacheEntry(groups, key_width, value_width)
@@ -213,7 +214,7 @@ def _above(node: fx.Node) -> Iterator[fx.Node]:
                 yield source
 
 
-def _append(graph: fx.Graph, past: fx.Node, new: fx.Node) -> fx.Node:
+def appended(graph: fx.Graph, past: fx.Node, new: fx.Node) -> fx.Node:
     """Kept and new tokens one after the other, for all who read `new`."""
     with graph.inserting_after(new):
         both = call(graph, aten.cat.default, ([past, new], 2), new)

@@ -22,7 +22,7 @@ from pqk.copies import copy_of
 from pqk.core.aten import DEQUANTIZE, DYNAMIC, GATHER_NBITS, MULTIPLY, NBITS, QUANTIZE, aten, quantized_tensors
 from pqk.core.graph import register_containers
 from pqk.core.modes import fused_layers
-from pqk.core.onnxruntime_session import PAST, PRESENT
+from pqk.core.onnxruntime_session import HIDDEN, PAST, PRESENT, encoder_of
 from pqk.data.structures import named_tensors
 from pqk.deploy.float_gates import with_joined_gates
 from pqk.deploy.generation import POSITION, places, with_past
@@ -30,6 +30,7 @@ from pqk.deploy.onnx_blocks import gather_block_quantized, matmul_nbits
 from pqk.deploy.onnx_ops import MICROSOFT, QUANTIZERS
 from pqk.deploy.onnx_pools import Value, average_pool, max_pool
 from pqk.deploy.token_operators import OPERATOR_SET, needs_operator_set, with_token_operators
+from pqk.deploy.two_files import split_graphs
 from pqk.errors import InputError, PqkError
 from pqk.files import write_whole
 from pqk.passes.capture.capture import capture, fixed_size
@@ -40,6 +41,8 @@ from pqk.task.task import Task
 OPSET = 21
 SHOWN = 3
 """past tokens of the example that a graph with a cache is exported by"""
+KEPT_SHOWN = 2
+"""tokens of its source whose keys and values are given there"""
 
 
 def _quantize(x: Value, scale: Value, zero_point: Value, qmin: int, qmax: int) -> Value:
@@ -97,13 +100,17 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 def emit_onnx_for(module: nn.Module, task: Task, path: Path) -> None:
     """Write `module`, which takes the inputs of `task`, to `path`, with a cache where it continues texts.
 
-    Raises `InputError` as `emit_onnx` and `with_past` do.
+    A sequence-to-sequence model is two files: its decoder at `path`, and its encoder beside it (`encoder_of`). Raises
+    `InputError` as `emit_onnx`, `with_past` and `split_graphs` do.
     """
     if not task.generates:
         emit_onnx(module, task.example, path, task.input_names, task.output_names, task.axes)
         return
     graph = module if isinstance(module, fx.GraphModule) else capture(copy_of(module), task.example, axes=task.axes)
     assert isinstance(graph, fx.GraphModule)
+    if task.seq2seq:
+        _emit_two_files(graph, task, path)
+        return
     continuing, cache = with_past(graph)
     ids, mask = task.example
     whole = torch.cat([torch.ones(len(ids), SHOWN, dtype=mask.dtype), mask], 1)
@@ -114,6 +121,29 @@ def emit_onnx_for(module: nn.Module, task: Task, path: Path) -> None:
         (*task.input_names, POSITION, *cache.names(PAST.rstrip("."))),
         (*(task.output_names or ("logits",)), *cache.names(PRESENT.rstrip("."))),
         cache.axes(),
+    )
+
+
+def _emit_two_files(graph: fx.GraphModule, task: Task, path: Path) -> None:
+    """Write the encoder and the decoder of a captured graph."""
+    parts, (*source, ids, _) = split_graphs(graph), task.example
+    inputs = len(source)
+    emit_onnx(parts.encoder, tuple(source), encoder_of(path), task.input_names[:inputs], (HIDDEN,), task.axes[:inputs])
+    free = len(task.axes[0]) > 1 and task.axes[0][1] is not None
+    with torch.no_grad():
+        hidden = parts.encoder(*source)
+    given = (*source[1:], ids, hidden)
+    if hidden.shape[1] < 2 * KEPT_SHOWN:  # sizes of 0 and 1 would be taken for fixed ones
+        given = (*(torch.cat([t] * 4, 1) for t in source[1:]), ids, torch.cat([hidden] * 4, 1))
+    if ids.shape[1] < 2:
+        given = tuple(torch.cat([t, t], 1) if t is ids else t for t in given)
+    emit_onnx(
+        with_token_operators(parts.decoder),
+        (*given, *parts.empty(len(ids), SHOWN, KEPT_SHOWN)),
+        path,
+        (*parts.input_names, *parts.names(PAST.rstrip("."))),
+        (*(task.output_names or ("logits",)), *parts.names(PRESENT.rstrip("."))),
+        parts.axes(free),
     )
 
 

@@ -43,9 +43,21 @@ def product(at: Operands) -> int:
 
 
 def attention(at: Operands) -> int:
-    """com.microsoft Attention: the projection to queries, keys and values, then QK' and PV over all heads."""
+    """com.microsoft Attention: the projection to queries, keys and values, then QK' and PV over all heads.
+
+    ONNX's own operator of that name takes keys, which have more axes than a weight has.
+    """
+    if len(at.inputs[1]) > 2:
+        return attention_of_keys(at)
     (batch, tokens, _), weight = at.inputs[0], at.inputs[1]
     return batch * tokens * math.prod(weight) + 2 * batch * tokens * tokens * at.output[-1]
+
+
+def attention_of_keys(at: Operands) -> int:
+    """ONNX's Attention: QK' and PV, of heads [B, H, T, D], or of [B, T, H * D] and keys kept before [B, G, P, D]."""
+    query, key, kept = at.inputs[0], at.inputs[1], (*at.inputs, (), (), ())[4]
+    total = key[-2] + (kept[2] if kept else 0)
+    return math.prod(query[:-1]) * total * (query[-1] + at.output[-1])
 
 
 def multi_head_attention(at: Operands) -> int:

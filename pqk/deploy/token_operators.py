@@ -25,6 +25,8 @@ from pqk.deploy.token_axes import rows_to_tokens
 OPERATOR_SET = 23
 ROTARY = torch.ops.onnx.RotaryEmbedding.opset23
 ATTENTION = torch.ops.onnx.Attention.opset23
+OF_SOURCE = ".encoder."
+"""what the names of kept keys and values have that are of a source, and not of the tokens before"""
 NEEDING = (ROTARY, ATTENTION, aten.rms_norm.default)
 
 
@@ -48,10 +50,11 @@ def with_token_operators(graph_module: fx.GraphModule) -> fx.GraphModule:
     rows_to_tokens(found)
     join_siblings(found)
     halves: dict[fx.Node, fx.Node] = {}
+    spread: dict[fx.Node, fx.Node] = {}
     for node in calls(found.graph, aten.add.Tensor):
         _rotate(found, node, halves)
     for node in calls(found.graph, SOFTMAX):
-        _attend(found, node)
+        _attend(found, node, spread)
     return finish(found)
 
 
@@ -207,8 +210,8 @@ class _Attention:
     key: fx.Node
     value: fx.Node
     """kept ones and new ones, joined: [B, G, P + S, D]"""
-    seen: fx.Node
-    """[B, 1, S, P + S]"""
+    seen: fx.Node | None
+    """[B, 1, S, P + S]; instead of one head all, where they differ, and instead of S tokens one, where they do not"""
     scale: float
     cap: float
     """what scores are bounded by before the mask is added; 0: nothing"""
@@ -216,21 +219,37 @@ class _Attention:
     """[B, H, S, D]"""
 
 
-def _attend(graph_module: fx.GraphModule, softmax: fx.Node) -> None:
-    """One operator in the place of the attention around `softmax`, if it is one with a cache and in float."""
+def _attend(graph_module: fx.GraphModule, softmax: fx.Node, spread: dict[fx.Node, fx.Node]) -> None:
+    """One operator in the place of the attention around `softmax`, if it is one with a cache and in float.
+
+    `spread` is what is seen by each token that is there already, where all see the same.
+    """
     found = _attention(softmax)
     if found is None:
         return
     graph = graph_module.graph
     (past_key, new_key), (past_value, new_value) = (_joined(n, 2) for n in (found.key, found.value))
     heads, groups = shape(found.query)[1], shape(found.key)[1]
+    seen = found.seen
+    if seen is not None and shape(seen)[2] == 1 and seen not in spread:
+        with graph.inserting_before(softmax):
+            length = graph.call_function(aten.sym_size.int, (found.query, 2))
+            sizes = (*shape(seen)[:2], None, shape(seen)[3])
+            spread[seen] = call(graph, aten.expand.default, (seen, [-1, -1, length, -1]), seen, shape=sizes)
+    if seen is not None:
+        seen = spread.get(seen, seen)
+    if OF_SOURCE in str(past_key.meta["layer"]):  # there may be no new ones, which the operator does not take
+        with graph.inserting_before(softmax):
+            whole = call(graph, ATTENTION, (found.query, found.key, found.value, seen), found.output)
+            whole.kwargs = _numbers(found)
+            replace(graph_module, found.output, call(graph, operator.getitem, (whole, 0), found.output))
+        return
     with graph.inserting_before(softmax):
         sources = (_flat(found.query), _flat(new_key), _flat(new_value))
         values = shape(found.output)
         flat = (values[0], values[2], heads * values[3])  # type: ignore[operator]
-        all_four = call(graph, ATTENTION, (*sources, found.seen, past_key, past_value), softmax, shape=flat)
-        numbers = {"scale": found.scale} | ({"softcap": found.cap} if found.cap else {})
-        all_four.kwargs = {"q_num_heads": heads, "kv_num_heads": groups, **numbers}
+        all_four = call(graph, ATTENTION, (*sources, seen, past_key, past_value), softmax, shape=flat)
+        all_four.kwargs = {"q_num_heads": heads, "kv_num_heads": groups, **_numbers(found)}
         answer, keys, kept_values = (
             call(graph, operator.getitem, (all_four, i), like, **changed)
             for i, (like, changed) in enumerate(((softmax, {"shape": flat}), (found.key, {}), (found.value, {})))
@@ -242,14 +261,21 @@ def _attend(graph_module: fx.GraphModule, softmax: fx.Node) -> None:
         _put_answer(graph_module, found.output, answer)
 
 
+def _numbers(found: _Attention) -> dict[str, Any]:
+    """The scale of an attention, and its cap where it has one."""
+    return {"scale": found.scale} | ({"softcap": found.cap} if found.cap else {})
+
+
 def _attention(softmax: fx.Node) -> _Attention | None:
     """The attention around `softmax`; None where it has another form, such as quantizers inside."""
-    total = operand(softmax)
+    scores, seen = operand(softmax), None
     shares = _only_user(softmax)
-    if total.target is not aten.add.Tensor or shares is None or shares.target is not MATMUL or len(total.args) > 2:
+    if shares is None or shares.target is not MATMUL:
         return None
-    (scores, cap), seen = _uncapped(operand(total)), _once(operand(total, 1))
-    if scores.target is not MATMUL or len(shape(seen)) != 4 or shape(seen)[1] != 1:
+    if scores.target is aten.add.Tensor and len(scores.args) == 2:
+        scores, seen = operand(scores), _once(operand(scores, 1))
+    scores, cap = _uncapped(scores)
+    if scores.target is not MATMUL or (seen is not None and len(shape(seen)) != 4):
         return None
     rows, turned = operand(scores), operand(scores, 1)
     if rows.target is not aten.mul.Tensor or not isinstance(rows.args[1], float):

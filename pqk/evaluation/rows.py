@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pqk.bench.contenders import Contender, Feeds, Skipped, compiled_contender, onnxruntime_contender
 from pqk.core.costs import count_macs, count_parameters
-from pqk.core.onnxruntime_session import OnnxModel
+from pqk.core.onnxruntime_session import OnnxModel, size_of
 from pqk.core.program import Pass, Program
 from pqk.data.structures import Outputs
 from pqk.errors import Reason
@@ -153,7 +153,7 @@ class OnnxFile(Variant):
     def costs(self, subject: Subject) -> dict[str, Any]:
         feeds = subject.task.feeds(len(subject.task.example[0]))
         return {
-            "size_bytes": self.path.stat().st_size,
+            "size_bytes": size_of(self.path),
             "parameters": self.parameters or count_parameters(self.module),
             "macs": attempt(lambda: count_macs(self.module, subject.task.example)),
             "integer_coverage": attempt(lambda: _coverage(self.path, feeds))

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pqk.core.onnxruntime_session import Continuing, session
+from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, session
 from pqk.core.steps import Steps
-from pqk.deploy.artifact import MODEL, Artifact
+from pqk.deploy.artifact import Artifact, deployed_file
 from pqk.errors import InputError
 from pqk.generation.greedy import Limits
 from pqk.models.hub import quietly, read_tokenizer
@@ -75,15 +75,22 @@ class Continuation:
 
     def __init__(self, folder: str | Path, threads: int = 1) -> None:
         self.folder = Artifact.load(folder).folder
-        path = self.folder / MODEL
+        path = deployed_file(self.folder)
         run = session(path, threads=threads) if path.is_file() else None
-        if not isinstance(run, Continuing):
+        if not isinstance(run, Continuing | EncoderDecoderSession):
             raise InputError(
-                f"{self.folder} continues no texts: its {MODEL} takes nothing that is kept of tokens before"
+                f"{self.folder} continues no texts: its {path.name} takes nothing that is kept of tokens before"
             )
         self._steps, self.pace = Steps(run), Pace()
+        if not self._steps.reads_text:
+            raise InputError(f"{self.folder} reads sounds, which are not given as text; run its two files")
         self.limits = Limits.of(self.folder)
         self.tokenizer: Any = read_tokenizer(self.folder, "generate")
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether what is generated is the target of a source, and does not go on with a prompt."""
+        return self._steps.encodes
 
     def tokens_of(self, prompt: str, chat: bool = False) -> list[int]:
         """The tokens of a prompt; `chat`: of a user's message in the tokenizer's template, ready for the answer.
@@ -103,9 +110,9 @@ class Continuation:
         return list(found)
 
     def tokens(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Iterator[int]:
-        """The tokens that follow those of `prompt`, up to the end of the text, one by one; `pace` says what they took.
+        """The tokens that follow those of `prompt`, or of its target, up to the end of the text, one by one.
 
-        Raises `InputError` for a prompt that fills all positions.
+        `pace` says what they took. Raises `InputError` for a prompt that fills all positions.
         """
         chosen, start = sampling or Sampling(), time.perf_counter()
         longest = self.limits.longest
@@ -113,11 +120,15 @@ class Continuation:
             raise InputError(f"generate: the prompt has {len(prompt)} tokens and the model {longest} positions")
         self.pace = Pace(prompt=len(prompt))
         draws, new, total, first = np.random.default_rng(chosen.seed), list(prompt), 0, start
-        kept = self._steps.empty
-        for count in range(1, min(chosen.max_tokens, longest - len(prompt)) + 1):
+        kept, room, forced = self._steps.empty, longest - len(prompt), None
+        if self.seq2seq:
+            new = [] if self.limits.begin is None else [self.limits.begin]
+            kept, room, forced = self._steps.encoded(prompt), longest - 1, self.limits.forced
+        for count in range(1, min(chosen.max_tokens, room) + 1):
             total += len(new)
             scores, kept = self._steps(new, kept, total)
-            new = [choose(scores[-1], chosen, draws)]
+            new = [choose(self.limits.allowed(scores[-1]), chosen, draws) if forced is None else forced]
+            forced = None
             now = time.perf_counter()
             first = now if count == 1 else first
             self.pace.tokens, self.pace.first_ms = count, (first - start) * 1e3
@@ -129,10 +140,12 @@ class Continuation:
         self.pace.stopped = "max_tokens" if self.pace.tokens == chosen.max_tokens else "positions"
 
     def stream(self, prompt: str, sampling: Sampling | None = None, *, chat: bool = False) -> Iterator[str]:
-        """The text that follows `prompt`, piece by piece, each of whole characters. Raises as `tokens` does."""
+        """The text that follows `prompt`, or its target, in pieces of whole characters. Raises as `tokens` does."""
         found: list[int] = []
-        given = len(self._text(before := self.tokens_of(prompt, chat)))
-        for token in self.tokens(before, sampling):
+        asked = self.tokens_of(prompt, chat)
+        before = [] if self.seq2seq else asked
+        given = len(self._text(before))
+        for token in self.tokens(asked, sampling):
             found.append(token)
             text = self._text([*before, *found])
             if not text.endswith(UNFINISHED) and len(text) > given:

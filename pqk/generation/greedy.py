@@ -19,10 +19,16 @@ Step = Callable[[Sequence[int], KeyValues, int], tuple[NDArray[np.float32], KeyV
 
 @dataclass(frozen=True)
 class Limits:
-    """Where the texts of a model end."""
+    """Where the texts of a model begin and end, and what is not in them."""
 
     ends: frozenset[int] = frozenset()
     """the tokens that end them"""
+    begin: int | None = None
+    """the token that the targets of an encoder-decoder begin with"""
+    forced: int | None = None
+    """the one after it, such as a target's language"""
+    forbidden: tuple[int, ...] = ()
+    """tokens that are never chosen"""
     longest: int = 2**31
     """positions: prompt and continuation have so many tokens at most"""
 
@@ -33,7 +39,21 @@ class Limits:
         said = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else config
         ends = said.get("eos_token_id", config.get("eos_token_id"))
         longest = config.get("max_position_embeddings") or config.get("n_positions") or Limits.longest
-        return Limits(frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]), longest)
+        one_token = [tokens[0] for tokens in said.get("bad_words_ids") or () if len(tokens) == 1]
+        return Limits(
+            ends=frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+            begin=said.get("decoder_start_token_id", config.get("decoder_start_token_id")),
+            forced=said.get("forced_bos_token_id"),
+            forbidden=(*one_token, *(said.get("suppress_tokens") or ())),
+            longest=longest,
+        )
+
+    def allowed(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores [V] without those of tokens that are never chosen."""
+        if self.forbidden:
+            scores = scores.copy()
+            scores[[*self.forbidden]] = -np.inf
+        return scores
 
 
 def likeliest(

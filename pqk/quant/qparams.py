@@ -98,9 +98,10 @@ U8 = Grid("uint8", 0, 255, symmetric=False)
 def dynamic_qparams(x: Tensor) -> QParams:
     """The qparams [] that cover the values `x` at hand, as ONNX DynamicQuantizeLinear and ONNX Runtime define them.
 
-    An all-zero tensor gets scale 1.
+    A tensor of zeros or of nothing gets scale 1.
     """
-    low, high = (end.float() for end in torch.aminmax(x.detach()))
+    values = x.detach() if x.numel() else x.new_zeros(1)
+    low, high = (end.float() for end in torch.aminmax(values))
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = torch.where(high > low, (high - low) / (U8.qmax - U8.qmin), 1.0)
     # A range whose 255th part is less than a float can be has scale 0, and 0 / 0 the zero point of ONNX Runtime.

@@ -68,6 +68,8 @@ class Task:
         generates: the model continues texts: `model.onnx` takes and gives what attention keeps of the tokens before,
             and times are those of the example's last token after the others.
         directory: that of a Hugging Face tokenizer that the texts were read with, for passes that change it.
+        seq2seq: the model generates a target from a source, by an encoder and a decoder: its last two inputs are ids
+            and mask of the target, and it is deployed as two files.
         notes: what the report should say of the data.
         validation_share: share of `train` that is split off where `validation` is None, between 0 and 1.
         retained: data like `train` of what the model must not forget, with or without labels; `distill` can hold the
@@ -108,6 +110,7 @@ class Task:
         retained: Any = None,
         retained_evaluation: Any = None,
         critic: Callable[[Tensor, Sequence[Tensor]], Sequence[float]] | None = None,
+        seq2seq: bool = False,
     ) -> None:
         check_arguments(
             {"loss": loss, "decision": decision, "extra_files": extra_files, "critic": critic},
@@ -146,7 +149,8 @@ class Task:
         inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
         self.signature = Signature.of(inputs, input_names, output_names, dynamic_axes, timed)
         self.preprocessing, self.extra_files = preprocessing or {}, extra_files
-        self._kept, self.generates, self.directory, self.critic = kept, generates, directory, critic
+        self._kept, self.directory, self.critic = kept, directory, critic
+        self.generates, self.seq2seq = generates or seq2seq, seq2seq
         self._notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
 
     def with_evaluation(self, data: Data, note: str) -> Task:
@@ -343,7 +347,8 @@ class Task:
         """
         found = self.signature.feeds(batch, name)
         if self.generates and not name:
-            found[self.input_names[0]] = found[self.input_names[0]][:, -1:]
+            ids = self.input_names[-2]  # before their mask, which says how many there are
+            found[ids] = found[ids][:, -1:]
         return found
 
     def need_train(self, where: str) -> Data:

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from pqk.core.onnxruntime_session import OnnxSource, session
+from pqk.core.onnxruntime_session import EncoderDecoderSession, OnnxSource, encoder_of, session
 from pqk.deploy.onnx_ops import MACS, UNCOUNTED, Operands, Shape, in_integers, plain_name
 from pqk.errors import InputError, Reason
 
@@ -50,6 +50,27 @@ def integer_coverage(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]
     An operator whose MACs cannot be told from shapes leaves no share and a reason. Raises `InputError` for a model that
     ONNX Runtime refuses, and feeds that do not fit.
     """
+    if isinstance(model, Path) and encoder_of(model).is_file():
+        run = session(model)
+        if isinstance(run, EncoderDecoderSession):
+            return _of_both(run, example_feeds)
+    return _of_one(model, example_feeds)
+
+
+def _of_both(run: EncoderDecoderSession, feeds: Mapping[str, NDArray[Any]]) -> Coverage:
+    """The coverage of reading a source, and of what the decoder does with `feeds`."""
+    encoder, decoder = run.paths
+    parts = (
+        _of_one(encoder, run.feeds_of_encoder(feeds)),
+        _of_one(decoder.read_bytes(), run.feeds_of_decoder(feeds)),
+    )
+    total, integer = sum(p.total_macs for p in parts), sum(p.integer_macs for p in parts)
+    reason = next((p.reason for p in parts if p.reason is not None), None)
+    share = None if reason is not None else integer / total if total else 1.0
+    return Coverage(share, total, integer, tuple(layer for p in parts for layer in p.layers), reason)
+
+
+def _of_one(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]]) -> Coverage:
     graph = executed_graph(model)
     shapes = value_shapes(graph, example_feeds)
     batch = len(next(iter(example_feeds.values())))

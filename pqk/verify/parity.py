@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pqk.core.aten import DYNAMIC, rounded_inside
-from pqk.core.onnxruntime_session import OnnxModel, session
+from pqk.core.onnxruntime_session import OnnxModel, encoder_of, session
 from pqk.data.structures import tensors
 from pqk.deploy.qdq import AccumulatorTwin, Array, Layer, QdqFile
 from pqk.errors import InputError
@@ -76,12 +76,22 @@ def check_layers_of(
 ) -> list[LayerParity]:
     """Every layer of the student's file against the INT8 graph, on `inputs` of the task.
 
-    A file that continues texts is held against the graph with a cache, in the middle of each text.
+    A file that continues texts is held against the graph with a cache, in the middle of each text; those of an encoder
+    and a decoder, against the two that the graph is split into, at the begin of each target and in its middle.
     """
     from pqk.deploy.generation import continued  # these emit through torch.onnx, which is slow to import
     from pqk.deploy.onnx_emitter import quantized_tensors
     from pqk.deploy.token_operators import with_token_operators
+    from pqk.deploy.two_files import first_and_next_inputs, split_graphs
 
+    if task.seq2seq:
+        parts = split_graphs(int8_graph)
+        encoder, decoder = parts.encoder, with_token_operators(parts.decoder)
+        source = inputs[:-2]
+        rows = check_layers(encoder, quantized_tensors(encoder), encoder_of(onnx_path), source, optimized=optimized)
+        for given in first_and_next_inputs(parts, inputs):
+            rows += check_layers(decoder, quantized_tensors(decoder), onnx_path, given, optimized=optimized)
+        return rows
     form = int8_graph
     if task.generates:
         form, inputs = continued(int8_graph, inputs)

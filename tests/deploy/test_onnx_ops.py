@@ -94,3 +94,14 @@ def test_few_bits_are_multiplied_as_integers_at_one_accuracy_level(
 )
 def test_macs_by_hand(operator: str, inputs: tuple, output: tuple, attributes: dict, macs: int) -> None:
     assert MACS[operator](Operands(inputs, output, attributes)) == macs
+
+
+def test_attention_by_keys_is_counted_with_those_that_were_kept() -> None:
+    """Heads of their own axis [B, H, T, D]; and tokens [B, T, H * D] behind 5 kept ones of 2 groups."""
+    heads = Operands(((2, 4, 3, 8), (2, 4, 6, 8), (2, 4, 6, 8)), (2, 4, 3, 8), {})
+    assert MACS["Attention"](heads) == 2 * 2 * 4 * 3 * 6 * 8
+    kept = ((2, 2, 5, 8), (2, 2, 5, 8))
+    tokens = Operands(((2, 1, 32), (2, 1, 16), (2, 1, 16), (2, 1, 1, 6), *kept), (2, 1, 32), {})
+    assert MACS["Attention"](tokens) == 2 * 2 * 4 * 1 * 6 * 8
+    projected = Operands(((2, 5, 32), (32, 96)), (2, 5, 32), {})
+    assert MACS["Attention"](projected) == 2 * 5 * 32 * 96 + 2 * 2 * 5 * 5 * 32

@@ -9,6 +9,8 @@
 <!-- comparison: NAME --> both rounds of models/results/NAME.json, which `pqk compare` wrote
 <!-- kernels -->          what `pqk kernels` found of the committed students and of all kernels' cases
 <!-- families -->         which passes apply to which family of encoders: models/results/encoder_families.json
+<!-- encoder_decoders --> the same of encoder-decoders: models/results/encoder_decoder_families.json
+<!-- sorting -->          what a compiled sorter of letters is worth: models/results/sorting.json
 <!-- zoo -->              what became of every network of the zoo: tests/zoo/results.json
 <!-- estimates -->        how near `pqk check` comes to what passes take: models/results/check_estimates.json
 <!-- growth -->           how time and memory of a compile grow: models/results/compile_growth.json
@@ -41,7 +43,7 @@ from typing import Any
 
 from pqk.cli.views import reference
 from pqk.comparison.markdown import HEADER, notes_of, table_of
-from pqk.files import write_whole
+from pqk.files import read_json, write_whole
 from pqk.kernels import KERNELS
 from pqk.report.markdown import markdown_table
 from pqk.report.schema import Report
@@ -52,6 +54,7 @@ from pqk.strangers.table import markdown as strangers_table
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "support"))
+import seq2seq_tables  # noqa: E402
 from families import table as families_table  # noqa: E402
 
 FOLDERS = ("pqk", "passes", "kernels", "models", "tests")
@@ -575,6 +578,8 @@ MAKERS: dict[str, Callable[..., str]] = {
     "allocation": allocations,
     "reasoning": lambda: where_measured("reasoning", reasoning),
     "black_box": lambda: where_measured("black_box", black_box),
+    "encoder_decoders": lambda: seq2seq_tables.families_table(read_json(RESULTS / "encoder_decoder_families.json")),
+    "sorting": lambda: where_measured("sorting", seq2seq_tables.generation_table),
     "strangers": lambda: of_strangers(strangers_table),
     "promises": lambda: of_strangers(promises),
     "peers": lambda: of_strangers(peers),

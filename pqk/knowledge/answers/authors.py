@@ -123,8 +123,8 @@ class AnswerSettings(TokenSampling, ABC):
 
     def why_not_applied(self, task: Task) -> Reason | None:
         """Why nothing can be answered in this way for a task, else None."""
-        if not task.generates:
-            return "answers are written by models that continue texts (Task(generates=True)), and this is none"
+        if task.seq2seq or not task.generates:
+            return "answers are written by causal models (Task(generates=True)), and this is none"
         return None
 
     @abstractmethod
