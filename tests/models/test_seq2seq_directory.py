@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,9 @@ def artifact(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifac
     texts = tiny.pairs(24)
     task = seq2seq_task(directory=teacher, train=None, evaluation=texts, validation=texts, context=8)
     out = tmp_path_factory.mktemp("student") / "out"
-    return compress(encoder_decoder(teacher), task, RECIPE, out=out, evaluation=Evaluation.quick())
+    return compress(
+        encoder_decoder(teacher), task, RECIPE, out=out, evaluation=replace(Evaluation.quick(), rehearsal=False)
+    )
 
 
 def test_its_files_are_called_and_take_what_the_tools_expect(artifact: Artifact) -> None:
@@ -213,7 +216,8 @@ def test_targets_end_and_are_no_longer_than_positions(tmp_path: Path) -> None:
     assert "1 of 2 evaluation targets end after 6 tokens" in task.notes
 
 
-@pytest.mark.parametrize("family", ["bart", pytest.param("marian", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["bart", "marian"])
 def test_a_pruned_and_distilled_student_opens_in_optimum(family: str, tmp_path: Path) -> None:
     """Of fewer hidden units; by the number of heads optimum divides the width, and does not open fewer of them."""
     optimum = pytest.importorskip("optimum.onnxruntime")
@@ -266,6 +270,7 @@ def test_answers_of_a_student_are_for_causal_models(teacher: Path, tmp_path: Pat
         compress(encoder_decoder(teacher), task, Recipe.loads(said), out=tmp_path / "out")
 
 
+@pytest.mark.full
 def test_onnxruntime_quantizes_both_files_of_a_teacher(teacher: Path, tmp_path: Path) -> None:
     """ONNX's own attention, which has no weights, stays as it is."""
     texts = tiny.pairs(8)
