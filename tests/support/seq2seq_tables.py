@@ -40,7 +40,7 @@ def generation_table(found: dict[str, Any]) -> str:
     for key, name in NETWORKS.items():
         if (row := found["networks"].get(key)) is not None:
             cells = (
-                f"{row['exact_match']:.1%}", f"{row['log_likelihood']:.4f}", f"{row['bytes'] / 1e6:.1f} MB",
+                f"{100 * row['exact_match']:.1f} %", f"{row['log_likelihood']:.4f}", f"{row['bytes'] / 1e6:.1f} MB",
                 *(_time(row[what], key == "teacher") for what in (STEP, source)),
             )  # fmt: skip
             lines.append(f"| {name} | {' | '.join(cells)} |")
