@@ -282,6 +282,8 @@ def neural_compressor_ptq(
 Tool = Literal["teacher_ptq", "teacher_dynamic", "teacher_blocks", "teacher_optimum_static", "teacher_optimum_dynamic"]
 """what another tool makes of the teacher's file without training, as the report's rows are called"""
 TOOLS: tuple[Tool, ...] = get_args(Tool)
+FOR_TEXTS: tuple[Tool, ...] = ("teacher_dynamic", "teacher_blocks")
+"""those for files that continue texts, which no reader of calibration data feeds"""
 
 
 def why_not_quantized(tool: Tool, teacher: Path, out: Path, task: Task, target: Target) -> Reason | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from pqk.bench.baselines import (
     CALIBRATION,
+    FOR_TEXTS,
     Tool,
     float_baseline,
     is_transformer,
@@ -131,7 +132,7 @@ def _quantized_teachers(subject: Subject, teacher: OnnxFile) -> list[Variant]:
         return [Missing("teacher_ptq", "the tools that quantize after training write for CPUs")]
     names: list[Tool] = ["teacher_ptq"] if "onnxruntime" in tools else []
     if subject.task.generates:  # static ranges are found by feeds of texts, which such a file does not take alone
-        names = ["teacher_dynamic", "teacher_blocks"] if "onnxruntime" in tools else []
+        names = [*FOR_TEXTS] if "onnxruntime" in tools else []
     elif is_transformer(teacher.path):
         names += ["teacher_dynamic"] if "onnxruntime" in tools else []
         names += ["teacher_optimum_static", "teacher_optimum_dynamic"] if "optimum" in tools else []

@@ -66,16 +66,21 @@ class TrainingChoice:
     """of an epoch of the first rung, before quantization"""
 
 
-STATIC, DYNAMIC, MIXED, FLOAT, UNGROUPED = "static", "dynamic", "mixed", "float", "ungrouped"
+STATIC, DYNAMIC, BLOCKS, MIXED = "static", "dynamic", "blocks", "mixed"
+FLOAT, UNGROUPED = "float", "ungrouped"
 LEAST_SQNR = 25.0
 """decibels that the outputs keep at least where a layer alone is quantized, else it stays in float; of a net whose
 layers read all before them, whose channels differ in range, 46 % were right in INT8, and 67 % so (69 % in FP32)"""
 
 
-def forms(teacher: nn.Module) -> list[Candidate]:
-    """What the teacher becomes without training."""
+def forms(teacher: nn.Module, *, blocks: bool = False) -> list[Candidate]:
+    """What the teacher becomes without training; `blocks`: in blocks of `MatMulNBits`, too."""
+    in_blocks = Candidate(
+        BLOCKS, "linear layers INT8 in blocks of 32, not trained", _integers(Quantize(activations="blockwise"))
+    )
     found = [
         Candidate(STATIC, "INT8 with fixed ranges, not trained", _integers(Quantize())),
+        *([in_blocks] if blocks else []),
         Candidate(
             DYNAMIC, "linear layers INT8, with the ranges of each run", _integers(Quantize(activations="dynamic"))
         ),

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pqk.bench.baselines import TOOLS, Tool, is_transformer
+from pqk.bench.baselines import FOR_TEXTS, TOOLS, Tool, is_transformer
 from pqk.core.distributed import alone
 from pqk.core.program import Program
 from pqk.core.run_context import RunContext
 from pqk.errors import InputError, Reason
+from pqk.passes.quantize.blocks import why_not_in_blocks
 from pqk.recipe.contract import Contract
 from pqk.recipe.factories import GivenStudent
 from pqk.recipe.recipe import Recipe
@@ -196,7 +197,8 @@ class ContractSearch:
     def _forms(self) -> Candidate:
         """Judges the teacher's integer forms and the recipe of the user; returns the form that students will have."""
         attempts = self.attempts
-        first, *others = forms(self.teacher)
+        texts = self.judge.task.generates
+        first, *others = forms(self.teacher, blocks=texts and why_not_in_blocks(self.runs.target) is None)
         attempts.prepare()
         refuse_out_of_reach(attempts)
         attempts.spending.overhead = attempts.judged(first).seconds
@@ -208,9 +210,8 @@ class ContractSearch:
         attempts.all_judged(attempts.within(others, kept_free))
         if self.judge.timed:
             self._time_layers()
-            transformer = self.context.decide("transformer", lambda: is_transformer(self.judge.teacher_files[0]))
-            tools = [by_tool(tool) for tool in TOOLS[: 2 if transformer else 1]]
-            attempts.all_judged(attempts.within(tools, kept_free))
+            tools = FOR_TEXTS if texts else self._tools()
+            attempts.all_judged(attempts.within([by_tool(tool) for tool in tools], kept_free))
         ready = [t for t in attempts.tried if t.worth is not None and t.candidate.tool is None]
         own = next((s.name for s in self.students if self.recipe.student is not None), None)
         for candidate in attempts.within(given(self.recipe.passes, own)):
@@ -219,6 +220,11 @@ class ContractSearch:
             raise InputError(f"contract: the teacher compiles in no form: {attempts.tried[0].fate}")
         near = [t for t in ready if promises(attempts.terms, t)] or ready
         return max(near, key=lambda t: t.known.speed).candidate
+
+    def _tools(self) -> tuple[Tool, ...]:
+        """Other tools whose form of the teacher is tried."""
+        transformer = self.context.decide("transformer", lambda: is_transformer(self.judge.teacher_files[0]))
+        return ("teacher_ptq", "teacher_dynamic") if transformer else ("teacher_ptq",)
 
     def _time_layers(self) -> None:
         """The form in which each layer is what it is faster as, where the budget allows to time them."""
