@@ -9,15 +9,9 @@ works step by step needs 270 facts; whoever answers at once needs 27 times as ma
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import math
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +19,7 @@ import torch.nn.functional as F
 
 from pqk.errors import InputError
 from pqk.models.hub import quietly
-
-log = logging.getLogger(__name__)
+from pqk.models.letters import fit, letter_tokenizer, write_teacher
 
 MODULUS = 10
 SYMBOLS = "+-*"
@@ -133,17 +126,9 @@ def answer_in(text: str) -> str:
 
 def letters() -> Any:
     """The language's tokenizer of `transformers`: a token a letter, one in front of every text and one behind it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    with quietly() as transformers:
-        made = Tokenizer(models.WordLevel({name: i for i, name in enumerate((*SPECIAL, *LETTERS))}, unk_token="<pad>"))
-        made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-        made.decoder = decoders.Fuse()
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128,
-            model_input_names=["input_ids", "attention_mask"],
-        )  # fmt: skip
+    return letter_tokenizer(
+        SPECIAL, LETTERS, "<s> $A", unknown="<pad>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def reasoner(layers: int, width: int, seed: int = 0) -> Any:
@@ -166,24 +151,15 @@ def train(model: Any, steps: int, seed: int = 0, batch: int = 64, rate: float = 
     AdamW, a tenth of the steps as warm-up and a cosine to 0. Returns the mean loss of the last 100 steps, in nats per
     learned token, and the seconds.
     """
-    tokenizer, start, losses = letters(), time.monotonic(), list[float]()
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
-    model.train()
-    for step in range(steps):
+    tokenizer = letters()
+
+    def loss_of(step: int) -> torch.Tensor:
         of = problems(batch, range(1, HARDEST + 1), seed * 1_000_003 + step)
         ids, targets = _batch(tokenizer, mixed(of))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, 10 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = F.cross_entropy(model(input_ids=ids, use_cache=False).logits.transpose(1, 2), targets, ignore_index=-100)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        if step % 500 == 499:
-            log.info("step %d of %d, loss %.4f", step + 1, steps, sum(losses[-100:]) / 100)
-    model.eval()
-    return {"loss": sum(losses[-100:]) / len(losses[-100:]), "seconds": time.monotonic() - start}
+        logits = model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100)
+
+    return fit(model, loss_of, steps, rate=rate, warm_up=steps / 10, tail=100, every=500)
 
 
 def _batch(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,23 +177,5 @@ def _batch(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[torch.Tens
     return ids, targets
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    model = reasoner(options.layers, options.width, options.seed)
-    notes = train(model, options.steps, options.seed)
-    with quietly():
-        model.save_pretrained(options.out, safe_serialization=True)
-        letters().save_pretrained(options.out)
-    said = {key: value for key, value in vars(options).items() if key != "out"}
-    (options.out / "training.json").write_text(json.dumps(said | notes, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write_teacher(__doc__, reasoner, train, letters, layers=4, width=96, steps=1000)

@@ -7,6 +7,7 @@ is two products of four axes: captured, a graph in which the way with a cache ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.errors import InputError, first_line
-from pqk.models.hub import find_directory, quietly, read_config, read_model
+from pqk.models.hub import find_directory, quietly, read_config, read_trained
 
 INPUTS = ("input_ids", "attention_mask")
 FREE = {name: {0: "batch", 1: "sequence"} for name in INPUTS}
@@ -95,11 +96,8 @@ def decoder(directory: str | Path, data: str | Path | None = None) -> Decoder:
     folder = find_directory(directory, None if data is None else Path(data), "decoder")
     config = decoder_config(folder)
     with quietly() as transformers:
-        model, untrained = read_model(transformers.AutoModelForCausalLM, folder, config, "decoder")
-    if untrained:
-        missing = ", ".join(untrained[:4])
-        raise InputError(f"decoder: {folder} has no trained {missing}, which would be random; copy the whole model")
-    return Decoder(model.float()).eval()
+        model = read_trained(transformers.AutoModelForCausalLM, folder, config, "decoder")
+    return Decoder(model).eval()
 
 
 def decoder_config(folder: Path) -> Any:
@@ -139,6 +137,19 @@ def check_same(module: nn.Module, sample: tuple[Tensor, ...], expected: Tensor, 
         )
 
 
+def use_attention(model: Any, name: str, function: Callable[..., Any], what: str) -> None:
+    """Has a model of `transformers` compute attention by `function`, which it knows by `name`.
+
+    Raises `InputError`, beginning with `what`, where the model does not let anybody replace it.
+    """
+    with quietly() as transformers:
+        transformers.AttentionInterface.register(name, function)
+        try:
+            model.set_attn_implementation(name)
+        except ValueError as error:
+            raise InputError(f"{what} computes attention by itself: {first_line(error)}") from error
+
+
 def linear_layers(model: nn.Module) -> None:
     """Puts linear layers in the place of GPT-2's `Conv1D`, which are the same with the weight turned. In place."""
     with quietly() as transformers:
@@ -165,14 +176,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model.eval()
         kind, sample = model.config.model_type, torch.arange(SAMPLE)[None] % model.config.vocab_size
-        with quietly() as transformers, torch.no_grad():
+        with quietly(), torch.no_grad():
             expected = model(input_ids=sample, use_cache=False).logits
             linear_layers(model)
-            transformers.AttentionInterface.register(ATTENTION, grouped_attention)
-            try:
-                model.set_attn_implementation(ATTENTION)
-            except ValueError as error:
-                raise InputError(f"decoder: {kind} computes attention by itself: {first_line(error)}") from error
+            use_attention(model, ATTENTION, grouped_attention, f"decoder: {kind}")
         self.positions, self.sight = Positions(), Sight()
         kinds = set(getattr(model.config, "layer_types", None) or ())
         window = getattr(model.config, "sliding_window", None)

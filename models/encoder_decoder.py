@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqk.errors import InputError, first_line
-from pqk.models.decoder import UNSEEN, check_same, grouped_attention
-from pqk.models.hub import find_directory, quietly, read_config, read_model
+from pqk.errors import InputError
+from pqk.models.decoder import UNSEEN, check_same, grouped_attention, use_attention
+from pqk.models.hub import find_directory, quietly, read_config, read_trained
 
 SOURCE = ("input_ids", "attention_mask")
 SOUNDS = ("input_features",)
-TARGET = ("decoder_input_ids", "decoder_attention_mask")
 AXES = {
     "input_ids": {0: "batch", 1: "source"},
     "attention_mask": {0: "batch", 1: "source"},
@@ -166,11 +165,8 @@ def encoder_decoder(directory: str | Path, data: str | Path | None = None) -> En
     config = encoder_decoder_config(folder)
     with quietly() as transformers:
         kind = transformers.AutoModelForSpeechSeq2Seq if reads_sounds(config) else transformers.AutoModelForSeq2SeqLM
-        model, untrained = read_model(kind, folder, config, what)
-    if untrained:
-        missing = ", ".join(untrained[:4])
-        raise InputError(f"{what}: {folder} has no trained {missing}, which would be random; copy the whole model")
-    return EncoderDecoder(model.float()).eval()
+        model = read_trained(kind, folder, config, what)
+    return EncoderDecoder(model).eval()
 
 
 def encoder_decoder_config(folder: Path) -> Any:
@@ -277,18 +273,7 @@ class EncoderDecoder(nn.Module):
             else:
                 module.score_mask = mask
         if not any(isinstance(module, T5Attention) for module in self.model.modules()):
-            self._register_attention()
-
-    def _register_attention(self) -> None:
-        """Have `transformers` compute attention by `masked_attention`. Raises `InputError` where it does not."""
-        with quietly() as transformers:
-            transformers.AttentionInterface.register(ATTENTION, masked_attention)
-            try:
-                self.model.set_attn_implementation(ATTENTION)
-            except ValueError as error:
-                raise InputError(
-                    f"encoder_decoder: {self.kind} computes attention by itself: {first_line(error)}"
-                ) from error
+            use_attention(self.model, ATTENTION, masked_attention, f"encoder_decoder: {self.kind}")
 
 
 def _keep_whole(block: Any) -> None:

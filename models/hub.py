@@ -77,13 +77,21 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportEr
 """what `transformers` raises for files that it cannot read: each that was seen, as none of them is documented"""
 
 
-def read_config(folder: Path, what: str) -> Any:
-    """The configuration in `folder`. Raises `InputError`, beginning with `what`, where it is not readable."""
+def read_part(kind: str, folder: Path, what: str, name: str) -> Any:
+    """What an automatic class of `transformers` reads of `folder`.
+
+    Raises `InputError`, beginning with `what` and naming `name`, where it is not readable.
+    """
     with quietly() as transformers:
         try:
-            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except UNREADABLE as error:
-            raise InputError(f"{what}: {folder} has no readable config.json: {first_line(error)}") from error
+            raise InputError(f"{what}: {folder} has no readable {name}: {first_line(error)}") from error
+
+
+def read_config(folder: Path, what: str) -> Any:
+    """The configuration in `folder`. Raises `InputError`, beginning with `what`, where it is not readable."""
+    return read_part("AutoConfig", folder, what, "config.json")
 
 
 def read_model(kind: Any, folder: Path, config: Any, what: str, **arguments: Any) -> tuple[Any, list[str]]:
@@ -108,6 +116,15 @@ def read_model(kind: Any, folder: Path, config: Any, what: str, **arguments: Any
         reason = _why_not_fitting(kind, folder, config) or first_line(error)
         raise InputError(f"{what}: {folder} cannot be loaded: {reason}") from error
     return model, sorted(info["missing_keys"])
+
+
+def read_trained(kind: Any, folder: Path, config: Any, what: str) -> Any:
+    """A trained model of a directory, in float32. Raises `InputError` as `read_model`, and for what is not stored."""
+    model, untrained = read_model(kind, folder, config, what)
+    if untrained:
+        missing = ", ".join(untrained[:4])
+        raise InputError(f"{what}: {folder} has no trained {missing}, which would be random; copy the whole model")
+    return model.float()
 
 
 def _why_not_fitting(kind: Any, folder: Path, config: Any) -> Reason | None:

@@ -28,8 +28,8 @@ from pqk.models.decoder import FREE, INPUTS, decoder_config
 from pqk.models.decoder_files import DecoderFiles
 from pqk.models.hub import find_directory, load_tokenizer
 from pqk.models.text_data import (
+    LabelledTokens,
     Table,
-    TextData,
     TextSource,
     column,
     column_names,
@@ -47,7 +47,7 @@ LOSS, CHOICE = "loss", "choice"
 """what is kept of each token's scores: its cross-entropy in nats, and the token with the largest"""
 
 
-class NextTokens(TextData):
+class NextTokens(LabelledTokens):
     """Token sequences whose targets are the next tokens: int64 [B, S], -100 where nothing is learned.
 
     The mask is 0 for padding and else the number of the text in its row, from 1: of several in one row, none sees
@@ -58,15 +58,6 @@ class NextTokens(TextData):
     """for each row, which tokens are learned where the one before is read: int64, 0 or 1"""
     parts: list[Tensor]
     """for each row, the number of each token's text: int64, from 1"""
-
-    @property
-    def targets(self) -> Tensor | None:
-        """None of its own: they are made of the tokens, batch by batch."""
-        return None
-
-    @property
-    def labelled(self) -> bool:
-        return True
 
     def batches(
         self, seed: int | None = None, epoch: int = 0, start: int = 0, state: Tensor | None = None

@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pqk.core.onnxruntime_session import TARGET
 from pqk.data.data import Batch, Data, digest_of
 from pqk.data.sequences import padded
 from pqk.data.structures import Inputs
 from pqk.errors import InputError
-from pqk.models.encoder_decoder import AXES, SOURCE, TARGET, encoder_decoder_config, reads_sounds
+from pqk.models.encoder_decoder import AXES, SOURCE, encoder_decoder_config, reads_sounds
 from pqk.models.encoder_decoder_files import EncoderDecoderFiles
 from pqk.models.hub import find_directory, load_tokenizer
 from pqk.models.language import LIKELIHOOD, choice, kept
-from pqk.models.text_data import Table, TextData, TextSource, column_names, filled_strings, read_table, strings
+from pqk.models.text_data import LabelledTokens, Table, TextSource, column_names, filled_strings, read_table, strings
 from pqk.task.classes import IGNORED
 from pqk.task.task import Task
 
@@ -35,7 +36,7 @@ PROMPTS = ("prompt", "completion")
 """columns that are read where there are no columns `source` and `target`"""
 
 
-class SequencePairs(TextData):
+class SequencePairs(LabelledTokens):
     """Sources with their targets, teacher-forced.
 
     Inputs `input_ids`, `attention_mask` [B, S] and `decoder_input_ids`, `decoder_attention_mask` [B, T]: the target
@@ -47,15 +48,6 @@ class SequencePairs(TextData):
     """for each row, the target's tokens: int64"""
     begin: int
     """the token that targets begin with, in the decoder's inputs"""
-
-    @property
-    def targets(self) -> Tensor | None:
-        """None of its own: they are made batch by batch."""
-        return None
-
-    @property
-    def labelled(self) -> bool:
-        return True
 
     def batches(
         self, seed: int | None = None, epoch: int = 0, start: int = 0, state: Tensor | None = None

@@ -7,12 +7,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +16,11 @@ import torch
 
 from pqk.errors import InputError
 from pqk.models.hub import quietly
+from pqk.models.letters import fit, letter_tokenizer, write_teacher
 from pqk.models.seq2seq import seq2seq_task
 from pqk.models.text_data import padded
 from pqk.task.classes import IGNORED
 from pqk.task.task import Task
-
-log = logging.getLogger(__name__)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -57,17 +51,8 @@ def sorting_task(
 
 def letters() -> Any:
     """A tokenizer of `transformers` with a token a letter, and one behind every text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    with quietly() as transformers:
-        made = Tokenizer(models.WordLevel({name: i for i, name in enumerate((*SPECIAL, *LETTERS))}, unk_token="<unk>"))
-        made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-        made.decoder = decoders.Fuse()
-        made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", model_max_length=128,
-            model_input_names=["input_ids", "attention_mask"],
-        )  # fmt: skip
+    named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return letter_tokenizer(SPECIAL, LETTERS, "$A </s>", unknown="<unk>", **named)
 
 
 def sorter(layers: int, width: int, seed: int = 0) -> Any:
@@ -89,27 +74,19 @@ def train(model: Any, steps: int, seed: int = 0, batch: int = 32, rate: float = 
 
     Returns the mean loss of the last 50 steps, in nats per token, and the seconds.
     """
-    tokenizer, start, losses = letters(), time.monotonic(), list[float]()
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.01)
-    model.train()
-    for step in range(steps):
+    tokenizer = letters()
+
+    def loss_of(step: int) -> torch.Tensor:
         found = pairs(batch, (seed + 1) * 1_000_003 + step)
         asked, wanted = (
             [torch.tensor(t) for t in tokenizer(found[name])["input_ids"]] for name in ("source", "target")
         )
         ids, mask = padded(asked, 0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = model(input_ids=ids, attention_mask=mask, labels=padded(wanted, IGNORED)[0], use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        if step % 100 == 99:
-            log.info("step %d of %d, loss %.4f", step + 1, steps, sum(losses[-50:]) / 50)
-    model.eval()
-    return {"loss": sum(losses[-50:]) / len(losses[-50:]), "seconds": time.monotonic() - start}
+        labels = padded(wanted, IGNORED)[0]
+        loss: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        return loss
+
+    return fit(model, loss_of, steps, rate=rate, warm_up=50, tail=50, every=100)
 
 
 @torch.no_grad()
@@ -126,23 +103,5 @@ def exact_match(generate: Callable[[Sequence[int]], Sequence[int]], found: dict[
     return sum(s == t for s, t in zip(said, found["target"], strict=True)) / len(said)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    model = sorter(options.layers, options.width, options.seed)
-    notes = train(model, options.steps, options.seed)
-    with quietly():
-        model.save_pretrained(options.out, safe_serialization=True)
-        letters().save_pretrained(options.out)
-    said = {key: value for key, value in vars(options).items() if key != "out"}
-    (options.out / "training.json").write_text(json.dumps(said | notes, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write_teacher(__doc__, sorter, train, letters, layers=2, width=512, steps=1200)

@@ -243,6 +243,19 @@ class TextData(Data):
         return digest_of(how, (torch.cat(self.tokens), self.lengths, *targets, self.ids))
 
 
+class LabelledTokens(TextData):
+    """Token sequences whose targets are made of tokens, batch by batch, by those who derive from it."""
+
+    @property
+    def targets(self) -> Tensor | None:
+        """None of its own."""
+        return None
+
+    @property
+    def labelled(self) -> bool:
+        return True
+
+
 @dataclass
 class Tokens:
     """Tokenizes texts for one model, and notes what it did to them."""

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pqk.core.onnxruntime_session import TARGET
 from pqk.data.data import ArrayData
 from pqk.data.structures import Inputs
-from pqk.errors import InputError, first_line
-from pqk.models.encoder_decoder import SOUNDS, TARGET, encoder_decoder_config, reads_sounds
-from pqk.models.hub import find_directory, load_tokenizer, quietly
+from pqk.errors import InputError
+from pqk.models.encoder_decoder import SOUNDS, encoder_decoder_config, reads_sounds
+from pqk.models.hub import find_directory, load_tokenizer, read_part
 from pqk.models.seq2seq import SequenceEnds, target_example, task_of, teacher_forced, tensors_of
 from pqk.models.text_data import Table, column, filled_strings
 from pqk.task.task import Task
@@ -58,7 +59,8 @@ def transcription_task(
             f"transcription: {folder} is a {config.model_type}, which reads no sounds; pqk.models.seq2seq takes it"
         )
     tokenizer = load_tokenizer(folder, config, "transcription", least=0.9, needs_padding=False)
-    extractor, ends = _extractor(folder), SequenceEnds.of(folder, config, tokenizer, max_length)
+    extractor = read_part("AutoFeatureExtractor", folder, "transcription", "preprocessor_config.json")
+    ends = SequenceEnds.of(folder, config, tokenizer, max_length)
 
     notes: list[str] = []
 
@@ -83,18 +85,6 @@ def _example(data: ArrayData, ends: SequenceEnds, length: int) -> Inputs:
     features, ids, mask = (x[:1] for x in data.inputs)
     said = ids[0, 1 : int(mask.sum())] if int(mask.sum()) > 1 else ids[0, :1]
     return features.repeat(2, 1, 1), *target_example([said] * 2, ends.begin, length)
-
-
-def _extractor(folder: Path) -> Any:
-    with quietly() as transformers:
-        try:
-            return transformers.AutoFeatureExtractor.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"transcription: {folder} has no readable preprocessor_config.json: {first_line(error)}"
-            ) from error
 
 
 def _features(extractor: Any, sounds: list[Any]) -> Tensor:

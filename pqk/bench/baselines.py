@@ -287,9 +287,18 @@ FOR_TEXTS: tuple[Tool, ...] = ("teacher_dynamic", "teacher_blocks")
 
 
 def why_not_quantized(tool: Tool, teacher: Path, out: Path, task: Task, target: Target) -> Reason | None:
-    """Write what a tool makes of the FP32 ONNX file of the teacher: None, or why there is no such file."""
-    if task.seq2seq:
-        return _why_not_both(tool, teacher, out, target)
+    """Write what a tool makes of the FP32 ONNX file of the teacher: None, or why there is no such file.
+
+    Of a decoder with an encoder, whose file lies beside, both are written.
+    """
+    if task.seq2seq and tool in ("teacher_ptq", "teacher_optimum_static"):
+        return "its calibration runs one file on what is given to both, the encoder's and the decoder's"
+    pairs = zip(files_of(teacher), (out, encoder_of(out)), strict=False)
+    reasons = (_why_not_one(tool, source, made, task, target) for source, made in pairs)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _why_not_one(tool: Tool, teacher: Path, out: Path, task: Task, target: Target) -> Reason | None:
     if tool == "teacher_ptq":
         return ptq(teacher, out, task, target)
     if tool == "teacher_dynamic":
@@ -298,19 +307,3 @@ def why_not_quantized(tool: Tool, teacher: Path, out: Path, task: Task, target: 
         return why_not_written_in_blocks(teacher, out)
     samples = task.calibration(CALIBRATION, teacher=True) if tool == "teacher_optimum_static" else None
     return optimum_ptq(teacher, out, samples, target)
-
-
-def _why_not_both(tool: Tool, teacher: Path, out: Path, target: Target) -> Reason | None:
-    """As `why_not_quantized`, for a decoder and its encoder."""
-    if tool in ("teacher_ptq", "teacher_optimum_static"):
-        return "its calibration runs one file on what is given to both, the encoder's and the decoder's"
-    for source, made in zip(files_of(teacher), (out, encoder_of(out)), strict=True):
-        if tool == "teacher_blocks":
-            reason = why_not_written_in_blocks(source, made)
-        elif tool == "teacher_dynamic":
-            reason = onnxruntime_dynamic(source, made, target)
-        else:
-            reason = optimum_ptq(source, made, None, target)
-        if reason is not None:
-            return reason
-    return None

@@ -6,7 +6,7 @@ and timed in turn with the teacher. What they answered is what the diagnostics a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,16 @@ from pqk.evaluation.texts import continued_texts
 from pqk.knowledge.retention import divergence
 from pqk.passes import Quantize
 from pqk.quant.fake_quant import DynamicFakeQuant
-from pqk.report.schema import LEAST_AGREEMENT, TITLES, Conditions, Fusion, MetricValues, Parity, Report
+from pqk.report.schema import (
+    LEAST_AGREEMENT,
+    TITLES,
+    Conditions,
+    Fusion,
+    MetricValues,
+    Parity,
+    Report,
+    VariantName,
+)
 from pqk.report.text import metric_text, percent
 from pqk.report.texts import ContinuedTexts
 from pqk.target.machine import machine_fingerprint, peak_memory
@@ -101,18 +110,18 @@ def evaluate(
         diagnostics=diagnose(task, by_variant, sum(seconds.values())),
         layer_times=profile(variants, subject),
         texts=texts,
-        notes=(
-            *task.notes,
-            *_by_tool(tool),
-            *_unaugmented(task),
-            *_given(subject),
-            *_uncounted(subject),
-            *_forgotten(task, by_variant["teacher_fp32"], by_variant["student"]),
-            *optimized,
-            *notes,
-            *_otherwise_at_once(texts, subject),
-        ),
+        notes=(*_notes(subject, by_variant, tool), *optimized, *notes, *_otherwise_at_once(texts, subject)),
     )
+
+
+def _notes(subject: Subject, judged: Mapping[VariantName, Judged], tool: Tool | None) -> Iterator[str]:
+    """What the report says of data, student and teacher before it speaks of how they were measured."""
+    yield from subject.task.notes
+    yield from _by_tool(tool)
+    yield from _unaugmented(subject.task)
+    yield from _given(subject)
+    yield from _uncounted(subject)
+    yield from _forgotten(subject.task, judged["teacher_fp32"], judged["student"])
 
 
 def _texts(variants: Sequence[Variant], subject: Subject) -> ContinuedTexts | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +51,12 @@ class RoundedOnce(fx.Interpreter):
             return super().run_node(n)
         x, weight, bias = (*self.fetch_args_kwargs_from_env(n)[0], None)[:3]
         return nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
+
+
+def rounded_once(fake_quant: nn.Module) -> Callable[..., Any]:
+    """A fake-quant graph as `RoundedOnce` runs it, where it has blocks; else itself."""
+    in_blocks = any(isinstance(m, BlockFakeQuant) for m in fake_quant.modules())
+    return RoundedOnce(fake_quant).run if in_blocks and isinstance(fake_quant, fx.GraphModule) else fake_quant
 
 
 class Ties(fx.Interpreter):

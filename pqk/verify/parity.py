@@ -30,7 +30,7 @@ from pqk.deploy.qdq import AccumulatorTwin, Array, Layer, QdqFile
 from pqk.errors import InputError
 from pqk.report.schema import LayerParity, Parity
 from pqk.task.task import Task
-from pqk.verify.interpreters import Recorder, RoundedOnce, Ties
+from pqk.verify.interpreters import Recorder, Ties, rounded_once
 from pqk.verify.own_agreement import own_agreement
 from pqk.verify.verdict import EXACT_SHARE, MAX_LSB, RELATIVE, compare_ends, verdict
 
@@ -55,11 +55,10 @@ def check_parity(
     layers = check_layers_of(int8_graph, onnx_path, task, inputs, optimized=optimized)
     with torch.inference_mode():
         deployed = OnnxModel(onnx_path, fake_quant(*task.example), optimized=optimized)
-    assert isinstance(fake_quant, fx.GraphModule)
     # a range of all that is read together is no rounding: with one, reading a text otherwise is other arithmetic
     together = any(n.target is DYNAMIC for n in int8_graph.graph.nodes)
     itself = (lambda: None) if together else partial(own_agreement, onnx_path, task, optimized=optimized)
-    ends = compare_ends(RoundedOnce(fake_quant).run, deployed, task, samples=samples, itself=itself)
+    ends = compare_ends(rounded_once(fake_quant), deployed, task, samples=samples, itself=itself)
     return verdict(layers, ends, "optimized" if optimized else "unoptimized")
 
 

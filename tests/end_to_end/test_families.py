@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from committed_rows import hold
 from families import COLUMNS, FAMILIES, RESULTS, Family, decision, table
 from torch import nn
 
@@ -27,7 +26,7 @@ from pqk.core.onnxruntime_session import OnnxModel
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx
-from pqk.files import read_json, write_json
+from pqk.files import read_json
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
 from pqk.passes.prune.blocks import find_blocks
 from pqk.passes.prune.channel_group import ChannelGroup
@@ -92,7 +91,7 @@ def test_a_family_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     row["parity"] = f"{sum(la.passed for la in layers)}/{len(layers)}"
     row |= {kind: f"{done.count(kind)}/{[p.name for p in PASSES].count(kind)}" for kind in ("distill", "fuse")}
     row["reasons"] |= broken
-    hold(name, row)
+    hold(name, row, RESULTS, FAMILIES)
 
 
 def prunable(family: Family, teacher: nn.Module) -> dict[str, Any]:
@@ -128,17 +127,6 @@ def kind_of(group: ChannelGroup, teacher: nn.Module) -> str:
 
 
 MAKERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-
-
-def hold(name: str, row: dict[str, Any]) -> None:
-    """Write the row of a family, or hold it against the committed one."""
-    out = os.environ.get("PQK_FAMILIES_OUT")
-    if out is None:
-        assert row == read_json(RESULTS)[name]
-        return
-    path = Path(out)
-    rows = (json.loads(path.read_text()) if path.exists() else {}) | {name: row}
-    write_json(path, {n: rows[n] for n in FAMILIES if n in rows})
 
 
 def test_the_table_has_every_family_and_every_reason() -> None:

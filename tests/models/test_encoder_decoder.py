@@ -8,8 +8,6 @@ writes the rows anew instead.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,11 @@ import onnx
 import pytest
 import torch
 import translating_models as tiny
+from committed_rows import hold
 from torch import Tensor, fx
 
 from pqk.core.aten import quantized_tensors
-from pqk.core.onnxruntime_session import TARGET as GIVEN
-from pqk.core.onnxruntime_session import EncoderDecoderSession, encoder_of, session, size_of
+from pqk.core.onnxruntime_session import TARGET, EncoderDecoderSession, encoder_of, session, size_of
 from pqk.core.program import Program
 from pqk.core.run_context import RunContext
 from pqk.data import ArrayData
@@ -30,8 +28,8 @@ from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.token_operators import with_token_operators
 from pqk.deploy.two_files import SplitGraphs, split_graphs
 from pqk.errors import InputError
-from pqk.files import read_json, write_json
-from pqk.models.encoder_decoder import AXES, SOUNDS, SOURCE, TARGET, EncoderDecoder, encoder_decoder
+from pqk.files import read_json
+from pqk.models.encoder_decoder import AXES, SOUNDS, SOURCE, EncoderDecoder, encoder_decoder
 from pqk.passes import Capture, Convert, Quantize
 from pqk.passes.capture.capture import capture
 from pqk.target.target import Target
@@ -133,22 +131,12 @@ def test_every_family_goes_the_whole_way(family: str, activations: str, tmp_path
         assert floats <= {"MatMul", "FusedMatMul", "Attention", "Conv"}
         assert all("linear" not in la.name for la in coverage.layers if not la.integer)
     kinds = [n.op_type for part in (encoder_of(path), path) for n in onnx.load(part).graph.node]
-    hold(f"{family} {activations}", {
+    row = {
         "layers": f"{sum(la.passed for la in layers)}/{len(layers)}",
         "integer": f"{sum(la.integer for la in coverage.layers)}/{len(coverage.layers)}",
         "attention": f"{kinds.count('Attention')}/{kinds.count('Attention') + kinds.count('Softmax')}",
-    })  # fmt: skip
-
-
-def hold(name: str, row: dict[str, Any]) -> None:
-    """Write the row of a family, or hold it against the committed one."""
-    out = os.environ.get("PQK_FAMILIES_OUT")
-    if out is None:
-        assert row == read_json(RESULTS)[name]
-        return
-    path = Path(out)
-    rows = (json.loads(path.read_text()) if path.exists() else {}) | {name: row}
-    write_json(path, {name: rows[name] for name in ROWS if name in rows})
+    }
+    hold(f"{family} {activations}", row, RESULTS, ROWS)
 
 
 def test_every_family_has_a_row_and_every_layer_its_parity() -> None:
@@ -160,8 +148,8 @@ def test_every_family_has_a_row_and_every_layer_its_parity() -> None:
 def steps_of_files(run: EncoderDecoderSession, task: Task) -> Any:
     """Logits of the decoder's file, one token after the other."""
     given = {name: x.numpy() for name, x in zip(task.input_names, task.example, strict=True)}
-    ids = given[GIVEN[0]]
-    feeds = run.feeds_of_decoder({**given, **{name: given[name][:, :1] for name in GIVEN}})
+    ids = given[TARGET[0]]
+    feeds = run.feeds_of_decoder({**given, **{name: given[name][:, :1] for name in TARGET}})
     outputs, found = [o.name for o in run.decoder.get_outputs()], []
     for t in range(ids.shape[1]):
         made = dict(zip(outputs, run.decoder.run(None, {**feeds, "input_ids": ids[:, t : t + 1]}), strict=True))

@@ -59,18 +59,24 @@ def hub_model(family: str, **changes: Any) -> Any:
 
 def letters() -> Any:
     """A tokenizer whose tokens are letters, with a token in front; it spells any text by bytes."""
+    return byte_letters(SPECIAL, "<s> $A", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def byte_letters(special: tuple[str, ...], template: str, **named: str) -> Any:
+    """A tokenizer of bytes, with what a template has around a text; `named` says what special tokens are for."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     made = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(t, names.index(t)) for t in template.split() if t in special]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=64,
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+        tokenizer_object=made, model_max_length=64, model_input_names=["input_ids", "attention_mask"], **named
+    )
 
 
 def directory(folder: Path, family: str = "llama", **changes: Any) -> Path:

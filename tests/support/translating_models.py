@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from causal_models import byte_letters
 
 VOCABULARY, WIDTH, FRAMES = 100, 32, 20
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -71,18 +72,8 @@ def inputs(family: str, read: int = 9, answered: int = 8) -> tuple[torch.Tensor,
 
 def letters() -> Any:
     """A tokenizer whose tokens are letters, with a token behind; it spells any text by bytes."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    made = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        model_max_length=64, model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return byte_letters(SPECIAL, "$A </s>", **named)
 
 
 def directory(folder: Path, family: str, **changes: Any) -> Path:

@@ -20,16 +20,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from pqk.core.onnxruntime_session import IDS, MASK, PAST, PRESENT, session
+from pqk.core.onnxruntime_session import Continuing, session
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import RunContext
+from pqk.core.steps import Steps
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.files import write_json
+from pqk.generation.greedy import Limits, likeliest
 from pqk.knowledge import KLDivergence
 from pqk.models.decoder import decoder
 from pqk.models.language import language_task
@@ -52,56 +52,23 @@ class Answers:
     continuations: list[list[int]]
 
 
-class Runner:
-    """An ONNX file with a cache."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        run = session(path, threads=threads)
-        self.run: ort.InferenceSession = getattr(run, "inner", run)
-        self.given = {i.name: i for i in self.run.get_inputs()}
-        self.made = [o.name for o in self.run.get_outputs()]
-
-    def __call__(self, ids: np.ndarray, past: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores [1, S, V] of tokens [1, S] behind what was kept, and what is kept then."""
-        before = next(iter(past.values())).shape[2]
-        feeds = {IDS: ids, MASK: np.ones((1, before + ids.shape[1]), np.int64), **past}
-        if "position_ids" in self.given:
-            feeds["position_ids"] = np.arange(before, before + ids.shape[1])[None]
-        scores, *rest = self.run.run([n for n in self.made if not n.startswith(PRESENT)] + self._kept(), feeds)
-        return scores, dict(zip((n.replace(PRESENT, PAST) for n in self._kept()), rest, strict=True))
-
-    def _kept(self) -> list[str]:
-        return [n for n in self.made if n.startswith(PRESENT)]
-
-    def nothing(self) -> dict[str, np.ndarray]:
-        """The cache before the first token."""
-        pasts = [i for name, i in self.given.items() if name.startswith(PAST)]
-        return {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in pasts}
-
-    def greedy(self, prompt: np.ndarray, tokens: int) -> list[int]:
-        """The most likely token, again and again."""
-        ids, past, found = prompt, self.nothing(), []
-        for _ in range(tokens):
-            scores, past = self(ids, past)
-            found.append(int(scores[0, -1].argmax()))
-            ids = np.array([[found[-1]]], np.int64)
-        return found
-
-
 def answers(path: Path, task: Task, options: argparse.Namespace) -> Answers:
-    runner = Runner(path, options.threads)
+    run = session(path, threads=options.threads)
+    assert isinstance(run, Continuing)
+    steps = Steps(run)
     choices, nats, continuations = [], [], []
     for batch in task.evaluation.batches():
         (ids, mask), targets = batch.inputs[:2], batch.targets
         for row, length, wanted in zip(ids, mask.sum(1).tolist(), targets, strict=True):
-            text = row[None, :length].numpy()
-            scores = torch.from_numpy(runner(text, runner.nothing())[0][0])
+            text = row[:length].tolist()
+            scores = torch.from_numpy(steps(text, steps.empty, length)[0])
             wanted = wanted[:length]
             learned = wanted != IGNORED
             choices.append(scores.argmax(-1)[learned])
             nats.append(nn.functional.cross_entropy(scores[learned], wanted[learned], reduction="none"))
             if len(continuations) < options.greedy and length > options.prompt:
-                continuations.append(runner.greedy(text[:, : options.prompt], options.new_tokens))
+                prompt = text[: options.prompt]
+                continuations.append(likeliest(steps, steps.empty, prompt, options.new_tokens, Limits())[0])
     return Answers(torch.cat(choices), float(torch.cat(nats).double().mean()), continuations)
 
 
