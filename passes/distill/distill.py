@@ -24,7 +24,7 @@ from pqk.core.program import Pass, Program, Stage
 from pqk.data.data import Data
 from pqk.data.structures import first_tensor, tensors
 from pqk.errors import InputError, Reason, nearest
-from pqk.knowledge import AnyTerm, CrossEntropy, KLDivergence, LogitMSE, MiniLLM, Term
+from pqk.knowledge import AnyTerm, ByCritic, CrossEntropy, GroupPolicy, KLDivergence, LogitMSE, MiniLLM, Term
 from pqk.knowledge.answers.authors import Desk
 from pqk.knowledge.answers.catalogue import AnyAnswers
 from pqk.knowledge.objective import why_not_learned
@@ -116,10 +116,25 @@ class Distill(Training, Pass):
                 reason = "it draws at another temperature, or among some of the tokens only"
             if reason is not None:
                 return f'minillm is an expectation over the student\'s own answers, and with by = "{how.by}" {reason}'
-        if any(t.ranks for t in terms) and (how is None or not how.ranked):
-            return 'ranking compares answers that a critic ranked; set answers = { by = "critic" }'
-        if how is not None and not how.for_all_terms and not any(t.needs_teacher for t in terms):
+        for t in terms:
+            if t.ranks and (how is None or not how.ranked):
+                name = getattr(t, "term", type(t).__name__)
+                return f'{name} compares several answers to a prompt; set answers = {{ by = "critic" }}, or "adversary"'
+            if isinstance(t, GroupPolicy) and (reason := self._why_not_own(how)) is not None:
+                return f"group_policy is an expectation over the student's own answers, and {reason}"
+        if how is not None and how.ranked and not how.for_all_terms and not any(t.ranks for t in terms):
+            return f'answers by = "{how.by}" are scored, and no term looks at that; add group_policy'
+        if how is not None and not (how.for_all_terms or how.ranked) and not any(t.needs_teacher for t in terms):
             return f'answers by = "{how.by}" are judged by the teacher, and no term asks it; add one, such as jsd'
+        return None
+
+    @staticmethod
+    def _why_not_own(how: AnyAnswers | None) -> Reason | None:
+        """Why what is ranked is not what the student alone says, else None."""
+        if isinstance(how, ByCritic) and how.data:
+            return "the data's answer is among them; set data = false"
+        if how is not None and not how.draws_as_said:
+            return "they are drawn at another temperature, or among some of the tokens only"
         return None
 
     def cached_output(self) -> str | None:

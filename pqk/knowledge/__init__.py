@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pqk.knowledge.answers.authors import ByMixture, ByReplay, ByStudent, ByTeacher
+from pqk.knowledge.answers.adversary import ByAdversary
+from pqk.knowledge.answers.authors import ByCorrection, ByMixture, ByStudent, ByTeacher
 from pqk.knowledge.answers.catalogue import AUTHORS, AnyAnswers
 from pqk.knowledge.answers.critic import ByCritic
 from pqk.knowledge.answers.generation import Ends, TokenSampling, generate
+from pqk.knowledge.answers.replay import ByReplay
 from pqk.knowledge.pairs import Pair, suggest_pairs
 from pqk.knowledge.retention import Retention
 from pqk.knowledge.sources import (
@@ -32,7 +34,7 @@ from pqk.knowledge.terms.catalogue import TERMS, AnyTerm
 from pqk.knowledge.terms.dual_space import DualSpace
 from pqk.knowledge.terms.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
 from pqk.knowledge.terms.neurons import TaskNeurons, neuron_scores
-from pqk.knowledge.terms.policy import MiniLLM, Ranking
+from pqk.knowledge.terms.policy import GroupPolicy, MiniLLM, Ranking
 from pqk.knowledge.terms.relation import (
     PKT,
     CorrelationCongruence,
@@ -66,6 +68,8 @@ __all__ = [
     "AnyTerm",
     "AttentionMaps",
     "AttentionTransfer",
+    "ByAdversary",
+    "ByCorrection",
     "ByCritic",
     "ByMixture",
     "ByReplay",
@@ -94,6 +98,7 @@ __all__ = [
     "FromShadow",
     "FromSnapshot",
     "FrozenTeacher",
+    "GroupPolicy",
     "HiddenCosine",
     "Hint",
     "KLDivergence",

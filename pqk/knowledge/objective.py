@@ -34,8 +34,8 @@ CALIBRATION = 512
 class Distillation(Objective):
     """Σ weight · term. Terms that need the teacher join after the first `start` share of the training.
 
-    `author` writes answers to some batches' prompts; those of the student are judged by the terms that ask the teacher,
-    while the others go on seeing the data.
+    `author` writes answers to some batches' prompts; those of the student are judged by the terms that ask the teacher
+    or rank answers, while the others go on seeing the data.
 
     `balance` is "static", "gradient_norm" or "learned" (`pqk.knowledge.weighting`). `masks` (batch -> [B, positions…])
     and `gates` (view -> [B]) are functions that terms name. Raises `InputError`, before training, for a point, a gate
@@ -113,15 +113,18 @@ class Distillation(Objective):
         terms = [(i, t) for i, t in enumerate(self.terms) if taught or not t.needs_teacher]
         if not terms:  # a recipe without a supervised term has nothing else to begin with
             terms = list(enumerate(self.terms))
-        losses, ramps, views = {}, {}, []
+        losses, ramps, views, more = {}, {}, [], []
         for written, shown in self._shown(batch, terms):
             view = self._view(student, written, [t for _, t in shown])
             views.append(view)
+            more += [] if written.loss is None else [written.loss]
             best = view.best()
             for i, term in shown:
                 losses[i] = self._loss(i, term, view if term.ranks else best)
                 ramps[i] = ramp(term, self.progress, self.start if term.needs_teacher else 0.0)
         total = self.balance(dict(sorted(losses.items())), ramps, student)
+        for loss in more:
+            total = total + loss
         own = self.teacher.auxiliary_loss(views[0]) if torch.is_grad_enabled() else None
         if own is None:
             return total
@@ -129,7 +132,7 @@ class Distillation(Objective):
 
     def _shown(self, batch: Batch, terms: Numbered) -> list[tuple[Written, Numbered]]:
         """What the terms see of a training batch: the data, or answers that are written to its prompts."""
-        asking = [(i, t) for i, t in terms if t.needs_teacher]
+        asking = [(i, t) for i, t in terms if t.needs_teacher or t.ranks]
         written = None
         if self.author is not None and (asking or self.progress >= self.start):
             written = self.author(batch, self.progress)
@@ -137,7 +140,7 @@ class Distillation(Objective):
             return [(Written(batch, instead=True), terms)]
         if written.instead:
             return [(written, terms)]
-        others = [(i, t) for i, t in terms if not t.needs_teacher]
+        others = [(i, t) for i, t in terms if not (t.needs_teacher or t.ranks)]
         return [(written, asking), *([(Written(batch, instead=True), others)] if others else [])]
 
     def _view(self, student: nn.Module, written: Written, terms: Sequence[Term]) -> View:

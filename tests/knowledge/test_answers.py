@@ -21,6 +21,8 @@ from pqk.data.sequences import answered, prompts_of
 from pqk.errors import InputError
 from pqk.knowledge import (
     JSD,
+    ByAdversary,
+    ByCorrection,
     ByCritic,
     ByMixture,
     ByReplay,
@@ -28,6 +30,7 @@ from pqk.knowledge import (
     ByTeacher,
     CrossEntropy,
     FrozenTeacher,
+    GroupPolicy,
     KLDivergence,
     MiniLLM,
     Ranking,
@@ -35,8 +38,10 @@ from pqk.knowledge import (
     Term,
     View,
 )
-from pqk.knowledge.answers.authors import AnswerSettings, Desk, ReplayAuthor
+from pqk.knowledge.answers.authors import AnswerSettings, Desk
 from pqk.knowledge.answers.catalogue import AUTHORS
+from pqk.knowledge.answers.generation import Correcting, Ends, TokenSampling, generate
+from pqk.knowledge.answers.replay import ReplayAuthor
 from pqk.knowledge.objective import Distillation
 from pqk.models.language import Text, next_tokens
 from pqk.passes import Capture, Distill, Quantize
@@ -50,7 +55,9 @@ WAYS: dict[str, tuple[AnswerSettings, tuple[Term, ...]]] = {
     "teacher": (ByTeacher(**SHORT, temperature=1.0, samples=2), (CrossEntropy(),)),
     "student": (ByStudent(**SHORT), (CrossEntropy(weight=0.5), JSD())),
     "mixture": (ByMixture(**SHORT), (MiniLLM(), CrossEntropy(weight=0.5))),
+    "correction": (ByCorrection(**SHORT, among=3), (JSD(),)),
     "critic": (ByCritic(**SHORT, samples=2), (Ranking(), CrossEntropy())),
+    "adversary": (ByAdversary(**SHORT, samples=2), (GroupPolicy(), CrossEntropy())),
     "replay": (ByReplay(**SHORT, start=0.9, capacity=12), (SkewKL(),)),
 }
 every = pytest.mark.parametrize("name", WAYS)
@@ -165,6 +172,30 @@ def test_the_teachers_answers_are_the_data() -> None:
 def test_a_mixture_says_whose_part_it_is() -> None:
     _, (view,), _ = shown(ByMixture(**SHORT, teacher_share=0.3), MiniLLM())
     assert view.teacher_share == 0.3
+
+
+def test_a_correction_replaces_what_the_teacher_finds_unlikely() -> None:
+    """By hand, the first token's distribution: the student's where the teacher takes it, else the teacher's."""
+    student, teacher = small_decoder(0).eval(), small_decoder(7).eval()
+    prompt, draws, among = torch.tensor([3, 5, 4]), 4000, 4
+    seen = prompt[None], torch.ones(1, 3, dtype=torch.int64)
+    with torch.no_grad():
+        own, other = (m(*seen)[0, -1].softmax(-1) for m in (student, teacher))
+    right = torch.zeros_like(own, dtype=torch.bool)
+    right[other.topk(among).indices] = True
+    wanted = own.where(right, 0) + own[~right].sum() * other
+    sampling, ends = TokenSampling(max_new_tokens=1), Ends()
+    found = generate(student, [prompt] * draws, sampling, range(draws), ends, teacher, Correcting(among))
+    shares = torch.cat(found).bincount(minlength=len(own)) / draws
+    assert float((shares - wanted).abs().max()) < 5 * (0.25 / draws) ** 0.5
+    assert float((shares - own).abs().sum()) > 0.2  # and it was something to correct
+
+
+def test_a_teacher_that_takes_every_token_corrects_none() -> None:
+    batch, (corrected,), _ = shown(ByCorrection(**SHORT, fraction=0.5, among=10**6), JSD())
+    _, (own,), _ = shown(ByStudent(**SHORT), JSD())
+    assert torch.equal(corrected.inputs[0], own.inputs[0]) and not same(corrected, batch)
+    assert corrected.teacher_share is None  # no probability that they were drawn with is the student's own
 
 
 def test_a_share_of_the_steps_is_answered_and_the_others_are_as_without() -> None:

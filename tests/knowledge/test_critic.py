@@ -182,9 +182,9 @@ def test_a_recipe_says_who_ranks() -> None:
 
 
 def test_what_cannot_be_ranked_is_refused_before_training() -> None:
-    with pytest.raises(InputError, match="ranking compares answers that a critic ranked"):
+    with pytest.raises(InputError, match="ranking compares several answers to a prompt"):
         Distill(terms=(CrossEntropy(), Ranking()))
-    with pytest.raises(InputError, match="ranking compares answers that a critic ranked"):
+    with pytest.raises(InputError, match="ranking compares several answers to a prompt"):
         Distill(terms=(JSD(), Ranking()), answers=ByStudent())
     with pytest.raises(InputError, match="Ranking must not be the only term"):
         Distill(terms=(Ranking(),), answers=HOW)

@@ -10,7 +10,7 @@ from small_decoder import VOCABULARY, small_decoder
 from torch import Tensor
 
 from pqk.errors import InputError
-from pqk.knowledge.answers.generation import Ends, TokenSampling, drawn, generate, next_probabilities
+from pqk.knowledge.answers.generation import Ends, Mixing, TokenSampling, drawn, generate, next_probabilities
 from pqk.models.decoder import Decoder
 
 PROMPTS = [torch.tensor(p) for p in ([1, 5, 9, 33], [1, 40], [1, 7, 8, 9, 10, 11, 12])]
@@ -113,6 +113,6 @@ def test_two_models_draw_from_the_mean_of_their_probabilities() -> None:
         return lambda ids, mask: 100.0 * torch.nn.functional.one_hot(torch.full_like(ids, token), 8).float()
 
     prompts = [torch.tensor([1])] * 50
-    answers = generate(always(3), prompts, TokenSampling(max_new_tokens=40), range(50), Ends(), always(6), 0.2)
+    answers = generate(always(3), prompts, TokenSampling(max_new_tokens=40), range(50), Ends(), always(6), Mixing(0.2))
     tokens = torch.cat(answers)
     assert set(tokens.tolist()) == {3, 6} and float((tokens == 6).float().mean()) == pytest.approx(0.2, abs=0.03)

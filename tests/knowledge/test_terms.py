@@ -27,6 +27,7 @@ from pqk.knowledge import (
     CorrelationCongruence,
     CrossEntropy,
     DecoupledKD,
+    GroupPolicy,
     HiddenCosine,
     Hint,
     KLDivergence,
@@ -438,7 +439,7 @@ def test_every_term_is_a_table_of_a_recipe(kind: Any) -> None:
     chosen = {k: v for k, v in (REQUIRED | SET).items() if k in names}
     table = {"term": next(f.default for f in fields(kind) if f.name == "term"), **chosen}
     others = [{"term": "cross_entropy"}] if kind.blind else []
-    author = {MiniLLM: "mixture", Ranking: "critic"}.get(kind)
+    author = {MiniLLM: "mixture", Ranking: "critic", GroupPolicy: "adversary"}.get(kind)
     answers = {} if author is None else {"answers": {"by": author}}
     text, wrong = (
         tomli_w.dumps({"pass": [{"name": "distill", "terms": [{**table, **more}, *others], **answers}]})

@@ -8,7 +8,6 @@ teacher then judges token by token.
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pqk.core.distributed import rank, world_size
-from pqk.core.modes import evaluating
+from pqk.core.distributed import rank
 from pqk.data.answer_file import AnswerFile
 from pqk.data.data import Batch
-from pqk.data.sequences import UNLABELLED, answered, prompts_of
+from pqk.data.sequences import answered, prompts_of
 from pqk.errors import InputError, Reason
-from pqk.knowledge.answers.generation import Ends, NextScores, TokenSampling, generate
+from pqk.knowledge.answers.generation import Correcting, Ends, Mixing, NextScores, TokenSampling, generate
 from pqk.knowledge.teachers.base import ChangingTeacher, FrozenTeacher, Teacher
 from pqk.knowledge.teachers.cache import cache_folder
 from pqk.settings import settings
@@ -43,6 +41,8 @@ class Written(NamedTuple):
     scores: Tensor | None = None
     """where several answers to each prompt were ranked: what the critic says of each [B, N], the best first, which are
     the rows of the batch prompt by prompt; None: each prompt has one answer"""
+    loss: Tensor | None = None
+    """of what the author learns itself, for each prompt [B], which is added to the training's; None: nothing"""
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class Author(nn.Module):
     def end_epoch(self, epoch: int) -> None:
         """Called after each epoch."""
 
-    def own_answers(self, batch: Batch, step: int, share: float = 0.0) -> Batch:
-        """Prompts with the student's answers, of whose next tokens' probabilities `share` is the teacher's."""
+    def own_answers(self, batch: Batch, step: int, together: Mixing | Correcting | None = None) -> Batch:
+        """Prompts with the student's answers, alone or together with the teacher."""
         prompts = prompts_of(batch, self.how.prompt_tokens)
         seeds = [number(self.desk.seed, "answer", step, rank(), row) for row in range(len(prompts))]
-        other = teachers_scores(self.desk.teacher, prompts[0].device) if share else None
-        answers = generate(self._student[0], prompts, self.how, seeds, self.ends, other, share)
+        other = None if together is None else teachers_scores(self.desk.teacher, prompts[0].device)
+        answers = generate(self._student[0], prompts, self.how, seeds, self.ends, other, together)
         return answered(prompts, answers)
 
 
@@ -243,18 +243,23 @@ class ByTeacher(AnswerSettings):
 
 
 class StudentAuthor(Author):
-    """The student answers as it is, alone or mixed with the teacher token by token."""
+    """The student answers as it is, alone or together with the teacher token by token."""
 
-    def __init__(self, desk: Desk, how: ByStudent | ByMixture, share: float) -> None:
+    def __init__(
+        self, desk: Desk, how: ByStudent | ByMixture | ByCorrection, together: Mixing | Correcting | None = None
+    ) -> None:
         super().__init__(desk, how)
-        if share:
+        if together is not None:
             teachers_scores(desk.teacher, torch.device("cpu"))  # refused before training, not in it
-        self.fraction, self.share = how.fraction, share
+        self.fraction, self.together = how.fraction, together
 
     def write(self, batch: Batch, chance: float, step: int, progress: float) -> Written | None:
         if chance >= self.fraction:
             return None
-        return Written(self.own_answers(batch, step, self.share), instead=False, teacher_share=self.share)
+        own = self.own_answers(batch, step, self.together)
+        if isinstance(self.together, Correcting):
+            return Written(own, instead=False)
+        return Written(own, instead=False, teacher_share=0.0 if self.together is None else self.together.share)
 
 
 @settings
@@ -271,7 +276,7 @@ class ByStudent(AnswerSettings):
     """share of the steps in which the student answers; in the others the data does"""
 
     def make(self, desk: Desk) -> Author:
-        return StudentAuthor(desk, self, 0.0)
+        return StudentAuthor(desk, self)
 
 
 @settings
@@ -289,103 +294,24 @@ class ByMixture(AnswerSettings):
     """the teacher's part of the mean (their alpha)"""
 
     def make(self, desk: Desk) -> Author:
-        return StudentAuthor(desk, self, self.teacher_share)
-
-
-class ReplayAuthor(Author):
-    """The student's answers, kept and shown again, in a share of steps that grows with the loss on validation data."""
-
-    threshold: Tensor
-    """float64: share of the steps that have the student's answers"""
-    reference: Tensor
-    """float64: the loss on validation data that the next is compared with"""
-    texts: Tensor
-    """int32 [capacity, longest]: prompts with answers"""
-    places: Tensor
-    """int64 [capacity, 2]: of each the tokens of its prompt, and of both"""
-    kept: Tensor
-    """int64: how many were kept, the overwritten ones included"""
-
-    def __init__(self, desk: Desk, how: ByReplay) -> None:
-        super().__init__(desk, how)
-        self.settings = how
-        if self.ends.longest is None:
-            raise InputError(
-                "distill: answers that are kept need a length that none exceeds, and neither the teacher nor the task "
-                "says one; give the task's preprocessing a max_length"
-            )
-        if world_size() > 1:
-            raise InputError("distill: kept answers are those of one process; let it train in one, or take by student")
-        self.register_buffer("threshold", torch.tensor(how.start, dtype=torch.float64))
-        self.register_buffer("reference", torch.tensor(self.loss(), dtype=torch.float64))
-        self.register_buffer("texts", torch.zeros(how.capacity, self.ends.longest, dtype=torch.int32))
-        self.register_buffer("places", torch.zeros(how.capacity, 2, dtype=torch.int64))
-        self.register_buffer("kept", torch.zeros((), dtype=torch.int64))
-
-    def loss(self) -> float:
-        """The student's mean loss on validation data."""
-        student, losses = self._student[0], []
-        device = next(student.parameters()).device
-        with evaluating(student), torch.no_grad():
-            for batch in self.desk.task.validation.batches():
-                outputs = student(*(t.to(device) for t in batch.inputs))
-                losses.append(self.desk.task.loss(outputs, batch.targets.to(device)).double())
-        return float(torch.cat(losses).mean())
-
-    def write(self, batch: Batch, chance: float, step: int, progress: float) -> Written | None:
-        how, threshold = self.settings, float(self.threshold)
-        if chance >= threshold:
-            return None
-        fresh = {"decreasing": 1 - progress, "constant": 0.5, "increasing": progress}[how.schedule]
-        if chance < threshold * fresh or int(self.kept) < how.capacity:
-            own = self.own_answers(batch, step)
-            self._keep(own)
-            return Written(own, instead=False, teacher_share=0.0)
-        generator = torch.Generator().manual_seed(number(self.desk.seed, "replay", step))
-        rows = torch.randint(how.capacity, (len(batch.inputs[0]),), generator=generator)
-        return Written(self._shown(rows, batch.inputs[0].device), instead=False)
-
-    def _keep(self, own: Batch) -> None:
-        (ids, mask), learned = own.inputs, own.targets != UNLABELLED
-        for row, length, first in zip(ids, mask.sum(1).tolist(), learned.int().argmax(1).tolist(), strict=True):
-            place = int(self.kept) % len(self.texts)
-            self.texts[place, :length] = row[:length]
-            self.places[place] = torch.tensor([first + 1, length])
-            self.kept += 1
-
-    def _shown(self, rows: Tensor, device: torch.device) -> Batch:
-        texts = [(self.texts[i].to(device).long(), *self.places[i].tolist()) for i in rows.tolist()]
-        prompts, answers = [t[:start] for t, start, _ in texts], [t[start:length] for t, start, length in texts]
-        return answered(prompts, answers)
-
-    def end_epoch(self, epoch: int) -> None:
-        loss = self.loss()
-        if math.isfinite(loss) and loss >= float(self.reference) + self.settings.tolerance:
-            self.threshold.copy_(torch.clamp(self.threshold + self.settings.increase, max=1.0))
-            self.reference.fill_(loss)
+        return StudentAuthor(desk, self, Mixing(self.teacher_share))
 
 
 @settings
-class ByReplay(AnswerSettings):
-    """The student answers where that pays, and its answers are kept and shown again.
+class ByCorrection(AnswerSettings):
+    """The student answers, and the teacher corrects it token by token: what it finds unlikely it draws itself.
 
-    Ko et al., DistiLLM, ICML 2024, arXiv:2402.03898, section 3.2 and algorithm 1 with the defaults of its code: the
-    share of such steps begins at 0 and grows by a tenth after each epoch that ends with a higher loss on validation
-    data. Until the memory is full they are answered anew, then partly. Its losses are `skew_kl` and `skew_reverse_kl`.
+    Xu et al., Speculative Knowledge Distillation, ICLR 2025, arXiv:2410.11325, algorithm 1: a token of the student
+    stays where it is one of the teacher's `among` most probable, so that answers begin near the teacher's and become
+    the student's as it learns. Their losses are `kl` and `jsd`. Terms without a teacher go on seeing the data.
     """
 
-    by: Literal["replay"] = "replay"
-    start: float = Field(default=0.0, ge=0, le=1)
-    """share of the steps at the beginning"""
-    increase: float = Field(default=0.1, ge=0, le=1)
-    """what is added to it after an epoch that ends with a higher loss"""
-    tolerance: float = Field(default=0.1, ge=0)
-    """how much higher, in the task's loss, the loss must be"""
-    capacity: int = Field(default=1000, ge=1)
-    """answers that are kept; then the oldest is overwritten"""
-    schedule: Literal["decreasing", "constant", "increasing"] = "decreasing"
-    """once the memory is full, the part of these steps that is answered anew: 1 - progress, a half, or progress"""
-    why_unlike_said: ClassVar[Reason | None] = "answers are shown again that an earlier student wrote"
+    by: Literal["correction"] = "correction"
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """share of the steps in which they answer; in the others the data does"""
+    among: int = Field(default=25, ge=1)
+    """how many of the teacher's most probable tokens are right enough (their K)"""
+    why_unlike_said: ClassVar[Reason | None] = "the teacher replaces tokens of the answers"
 
     def make(self, desk: Desk) -> Author:
-        return ReplayAuthor(desk, self)
+        return StudentAuthor(desk, self, Correcting(self.among))

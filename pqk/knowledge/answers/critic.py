@@ -50,12 +50,12 @@ class CriticAuthor(Author):
         rivals = list(zip(prompts, proposals, strict=True))
         scores, order = self.scores(rivals).sort(dim=1, descending=True, stable=True)
         best_first = [(p, [own[i] for i in o.tolist()]) for (p, own), o in zip(rivals, order, strict=True)]
-        return Written(_rows(best_first), instead=True, scores=scores)
+        return Written(rows_of(best_first), instead=True, scores=scores)
 
     def scores(self, rivals: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
         """What the critic says of each prompt's answers, float32 [B, N]. Raises `InputError` for what are no scores."""
         if self.settings.critic == "teacher":
-            batch, count = _rows(rivals), len(rivals[0][1])
+            batch, count = rows_of(rivals), len(rivals[0][1])
             parts = []
             for first in range(0, len(batch.targets), len(rivals)):  # no more at once than of the data
                 part = [t[first : first + len(rivals)] for t in (*batch.inputs, batch.targets)]
@@ -76,7 +76,7 @@ class CriticAuthor(Author):
         return torch.tensor(rows, device=rivals[0][0].device)
 
 
-def _rows(rivals: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Batch:
+def rows_of(rivals: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Batch:
     """A row for each answer, prompt by prompt."""
     return answered([p for p, own in rivals for _ in own], [a for _, own in rivals for a in own])
 

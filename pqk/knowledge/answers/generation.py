@@ -56,6 +56,34 @@ class Ends:
     """tokens of a text at most, its prompt included"""
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """Each next token is drawn from a mean of two models' probabilities."""
+
+    share: float
+    """of the other model's"""
+
+    def pick(self, own: Tensor, other: Tensor, noise: Tensor) -> Tensor:
+        """Tokens int64 [B] by probabilities [B, V] of both and numbers [2, B] in [0, 1)."""
+        return drawn((1 - self.share) * own + self.share * other, noise[0])
+
+
+@dataclass(frozen=True)
+class Correcting:
+    """Each next token is drawn by the model, and where the other one finds it unlikely, that one draws in its place."""
+
+    among: int
+    """a token is kept where it is one of so many of the other model's most probable"""
+
+    def pick(self, own: Tensor, other: Tensor, noise: Tensor) -> Tensor:
+        """Tokens int64 [B] by probabilities [B, V] of both and numbers [2, B] in [0, 1)."""
+        proposed = drawn(own, noise[0])
+        least = other.topk(min(self.among, other.shape[1])).values[:, -1]
+        kept = other.gather(1, proposed[:, None])[:, 0] >= least
+        # Whether a token is kept depends on the number that drew it: another draws in its place.
+        return proposed.where(kept, drawn(other, noise[1]))
+
+
 class Reader(Protocol):
     """A model in the middle of texts, of which it says what comes next."""
 
@@ -121,7 +149,7 @@ def generate(
     seeds: Sequence[int],
     ends: Ends,
     other: nn.Module | NextScores | None = None,
-    share: float = 0.0,
+    together: Mixing | Correcting | None = None,
 ) -> list[Tensor]:
     """Continues texts; the model, in eval mode meanwhile, is left as it was.
 
@@ -132,7 +160,7 @@ def generate(
         seeds: of each text's draws.
         ends: what ends a text.
         other: another such model over the same tokens.
-        share: how much of each next token's probabilities is that of the other model.
+        together: how the two draw a token.
 
     Returns:
         Of each text the new tokens, int64 [N] with N at least 1, the one that ends it included.
@@ -154,12 +182,17 @@ def generate(
             if isinstance(m, nn.Module):
                 modes.enter_context(evaluating(m))
         readers = [reader_of(m, prompts) for m in models]
-        noise = torch.stack([_draws(seed, max(room)) for seed in seeds]).to(prompts[0].device)
-        return _written(readers, room, noise, sampling, ends, share)
+        noise = torch.stack([_draws(seed, max(room)) for seed in seeds], 1).to(prompts[0].device)
+        return _written(readers, room, noise, sampling, ends, together)
 
 
 def _written(
-    readers: Sequence[Reader], room: Sequence[int], noise: Tensor, sampling: TokenSampling, ends: Ends, share: float
+    readers: Sequence[Reader],
+    room: Sequence[int],
+    noise: Tensor,
+    sampling: TokenSampling,
+    ends: Ends,
+    together: Mixing | Correcting | None,
 ) -> list[Tensor]:
     device = noise.device
     most, going = torch.tensor(room, device=device), torch.ones(len(room), dtype=torch.bool, device=device)
@@ -167,10 +200,8 @@ def _written(
     counts, columns = torch.zeros_like(most), []
     for step in range(int(most.max())):
         probabilities = [next_probabilities(r.scores(), sampling) for r in readers]
-        mixed = probabilities[0]
-        if len(probabilities) > 1:
-            mixed = (1 - share) * probabilities[0] + share * probabilities[1]
-        tokens = drawn(mixed, noise[:, step])
+        own, now = probabilities[0], noise[..., step]
+        tokens = drawn(own, now[0]) if together is None else together.pick(own, probabilities[1], now)
         columns.append(tokens)
         counts += going
         going = going & ~torch.isin(tokens, stop) & (counts < most)
@@ -206,4 +237,6 @@ def drawn(probabilities: Tensor, noise: Tensor) -> Tensor:
 
 
 def _draws(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Numbers in [0, 1), float64 [2, count], of which the first row draws and the second corrects."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.rand(count, generator=generator, dtype=torch.float64) for _ in range(2)])

@@ -9,7 +9,7 @@ from pydantic import Field
 from pqk.knowledge.terms.dual_space import DualSpace
 from pqk.knowledge.terms.feature import AttentionMaps, AttentionTransfer, HiddenCosine, Hint
 from pqk.knowledge.terms.neurons import TaskNeurons
-from pqk.knowledge.terms.policy import MiniLLM, Ranking
+from pqk.knowledge.terms.policy import GroupPolicy, MiniLLM, Ranking
 from pqk.knowledge.terms.relation import (
     PKT,
     CorrelationCongruence,
@@ -35,13 +35,13 @@ from pqk.knowledge.terms.response import (
 
 TERMS = (
     CrossEntropy, KLDivergence, ReverseKL, JSD, SkewKL, SkewReverseKL, LogitMSE, DecoupledKD, StandardizedKD, DIST,
-    LabelSmoothing, SortedULD, MiniLLM, Ranking,
+    LabelSmoothing, SortedULD, MiniLLM, Ranking, GroupPolicy,
     Hint, AttentionTransfer, AttentionMaps, HiddenCosine, TaskNeurons, DualSpace,
     RKDDistance, RKDAngle, SimilarityPreserving, CorrelationCongruence, LocalGeometry, PKT,
 )  # fmt: skip
 AnyTerm = Annotated[
     CrossEntropy | KLDivergence | ReverseKL | JSD | SkewKL | SkewReverseKL | LogitMSE | DecoupledKD | StandardizedKD
-    | DIST | LabelSmoothing | SortedULD | MiniLLM | Ranking
+    | DIST | LabelSmoothing | SortedULD | MiniLLM | Ranking | GroupPolicy
     | Hint | AttentionTransfer | AttentionMaps | HiddenCosine | TaskNeurons | DualSpace
     | RKDDistance | RKDAngle | SimilarityPreserving | CorrelationCongruence | LocalGeometry | PKT,
     Field(discriminator="term"),

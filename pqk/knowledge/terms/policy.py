@@ -105,6 +105,31 @@ class Ranking(ResponseTerm):
         return (behind * better).sum((1, 2))
 
 
+@settings
+class GroupPolicy(ResponseTerm):
+    """−mean_i A_i p_i of answers i: A = (r − mean r) / std r of what is said of them, p their log-likelihood a token.
+
+    Shao et al., GRPO, arXiv:2402.03300, section 4.1, of answers that the student has just written, where its ratio of
+    probabilities is 1, and without its divergence from a reference, which other terms are. GAD (arXiv:2511.10643)
+    trains by it against `answers = { by = "adversary" }`. Logits are [B · N, S, C], of N answers to each of B prompts,
+    and labels int64 [B · N, S] the answers. A batch without such answers has no loss.
+    """
+
+    term: Literal["group_policy"] = "group_policy"
+    needs_teacher: ClassVar[bool] = False
+    ranks: ClassVar[bool] = True
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        (logits,) = (widened(z) for z in tensors(pick(view.student, self.output)))
+        if view.scores is None:
+            return logits.flatten(1)[:, 0] * 0.0
+        (labels,) = self.labels(view, [logits])
+        p = token_log_likelihood(logits, labels, view.task.ignored).view_as(view.scores)
+        spread = view.scores.std(1, correction=0, keepdim=True)
+        advantage = (view.scores - view.scores.mean(1, keepdim=True)) / (spread + 1e-6)
+        return -(advantage * p).mean(1)
+
+
 def token_log_likelihood(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
     """The mean log-probability of the tokens that have a label, [B], by scores [B, S, C] and labels int64 [B, S]."""
     counted = labels != ignored
