@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pqk.data.data import Batch, digest_of
-from pqk.data.structures import Outputs, widened
+from pqk.data.structures import Outputs
 from pqk.errors import InputError
 from pqk.models.decoder import FREE, INPUTS, decoder_config
 from pqk.models.decoder_files import DecoderFiles
@@ -40,11 +39,9 @@ from pqk.models.text_data import (
 )  # fmt: skip
 from pqk.task.classes import IGNORED
 from pqk.task.directory import ModelDirectory
+from pqk.task.kept_tokens import CHOICE, LOSS, kept
 from pqk.task.metrics import Metric
 from pqk.task.task import Task
-
-LOSS, CHOICE = "loss", "choice"
-"""what is kept of each token's scores: its cross-entropy in nats, and the token with the largest"""
 
 
 class NextTokens(LabelledTokens):
@@ -116,17 +113,6 @@ def _packed(texts: Sequence[Text], most: int) -> list[list[Text]]:
         rows[-1].append(text)
         room -= len(text.tokens)
     return rows
-
-
-def kept(outputs: Outputs, targets: Any) -> Outputs:
-    """What is judged of scores [B, S, V]: each token's loss and choice.
-
-    "loss" is float32 [B, S], in nats, 0 where nothing is learned; "choice" is int64 [B, S].
-    """
-    scores = widened(outputs)
-    labels = torch.full(scores.shape[:2], IGNORED) if targets is None else targets
-    losses = F.cross_entropy(scores.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-    return {LOSS: losses, CHOICE: scores.argmax(-1)}
 
 
 def log_likelihood(outputs: Outputs, targets: Any) -> float:

@@ -27,9 +27,10 @@ from pqk.errors import InputError
 from pqk.models.encoder_decoder import AXES, SOURCE, encoder_decoder_config, reads_sounds
 from pqk.models.encoder_decoder_files import EncoderDecoderFiles
 from pqk.models.hub import find_directory, load_tokenizer
-from pqk.models.language import LIKELIHOOD, choice, kept
+from pqk.models.language import LIKELIHOOD, choice
 from pqk.models.text_data import LabelledTokens, Table, TextSource, column_names, filled_strings, read_table, strings
 from pqk.task.classes import IGNORED
+from pqk.task.kept_tokens import kept
 from pqk.task.task import Task
 
 PROMPTS = ("prompt", "completion")

@@ -44,9 +44,14 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
     """Expected calibration error over equal bins of the top probability (Guo et al. 2017, equation 3)."""
     logits, labels = _checked(logits, labels)
     top, decided = logits.softmax(1).max(1)
+    return confidence_error(top, decided == labels, bins)
+
+
+def confidence_error(top: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """The same of probabilities of decisions, float64 [N], and whether these are right, bool [N]."""
     index = (top * bins).long().clamp_max(bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, (decided == labels).double() - top)
-    return _share(gaps.abs().sum() / len(logits))
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right.double() - top)
+    return share(gaps.abs().sum() / len(top))
 
 
 def calibration(logits: Tensor, labels: Tensor, temperature: float | None = None, reason: str = "") -> Calibration:
@@ -68,8 +73,8 @@ def teacher_health(logits: Tensor, calibrated: Calibration | None = None) -> Tea
     """Confidence, entropy and calibration of a teacher, with a warning where soft targets hold nothing to learn."""
     logits, _ = _checked(logits, None)
     log_p = logits.log_softmax(1)
-    top = _share(log_p.exp().amax(1).mean())
-    entropy = _share(-(log_p.exp() * log_p).sum(1).mean() / math.log(max(2, logits.shape[1])))
+    top = share(log_p.exp().amax(1).mean())
+    entropy = share(-(log_p.exp() * log_p).sum(1).mean() / math.log(max(2, logits.shape[1])))
     warning = None
     if 1 - top < SOFT:
         warning = (
@@ -130,26 +135,35 @@ def negative_transfer(
     """
     (student, labels), (teacher, _) = _checked(student, labels), _checked(teacher, labels)
     _same(student, teacher)
-    decided = teacher.argmax(1)
-    wrong = decided != labels
-    copied = (student.argmax(1) == decided)[wrong]
     if control is not None:
         control, _ = _checked(control, labels)
         _same(control, teacher)
+        control = control.argmax(1)
+    assert labels is not None
+    return copied_mistakes(student.argmax(1), teacher.argmax(1), labels, control, reason)
+
+
+def copied_mistakes(
+    student: Tensor, teacher: Tensor, labels: Tensor, control: Tensor | None = None, reason: str | None = None,
+    of: str = "samples",
+) -> NegativeTransfer:  # fmt: skip
+    """The same of decisions, int64 [N], which are `of` samples or tokens."""
+    wrong = teacher != labels
+    copied = (student == teacher)[wrong]
     if not len(copied):
         return NegativeTransfer(samples=0, copied=None, control=None, control_reason="the teacher is never wrong")
-    share = float(copied.double().mean())
+    found = float(copied.double().mean())
     if control is None:
-        return NegativeTransfer(samples=len(copied), copied=share, control=None, control_reason=reason)
-    by_itself = (control.argmax(1) == decided)[wrong]
+        return NegativeTransfer(samples=len(copied), copied=found, control=None, control_reason=reason)
+    by_itself = (control == teacher)[wrong]
     alone, difference, warning = float(by_itself.double().mean()), paired_difference(copied, by_itself), None
     if difference.low > 0:
         warning = (
-            f"where the teacher is wrong ({len(copied)} samples) the student repeats its label on {share:.1%}, a "
+            f"where the teacher is wrong ({len(copied)} {of}) the student repeats its label on {found:.1%}, a "
             f"student without it on {alone:.1%} (difference {difference.low:.1%} to {difference.high:.1%}): it learned "
             "the teacher's mistakes; gate the term with teacher_right"
         )
-    return NegativeTransfer(samples=len(copied), copied=share, control=alone, warning=warning)
+    return NegativeTransfer(samples=len(copied), copied=found, control=alone, warning=warning)
 
 
 def paired_difference(a: Tensor, b: Tensor) -> Interval:
@@ -171,14 +185,20 @@ def paired_difference(a: Tensor, b: Tensor) -> Interval:
 def control_row(student: Tensor, control: Tensor, labels: Tensor, variant: ControlVariant) -> ControlRow:
     """The student beside a control, with a warning in words where it is less accurate for sure."""
     (student, labels), (control, _) = _checked(student, labels), _checked(control, labels)
-    difference = paired_difference(student.argmax(1) == labels, control.argmax(1) == labels)
+    return beside_control(student.argmax(1) == labels, control.argmax(1) == labels, variant)
+
+
+def beside_control(student: Tensor, control: Tensor, variant: ControlVariant, of: str = "samples") -> ControlRow:
+    """The same of what each has right, bool [N], of samples or tokens."""
+    difference = paired_difference(student, control)
     warning = None
     if difference.high < 0:
         warning = (
-            f'the student is worse than its control "{TITLES[variant]}" by {-difference.mean:.2%} of samples (95 % '
+            f'the student is worse than its control "{TITLES[variant]}" by {-difference.mean:.2%} of {of} (95 % '
             f"interval {-difference.high:.2%} to {-difference.low:.2%}): what the teacher says does not help here"
         )
-    return ControlRow(variant=variant, accuracy=_accuracy(control, labels), difference=difference, warning=warning)
+    accuracy = float(control.double().mean())
+    return ControlRow(variant=variant, accuracy=accuracy, difference=difference, warning=warning)
 
 
 def corruption_row(name: str, what: str, teacher: Flags, student: Flags) -> CorruptionRow:
@@ -240,7 +260,7 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
 
 
-def _share(value: Tensor) -> float:
+def share(value: Tensor) -> float:
     """A mean of shares may leave 0 to 1 by its own rounding."""
     return min(1.0, max(0.0, float(value)))
 

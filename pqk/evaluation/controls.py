@@ -75,7 +75,7 @@ def _smoothed(program: Program, task: Task, passes: Sequence[Pass]) -> Again | s
         said = [program.teacher(*b.for_teacher().inputs) for b in sampled(task.validation, SAMPLES)]
     found = answers(task, concatenate(said), None)
     if not isinstance(found, Answers):
-        return found
+        return found if isinstance(found, str) else "the task is no classification"
     left = 1 - float(found.logits.softmax(1).amax(1).mean())
     return _under_quantization(program, task, passes, LabelSmoothing(smoothing=min(0.9, max(0.001, left))))
 

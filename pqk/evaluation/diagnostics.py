@@ -1,7 +1,7 @@
 """Whether distillation worked, for the report: `answer_statistics.py` on what teacher, student and controls say.
 
-All of it is about classifications, logits [B, C]: of another task every part is null with its reason, except when the
-compile time has paid. The student is what is deployed; nothing here trains.
+All of it is about classifications, logits [B, C], and next tokens: of another task every part is null with its reason,
+except when the compile time has paid. The student is what is deployed; nothing here trains.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pqk.evaluation.answer_statistics import (
 )
 from pqk.evaluation.attempts import Failure, attempt
 from pqk.evaluation.corruptions import CORRUPTIONS
+from pqk.evaluation.token_statistics import SaidTokens, token_diagnostics, tokens_of
 from pqk.report.diagnostics import (
     BreakEven,
     Calibration,
@@ -39,6 +40,7 @@ from pqk.report.diagnostics import (
     Interval,
     Robustness,
     TeacherHealth,
+    TokenDiagnostics,
 )
 from pqk.report.schema import AttributionRow, VariantName
 from pqk.task.calibration import best_temperature
@@ -68,12 +70,14 @@ class Judged:
     row: AttributionRow
     model: ModelFunction | None = None
     """what is deployed"""
-    answers: Answers | str = "it was not evaluated"
+    answers: Answers | SaidTokens | str = "it was not evaluated"
     """on the evaluation data, or why there are none"""
 
 
-def answers(task: Task, outputs: Outputs, targets: Any) -> Answers | str:
-    """The logits among a network's outputs of all evaluation samples, or why the task is no classification."""
+def answers(task: Task, outputs: Outputs, targets: Any) -> Answers | SaidTokens | str:
+    """The logits among a network's outputs of all evaluation samples, or its tokens; or why it is about neither."""
+    if (tokens := tokens_of(outputs, targets)) is not None:
+        return tokens
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
         shapes = ", ".join(str(["B", *t.shape[1:]]).replace("'", "") for t in tensors(outputs))
         return f"diagnostics are about logits [B, C] of classes; the model's outputs are {shapes}"
@@ -99,6 +103,8 @@ def diagnose(task: Task, judged: Mapping[VariantName, Judged], seconds: float) -
     for network in (student, teacher):
         if isinstance(network.answers, str):
             parts |= dict.fromkeys(DISTILLATION, network.answers)
+    if isinstance(teacher.answers, SaidTokens) and isinstance(student.answers, SaidTokens):
+        parts["tokens"] = _of_tokens(judged, teacher.answers, student.answers)
     if isinstance(teacher.answers, Answers) and isinstance(student.answers, Answers):
         parts |= _distilled(task, judged, teacher, student, teacher.answers, student.answers)
     reasons = {name: part for name, part in parts.items() if isinstance(part, str)}
@@ -123,7 +129,8 @@ def _distilled(
         reasons = dict.fromkeys(DISTILLATION, NO_LABELS)
         return reasons | parts | {"teacher": part(lambda: teacher_health(t.logits))}
     alone = judged["student_no_kd"].answers
-    control, missing = (None, alone) if isinstance(alone, str) else (alone.logits, None)
+    control = alone.logits if isinstance(alone, Answers) else None
+    missing = alone if isinstance(alone, str) else None
     rows = part(lambda: tuple(_controls(judged, s.logits, labels)))
     gains = () if isinstance(rows, str) else rows
     gain = next((row.difference for row in gains if row.variant == "student_no_kd"), None)
@@ -141,6 +148,15 @@ def _distilled(
         "controls": rows,
         "capacity_gap": missing if gain is None else _gap(gain, teacher.row, student.row),
     }
+
+
+def _of_tokens(
+    judged: Mapping[VariantName, Judged], teacher: SaidTokens, student: SaidTokens
+) -> TokenDiagnostics | str:
+    said = {name: judged[name].answers for name in get_args(ControlVariant) if name in judged}
+    controls = {name: found for name, found in said.items() if isinstance(found, SaidTokens)}
+    missing = found if isinstance(found := judged["student_no_kd"].answers, str) else None
+    return part(lambda: token_diagnostics(teacher, student, controls, missing))
 
 
 def part(what: Callable[[], T]) -> T | str:
@@ -165,7 +181,7 @@ def _calibrated(task: Task, model: ModelFunction, validation: Data, logits: Tens
     """Calibration on evaluation data, with the temperature that is best on validation data."""
     said, given = zip(*((model(*b.inputs), b.targets) for b in sampled(validation, SAMPLES)), strict=True)
     found = answers(task, concatenate(list(said)), concatenate(list(given)))
-    if isinstance(found, str) or found.labels is None:
+    if not isinstance(found, Answers) or found.labels is None:
         why = found if isinstance(found, str) else "it has no labels"
         return calibration(logits, labels, None, f"validation data: {why}")
     temperature = best_temperature(found.logits, found.labels)
@@ -219,6 +235,8 @@ def _paid(teacher: AttributionRow, student: AttributionRow, seconds: float) -> B
 def _warnings(found: Diagnostics) -> Iterator[str]:
     said = [found.teacher and found.teacher.warning, found.negative_transfer and found.negative_transfer.warning]
     said += [row.warning for row in found.controls]
+    if found.tokens is not None:
+        said += [found.tokens.negative_transfer.warning, *(row.warning for row in found.tokens.controls)]
     said += [corruption_warning(row) for row in found.robustness.rows] if found.robustness else []
     return (text for text in said if text)
 

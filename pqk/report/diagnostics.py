@@ -142,6 +142,39 @@ class BreakEven(Part):
     """of a query: batch 1, both in ONNX Runtime"""
 
 
+class TokenAnswers(Part):
+    """What a network says of the next tokens of evaluation texts."""
+
+    accuracy: Share
+    """share of tokens that it finds most likely"""
+    nats: Annotated[float, Field(ge=0)]
+    """mean of -log p of a token"""
+    top: Share
+    """mean probability of the token that it finds most likely"""
+    ece: Share
+    """expected calibration error of those probabilities"""
+
+
+class TokenDiagnostics(Part):
+    """Whether distillation worked, of networks that continue texts: next tokens that have a label, teacher forced.
+
+    Intervals take tokens for independent, so those of few long texts are too narrow.
+    """
+
+    tokens: Annotated[int, Field(gt=0)]
+    teacher: TokenAnswers
+    student: TokenAnswers
+    agreement: Share
+    """share of tokens of which both find the same most likely"""
+    lost: Share
+    """share of all tokens that only the teacher has right"""
+    won: Share
+    """share of all tokens that only the student has right"""
+    negative_transfer: NegativeTransfer
+    """in tokens"""
+    controls: tuple[ControlRow, ...] = ()
+
+
 class Diagnostics(Part):
     """Whether distillation worked. A part that is null has its reason in `reasons`, by field name."""
 
@@ -157,6 +190,8 @@ class Diagnostics(Part):
     robustness: Robustness | None = None
     controls: tuple[ControlRow, ...] = ()
     capacity_gap: CapacityGap | None = None
+    tokens: TokenDiagnostics | None = None
+    """of networks that continue texts, in the place of all parts above"""
     break_even: BreakEven | None = None
     reasons: dict[str, str] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()

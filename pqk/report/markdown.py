@@ -190,7 +190,7 @@ def _robust(robustness: Robustness) -> str:
 
 
 def _controls(diagnostics: Diagnostics) -> str:
-    return markdown_table(CONTROL_HEADER, control_rows(diagnostics)) if diagnostics.controls else ""
+    return markdown_table(CONTROL_HEADER, rows) if (rows := control_rows(diagnostics)) else ""
 
 
 def declined_section(report: Report) -> str:

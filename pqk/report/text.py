@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from pqk.report.diagnostics import Calibration, Diagnostics, Interval, Robustness
+from pqk.report.diagnostics import Calibration, Diagnostics, Interval, Robustness, TokenDiagnostics
 from pqk.report.promise import Clause, Promise
 from pqk.report.schema import TITLES, AttributionRow, LatencyRow, LayerParity, MetricValues, Parity, Report
 
@@ -243,6 +243,8 @@ def findings(diagnostics: Diagnostics) -> list[str]:
             f"The teacher is wrong on {n.samples} samples; the student says the same on {percent(n.copied)} of them "
             f"({alone})."
         )
+    if (tokens := diagnostics.tokens) is not None:
+        lines += _tokens_found(tokens)
     if (c := diagnostics.capacity_gap) is not None:
         lines.append(
             f"Gain of distillation: {span(c.gain)}, from a teacher of {c.teacher_parameters} parameters to a student "
@@ -254,6 +256,22 @@ def findings(diagnostics: Diagnostics) -> list[str]:
             f"{b.saved_ms:.3f} ms shorter."
         )
     return lines
+
+
+def _tokens_found(found: TokenDiagnostics) -> list[str]:
+    n = found.negative_transfer
+    alone = f"no control: {n.control_reason}" if n.control is None else f"without the teacher {percent(n.control)}"
+    return [
+        f"Student and teacher, {found.tokens:,} next tokens: {percent(found.agreement)} decided alike; "
+        f"{percent(found.lost)} only the teacher has right, {percent(found.won)} only it.",
+        *(
+            f"{name}: {percent(t.accuracy)} of next tokens right, {t.nats:.4f} nats a token; the first choice has "
+            f"{percent(t.top)} of the probability on average, and an expected calibration error of {percent(t.ece)}."
+            for name, t in (("Teacher", found.teacher), ("Student", found.student))
+        ),
+        f"The teacher is wrong on {n.samples:,} tokens; the student says the same on {percent(n.copied)} of them "
+        f"({alone}).",
+    ]
 
 
 def span(interval: Interval | None) -> str:
@@ -321,7 +339,8 @@ CONTROL_HEADER = ("control", "accuracy", "the student has more")
 
 
 def control_rows(diagnostics: Diagnostics) -> list[list[str]]:
-    return [[TITLES[c.variant], percent(c.accuracy), span(c.difference)] for c in diagnostics.controls]
+    found = diagnostics.controls if diagnostics.tokens is None else diagnostics.tokens.controls
+    return [[TITLES[c.variant], percent(c.accuracy), span(c.difference)] for c in found]
 
 
 PARITY_HEADER = ("layer", "operators", "max LSB", "exact", "accumulators")

@@ -110,6 +110,12 @@ def test_the_report_says_where_texts_part(artifact: Artifact) -> None:
     page = (artifact.folder / "report.md").read_text()
     assert "## Texts" in page and "256 B are kept of a token" in page.replace("0.256 kB", "256 B")
     assert made.as_whole > 0.97
+    found = artifact.report.diagnostics
+    assert found is not None and found.tokens is not None and found.fidelity is None
+    assert f"Student and teacher, {found.tokens.tokens:,} next tokens: " in page and "No fidelity" not in page
+    rows = {row.variant: row.metric for row in artifact.report.attribution}
+    assert found.tokens.student.nats == pytest.approx(-float(rows["student"] or 0.0), abs=1e-5)
+    assert found.tokens.teacher.nats == pytest.approx(-float(rows["teacher_fp32"] or 0.0), abs=1e-5)
 
 
 def test_texts_of_one_file_are_the_same(artifact: Artifact, teacher: Path) -> None:

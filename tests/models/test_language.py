@@ -14,8 +14,9 @@ from torch import nn
 
 from pqk.errors import InputError
 from pqk.models.decoder import Decoder
-from pqk.models.language import Text, choice, kept, language_task, log_likelihood, next_tokens
+from pqk.models.language import Text, choice, language_task, log_likelihood, next_tokens
 from pqk.task.classes import IGNORED
+from pqk.task.kept_tokens import kept
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow

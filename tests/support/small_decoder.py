@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pqk.models.decoder import Decoder
 from pqk.models.hub import quietly
-from pqk.models.language import LIKELIHOOD, NextTokens, Text, choice, kept, next_tokens
+from pqk.models.language import LIKELIHOOD, NextTokens, Text, choice, next_tokens
+from pqk.task.kept_tokens import kept
 from pqk.task.task import Task
 
 VOCABULARY = 64

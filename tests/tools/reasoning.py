@@ -42,11 +42,12 @@ from pqk.knowledge.answers.generation import Ends, TokenSampling, generate
 from pqk.models.arithmetic import ANSWERED, HARDEST, WORKED, Problem, answer_in, letters, problems, reasoner, table
 from pqk.models.black_box import black_box_task
 from pqk.models.decoder import Decoder, decoder
-from pqk.models.language import NextTokens, kept, language_task, log_likelihood
+from pqk.models.language import NextTokens, language_task, log_likelihood
 from pqk.models.rationales import Columns, adaptive, mixed, step_by_step
 from pqk.passes import Distill
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
+from pqk.task.kept_tokens import kept
 from pqk.task.metrics import predict
 from pqk.task.task import Task
 

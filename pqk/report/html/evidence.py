@@ -137,8 +137,8 @@ def distillation(report: Report) -> Markup:
     if (robustness := found.robustness) is not None:
         shown = table(ROBUSTNESS_HEADER, robustness_rows(robustness), texts=2)
         parts += [element("h3", "Robustness"), shown, paragraph(robustness_note(robustness), class_="note")]
-    if found.controls:
-        parts += [element("h3", "Controls"), table(CONTROL_HEADER, control_rows(found))]
+    if rows := control_rows(found):
+        parts += [element("h3", "Controls"), table(CONTROL_HEADER, rows)]
     reasons = [f"No {name.replace('_', ' ')}: {why}." for name, why in gathered(found.reasons)]
     return joined([*parts, bullets(reasons)])
 
