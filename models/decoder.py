@@ -129,6 +129,8 @@ def check_same(module: nn.Module, sample: tuple[Tensor, ...], expected: Tensor, 
             found = module(*sample)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"{what} does not run with attention of another kind: {first_line(error)}") from error
+    if not bool(expected.isfinite().all()):
+        raise InputError(f"{what}'s own logits are NaN or infinite: its weights are not those of a trained model")
     off = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
     if not off <= SAME:
         raise InputError(

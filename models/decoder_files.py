@@ -18,7 +18,7 @@ from pqk.core.aten import GATHER_NBITS, aten
 from pqk.core.attention import SIGHTS, sites
 from pqk.core.graph import calls, operand, shape
 from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.models.hub import TOKENIZER, layer_weights, quietly, read_config, stored_shapes
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
@@ -118,6 +118,19 @@ class DecoderFiles:
             }
         return {**json_files(documents), **stored_files(self.folder, (*TOKENIZER, CHAT))}
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the directory's model knows."""
+        return int(read_config(self.folder, "decoder").get_text_config().vocab_size)
+
+    def why_not_everywhere(self, student: fx.GraphModule) -> Reason | None:
+        """Why not every tool that takes such a directory can run the student, else None."""
+        config = read_config(self.folder, "decoder")
+        with quietly():
+            sizes = sizes_of_decoder(student, self._wide(config))
+        width = None if getattr(config, "head_dim", None) else sizes.hidden / max(sizes.heads)
+        return why_not_one_cache(sizes.groups, sizes.head_width, width, "pqk and onnxruntime-genai can run it")
+
     def _wide(self, config: Any) -> frozenset[str]:
         """The names of the weights whose one side is the hidden units."""
         inner = {getattr(config, "intermediate_size", None), 4 * config.hidden_size} - {None}
@@ -145,6 +158,29 @@ class DecoderFiles:
             rows = zip(sizes.heads, sizes.groups, sizes.intermediate, strict=False)
             document["pqk"] = {"layers": [{"heads": h, "groups": g, "intermediate": i} for h, g, i in rows]}
         return document
+
+
+def why_not_one_cache(heads: Sequence[int], width: int, derived: float | None, others: str) -> Reason | None:
+    """Why some tools cannot make an empty cache for a model's layers, else None.
+
+    Args:
+        heads: those of keys and values, layer by layer.
+        width: of a head.
+        derived: what tools take for it where the configuration does not say one: the model's width over its heads.
+        others: what can run it all the same.
+    """
+    if len({*heads}) > 1:
+        said = f"its layers keep {min(heads)} to {max(heads)} heads of keys and values, and they size all by one number"
+    elif derived is not None and derived != width:
+        said = f"its heads are {width} wide, and they size them by the model's width over its heads, {derived:.4g}"
+    else:
+        return None
+    return (
+        f"optimum, transformers.pipeline and transformers.js cannot make the empty cache of this student: {said}. "
+        f"{others}; "
+        'for those tools, leave out whole layers or hidden units, or prune heads with scope = "uniform" where the '
+        "configuration says how wide they are (head_dim, d_kv)"
+    )
 
 
 def generation_config(folder: Path, config: Any, ends: Sequence[str]) -> dict[str, Any]:

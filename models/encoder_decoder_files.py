@@ -16,7 +16,16 @@ from torch import fx, nn
 
 from pqk.core.attention import Site, attentions_by_kind, encoder_states
 from pqk.core.graph import shape
-from pqk.models.decoder_files import CHAT, CONFIG, GENERATION, generation_config, json_files, stored_files
+from pqk.errors import Reason
+from pqk.models.decoder_files import (
+    CHAT,
+    CONFIG,
+    GENERATION,
+    generation_config,
+    json_files,
+    stored_files,
+    why_not_one_cache,
+)
 from pqk.models.hub import TOKENIZER, read_config
 
 SPELLING = ("source.spm", "target.spm", "normalizer.json", "preprocessor_config.json")
@@ -50,6 +59,23 @@ class EncoderDecoderFiles:
             GENERATION: generation_config(self.folder, config, ENDS),
         }
         return {**json_files(documents), **stored_files(self.folder, (*TOKENIZER, CHAT, *SPELLING))}
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of targets the directory's model knows."""
+        config = read_config(self.folder, "encoder_decoder")
+        return int(getattr(config, "decoder_vocab_size", None) or config.vocab_size)
+
+    def why_not_everywhere(self, student: nn.Module) -> Reason | None:
+        """Why not every tool that takes such a directory can run the student, else None."""
+        assert isinstance(student, fx.GraphModule)
+        config, parts = read_config(self.folder, "encoder_decoder"), attentions_by_kind(student)
+        kept = [*parts.decoder, *parts.cross]
+        width, residual = shape(kept[0].key)[3], shape(encoder_states(parts.cross))[-1]
+        heads = [_heads(site) for site in kept]
+        assert width is not None and residual is not None
+        derived = None if hasattr(config, "d_kv") else residual / max(heads)
+        return why_not_one_cache(heads, width, derived, "pqk can run it")
 
 
 def student_config(config: Any, student: fx.GraphModule) -> dict[str, Any]:

@@ -327,6 +327,8 @@ class Rehearsal:
         self.found.integer_coverage = coverage.share
         if ratio.low <= 1:
             self.found.no_gain = why_no_gain(self.found, ratio)
+        if (reason := self.task.why_not_everywhere(self.program.student)) is not None:
+            self.found.warnings.append(reason)
         if coverage.reason is not None:
             self.found.warnings.append(f"integer coverage: {coverage.reason}")
 

@@ -31,13 +31,13 @@ from pqk.deploy.artifact import (
     MANIFEST,
     MODEL,
     Artifact,
-    describe_interface,
     name_two_files,
     seal,
     write_report,
     write_student,
 )
 from pqk.deploy.cascade import CASCADE_TEACHER, Routing
+from pqk.deploy.interface import describe_interface
 from pqk.deploy.tuning import Tuning
 from pqk.documents import digest_of_file, digest_of_values
 from pqk.errors import ContractError, InputError, ParityError, Reason

@@ -22,7 +22,7 @@ from pqk.core.modes import fused_layers
 from pqk.core.pipeline import verify
 from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_context import RunContext
-from pqk.deploy.artifact import describe_interface
+from pqk.deploy.interface import describe_interface
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.torch_emitter import emit_torch
 from pqk.errors import InputError, PqkError, Reason, first_line

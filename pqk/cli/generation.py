@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +26,15 @@ def generate(
     if shown:
         write_piece("\n")
         terminal(stderr=True).print(pace_text(model.pace), highlight=False)
-    return CommandAnswer({"text": "".join(pieces), **asdict(model.pace)}, [])
+        if left_out := model.limits.left_out:
+            terminal(stderr=True).print(left_out_text(left_out), highlight=False)
+    found = {"text": "".join(pieces), **asdict(model.pace), "left_out": model.limits.left_out}
+    return CommandAnswer(found, [])
+
+
+def left_out_text(left_out: Sequence[str]) -> str:
+    """What the model's configuration says of how tokens are chosen, and is not done."""
+    return f"generation_config.json says {', '.join(left_out)}, which transformers does and this does not"
 
 
 def pace_text(pace: Pace) -> str:

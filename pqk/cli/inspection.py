@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _inspect_unfinished(folder: Path) -> CommandAnswer:
         f"{folder} is an unfinished compile{OF_ANOTHER if given else ''}: {len(done)} of {len(names)} passes are done",
         f"done: {', '.join(done) or 'none'}",
         f"left: {', '.join(left) or 'the evaluation'}",
-        f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
+        f"continue with: pqk compress RECIPE.toml --out {shlex.quote(str(folder))} --resume",
     ]
     return CommandAnswer(document, ["\n".join(shown)])
 
@@ -102,7 +103,7 @@ def _inspect_search(folder: Path, recipe: Recipe, contract: Contract) -> Command
         f"judged: {', '.join(c['name'] + (' (does not compile)' if c['fate'] else '') for c in judged) or 'none'}",
         ended,
         f"left: {'' if evaluating else 'the rest of the search, and '}the evaluation",
-        f"continue with: pqk compress RECIPE.toml --out {folder} --resume",
+        f"continue with: pqk compress RECIPE.toml --out {shlex.quote(str(folder))} --resume",
     ]
     return CommandAnswer(document, ["\n".join(shown)])
 

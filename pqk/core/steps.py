@@ -24,6 +24,8 @@ from pqk.core.onnxruntime_session import (
 KeyValues = dict[str, NDArray[Any]]
 """keys and values of all tokens so far, by the names of the file's inputs: float32 [1, G, S, D]; of an encoder-decoder
 the source's hidden states [1, S, C] and mask [1, S], too"""
+EncoderFeeds = dict[str, NDArray[Any]]
+"""an encoder's inputs by name, [1, …] each"""
 
 
 class Steps:
@@ -43,8 +45,9 @@ class Steps:
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept of one token."""
-        return sum(t.itemsize * t.shape[1] * t.shape[3] for t in self.empty.values())
+        """What is kept of one token that is read or written; of an encoder-decoder, not what is kept of its source."""
+        own = [t for name, t in self.empty.items() if ".encoder." not in name]
+        return sum(t.itemsize * t.shape[1] * t.shape[3] for t in own)
 
     @property
     def encodes(self) -> bool:
@@ -58,10 +61,16 @@ class Steps:
 
     def encoded(self, source: Sequence[int]) -> KeyValues:
         """What the decoder begins with after its encoder has read the tokens of a source."""
-        assert self._encoder is not None
         ids = np.array([source])
-        hidden = self._encoder.run([HIDDEN], {IDS: ids, MASK: np.ones_like(ids)})[0]
-        return {**self.empty, ENCODED: hidden, SOURCE_MASK: np.ones_like(ids)}
+        return self.begin({IDS: ids, MASK: np.ones_like(ids)})
+
+    def begin(self, source: EncoderFeeds) -> KeyValues:
+        """What a text begins with: nothing, or what the encoder, where there is one, makes of its source."""
+        if self._encoder is None:
+            return self.empty
+        hidden = self._encoder.run([HIDDEN], source)[0]
+        masked = {SOURCE_MASK: source[MASK]} if SOURCE_MASK in self._inputs else {}
+        return {**self.empty, ENCODED: hidden, **masked}
 
     def __call__(self, new: Sequence[int], kept: KeyValues, total: int) -> tuple[NDArray[np.float32], KeyValues]:
         """Scores [S, V] of what follows each of the S `new` tokens, the last of `total`, and what is kept of all."""

@@ -17,7 +17,7 @@ manifest.json         sha256 and size of every other file, versions, seed, data,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from pqk.core.program import Program, Rewrite, parse_plan
 from pqk.core.run_folder import RunFolder
 from pqk.data.structures import tensors
 from pqk.deploy.cascade import CASCADE_TEACHER, Cascade, Routing
+from pqk.deploy.interface import checked_feeds
 from pqk.deploy.manifest import FORMAT, check_file, read_manifest
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.deploy.torch_emitter import emit_torch, load_student
@@ -48,7 +49,6 @@ from pqk.report.html.page import to_html, why_not_drawn
 from pqk.report.markdown import to_markdown
 from pqk.report.schema import Report
 from pqk.target.target import Target
-from pqk.task.axes import Sizes, sizes_of
 from pqk.task.task import Task
 
 MANIFEST = "manifest.json"
@@ -68,8 +68,6 @@ PROVENANCE = (
 )
 """the first lines of a recipe that ships"""
 NOT_CUT = "this student is of another shape than its teacher, not cut out of it"
-SEEN = 64
-"""validation samples whose integers say in which range inputs are"""
 
 
 def write_student(program: Program, task: Task, recipe: Recipe, folder: Path, tuning: Tuning | None) -> tuple[str, ...]:
@@ -132,38 +130,6 @@ def write_report(report: Report, folder: Path) -> None:
 def write_html(report: Report, path: Path) -> None:
     """Write the report as one page that needs no other file. Its pictures need matplotlib."""
     write_whole(path, lambda p: p.write_text(to_html(report), encoding="utf-8"))
-
-
-def describe_interface(student: fx.GraphModule, task: Task) -> dict[str, Any]:
-    """The inputs, outputs and free axes of the student as the manifest has them.
-
-    Inputs and outputs have names, shapes and dtypes; what is free in a shape is a name, or an expression of names.
-    Inputs of integers have the least and the largest value that was seen, and free axes the sizes that they may have,
-    with the example's. Seen are the example, what is timed, and some validation samples.
-    """
-    samples = [task.example, *task.timed.values(), *task.calibration(SEEN)]
-    inputs = []
-    for i, (name, t, axes) in enumerate(zip(task.input_names, task.example, task.axes, strict=True)):
-        shape = [axis or size for axis, size in zip(axes, t.shape, strict=True)]
-        described = _describe(name, shape, t)
-        if not t.is_floating_point() and all(x[i].numel() for x in samples):
-            described["range"] = [min(int(x[i].min()) for x in samples), max(int(x[i].max()) for x in samples)]
-        inputs.append(described)
-    with torch.no_grad():
-        outputs = student(*task.example)
-    named = zip(task.signature.names_of(outputs), student.meta["outputs"], tensors(outputs), strict=True)
-    sizes = sizes_of(task.example, task.axes)
-    axes_of = {name: _describe_axis(found, sizes[name]) for name, found in student.meta["sizes"].items()}
-    return {"inputs": inputs, "outputs": [_describe(*described) for described in named], "axes": axes_of}
-
-
-def _describe_axis(sizes: Sizes, example: int) -> dict[str, Any]:
-    described = asdict(sizes) | {"example": example}
-    return {key: value for key, value in described.items() if key != "equals" or value is not None}
-
-
-def _describe(name: str, shape: Sequence[int | str], t: torch.Tensor) -> dict[str, Any]:
-    return {"name": name, "shape": list(shape), "dtype": str(t.dtype).removeprefix("torch.")}
 
 
 def seal(unfinished: Path, folder: Path, names: Iterable[str], values: dict[str, Any]) -> None:
@@ -265,7 +231,7 @@ class Artifact:
                 model does not take.
         """
         arrays = [x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in inputs]
-        feeds = self._feeds(arrays)
+        feeds = checked_feeds(self.manifest, arrays)
         if self._run is None:
             self._run = self._runner()
         try:
@@ -294,32 +260,6 @@ class Artifact:
             return student
         return Cascade(student, partial(session(self.folder / CASCADE_TEACHER).run, None), self.routing)
 
-    def _feeds(self, arrays: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        specs = self.manifest["inputs"]
-        if len(arrays) != len(specs):
-            raise InputError(f"run: {len(arrays)} inputs given; the model takes {[s['name'] for s in specs]}")
-        given: dict[str, tuple[str, int, str]] = {}
-        for x, s in zip(arrays, specs, strict=True):
-            fits = len(x.shape) == len(s["shape"]) and all(
-                isinstance(want, str) or want == have for want, have in zip(s["shape"], x.shape, strict=True)
-            )
-            if not fits or str(x.dtype) != s["dtype"]:
-                raise InputError(f"run: {s['name']} is {x.dtype} {list(x.shape)}; it must be {s['dtype']} {s['shape']}")
-            for axis, size in zip(s["shape"], x.shape, strict=True):
-                if isinstance(axis, str):
-                    self._check_size(axis, size, s["name"], given)
-        return {s["name"]: x for s, x in zip(specs, arrays, strict=True)}
-
-    def _check_size(self, axis: str, size: int, where: str, given: dict[str, tuple[str, int, str]]) -> None:
-        """Raises `InputError` where a free axis has a size that the model does not take, or two sizes at once."""
-        entry = self.manifest.get("axes", {}).get(axis, {})  # artifacts of before have no sizes
-        first, known, there = given.setdefault(entry.get("equals", axis), (axis, size, where))
-        if known != size:
-            other = f"{size}" if axis == first else f"{axis} is {size}"
-            raise InputError(f"run: {first} is {known} in {there} and {other} in {where}; it must be the same")
-        if entry and size not in (sizes := Sizes(entry["least"], entry["most"], entry["step"])):
-            raise InputError(f"run: {axis} is {size} in {where}; the model takes {sizes}")
-
     def example(self, batch: int) -> dict[str, NDArray[Any]]:
         """Random feeds of that batch size, from a fixed seed, in sizes and ranges that the model was made for.
 
@@ -337,7 +277,7 @@ class Artifact:
             least, most = s.get("range", (0, 1))
             drawn = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(least, most + 1, shape)
             feeds[s["name"]] = drawn.astype(kind)
-        return self._feeds(list(feeds.values()))
+        return checked_feeds(self.manifest, list(feeds.values()))
 
     def _example_size(self, size: int | str) -> int:
         return self.manifest.get("axes", {}).get(size, {"example": 16})["example"] if isinstance(size, str) else size

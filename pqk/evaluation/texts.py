@@ -1,10 +1,11 @@
-"""Texts that teacher and student continue from evaluation prompts, step by step: where they part, and how fast."""
+"""Texts that teacher and student write for evaluation prompts or sources, step by step: where they part, how fast."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqk.bench.statistics import bootstrap_ratio
-from pqk.core.onnxruntime_session import Continuing, session
+from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, session
 from pqk.core.steps import Steps
+from pqk.core.task_texts import TaskText, texts_of
 from pqk.generation.greedy import Limits, likeliest
+from pqk.models.decoder_files import DecoderFiles
+from pqk.models.encoder_decoder_files import EncoderDecoderFiles
 from pqk.report.texts import ContinuedTexts
-from pqk.task.classes import IGNORED
 from pqk.task.task import Task
 
 PROMPT, TOKENS = 16, 48
 """tokens of a prompt, where data does not say what is one, and tokens behind each, at most"""
 PAUSE = 0.05
 """seconds before each text, in which the other file's threads stop spinning"""
+GENERATING = (DecoderFiles, EncoderDecoderFiles)
+"""files of an artifact that say where its texts end"""
 GRAM = 4
 """tokens in a row that are looked for again"""
 
@@ -42,7 +47,7 @@ class Continued:
 def continued_texts(
     teacher: Path, student: Path, task: Task, texts: int, *, threads: int, timed: bool, optimized: bool = True
 ) -> ContinuedTexts | None:
-    """Continues evaluation prompts by both files, in turn, and compares.
+    """Continues evaluation prompts, or writes the targets of sources, by both files, in turn, and compares.
 
     Args:
         teacher: the file in float32.
@@ -56,21 +61,22 @@ def continued_texts(
     Returns:
         The part of the report; None where a file keeps nothing of tokens before, or there is no prompt.
     """
-    limits = Limits() if task.directory is None else Limits.of(task.directory.folder)
-    prompts = [prompt for prompt in _prompts(task, texts) if len(prompt) < limits.longest]
+    limits = Limits.of(files.folder) if isinstance(files := task.extra_files, GENERATING) else Limits()
+    prompts = [prompt for prompt in _prompts(task, texts, limits) if len(prompt.tokens) < limits.longest]
     opened = [session(path, threads=threads, optimized=optimized) for path in (teacher, student)]
-    if not prompts or not all(isinstance(run, Continuing) for run in opened):
+    both = [Steps(run) for run in opened if isinstance(run, Continuing | EncoderDecoderSession)]
+    if not prompts or len(both) < 2:
         return None
-    both = [Steps(run) for run in opened if isinstance(run, Continuing)]
     for steps in both:  # warms up
         _continue(steps, prompts[0], limits)
     pairs = [[_continue(steps, prompt, limits) for steps in both] for prompt in prompts]
     alike = [_alike(*(text.tokens for text in pair)) for pair in pairs]
-    whole = [_at_once(both[1], prompt, pair[1]) for prompt, pair in zip(prompts, pairs, strict=True)]
+    whole = [_at_once(both[1], prompt, pair[1], limits) for prompt, pair in zip(prompts, pairs, strict=True)]
     repeated = [_repeated([pair[i].tokens for pair in pairs]) for i in (0, 1)]
     return ContinuedTexts(
         texts=len(prompts),
-        prompt_tokens=max(map(len, prompts)),
+        sources=task.seq2seq,
+        prompt_tokens=max(len(prompt.tokens) for prompt in prompts),
         tokens=TOKENS,
         alike=tuple(alike),
         equal=float(np.mean([pair[0].tokens == pair[1].tokens for pair in pairs])),
@@ -84,24 +90,22 @@ def continued_texts(
     )
 
 
-def _prompts(task: Task, texts: int) -> Iterator[list[int]]:
+def _prompts(task: Task, texts: int, limits: Limits) -> Iterator[TaskText]:
     """What stands before the first learned token, or the first tokens of a text of which all are learned.
 
-    At least one token is left to continue.
+    At least one token is left to continue. A target's first token begins all targets, and is enough.
     """
-    for batch in task.evaluation.batches():
-        ids, mask, *_ = batch.inputs
-        for row, seen, targets in zip(ids, mask, batch.targets, strict=True):
-            tokens, learned = row[seen > 0].tolist(), (targets[seen > 0] != IGNORED).nonzero().flatten().tolist()
-            start = learned[0] + 1 if learned and learned[0] else min(PROMPT, len(tokens) - 1)
-            if texts > 0 and start > 0:
-                yield tokens[:start]
-                texts -= 1
-        if texts <= 0:
-            return
+    for text in itertools.islice(texts_of(task), texts):
+        places = text.learned.nonzero().flatten().tolist()
+        start = places[0] + 1 if places and places[0] else min(PROMPT, len(text.tokens) - 1)
+        if task.seq2seq:
+            forced = [] if limits.forced is None else [limits.forced]
+            yield replace(text, tokens=[*text.tokens[:1], *forced])
+        elif start > 0:
+            yield replace(text, tokens=text.tokens[:start])
 
 
-def _continue(steps: Steps, prompt: Sequence[int], limits: Limits) -> Continued:
+def _continue(steps: Steps, prompt: TaskText, limits: Limits) -> Continued:
     time.sleep(PAUSE)
     marks: list[float] = [time.perf_counter()]
 
@@ -110,7 +114,7 @@ def _continue(steps: Steps, prompt: Sequence[int], limits: Limits) -> Continued:
         marks.append(time.perf_counter())
         return found
 
-    tokens, scores = likeliest(timed, steps.empty, prompt, TOKENS, limits)
+    tokens, scores = likeliest(timed, steps.begin(prompt.source), prompt.tokens, TOKENS, limits)
     each = (marks[-1] - marks[1]) / (len(marks) - 2) if len(marks) > 2 else 0.0
     return Continued(tokens, scores, 1e3 * (marks[1] - marks[0]), 1e3 * each)
 
@@ -121,12 +125,13 @@ def _alike(ours: Sequence[int], theirs: Sequence[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
 
 
-def _at_once(steps: Steps, prompt: Sequence[int], text: Continued) -> tuple[NDArray[np.bool_], float]:
+def _at_once(steps: Steps, prompt: TaskText, text: Continued, limits: Limits) -> tuple[NDArray[np.bool_], float]:
     """Which tokens are chosen, too, where prompt and text are read at once, and how far scores are then, at most."""
-    read = [*prompt, *text.tokens[:-1]]
-    scores = steps(read, steps.empty, len(read))[0][len(prompt) - 1 :]
+    read = [*prompt.tokens, *text.tokens[:-1]]
+    scores = steps(read, steps.begin(prompt.source), len(read))[0][len(prompt.tokens) - 1 :]
     difference = np.abs(scores - text.scores).max() / np.abs(text.scores).max()
-    return scores.argmax(-1) == np.array(text.tokens), float(difference)
+    chosen = np.array([limits.allowed(row).argmax() for row in scores])
+    return chosen == np.array(text.tokens), float(difference)
 
 
 def _repeated(texts: Sequence[Sequence[int]]) -> float:

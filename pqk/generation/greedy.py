@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,22 @@ from pqk.models.decoder_files import CONFIG, GENERATION
 
 Step = Callable[[Sequence[int], KeyValues, int], tuple[NDArray[np.float32], KeyValues]]
 """(new tokens, what is kept, how many tokens there are with the new ones) -> scores [S, V], and what is kept of all"""
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "begin_suppress_tokens": ([],),
+    "forced_eos_token_id": (),
+    "sequence_bias": ({},),
+    "num_beams": (1,),
+}
+"""settings of generation_config.json that would change a text and are not applied here -> values that change nothing,
+as null does"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,8 @@ class Limits:
     """tokens that are never chosen"""
     longest: int = 2**31
     """positions: prompt and continuation have so many tokens at most"""
+    left_out: tuple[str, ...] = ()
+    """what the configuration says besides of how tokens are chosen, such as "num_beams = 4", and nobody here does"""
 
     @staticmethod
     def of(folder: Path) -> Limits:
@@ -39,20 +59,25 @@ class Limits:
         said = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else config
         ends = said.get("eos_token_id", config.get("eos_token_id"))
         longest = config.get("max_position_embeddings") or config.get("n_positions") or Limits.longest
-        one_token = [tokens[0] for tokens in said.get("bad_words_ids") or () if len(tokens) == 1]
+        banned = said.get("bad_words_ids") or ()
+        one_token = [tokens[0] for tokens in banned if len(tokens) == 1]
+        left_out = {k: said[k] for k, same in NEUTRAL.items() if said.get(k) is not None and said[k] not in same}
+        if several := [tokens for tokens in banned if len(tokens) > 1]:
+            left_out["bad_words_ids"] = several
         return Limits(
             ends=frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]),
             begin=said.get("decoder_start_token_id", config.get("decoder_start_token_id")),
             forced=said.get("forced_bos_token_id"),
             forbidden=(*one_token, *(said.get("suppress_tokens") or ())),
             longest=longest,
+            left_out=tuple(f"{name} = {json.dumps(value)}" for name, value in left_out.items()),
         )
 
     def allowed(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores [V] without those of tokens that are never chosen."""
         if self.forbidden:
             scores = scores.copy()
-            scores[[*self.forbidden]] = -np.inf
+            scores[[t for t in self.forbidden if 0 <= t < len(scores)]] = -np.inf
         return scores
 
 
@@ -71,6 +96,6 @@ def likeliest(
         total += len(new)
         scores, kept = step(new, kept, total)
         rows.append(scores[-1])
-        new = [int(scores[-1].argmax())]
+        new = [int(limits.allowed(scores[-1]).argmax())]
         found += new
     return found, np.stack(rows)

@@ -184,9 +184,15 @@ def texts_text(report: Report) -> str:
     if made is None:
         return ""
     least, low, middle, high, most = (int(n) for n in quantiles(made.alike))
+    if made.sources:
+        asked = f"{made.texts} sources of evaluation data, answered by at most {made.tokens} likeliest tokens"
+    else:
+        asked = (
+            f"{made.texts} prompts of at most {made.prompt_tokens} tokens of evaluation data, continued by at most "
+            f"{made.tokens} likeliest tokens"
+        )
     lines = [
-        f"{made.texts} prompts of at most {made.prompt_tokens} tokens of evaluation data, continued by at most "
-        f"{made.tokens} likeliest tokens: {percent(made.equal)} of the texts are the teacher's; the tokens before the "
+        f"{asked}: {percent(made.equal)} of the texts are the teacher's; the tokens before the "
         f"first other one are {least} to {most}, median {middle}, quartiles {low} and {high}",
         f"step by step the student chooses {percent(made.as_whole)} of the tokens that it chooses where the text is "
         f"read at once; scores differ by {made.whole_difference:.2g} of the largest, at most",

@@ -10,6 +10,8 @@ class ContinuedTexts(Part):
 
     texts: Count
     """prompts, each run by itself"""
+    sources: bool = False
+    """whether these are targets that begin with a source, which an encoder read, and not with a prompt"""
     prompt_tokens: Count
     """of a prompt at most"""
     tokens: Count

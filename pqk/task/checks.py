@@ -75,8 +75,12 @@ def check_views(what: str, batch: Batch) -> None:
         )
 
 
+class UnfitInputs(InputError):
+    """A model cannot take the inputs of its task."""
+
+
 def try_forward(model: nn.Module, inputs: Inputs, what: str, whose: str = "teacher") -> Outputs:
-    """The outputs of a model. Raises `InputError` where it cannot take the inputs: whatever its own code raised.
+    """The outputs of a model. Raises `UnfitInputs` where it cannot take the inputs: whatever its own code raised.
 
     `whose` it is, "teacher" or "student", begins the message.
     """
@@ -91,7 +95,7 @@ def try_forward(model: nn.Module, inputs: Inputs, what: str, whose: str = "teach
             return model(*inputs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in inputs)
-        raise InputError(f"{whose}: the {what} inputs ({shapes}) do not fit it: {error}") from error
+        raise UnfitInputs(f"{whose}: the {what} inputs ({shapes}) do not fit it: {error}") from error
 
 
 def _only_by_name(model: nn.Module) -> list[str]:

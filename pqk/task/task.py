@@ -15,7 +15,15 @@ from pqk.data.structures import Inputs, Outputs, first_tensor, joined, map_tenso
 from pqk.data.views import TeachersView, TwoViews, Views
 from pqk.errors import InputError, Reason
 from pqk.settings import in_words
-from pqk.task.checks import TRAINED, check_arguments, check_batches, check_scores, check_views, try_forward
+from pqk.task.checks import (
+    TRAINED,
+    UnfitInputs,
+    check_arguments,
+    check_batches,
+    check_scores,
+    check_views,
+    try_forward,
+)
 from pqk.task.classes import ClassAxis, ignored_by
 from pqk.task.directory import ModelDirectory
 from pqk.task.metrics import (
@@ -152,6 +160,11 @@ class Task:
         self._kept, self.directory, self.critic = kept, directory, critic
         self.generates, self.seq2seq = generates or seq2seq, seq2seq
         self._notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
+
+    def why_not_everywhere(self, student: nn.Module) -> Reason | None:
+        """Why not every tool that takes such an artifact can run the student, else None; as `extra_files` knows it."""
+        ask: Callable[[nn.Module], Reason | None] | None = getattr(self.extra_files, "why_not_everywhere", None)
+        return None if ask is None else ask(student)
 
     def with_evaluation(self, data: Data, note: str) -> Task:
         """The same task with other evaluation data, and a further note on it for the report."""
@@ -411,11 +424,29 @@ class Task:
         Raises:
             InputError: data, labels, names, loss or metric do not fit it, or its answers depend on those before.
         """
-        with held_counters(teacher, self.example):
-            self._check(teacher)
+        try:
+            with held_counters(teacher, self.example):
+                self._check(teacher)
+        except UnfitInputs as error:
+            if (tokens := getattr(self.extra_files, "tokens", None)) is None:
+                raise
+            raise UnfitInputs(
+                f"{error}. The task's texts are of {tokens} tokens: is the teacher of the same directory?"
+            ) from error
+
+    def _scores(self, teacher: nn.Module) -> Outputs:
+        """Of the example. Raises `InputError` where these are not of the tokens that the task's texts are made of."""
+        tokens: int | None = getattr(self.extra_files, "tokens", None)
+        outputs = try_forward(teacher, self.example, "example")
+        if tokens is not None and (scored := first_tensor(outputs).shape[-1]) != tokens:
+            raise InputError(
+                f"teacher: it scores {scored} tokens, and the task's texts are of a model of {tokens}: teacher and "
+                "task are of different directories; give both the same one"
+            )
+        return outputs
 
     def _check(self, teacher: nn.Module) -> None:
-        outputs = try_forward(teacher, self.example, "example")
+        outputs = self._scores(teacher)
         for name, inputs in self.timed.items():
             try_forward(teacher, inputs, name)
         self.signature.check_outputs(outputs)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pqk.core.onnxruntime_session import Continuing, session
-from pqk.core.steps import Steps
+from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, session
+from pqk.core.steps import KeyValues, Steps
+from pqk.core.task_texts import texts_of
 from pqk.task.task import Task
 
 TOKENS = 4096
@@ -26,26 +27,22 @@ def own_agreement(path: Path, task: Task, *, optimized: bool = True) -> float | 
     None of a file that keeps nothing of tokens before.
     """
     run = session(path, optimized=optimized)
-    if not isinstance(run, Continuing):
+    if not isinstance(run, Continuing | EncoderDecoderSession):
         return None
     steps, differ, count = Steps(run), 0, 0
-    for batch in task.evaluation.batches():
-        ids, mask, *_ = batch.inputs
-        for row, seen, targets in zip(ids, mask, batch.targets, strict=True):
-            tokens, learned = row[seen > 0].tolist(), (targets[seen > 0] != task.ignored).numpy()
-            whole = steps(tokens, steps.empty, len(tokens))[0].argmax(-1)
-            differ += int((whole != _one_by_one(steps, tokens))[learned].sum())
-            count += int(learned.sum())
-            if count >= TOKENS:
-                break
+    for text in texts_of(task):
+        begin, learned = steps.begin(text.source), text.learned.numpy()
+        whole = steps(text.tokens, begin, len(text.tokens))[0].argmax(-1)
+        differ += int((whole != _one_by_one(steps, begin, text.tokens))[learned].sum())
+        count += int(learned.sum())
         if count >= TOKENS:
             break
     return 1 - differ / count if count else None
 
 
-def _one_by_one(steps: Steps, tokens: list[int]) -> NDArray[np.int64]:
+def _one_by_one(steps: Steps, begin: KeyValues, tokens: list[int]) -> NDArray[np.int64]:
     """What is decided after each token."""
-    found, kept = [], steps.empty
+    found, kept = [], begin
     for total, token in enumerate(tokens, 1):
         scores, kept = steps([token], kept, total)
         found.append(scores[-1].argmax())

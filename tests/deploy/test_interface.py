@@ -21,7 +21,7 @@ from pqk.bench.artifact import benchmark
 from pqk.bench.measure import QUICK
 from pqk.core.onnxruntime_session import OnnxModel
 from pqk.data.data import ArrayData
-from pqk.deploy.artifact import describe_interface
+from pqk.deploy.interface import describe_interface
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import InputError
 from pqk.knowledge import CrossEntropy, KLDivergence
@@ -88,7 +88,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.slow
 def test_the_manifest_has_names_by_path_and_sizes_and_ranges(artifact: Artifact) -> None:
     assert artifact.manifest["inputs"] == [
-        {"name": "ids", "shape": ["batch", "sequence"], "dtype": "int64", "range": [7, 32]},
+        {"name": "ids", "shape": ["batch", "sequence"], "dtype": "int64", "range": [7, 32], "below": 40},
         {"name": "mask", "shape": ["batch", "sequence"], "dtype": "int64", "range": [0, 1]},
     ]
     assert [(o["name"], o["shape"]) for o in artifact.manifest["outputs"]] == [
@@ -128,11 +128,23 @@ def test_every_size_that_the_manifest_allows_is_right_and_others_are_refused(art
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrong", [-1, 40, 2**32 + 7])
+def test_numbers_of_rows_that_its_table_does_not_have_are_refused(artifact: Artifact, wrong: int) -> None:
+    """ONNX Runtime counts negative ones from the end, and its GatherBlockQuantized takes any."""
+    feeds = artifact.example(2)
+    feeds["ids"][1, 3] = wrong
+    with pytest.raises(InputError, match=r"ids has values from .* to .*, and the student takes 0 to 39; are they of"):
+        artifact.run(*feeds.values())
+    assert artifact.run(np.full_like(feeds["ids"], 39), feeds["mask"])["logits"].shape == (2, 5)
+
+
+@pytest.mark.slow
 def test_an_artifact_of_before_has_no_sizes_and_is_taken_as_it_was(artifact: Artifact) -> None:
     manifest = json.loads(json.dumps(artifact.manifest))
     del manifest["axes"]
     for described in manifest["inputs"]:
         described.pop("range", None)
+        described.pop("below", None)
     old = Artifact(artifact.folder, manifest)
     assert old.example(2)["ids"].shape == (2, 16) and set(np.unique(old.example(2)["ids"])) == {0, 1}
     with pytest.raises(InputError, match=r"the student fails on ids \[2, 16\], mask \[2, 16\]: "):
@@ -144,7 +156,7 @@ def test_an_interface_is_described_before_anything_is_written() -> None:
     graph = capture(Tokens().eval(), task.example, input_names=task.input_names, axes=task.axes)
     assert isinstance(graph, fx.GraphModule)
     described = describe_interface(graph, task)
-    assert [i["range"] for i in described["inputs"]] == [[7, 32], [0, 1]]
+    assert [(i["range"], i.get("below")) for i in described["inputs"]] == [([7, 32], 40), ([0, 1], None)]
     assert [(o["name"], o["shape"]) for o in described["outputs"]] == [
         ("logits", ["batch", 5]),
         ("states_0", ["batch", "(sequence//2)", 8]),

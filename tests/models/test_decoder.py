@@ -10,6 +10,7 @@ from pathlib import Path
 import causal_models as tiny
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from pqk.core.aten import aten
@@ -20,6 +21,9 @@ from pqk.models.decoder import Decoder, decoder
 from pqk.models.decoder_files import DecoderFiles
 from pqk.models.language import language_task
 from pqk.passes.capture.capture import capture
+from pqk.passes.prune.channel_group import ChannelGroup
+from pqk.passes.prune.cuts import cut_channels
+from pqk.passes.prune.groups import find_groups
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -32,6 +36,10 @@ FEW = ("llama", "gpt2", "gemma3")
 def text() -> tuple[Tensor, Tensor]:
     ids = torch.randint(3, tiny.VOCABULARY, (2, TEXT), generator=torch.Generator().manual_seed(3))
     return ids, torch.ones_like(ids)
+
+
+def heads(group: ChannelGroup) -> bool:
+    return any(m.dim == "heads" and any(m.places) for m in group.members)
 
 
 def captured(family: str) -> tuple[Decoder, fx.GraphModule]:
@@ -188,3 +196,33 @@ def test_a_configuration_says_the_hidden_units_by_its_own_name(tmp_path: Path) -
     folder = tiny.directory(tmp_path / "gpt2", "gpt2")
     graph = capture(decoder(folder), text(), axes=AXES)
     assert json.loads(DecoderFiles(folder, 64)(graph)["config.json"])["n_inner"] == 4 * tiny.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "said"),
+    [
+        ("llama", (), None),
+        ("llama", (0,), "its layers keep 1 to 2 heads of keys and values"),
+        ("llama", (0, 1), None),  # all alike, and its configuration says how wide a head is
+        ("gpt2", (0, 1), "its heads are 8 wide, and they size them by the model's width over its heads, 10.67"),
+    ],
+)
+def test_who_cannot_make_the_cache_of_a_student_is_said(
+    tmp_path: Path, family: str, layers: tuple[int, ...], said: str | None
+) -> None:
+    folder = tiny.directory(tmp_path / family, family)
+    model, task = decoder(folder), DecoderFiles(folder, 64)
+    for layer in layers:
+        groups = [g for g in find_groups(model, text()) if f".{layer}." in g.name and heads(g)]
+        model = cut_channels(model, text(), cuts=groups[0].cuts(groups[0].units[0]))
+    reason = task.why_not_everywhere(capture(model, text(), axes=AXES))
+    assert reason is None if said is None else reason is not None and said in reason
+
+
+def test_weights_that_are_not_numbers_are_said_to_be(tmp_path: Path) -> None:
+    folder = tiny.directory(tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    name = next(n for n in state if "down_proj" in n)
+    save_file({**state, name: state[name] * torch.nan}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="'s own logits are NaN or infinite"):
+        decoder(folder)

@@ -211,3 +211,18 @@ class Uniform(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return torch.zeros(*input_ids.shape, 300)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        (300, 280, "scores 300 tokens, and the task's texts are of a model of 280: teacher and task are of different"),
+        (20, 280, r"do not fit it: .*The task's texts are of 280 tokens: is the teacher of the same directory\?"),
+    ],
+)
+def test_a_teacher_of_another_directory_is_refused(tmp_path: Path, theirs: int, ours: int, said: str) -> None:
+    folder, texts = tiny.directory(tmp_path / "task", vocab_size=ours), {"text": tiny.stories(4)}
+    teacher = Decoder(tiny.hub_model("llama", vocab_size=theirs)).eval()
+    task = language_task(directory=folder, train=None, evaluation=texts, validation=texts)
+    with pytest.raises(InputError, match=said):
+        task.check(teacher)

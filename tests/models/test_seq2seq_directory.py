@@ -21,6 +21,7 @@ from pqk.deploy.artifact import Artifact
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.errors import InputError
 from pqk.evaluation.settings import Evaluation
+from pqk.evaluation.texts import continued_texts
 from pqk.generation.continuation import Continuation, Sampling
 from pqk.models.encoder_decoder import encoder_decoder
 from pqk.models.seq2seq import seq2seq_task
@@ -28,6 +29,7 @@ from pqk.passes.prune.blocks import find_blocks, without_block
 from pqk.recipe.recipe import Recipe
 from pqk.target.target import Target
 from pqk.task.classes import IGNORED
+from pqk.verify.own_agreement import own_agreement
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -98,6 +100,26 @@ def test_its_files_compute_what_the_graph_does(artifact: Artifact) -> None:
     assert report.parity.passed and report.size_bytes == sum(
         artifact.manifest["files"][f"{n}.onnx"]["bytes"] for n in ("encoder_model", "decoder_model_merged")
     )
+
+
+def test_the_report_says_where_targets_part(artifact: Artifact, teacher: Path) -> None:
+    """As a causal model's does, with diagnostics of the targets' tokens; a file beside itself is alike."""
+    made, page = artifact.report.texts, (artifact.folder / "report.md").read_text()
+    assert made is not None and made.sources and made.prompt_tokens == 2  # the one that begins, and the forced one
+    assert made.as_whole > 0.97 and made.student_kept_bytes == 2 * 2 * 32 * 4  # layers, keys and values, width, bytes
+    assert f"{made.texts} sources of evaluation data, answered by at most" in page
+    found = artifact.report.diagnostics
+    assert found is not None and found.tokens is not None
+    task = seq2seq_task(directory=teacher, train=None, evaluation=tiny.pairs(3), validation=tiny.pairs(3))
+    path = artifact.folder / "decoder_model_merged.onnx"
+    same = continued_texts(path, path, task, 2, threads=1, timed=False)
+    assert same is not None and same.texts == 2 and same.equal == 1.0 and same.ratio is None
+
+
+def test_a_runtime_agrees_with_itself_on_targets(artifact: Artifact, teacher: Path) -> None:
+    task = seq2seq_task(directory=teacher, train=None, evaluation=tiny.pairs(3), validation=tiny.pairs(3))
+    found = own_agreement(artifact.folder / "decoder_model_merged.onnx", task)
+    assert found is not None and found > 0.9
 
 
 def test_keys_and_values_of_the_source_are_computed_once(artifact: Artifact) -> None:
