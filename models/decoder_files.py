@@ -23,6 +23,8 @@ from pqk.models.hub import TOKENIZER, layer_weights, quietly, read_config, store
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
 CHAT = "chat_template.jinja"
+SAID_WIDTH = ("gemma", "gemma3", "gemma3_text")
+"""families whose head_dim optimum-onnx 0.1 reads; of others it takes the width over the number of heads"""
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """tokens that a configuration names"""
 HIDDEN_UNITS = ("intermediate_size", "n_inner", "ffn_dim")
@@ -128,7 +130,7 @@ class DecoderFiles:
         config = read_config(self.folder, "decoder")
         with quietly():
             sizes = sizes_of_decoder(student, self._wide(config))
-        width = None if getattr(config, "head_dim", None) else sizes.hidden / max(sizes.heads)
+        width = None if config.model_type in SAID_WIDTH else sizes.hidden / max(sizes.heads)
         return why_not_one_cache(sizes.groups, sizes.head_width, width, "pqk and onnxruntime-genai can run it")
 
     def _wide(self, config: Any) -> frozenset[str]:
@@ -166,21 +168,22 @@ def why_not_one_cache(heads: Sequence[int], width: int, derived: float | None, o
     Args:
         heads: those of keys and values, layer by layer.
         width: of a head.
-        derived: what tools take for it where the configuration does not say one: the model's width over its heads.
+        derived: what optimum takes for it, the model's width over its heads; None where it reads what it is.
         others: what can run it all the same.
     """
     if len({*heads}) > 1:
-        said = f"its layers keep {min(heads)} to {max(heads)} heads of keys and values, and they size all by one number"
-    elif derived is not None and derived != width:
-        said = f"its heads are {width} wide, and they size them by the model's width over its heads, {derived:.4g}"
-    else:
-        return None
-    return (
-        f"optimum, transformers.pipeline and transformers.js cannot make the empty cache of this student: {said}. "
-        f"{others}; "
-        'for those tools, leave out whole layers or hidden units, or prune heads with scope = "uniform" where the '
-        "configuration says how wide they are (head_dim, d_kv)"
-    )
+        return (
+            "optimum, transformers.pipeline and transformers.js make the empty cache of all layers by one number of "
+            f"heads, and this student's keep keys and values of {min(heads)} to {max(heads)}; {others}. For those "
+            'tools leave out whole layers or hidden units, or prune heads with scope = "uniform"'
+        )
+    if derived is not None and derived != width:
+        return (
+            "optimum, and transformers.pipeline with it, take the model's width over the number of heads for the width "
+            f"of a head, {derived:.4g}, and this student's are {width} wide; {others}. For those tools leave heads and "
+            "the residual width whole, or cut both alike"
+        )
+    return None
 
 
 def generation_config(folder: Path, config: Any, ends: Sequence[str]) -> dict[str, Any]:
@@ -196,6 +199,12 @@ def generation_config(folder: Path, config: Any, ends: Sequence[str]) -> dict[st
         return found
     tokens = {name: getattr(config, name, None) for name in ends}
     return {name: token for name, token in tokens.items() if token is not None}
+
+
+def ends_of_texts(folder: Path, config: Any) -> frozenset[int]:
+    """The tokens that end the texts of the model in a folder."""
+    ends = generation_config(folder, config, ENDS).get("eos_token_id", getattr(config, "eos_token_id", None))
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def stored_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Next tokens as a task: texts, or prompts with completions, for the causal model in a Hugging Face directory.
 
 from pqk import compress
+from pqk.models.answer_match import ParsedAnswers, TokenMetric, judged_by
 from pqk.models.decoder import decoder
 from pqk.models.language import language_task
 
@@ -23,9 +24,11 @@ from torch import Tensor
 from pqk.data.data import Batch, digest_of
 from pqk.data.structures import Outputs
 from pqk.errors import InputError
+from pqk.models.answer_match import ParsedAnswers, TokenMetric, judged_by
 from pqk.models.decoder import FREE, INPUTS, decoder_config
-from pqk.models.decoder_files import DecoderFiles
+from pqk.models.decoder_files import DecoderFiles, ends_of_texts
 from pqk.models.hub import find_directory, load_tokenizer
+from pqk.models.rationales import Parse
 from pqk.models.text_data import (
     LabelledTokens,
     Table,
@@ -39,7 +42,7 @@ from pqk.models.text_data import (
 )  # fmt: skip
 from pqk.task.classes import IGNORED
 from pqk.task.directory import ModelDirectory
-from pqk.task.kept_tokens import CHOICE, LOSS, kept
+from pqk.task.kept_tokens import CHOICE
 from pqk.task.metrics import Metric
 from pqk.task.task import Task
 
@@ -115,25 +118,10 @@ def _packed(texts: Sequence[Text], most: int) -> list[list[Text]]:
     return rows
 
 
-def log_likelihood(outputs: Outputs, targets: Any) -> float:
-    """Mean log-likelihood of what is to be learned, in nats per token: minus the cross-entropy, so higher is better.
-
-    Args:
-        outputs: what is `kept`, or scores [B, S, V].
-        targets: int64 [B, S], -100 where nothing is to be learned.
-    """
-    counted = targets != IGNORED
-    losses = outputs[LOSS] if isinstance(outputs, dict) else kept(outputs, targets)[LOSS]
-    return -float(losses[counted].double().mean())
-
-
 def choice(outputs: Outputs) -> Tensor:
     """The token with the largest score: int64 [B, S]."""
     picked: Tensor = outputs[CHOICE] if isinstance(outputs, dict) else outputs.argmax(-1)
     return picked
-
-
-LIKELIHOOD = Metric("log-likelihood", "nats per token", log_likelihood)
 
 
 def language_task(
@@ -157,6 +145,8 @@ def language_task(
     retained: TextSource | None = None,
     retained_evaluation: TextSource | None = None,
     critic: Callable[[str, Sequence[str]], Sequence[float]] | None = None,
+    metric: Metric | TokenMetric = "log-likelihood",
+    answer: str | Parse | None = None,
 ) -> Task:
     """Next-token data for the causal model in a Hugging Face directory.
 
@@ -178,6 +168,12 @@ def language_task(
         retained: texts of what the model must not forget, read as the others are (`Task(retained=…)`).
         retained_evaluation: such texts that this is measured on.
         critic: (prompt, answers) -> a number for each answer, higher is better (`Task(critic=…)`, of texts).
+        metric: how the model is judged: "log-likelihood", in nats per token; "agreement", the share of tokens that it
+            chooses where those before are given; "exact_match", the share of completions that it writes to the letter,
+            or whose `answer` is the data's; or a `Metric` of what is kept of each token (`pqk.task.kept_tokens.kept`).
+        answer: how the answer is parsed out of a completion, where that alone has to match: a regular expression, of
+            whose last match it is the first group, such as "#### (.+)", or a function, which gives None where there is
+            none. The model then writes each evaluation text, which takes a pass over the text for every token.
 
     Raises `InputError` for files, columns and tokenizers that do not fit the model or each other, and for texts of
     which nothing is learned.
@@ -196,7 +192,7 @@ def language_task(
         language_task, data, train=train, evaluation=evaluation, validation=validation, text=text, prompt=prompt,
         completion=completion, rationale=rationale, messages=messages, ends=ends, packed=packed, batch_size=batch_size,
         max_length=max_length, limit=limit, context=context, retained=retained, retained_evaluation=retained_evaluation,
-        critic=critic,
+        critic=critic, metric=metric, answer=answer,
     )  # fmt: skip
     tokenizer = load_tokenizer(folder, config, "language", least=0.9, needs_padding=False)
     most = min(max_length, config.max_position_embeddings)
@@ -212,11 +208,14 @@ def language_task(
         for part, source in (("retained", retained), ("retained evaluation", retained_evaluation))
     )
     example = _example(next(part for part in (parts[0], parts[2]) if part is not None), context + 1)
+    judged, keeping = judged_by(metric, answer, tokenizer, ends_of_texts(folder, config))
+    if isinstance(keeping, ParsedAnswers):
+        keeping.check((("evaluation", parts[1]), ("validation", parts[2])))
     return Task(
         *parts,
-        metric=LIKELIHOOD,
+        metric=judged,
         decision=choice,
-        kept=kept,
+        kept=keeping,
         class_axis=2,
         example=example,
         input_names=INPUTS,

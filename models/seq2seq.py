@@ -24,13 +24,17 @@ from pqk.data.data import Batch, Data, digest_of
 from pqk.data.sequences import padded
 from pqk.data.structures import Inputs
 from pqk.errors import InputError
+from pqk.models.answer_match import LIKELIHOOD, ParsedAnswers, TokenMetric, judged_by
+from pqk.models.decoder_files import ends_of_texts
 from pqk.models.encoder_decoder import AXES, SOURCE, encoder_decoder_config, reads_sounds
 from pqk.models.encoder_decoder_files import EncoderDecoderFiles
 from pqk.models.hub import find_directory, load_tokenizer
-from pqk.models.language import LIKELIHOOD, choice
+from pqk.models.language import choice
+from pqk.models.rationales import Parse
 from pqk.models.text_data import LabelledTokens, Table, TextSource, column_names, filled_strings, read_table, strings
 from pqk.task.classes import IGNORED
 from pqk.task.kept_tokens import kept
+from pqk.task.metrics import Metric
 from pqk.task.task import Task
 
 PROMPTS = ("prompt", "completion")
@@ -143,6 +147,8 @@ def seq2seq_task(
     max_length: int = 256,
     limit: int | None = None,
     context: int = 16,
+    metric: Metric | TokenMetric = "log-likelihood",
+    answer: str | Parse | None = None,
 ) -> Task:
     """Pairs of texts for the encoder-decoder model in a Hugging Face directory.
 
@@ -157,6 +163,7 @@ def seq2seq_task(
         max_length: tokens of a source and of a target, of which longer ones lose the rest.
         limit: use only the first so many pairs of train.
         context: tokens of a target that are kept where one more is timed.
+        metric, answer: how the model is judged, as of `pqk.models.language.language_task`.
 
     Raises `InputError` for files, columns and tokenizers that do not fit the model or each other, for empty targets,
     and for a model that reads sounds, which `pqk.models.transcription` has a task for.
@@ -182,7 +189,10 @@ def seq2seq_task(
     )
     example = _example(next(part for part in (parts[0], parts[2]) if part is not None), context + 1)
     spoken = f"a source of {example[0].shape[1]} tokens"
-    return task_of(parts, example, (*SOURCE, *TARGET), spoken, folder, ends, pairs.notes, prefix=prefix)
+    judged = judged_by(metric, answer, tokenizer, ends_of_texts(folder, config))
+    if isinstance(judged[1], ParsedAnswers):
+        judged[1].check((("evaluation", parts[1]), ("validation", parts[2])))
+    return task_of(parts, example, (*SOURCE, *TARGET), spoken, folder, ends, pairs.notes, judged, prefix=prefix)
 
 
 @dataclass
@@ -219,6 +229,7 @@ def task_of(
     folder: Path,
     ends: SequenceEnds,
     notes: Sequence[str] = (),
+    judged: tuple[Metric, Any] = (LIKELIHOOD, kept),
     **preprocessing: str,
 ) -> Task:
     """The task of an encoder-decoder: teacher-forced targets, judged by their likelihood.
@@ -231,15 +242,16 @@ def task_of(
         folder: the model's directory.
         ends: how its sequences begin and end.
         notes: what the report should say of the data.
+        judged: the metric, and what is kept of each token's scores.
         preprocessing: what else the artifact says of how inputs are made.
     """
     first = (*example[:-2], *(t[:, :1] for t in example[-2:]))
     said = {"tokenizer": "tokenizer.json", "max_length": ends.longest, "padding": "behind, to the longest"}
     return Task(
         *parts,
-        metric=LIKELIHOOD,
+        metric=judged[0],
         decision=choice,
-        kept=kept,
+        kept=judged[1],
         class_axis=2,
         example=example,
         input_names=names,

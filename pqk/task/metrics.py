@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from pqk.data.data import Data
-from pqk.data.structures import Outputs, concatenate, first_tensor, widened
+from pqk.data.structures import Inputs, Outputs, concatenate, first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.settings import CONFIG, in_words
 from pqk.task.classes import IGNORED, axis_by_labels, shown
@@ -145,6 +145,14 @@ Kept = Callable[[Outputs, Any], Outputs]
 """(outputs of a batch, its targets) -> what is kept of the outputs when all samples are judged"""
 
 
+@runtime_checkable
+class KeptOfModel(Protocol):
+    """What is kept of a model's answers, which it asks itself, more than once."""
+
+    def asked(self, model: Callable[..., Outputs], inputs: Inputs, targets: Any) -> Outputs:
+        """What is kept of a batch."""
+
+
 def predict(
     model: Callable[..., Outputs], data: Data, limit: int | None = None, kept: Kept | None = None
 ) -> tuple[Outputs, Any]:
@@ -156,8 +164,11 @@ def predict(
     outputs, targets, samples = [], [], 0
     with torch.no_grad():  # not inference mode: what a module keeps of this call must be fit for training
         for batch in data.batches():
-            found = model(*batch.inputs)
-            outputs.append(found if kept is None else kept(found, batch.targets))
+            if isinstance(kept, KeptOfModel):
+                outputs.append(kept.asked(model, batch.inputs, batch.targets))
+            else:
+                found = model(*batch.inputs)
+                outputs.append(found if kept is None else kept(found, batch.targets))
             targets.append(batch.targets)
             samples += len(batch.inputs[0])
             if limit is not None and samples >= limit:

@@ -435,7 +435,7 @@ class Task:
             ) from error
 
     def _scores(self, teacher: nn.Module) -> Outputs:
-        """Of the example. Raises `InputError` where these are not of the tokens that the task's texts are made of."""
+        """The teacher's outputs on the example. Raises `InputError` where these are not of the texts' tokens."""
         tokens: int | None = getattr(self.extra_files, "tokens", None)
         outputs = try_forward(teacher, self.example, "example")
         if tokens is not None and (scored := first_tensor(outputs).shape[-1]) != tokens:

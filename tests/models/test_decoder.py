@@ -202,9 +202,9 @@ def test_a_configuration_says_the_hidden_units_by_its_own_name(tmp_path: Path) -
     ("family", "layers", "said"),
     [
         ("llama", (), None),
-        ("llama", (0,), "its layers keep 1 to 2 heads of keys and values"),
-        ("llama", (0, 1), None),  # all alike, and its configuration says how wide a head is
-        ("gpt2", (0, 1), "its heads are 8 wide, and they size them by the model's width over its heads, 10.67"),
+        ("llama", (0,), "this student's keep keys and values of 1 to 2"),
+        ("llama", (0, 1), "width of a head, 16, and this student's are 8 wide"),
+        ("gemma", (0, 1), None),  # all alike, and its configuration is read
     ],
 )
 def test_who_cannot_make_the_cache_of_a_student_is_said(

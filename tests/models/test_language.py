@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from pqk.errors import InputError
+from pqk.models.answer_match import log_likelihood
 from pqk.models.decoder import Decoder
-from pqk.models.language import Text, choice, language_task, log_likelihood, next_tokens
+from pqk.models.language import Text, choice, language_task, next_tokens
 from pqk.task.classes import IGNORED
 from pqk.task.kept_tokens import kept
 

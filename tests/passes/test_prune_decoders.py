@@ -206,7 +206,8 @@ def test_norms_of_any_make_take_their_statistics_over_what_is_left(norm: nn.Modu
 
 def language(rows: int = 12, vocabulary: int = 100) -> Task:
     """Next tokens of random texts of two lengths, padded."""
-    from pqk.models.language import LIKELIHOOD, Text, choice, next_tokens
+    from pqk.models.answer_match import LIKELIHOOD
+    from pqk.models.language import Text, choice, next_tokens
     from pqk.task.kept_tokens import kept
 
     draw = torch.Generator().manual_seed(2)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pqk.models.answer_match import LIKELIHOOD
 from pqk.models.decoder import Decoder
 from pqk.models.hub import quietly
-from pqk.models.language import LIKELIHOOD, NextTokens, Text, choice, next_tokens
+from pqk.models.language import NextTokens, Text, choice, next_tokens
 from pqk.task.kept_tokens import kept
 from pqk.task.task import Task
 

@@ -39,10 +39,11 @@ from pqk.files import write_json
 from pqk.knowledge import JSD, CrossEntropy, KLDivergence, Term
 from pqk.knowledge.answers.authors import ByStudent
 from pqk.knowledge.answers.generation import Ends, TokenSampling, generate
+from pqk.models.answer_match import log_likelihood
 from pqk.models.arithmetic import ANSWERED, HARDEST, WORKED, Problem, answer_in, letters, problems, reasoner, table
 from pqk.models.black_box import black_box_task
 from pqk.models.decoder import Decoder, decoder
-from pqk.models.language import NextTokens, language_task, log_likelihood
+from pqk.models.language import NextTokens, language_task
 from pqk.models.rationales import Columns, adaptive, mixed, step_by_step
 from pqk.passes import Distill
 from pqk.target.machine import machine_fingerprint
