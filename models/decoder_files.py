@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pqk.core.graph import calls, operand, shape
 from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT
 from pqk.errors import InputError, Reason
 from pqk.models.hub import TOKENIZER, layer_weights, quietly, read_config, stored_shapes
+from pqk.task.decoder_form import DecoderForm
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
 CHAT = "chat_template.jinja"
@@ -106,6 +107,8 @@ class DecoderFiles:
     """the teacher's directory"""
     longest: int
     """tokens that the student can take"""
+    form: DecoderForm = field(default_factory=DecoderForm)
+    """how its model.onnx is written"""
 
     def __call__(self, student: nn.Module) -> dict[str, bytes]:
         assert isinstance(student, fx.GraphModule)
@@ -116,7 +119,9 @@ class DecoderFiles:
             documents = {
                 CONFIG: self._config(config, sizes),
                 GENERATION: generation,
-                GENAI: genai_config(config, sizes, generation, self.longest),
+                GENAI: genai_config(
+                    config, sizes, generation, self.longest, shared_buffer=self.form.attention == "grouped"
+                ),
             }
         return {**json_files(documents), **stored_files(self.folder, (*TOKENIZER, CHAT))}
 
@@ -217,8 +222,13 @@ def json_files(documents: Mapping[str, Any]) -> dict[str, bytes]:
     return {n: (json.dumps(d, indent=2, ensure_ascii=False) + "\n").encode() for n, d in documents.items()}
 
 
-def genai_config(config: Any, sizes: DecoderSizes, generation: dict[str, Any], longest: int) -> dict[str, Any]:
-    """The document by which onnxruntime-genai (0.18) runs model.onnx."""
+def genai_config(
+    config: Any, sizes: DecoderSizes, generation: dict[str, Any], longest: int, *, shared_buffer: bool = False
+) -> dict[str, Any]:
+    """The document by which onnxruntime-genai (0.18) runs model.onnx.
+
+    `shared_buffer`: new keys and values are written into one buffer with those before, which `GroupQueryAttention` can.
+    """
     tokens = {name: generation.get(name, getattr(config, name, None)) for name in ("bos_token_id", "eos_token_id")}
     ends = tokens["eos_token_id"]
     last = ends[0] if isinstance(ends, list) else ends
@@ -251,7 +261,7 @@ def genai_config(config: Any, sizes: DecoderSizes, generation: dict[str, Any], l
         "do_sample": bool(generation.get("do_sample", False)),
         "max_length": longest,
         "num_beams": 1,
-        "past_present_share_buffer": False,
+        "past_present_share_buffer": shared_buffer,
         "temperature": float(generation.get("temperature") or 1.0),
         "top_k": int(generation.get("top_k") or 50),
         "top_p": float(generation.get("top_p") or 1.0),

@@ -12,7 +12,7 @@ compress(teacher, task, out="student")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from pqk.models.text_data import (
     strings,
 )  # fmt: skip
 from pqk.task.classes import IGNORED
+from pqk.task.decoder_form import DecoderForm
 from pqk.task.directory import ModelDirectory
 from pqk.task.kept_tokens import CHOICE
 from pqk.task.metrics import Metric
@@ -147,6 +148,7 @@ def language_task(
     critic: Callable[[str, Sequence[str]], Sequence[float]] | None = None,
     metric: Metric | TokenMetric = "log-likelihood",
     answer: str | Parse | None = None,
+    decoder_form: DecoderForm | Mapping[str, Any] | None = None,
 ) -> Task:
     """Next-token data for the causal model in a Hugging Face directory.
 
@@ -174,11 +176,12 @@ def language_task(
         answer: how the answer is parsed out of a completion, where that alone has to match: a regular expression, of
             whose last match it is the first group, such as "#### (.+)", or a function, which gives None where there is
             none. The model then writes each evaluation text, which takes a pass over the text for every token.
+        decoder_form: how model.onnx is written, such as `{"logits": "last"}`: see `DecoderForm`.
 
     Raises `InputError` for files, columns and tokenizers that do not fit the model or each other, and for texts of
     which nothing is learned.
     """
-    root = None if data is None else Path(data)
+    root, form_of_file = None if data is None else Path(data), DecoderForm.of(decoder_form)
     if (limit is not None and limit < 1) or max_length < 2:
         raise InputError(
             f"language: limit={limit} and max_length={max_length} must leave a text of two tokens, at least"
@@ -192,7 +195,7 @@ def language_task(
         language_task, data, train=train, evaluation=evaluation, validation=validation, text=text, prompt=prompt,
         completion=completion, rationale=rationale, messages=messages, ends=ends, packed=packed, batch_size=batch_size,
         max_length=max_length, limit=limit, context=context, retained=retained, retained_evaluation=retained_evaluation,
-        critic=critic, metric=metric, answer=answer,
+        critic=critic, metric=metric, answer=answer, decoder_form=decoder_form,
     )  # fmt: skip
     tokenizer = load_tokenizer(folder, config, "language", least=0.9, needs_padding=False)
     most = min(max_length, config.max_position_embeddings)
@@ -223,8 +226,9 @@ def language_task(
         dynamic_axes=FREE,
         timed={f"a prompt of {example[0].shape[1]} tokens": example},
         generates=True,
+        decoder_form=form_of_file,
         directory=ModelDirectory(folder, lambda other: again(directory=other), partial(_spelled, tokenizer)),
-        extra_files=DecoderFiles(folder, config.max_position_embeddings),
+        extra_files=DecoderFiles(folder, config.max_position_embeddings, form_of_file),
         preprocessing={"tokenizer": "tokenizer.json", "max_length": most, "padding": "behind, to the longest"},
         notes=texts.notes,
         retained=old,

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pqk.core.onnxruntime_session import OnnxSource, session
+from pqk.core.onnxruntime_session import OnnxSource, of_every_token, session
 from pqk.data.structures import Inputs, tensors
 from pqk.errors import first_line
 from pqk.quiet import quiet
@@ -84,7 +84,7 @@ def onnxruntime_contender(
     run, names = session(model, threads=threads, spinning=spinning), list(feeds)
 
     def answers(given: Inputs) -> list[Tensor]:
-        return as_tensors(run.run(None, as_feeds(names, given)))
+        return as_tensors(of_every_token(run).run(None, as_feeds(names, given)))
 
     call = session_call(run, feeds)
     return Contender(variant, "onnxruntime", batch_of(feeds), threads, call, spinning, inputs=inputs, answers=answers)

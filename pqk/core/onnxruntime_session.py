@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from pqk.core.every_token import with_every_token
 from pqk.data.structures import Outputs, restructured
 from pqk.errors import InputError
 from pqk.target.machine import usable_cores
@@ -21,6 +23,7 @@ OnnxSource = Path | str | bytes
 """an ONNX file, or its bytes"""
 IDS, MASK, PLACES, PAST, PRESENT = "input_ids", "attention_mask", "position_ids", "past_key_values.", "present."
 """what files that continue texts call their inputs and outputs, in Hugging Face's tools and here"""
+LOGITS = "logits"
 ENCODED, SOURCE_MASK = "encoder_hidden_states", "encoder_attention_mask"
 """what a decoder's file calls the encoder's hidden states, and the mask of its source"""
 HIDDEN = "last_hidden_state"
@@ -91,7 +94,8 @@ def session(
     if not any(name.startswith(PAST) for name in names):
         return run
     if ENCODED not in names or isinstance(model, bytes) or not (encoder := encoder_of(Path(model))).is_file():
-        return Continuing(run)
+        again = partial(session, threads=threads, spinning=spinning, optimized=optimized)
+        return Continuing(run, lambda: again(with_every_token(model)))
     reads = session(encoder, threads=threads, spinning=spinning, optimized=optimized)
     return EncoderDecoderSession(reads, run, (encoder, Path(model)))
 
@@ -103,9 +107,11 @@ class Continuing:
     is counted from the mask. What would be kept for the next tokens is given back by `run` only where it is asked for.
     """
 
-    def __init__(self, run: ort.InferenceSession) -> None:
-        self.inner = run
+    def __init__(self, run: ort.InferenceSession, widened: Callable[[], ort.InferenceSession]) -> None:
+        """`widened` opens the same file with logits of every token, for one that gives those of the last."""
+        self.inner, self._widened = run, widened
         self._pasts: dict[tuple[int, int], dict[str, Any]] = {}
+        self._whole: Continuing | None = None
         self._placed = any(i.name == PLACES for i in run.get_inputs())
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any], *options: Any) -> list[Any]:
@@ -117,6 +123,23 @@ class Continuing:
         if self._placed:
             more = {**more, PLACES: np.maximum(mask.cumsum(1) - 1, 0)[:, -new:]}
         return self.inner.run(names or self._names, {**more, **feeds}, *options)
+
+    @property
+    def last_alone(self) -> bool:
+        """Whether the logits are those of the last token alone."""
+        return any(o.name == LOGITS and o.shape[1] == 1 for o in self.inner.get_outputs())
+
+    @property
+    def of_every_token(self) -> Continuing:
+        """A session of the same file that gives logits of every token: itself, where it does.
+
+        Raises `InputError` where another tool made a file of the last token's.
+        """
+        if not self.last_alone:
+            return self
+        if self._whole is None:
+            self._whole = self._widened()
+        return self._whole
 
     def get_inputs(self) -> list[Any]:
         """All but the past, and the places of the new tokens."""
@@ -137,9 +160,13 @@ class Continuing:
         if (batch, tokens) not in self._pasts:
             pasts = [i for i in self.inner.get_inputs() if i.name.startswith(PAST)]
             shapes = {i.name: (batch, i.shape[1], tokens, i.shape[3]) for i in pasts}
-            kinds = {i.name: np.uint8 if "uint8" in i.type else np.float32 for i in pasts}
-            self._pasts[batch, tokens] = {name: np.zeros(shape, kinds[name]) for name, shape in shapes.items()}
+            self._pasts[batch, tokens] = {i.name: np.zeros(shapes[i.name], kind_of(i)) for i in pasts}
         return self._pasts[batch, tokens]
+
+
+def of_every_token(run: Any) -> Any:
+    """The session that judges whole texts: that of the same file with logits of every token, where it has fewer."""
+    return run.of_every_token if isinstance(run, Continuing) else run
 
 
 @dataclass(frozen=True)
@@ -222,12 +249,18 @@ class EncoderDecoderSession:
         return self._zeros[key]
 
 
+def kind_of(port: Any) -> type[np.generic]:
+    """The dtype of what a file takes, or gives, of keys and values."""
+    kinds: dict[str, type[np.generic]] = {"tensor(uint8)": np.uint8, "tensor(int8)": np.int8}
+    return kinds.get(port.type, np.float32)
+
+
 class OnnxModel:
     """An ONNX file called like the module it was made from: tensors in, the module's structure of tensors out."""
 
     def __init__(self, path: Path, like: Outputs, *, optimized: bool = True, threads: int | None = None) -> None:
         """`like` is any output of the module; only its structure is used."""
-        self.session = session(path, optimized=optimized, threads=threads or usable_cores())
+        self.session = of_every_token(session(path, optimized=optimized, threads=threads or usable_cores()))
         self.names = [i.name for i in self.session.get_inputs()]
         self.like = like
 

@@ -19,11 +19,12 @@ from pqk.core.onnxruntime_session import (
     SOURCE_MASK,
     Continuing,
     EncoderDecoderSession,
+    kind_of,
 )
 
 KeyValues = dict[str, NDArray[Any]]
-"""keys and values of all tokens so far, by the names of the file's inputs: float32 [1, G, S, D]; of an encoder-decoder
-the source's hidden states [1, S, C] and mask [1, S], too"""
+"""keys and values of all tokens so far, by the names of the file's inputs: float32, or what the file takes,
+[1, G, S, D]; of an encoder-decoder the source's hidden states [1, S, C] and mask [1, S], too"""
 EncoderFeeds = dict[str, NDArray[Any]]
 """an encoder's inputs by name, [1, …] each"""
 
@@ -39,7 +40,7 @@ class Steps:
         self._encoder = run.encoder if isinstance(run, EncoderDecoderSession) else None
         self._run = run.decoder if isinstance(run, EncoderDecoderSession) else run.inner
         pasts = [i for i in self._run.get_inputs() if i.name.startswith(PAST)]
-        self.empty: KeyValues = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in pasts}
+        self.empty: KeyValues = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), kind_of(i)) for i in pasts}
         self._outputs = [o.name for o in self._run.get_outputs()]
         self._inputs = {i.name for i in self._run.get_inputs()}
 
@@ -73,7 +74,10 @@ class Steps:
         return {**self.empty, ENCODED: hidden, **masked}
 
     def __call__(self, new: Sequence[int], kept: KeyValues, total: int) -> tuple[NDArray[np.float32], KeyValues]:
-        """Scores [S, V] of what follows each of the S `new` tokens, the last of `total`, and what is kept of all."""
+        """Scores [S, V] of what follows each of the S `new` tokens, the last of `total`, and what is kept of all.
+
+        Scores are [1, V], of the last token, where the file gives no others.
+        """
         feeds = {IDS: np.array([new]), **kept}
         if MASK in self._inputs:
             feeds[MASK] = np.ones((1, total), np.int64)

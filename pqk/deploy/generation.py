@@ -62,11 +62,12 @@ class Cache:
         return (new, (TEXTS, TOTAL), new, *[kept] * (2 * len(self.entries)))
 
 
-def with_past(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, Cache]:
+def with_past(graph_module: fx.GraphModule, *, by_mask: bool = False) -> tuple[fx.GraphModule, Cache]:
     """A captured decoder (unchanged) with a cache, and what its cache holds.
 
     Args:
         graph_module: of a `Decoder`: `input_ids` and `attention_mask` int64 [B, S] to logits [B, S, V].
+        by_mask: the mask alone says how many tokens there are, not the past, which may be a longer buffer.
 
     Returns:
         A graph over the same weights: `input_ids` [B, S], `attention_mask` [B, P + S], `position_ids` int64 [B, S] as
@@ -85,7 +86,7 @@ def with_past(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, Cache]:
     ids, mask = (n for n in found.graph.nodes if n.op == "placeholder")
     places_of_new = _add_input(found.graph, mask, POSITION, ids)
     pasts = _add_pasts(found.graph, places_of_new, cache, attentions)
-    sizes = _Sizes.add(found.graph, ids, pasts)
+    sizes = _Sizes.add(found.graph, ids, pasts, mask if by_mask else None)
     _see_the_whole(found, mask, places_of_new, sizes)
     presents = [
         appended(found.graph, past, new)
@@ -139,9 +140,12 @@ class _Sizes:
     total: fx.Node
 
     @classmethod
-    def add(cls, graph: fx.Graph, ids: fx.Node, pasts: list[fx.Node]) -> _Sizes:
+    def add(cls, graph: fx.Graph, ids: fx.Node, pasts: list[fx.Node], mask: fx.Node | None) -> _Sizes:
         with graph.inserting_before(pasts[-1].next):
             new = graph.call_function(aten.sym_size.int, (ids, 1))
+            if mask is not None:
+                total = graph.call_function(aten.sym_size.int, (mask, 1))
+                return cls(new, graph.call_function(operator.sub, (total, new)), total)
             past = graph.call_function(aten.sym_size.int, (pasts[0], 2))
             return cls(new, past, graph.call_function(operator.add, (past, new)))
 
@@ -178,7 +182,8 @@ def _see_the_whole(found: fx.GraphModule, mask: fx.Node, places_of_new: fx.Node,
             before = names[points[name]]
             before.replace_all_uses_with(_sight(graph, before, mask, sizes))
     for node in [n for n in graph.nodes if n.target is aten.sym_size.int and n.args == (mask, 1)]:
-        node.replace_all_uses_with(sizes.new)
+        if node is not sizes.total:
+            node.replace_all_uses_with(sizes.new)
 
 
 def _sight(graph: fx.Graph, before: fx.Node, mask: fx.Node, sizes: _Sizes) -> fx.Node:

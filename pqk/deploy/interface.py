@@ -16,6 +16,7 @@ from pqk.core.onnxruntime_session import MASK
 from pqk.data.structures import tensors
 from pqk.errors import InputError
 from pqk.task.axes import Sizes, sizes_of
+from pqk.task.decoder_form import DecoderForm
 from pqk.task.task import Task
 
 SEEN = 64
@@ -37,18 +38,22 @@ def describe_interface(student: fx.GraphModule, task: Task) -> dict[str, Any]:
     inputs = []
     for i, (name, t, axes) in enumerate(zip(task.input_names, task.example, task.axes, strict=True)):
         shape = [axis or size for axis, size in zip(axes, t.shape, strict=True)]
-        described = _describe(name, shape, t)
+        entry = _describe(name, shape, t)
         if not t.is_floating_point() and all(x[i].numel() for x in samples):
-            described["range"] = [min(int(x[i].min()) for x in samples), max(int(x[i].max()) for x in samples)]
+            entry["range"] = [min(int(x[i].min()) for x in samples), max(int(x[i].max()) for x in samples)]
         if i in rows or (task.generates and name == MASK):
-            described["below"] = rows.get(i, 2)  # in a file that generates a row is one text, whatever a batch packed
-        inputs.append(described)
+            entry["below"] = rows.get(i, 2)  # in a file that generates a row is one text, whatever a batch packed
+        inputs.append(entry)
     with torch.no_grad():
         outputs = student(*task.example)
     named = zip(task.signature.names_of(outputs), student.meta["outputs"], tensors(outputs), strict=True)
     sizes = sizes_of(task.example, task.axes)
     axes_of = {name: _describe_axis(found, sizes[name]) for name, found in student.meta["sizes"].items()}
-    return {"inputs": inputs, "outputs": [_describe(*described) for described in named], "axes": axes_of}
+    described = [_describe(*each) for each in named]
+    form = {} if task.decoder_form == DecoderForm() else {"decoder_form": asdict(task.decoder_form)}
+    if task.decoder_form.logits == "last":
+        described[0]["shape"][1] = 1
+    return {"inputs": inputs, "outputs": described, "axes": axes_of, **form}
 
 
 def _describe_axis(sizes: Sizes, example: int) -> dict[str, Any]:

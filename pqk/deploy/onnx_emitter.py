@@ -24,8 +24,10 @@ from pqk.core.graph import register_containers
 from pqk.core.modes import fused_layers
 from pqk.core.onnxruntime_session import HIDDEN, PAST, PRESENT, encoder_of
 from pqk.data.structures import named_tensors
+from pqk.deploy.decoder import deployed_decoder
+from pqk.deploy.decoder_operators import TRANSLATIONS as DECODER_TRANSLATIONS
 from pqk.deploy.float_gates import with_joined_gates
-from pqk.deploy.generation import POSITION, places, with_past
+from pqk.deploy.generation import POSITION, places
 from pqk.deploy.onnx_blocks import gather_block_quantized, matmul_nbits
 from pqk.deploy.onnx_ops import MICROSOFT, QUANTIZERS
 from pqk.deploy.onnx_pools import Value, average_pool, max_pool
@@ -94,6 +96,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.max_pool1d.default: max_pool,
     aten.max_pool2d.default: max_pool,
     aten.max_pool3d.default: max_pool,
+    **DECODER_TRANSLATIONS,
 }
 
 
@@ -111,11 +114,11 @@ def emit_onnx_for(module: nn.Module, task: Task, path: Path) -> None:
     if task.seq2seq:
         _emit_two_files(graph, task, path)
         return
-    continuing, cache = with_past(graph)
+    form, cache = deployed_decoder(graph, task.decoder_form)
     ids, mask = task.example
     whole = torch.cat([torch.ones(len(ids), SHOWN, dtype=mask.dtype), mask], 1)
     emit_onnx(
-        with_token_operators(continuing),
+        form,
         (ids, whole, places(whole)[:, SHOWN:], *cache.empty(len(ids), SHOWN)),
         path,
         (*task.input_names, POSITION, *cache.names(PAST.rstrip("."))),

@@ -66,6 +66,15 @@ def multi_head_attention(at: Operands) -> int:
     return query[0] * query[1] * key[-2] * (query[-1] + at.output[-1])
 
 
+def grouped_query_attention(at: Operands) -> int | None:
+    """com.microsoft GroupQueryAttention: QK' and PV of queries [B, T, H * D] and all keys, of which those before are
+    [B, G, P, D]; None where queries, keys and values are one tensor."""
+    query, key, kept = at.inputs[0], at.inputs[1], (*at.inputs, (), (), (), ())[3]
+    if not key:
+        return None
+    return 2 * math.prod(query) * (key[1] + (kept[2] if kept else 0))
+
+
 def recurrent(at: Operands) -> int:
     """LSTM, GRU and RNN: x [T, B, I] at each of its T steps, weights [directions, gates * H, I or H] of all gates."""
     return math.prod(at.inputs[0][:-1]) * (math.prod(at.inputs[1]) + math.prod(at.inputs[2]))
@@ -103,8 +112,6 @@ class OnnxOperator:
     """it multiplies integers"""
     integer_at: int | None = None
     """the `accuracy_level` at which it multiplies integers"""
-    uncounted: bool = False
-    """it multiplies, and how often cannot be told from shapes"""
     product: bool = False
     """a product of a QDQ file, as emitters write it: of dequantized values, or of bare integers"""
     moves: bool = False
@@ -145,8 +152,7 @@ ONNX_OPERATORS: tuple[OnnxOperator, ...] = (
     OnnxOperator("RNN", macs=recurrent),
     OnnxOperator("DynamicQuantizeLSTM", MICROSOFT, macs=recurrent, integer=True),
     OnnxOperator("MatMulNBits", MICROSOFT, macs=few_bits, integer_at=4),
-    # products that are not counted
-    OnnxOperator("GroupQueryAttention", MICROSOFT, uncounted=True),
+    OnnxOperator("GroupQueryAttention", MICROSOFT, macs=grouped_query_attention),
     # between floats and integers
     OnnxOperator("QuantizeLinear", quantizes=True, plumbing=True),
     OnnxOperator("DynamicQuantizeLinear", quantizes=True, plumbing=True),
@@ -189,7 +195,6 @@ INTEGER = select(lambda o: o.integer)
 INSIDE = select(lambda o: o.integer_at is not None)
 """operators that round what they read inside of themselves"""
 LEVELS = {o.name: o.integer_at for o in ONNX_OPERATORS if o.integer_at is not None}
-UNCOUNTED = select(lambda o: o.uncounted)
 PRODUCTS = select(lambda o: o.product)
 MOVERS = select(lambda o: o.moves)
 QUANTIZERS = select(lambda o: o.quantizes)

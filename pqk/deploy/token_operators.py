@@ -19,6 +19,7 @@ from pqk.copies import copy_of
 from pqk.core.aten import aten
 from pqk.core.attention import MATMUL, SOFTMAX
 from pqk.core.graph import arguments, call, calls, finish, operand, replace, shape
+from pqk.deploy.decoder_operators import GROUPED, LENGTHS
 from pqk.deploy.sibling_products import join_siblings
 from pqk.deploy.token_axes import rows_to_tokens
 
@@ -35,11 +36,12 @@ def needs_operator_set(graph_module: Any) -> bool:
     return isinstance(graph_module, fx.GraphModule) and any(n.target in NEEDING for n in graph_module.graph.nodes)
 
 
-def with_token_operators(graph_module: fx.GraphModule) -> fx.GraphModule:
+def with_token_operators(graph_module: fx.GraphModule, *, grouped: bool = False) -> fx.GraphModule:
     """The same graph (unchanged) with ONNX's operators for rotary embeddings and attention, on tokens [B, S, C].
 
     Args:
         graph_module: as `with_past` gives it.
+        grouped: attention with a cache is ONNX Runtime's `GroupQueryAttention`.
 
     Returns:
         A graph over the same weights that computes the same to rounding. What has another form than those known here
@@ -53,8 +55,9 @@ def with_token_operators(graph_module: fx.GraphModule) -> fx.GraphModule:
     spread: dict[fx.Node, fx.Node] = {}
     for node in calls(found.graph, aten.add.Tensor):
         _rotate(found, node, halves)
+    lengths = _lengths(found.graph) if grouped else None
     for node in calls(found.graph, SOFTMAX):
-        _attend(found, node, spread)
+        _attend(found, node, spread, lengths)
     return finish(found)
 
 
@@ -219,10 +222,16 @@ class _Attention:
     """[B, H, S, D]"""
 
 
-def _attend(graph_module: fx.GraphModule, softmax: fx.Node, spread: dict[fx.Node, fx.Node]) -> None:
+def _attend(
+    graph_module: fx.GraphModule,
+    softmax: fx.Node,
+    spread: dict[fx.Node, fx.Node],
+    lengths: tuple[fx.Node, fx.Node] | None,
+) -> None:
     """One operator in the place of the attention around `softmax`, if it is one with a cache and in float.
 
-    `spread` is what is seen by each token that is there already, where all see the same.
+    `spread` is what is seen by each token that is there already, where all see the same; with `lengths` of texts the
+    operator is ONNX Runtime's.
     """
     found = _attention(softmax)
     if found is None:
@@ -248,8 +257,14 @@ def _attend(graph_module: fx.GraphModule, softmax: fx.Node, spread: dict[fx.Node
         sources = (_flat(found.query), _flat(new_key), _flat(new_value))
         values = shape(found.output)
         flat = (values[0], values[2], heads * values[3])  # type: ignore[operator]
-        all_four = call(graph, ATTENTION, (*sources, seen, past_key, past_value), softmax, shape=flat)
-        all_four.kwargs = {"q_num_heads": heads, "kv_num_heads": groups, **_numbers(found)}
+        if lengths is None:
+            all_four = call(graph, ATTENTION, (*sources, seen, past_key, past_value), softmax, shape=flat)
+            all_four.kwargs = {"q_num_heads": heads, "kv_num_heads": groups, **_numbers(found)}
+        else:
+            numbers = (heads, groups, found.scale, found.cap)
+            all_four = call(
+                graph, GROUPED, (*sources, past_key, past_value, *lengths, seen, *numbers), softmax, shape=flat
+            )
         answer, keys, kept_values = (
             call(graph, operator.getitem, (all_four, i), like, **changed)
             for i, (like, changed) in enumerate(((softmax, {"shape": flat}), (found.key, {}), (found.value, {})))
@@ -259,6 +274,17 @@ def _attend(graph_module: fx.GraphModule, softmax: fx.Node, spread: dict[fx.Node
         ends.replace_input_with(old, new)
     with graph.inserting_before(found.output):
         _put_answer(graph_module, found.output, answer)
+
+
+def _lengths(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
+    """How many tokens there are, of each text and as a number, counted from the mask."""
+    *_, last = inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    mask = inputs[1]
+    with graph.inserting_after(last):
+        both = call(graph, LENGTHS, (mask,), mask, dtype=torch.int32)
+    with graph.inserting_after(both):
+        total = call(graph, operator.getitem, (both, 1), mask, shape=(), dtype=torch.int32)
+        return call(graph, operator.getitem, (both, 0), mask, shape=shape(mask)[:1], dtype=torch.int32), total
 
 
 def _numbers(found: _Attention) -> dict[str, Any]:

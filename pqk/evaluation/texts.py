@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqk.bench.statistics import bootstrap_ratio
-from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, session
+from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, of_every_token, session
 from pqk.core.steps import Steps
 from pqk.core.task_texts import TaskText, texts_of
 from pqk.generation.greedy import Limits, likeliest
@@ -67,11 +67,12 @@ def continued_texts(
     both = [Steps(run) for run in opened if isinstance(run, Continuing | EncoderDecoderSession)]
     if not prompts or len(both) < 2:
         return None
+    reading = Steps(of_every_token(opened[1]))
     for steps in both:  # warms up
         _continue(steps, prompts[0], limits)
     pairs = [[_continue(steps, prompt, limits) for steps in both] for prompt in prompts]
     alike = [_alike(*(text.tokens for text in pair)) for pair in pairs]
-    whole = [_at_once(both[1], prompt, pair[1], limits) for prompt, pair in zip(prompts, pairs, strict=True)]
+    whole = [_at_once(reading, prompt, pair[1], limits) for prompt, pair in zip(prompts, pairs, strict=True)]
     repeated = [_repeated([pair[i].tokens for pair in pairs]) for i in (0, 1)]
     return ContinuedTexts(
         texts=len(prompts),

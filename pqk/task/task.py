@@ -25,6 +25,7 @@ from pqk.task.checks import (
     try_forward,
 )
 from pqk.task.classes import ClassAxis, ignored_by
+from pqk.task.decoder_form import DecoderForm
 from pqk.task.directory import ModelDirectory
 from pqk.task.metrics import (
     SAY_AXIS,
@@ -75,6 +76,7 @@ class Task:
             token's loss and choice instead of all scores; metric and decision must take that, too. All by default.
         generates: the model continues texts: `model.onnx` takes and gives what attention keeps of the tokens before,
             and times are those of the example's last token after the others.
+        decoder_form: how the file of a model that generates is written, such as `{"logits": "last"}` (`DecoderForm`).
         directory: that of a Hugging Face tokenizer that the texts were read with, for passes that change it.
         seq2seq: the model generates a target from a source, by an encoder and a decoder: its last two inputs are ids
             and mask of the target, and it is deployed as two files.
@@ -114,6 +116,7 @@ class Task:
         views: Views | None = None,
         kept: Kept | None = None,
         generates: bool = False,
+        decoder_form: DecoderForm | Mapping[str, Any] | None = None,
         directory: ModelDirectory | None = None,
         retained: Any = None,
         retained_evaluation: Any = None,
@@ -159,6 +162,9 @@ class Task:
         self.preprocessing, self.extra_files = preprocessing or {}, extra_files
         self._kept, self.directory, self.critic = kept, directory, critic
         self.generates, self.seq2seq = generates or seq2seq, seq2seq
+        self.decoder_form = DecoderForm.of(decoder_form)
+        if self.decoder_form != DecoderForm() and (seq2seq or not generates):
+            raise InputError("task: decoder_form is of causal models, Task(generates=True), and this task is of none")
         self._notes = tuple(notes) if views is None else (*notes, TWO_VIEWS)
 
     def why_not_everywhere(self, student: nn.Module) -> Reason | None:
@@ -181,7 +187,7 @@ class Task:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the report should say of the data, and how it is known which axis of the outputs classes are on."""
-        return (*self._notes, *self._classes.notes, *self._undecided)
+        return (*self._notes, *self.decoder_form.notes, *self._classes.notes, *self._undecided)
 
     @property
     def decides_by_argmax(self) -> bool:

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from pqk.core.onnxruntime_session import EncoderDecoderSession, OnnxSource, encoder_of, session
-from pqk.deploy.onnx_ops import MACS, UNCOUNTED, Operands, Shape, in_integers, plain_name
+from pqk.deploy.onnx_ops import MACS, Operands, Shape, in_integers, plain_name
 from pqk.errors import InputError, Reason
 
 
@@ -96,10 +96,10 @@ def _of_one(model: OnnxSource, example_feeds: Mapping[str, NDArray[Any]]) -> Cov
 
 
 def is_uncounted(node: onnx.NodeProto) -> bool:
-    """Whether a node multiplies how often no shape tells: an operator of that kind, or products in a loop or branch."""
+    """Whether a node multiplies how often no shape tells: products in a loop or branch."""
     bodies = [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
     inner = [n for body in bodies for n in body.node]
-    return node.op_type in UNCOUNTED or any(n.op_type in MACS or is_uncounted(n) for n in inner)
+    return any(n.op_type in MACS or is_uncounted(n) for n in inner)
 
 
 def executed_graph(model: OnnxSource) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from pqk.copies import copy_of
 from pqk.core.graph import is_float
 from pqk.core.modes import fused_layers
-from pqk.core.onnxruntime_session import session
+from pqk.core.onnxruntime_session import of_every_token, session
 from pqk.data.structures import Inputs, tensors
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.errors import PqkError, Reason
@@ -82,7 +82,7 @@ def _uncentred(t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _run(path: Path, inputs: Inputs) -> list[Tensor]:
-    run = session(path, optimized=False)
+    run = of_every_token(session(path, optimized=False))
     feeds = {i.name: t.contiguous().numpy() for i, t in zip(run.get_inputs(), inputs, strict=True)}
     return [torch.from_numpy(np.asarray(value)) for value in run.run(None, feeds)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, session
+from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, of_every_token, session
 from pqk.core.steps import KeyValues, Steps
 from pqk.core.task_texts import texts_of
 from pqk.task.task import Task
@@ -29,10 +29,10 @@ def own_agreement(path: Path, task: Task, *, optimized: bool = True) -> float | 
     run = session(path, optimized=optimized)
     if not isinstance(run, Continuing | EncoderDecoderSession):
         return None
-    steps, differ, count = Steps(run), 0, 0
+    steps, reading, differ, count = Steps(run), Steps(of_every_token(run)), 0, 0
     for text in texts_of(task):
         begin, learned = steps.begin(text.source), text.learned.numpy()
-        whole = steps(text.tokens, begin, len(text.tokens))[0].argmax(-1)
+        whole = reading(text.tokens, begin, len(text.tokens))[0].argmax(-1)
         differ += int((whole != _one_by_one(steps, begin, text.tokens))[learned].sum())
         count += int(learned.sum())
         if count >= TOKENS:

@@ -78,6 +78,7 @@ def check_layers_of(
     A file that continues texts is held against the graph with a cache, in the middle of each text; those of an encoder
     and a decoder, against the two that the graph is split into, at the begin of each target and in its middle.
     """
+    from pqk.deploy.decoder import deployed_decoder
     from pqk.deploy.generation import continued  # these emit through torch.onnx, which is slow to import
     from pqk.deploy.onnx_emitter import quantized_tensors
     from pqk.deploy.token_operators import with_token_operators
@@ -93,8 +94,9 @@ def check_layers_of(
         return rows
     form = int8_graph
     if task.generates:
-        form, inputs = continued(int8_graph, inputs)
-        form = with_token_operators(form)
+        form, _ = deployed_decoder(int8_graph, task.decoder_form)
+        one_text = task.decoder_form.attention == "grouped"  # which reads several tokens after others of no more
+        _, inputs = continued(int8_graph, tuple(t[:1] for t in inputs) if one_text else inputs)
     return check_layers(form, quantized_tensors(form), onnx_path, inputs, optimized=optimized)
 
 

@@ -17,6 +17,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from generating_tools import TRANSFORMERS_JS
 
 from pqk import compress
 from pqk.bench.baselines import Tool, why_not_quantized
@@ -187,20 +188,6 @@ def test_onnxruntime_genai_continues_it_alike(artifact: Artifact) -> None:
     while not generator.is_done():
         generator.generate_next_token()
     assert list(generator.get_sequence(0)) == [*tokens, *expected]
-
-
-TRANSFORMERS_JS = """
-const { AutoModelForCausalLM, Tensor, env } = require('@huggingface/transformers');
-const [, , root, name, count, ...ids] = process.argv;
-env.allowRemoteModels = false;
-env.localModelPath = root;
-const tokens = (values) => new Tensor('int64', BigInt64Array.from(values, BigInt), [1, ids.length]);
-AutoModelForCausalLM.from_pretrained(name, { dtype: 'fp32', subfolder: '', device: 'cpu' })
-    .then((model) => model.generate({
-        input_ids: tokens(ids), attention_mask: tokens(ids.map(() => 1)), max_new_tokens: +count, do_sample: false,
-    }))
-    .then((found) => console.log(found.tolist()[0].join(' ')));
-"""
 
 
 def test_transformers_js_continues_it_alike(artifact: Artifact, tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
     python tests/tools/tokens.py teacher=out/smollm2 student=out/smollm2_stories/model.onnx \
         q8=out/q8.gguf --llama-python LLAMA/bin/python --threads 1 2 --out out/tokens.json
 
-A Hugging Face directory is the FP32 file that pqk makes of it. Every contender lives in a process of its own. In a
-round each continues the same prompt by the same number of tokens, one after the other, while the others wait; ratios
-to the first one are taken within rounds. llama.cpp needs a Python that has llama-cpp-python, which may be another one
-than this.
+A Hugging Face directory is the FP32 file that pqk makes of it, in another form where that is said behind it:
+`grouped=out/smollm2,attention=grouped,logits=last` (see `pqk.task.decoder_form`). Every contender lives in a process of
+its own. In a round each continues the same prompt by the same number of tokens, one after the other, while the others
+wait; ratios to the first one are taken within rounds. llama.cpp needs a Python that has llama-cpp-python, which may be
+another one than this.
 """
 
 from __future__ import annotations
@@ -86,16 +87,26 @@ def work(path: str, threads: int) -> None:
 # ---- rounds
 
 
-def emitted(directory: Path, out: Path) -> Path:
-    """The FP32 file with a cache that pqk makes of a Hugging Face directory."""
+def emitted(directory: Path, form: dict[str, str], out: Path) -> Path:
+    """The FP32 file with a cache that pqk makes of a Hugging Face directory, in a form of a decoder's file."""
     from pqk.deploy.onnx_emitter import emit_onnx_for
     from pqk.models.decoder import decoder
     from pqk.models.language import language_task
 
     texts = {"text": ["Once upon a time there was a little girl who had a red ball.", "One day a dog ran by."]}
-    task = language_task(directory=directory, train=None, evaluation=texts, validation=texts, context=8)
+    task = language_task(
+        directory=directory, train=None, evaluation=texts, validation=texts, context=8, decoder_form=form
+    )
     emit_onnx_for(decoder(directory), task, out)
     return out
+
+
+def file_of(given: str, out: Path) -> str:
+    """The file that a contender is: itself, or `out`, made of a directory and the form behind it."""
+    directory, *form = given.split(",")
+    if not Path(directory).is_dir():
+        return given
+    return str(emitted(Path(directory), dict(entry.split("=", 1) for entry in form), out))
 
 
 class Contender:
@@ -172,10 +183,7 @@ def main() -> None:
 
     given = [entry.partition("=")[::2] for entry in options.contenders]
     with tempfile.TemporaryDirectory() as folder:
-        options.named = [
-            (n, str(emitted(Path(path), Path(folder) / f"{n}.onnx")) if Path(path).is_dir() else path)
-            for n, path in given
-        ]
+        options.named = [(n, file_of(path, Path(folder) / f"{n}.onnx")) for n, path in given]
         results = {str(threads): measure(options, threads) for threads in options.threads}
     conditions = {key: getattr(options, key) for key in ("prompt", "tokens", "rounds")}
     document = {"conditions": conditions | {"machine": machine_fingerprint()}, "threads": results}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqk.core.onnxruntime_session import session
+from pqk.core.onnxruntime_session import of_every_token, session
 from pqk.data.data import Batch
 from pqk.data.structures import Inputs, Outputs, map_tensors, tensors, widened
 from pqk.documents import opened
@@ -81,7 +81,7 @@ class OnnxTeacher(CallableTeacher):
         self.path = Path(path)
         try:
             # Without spinning: torch needs the cores in between.
-            onnx_session = session(self.path, threads=torch.get_num_threads(), spinning=False)
+            onnx_session = of_every_token(session(self.path, threads=torch.get_num_threads(), spinning=False))
         except InputError as error:
             raise InputError(f"distill: the teacher cannot be run: {error}") from error
         _check_inputs(self.path, onnx_session, example)
