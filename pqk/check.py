@@ -163,6 +163,7 @@ class Rehearsal:
                 self.found.warnings.append(f"{whose}: {reason}")
         if task.train is not None and (reason := why_not_augmented(task.train)) is not None:
             self.found.warnings.append(reason)
+        self.found.warnings.extend(task.decoder_form.notes)
         if (reason := why_not_for_target(recipe.passes, self.target)) is not None:
             self.found.problems.append(reason)
         self.fresh_steps = _cacheable_steps(task)

@@ -43,7 +43,14 @@ from pqk.core.program import Example, Pass, Program, RewriteFunction, Stage
 from pqk.passes.convert.blocks import convert_blocks
 from pqk.passes.convert.token_rows import keep_rows
 from pqk.passes.quantize.embeddings import TableFakeQuant, convert_table
-from pqk.quant.fake_quant import ActivationFakeQuant, BiasFakeQuant, DynamicFakeQuant, WeightFakeQuant, set_mode
+from pqk.quant.fake_quant import (
+    ActivationFakeQuant,
+    BiasFakeQuant,
+    CacheFakeQuant,
+    DynamicFakeQuant,
+    WeightFakeQuant,
+    set_mode,
+)
 from pqk.quant.qparams import QParams, quantize, quantize_bias
 from pqk.settings import settings
 from pqk.task.task import Task
@@ -84,6 +91,8 @@ def convert(student: nn.Module, example: Example) -> nn.Module:
             module = attribute(student, str(node.target))
             if isinstance(module, TableFakeQuant):
                 convert_table(student, node, module)
+            elif isinstance(module, CacheFakeQuant):
+                _activation(student, node, module, {}, {})  # what moves keys moves their floats: attention is in float
             elif isinstance(module, ActivationFakeQuant):
                 _activation(student, node, module, integers, grids)
             elif isinstance(module, DynamicFakeQuant):

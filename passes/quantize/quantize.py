@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -42,6 +42,7 @@ from pqk.quant.blocks import WeightBits
 from pqk.quant.fake_quant import (
     ActivationFakeQuant,
     BiasFakeQuant,
+    CacheFakeQuant,
     DynamicFakeQuant,
     WeightFakeQuant,
     set_mode,
@@ -51,6 +52,8 @@ from pqk.settings import settings
 from pqk.target.target import Target
 from pqk.task.task import Task
 
+CACHE = Grid("int8", -128, 127, symmetric=True)
+"""the integers that `GroupQueryAttention` keeps of keys and values"""
 TIMED_SAMPLES = 32
 """samples that ranges are taken from where only the latency counts, which does not depend on the scales"""
 
@@ -75,6 +78,9 @@ class Quantize(Pass):
     """how ranges are chosen from the observed values: all of them, all but the tails, or the least squared error"""
     percentile: float = Field(default=99.99, gt=50, le=100)
     """for `percentile`: the share of values, in per cent, that the range covers"""
+    kv_cache: Literal["float", "int8"] = "float"
+    """how a decoder keeps keys and values for the tokens that follow: as they are, or in 8 bits, with one fixed step
+    for the keys of a layer and one for its values; attention multiplies floats either way. For tasks that generate"""
     samples: int = Field(default=512, gt=0)
     """validation samples that the ranges are chosen from, and sensitivity is measured on"""
     smooth: float | None = Field(default=None, ge=0, le=1)
@@ -117,6 +123,8 @@ class Quantize(Pass):
     def why_not_for(self, target: Target) -> Reason | None:
         if self.activations == "blockwise" and (reason := why_not_in_blocks(target)) is not None:
             return f'quantize: activations = "blockwise" is not for {target.name}: {reason}; use "static"'
+        if self.kv_cache == "int8" and target.runtime != "onnxruntime":
+            return f'quantize: kv_cache = "int8" is for ONNX Runtime: student.pt2, for {target.name}, keeps nothing'
         if not self.faster_float or (reason := target.why_not_measured()) is None:
             return None
         return f"quantize.faster_float times layers, but {reason}; set it to false, or compile on the target"
@@ -124,12 +132,18 @@ class Quantize(Pass):
     def apply(self, program: Program, task: Task) -> Program:
         """Raises `InputError` for a pattern that names no layer, a target without the grid, and where speed cannot be
         measured here."""
-        if self.activations == "blockwise" and (reason := self.why_not_for(program.target)) is not None:
+        wants = self.activations == "blockwise" or self.kv_cache == "int8"
+        if wants and (reason := self.why_not_for(program.target)) is not None:
             raise InputError(reason)
         if self.dynamic and program.target.runtime == "triton":
             raise InputError(
                 f'quantize: activations = "dynamic" is for ONNX Runtime, and {program.target.name} runs student.pt2, '
                 'whose fused kernels have fixed scales; use "static"'
+            )
+        if self.kv_cache == "int8" and (not task.generates or task.seq2seq):
+            raise InputError(
+                'quantize: kv_cache = "int8" is for causal models, Task(generates=True), and this task is of none; '
+                "leave it out"
             )
         if self.smooth is not None:
             program = self._smooth(program, task, self.smooth)
@@ -144,6 +158,8 @@ class Quantize(Pass):
             floats |= self._faster(program, floats)
         points, declined = placement(student, floats, self.activations, self.weight_bits)
         program = program.rewrite(insert_fake_quant, task.example, **self._arguments(program, points))
+        if self.kv_cache == "int8":
+            program = program.rewrite(insert_cache_fake_quant, task.example, learned=self.learned_scales)
         self._calibrate(program.student, task)
         kinds = Counter(type(m) for m in program.student.modules())
         activation, weight = {
@@ -259,6 +275,19 @@ def insert_fake_quant(
     return finish(student)
 
 
+def insert_cache_fake_quant(student: nn.Module, example: Example, *, learned: bool) -> nn.Module:
+    """Insert a `CacheFakeQuant` (uncalibrated) behind the keys and values of every attention of a captured decoder."""
+    assert isinstance(student, fx.GraphModule)
+    for site in sites(student):
+        readers = (operand(site.products[0], 1), site.products[1])
+        for node, reader, name in zip((site.key, site.value), readers, ("key", "value"), strict=True):
+            layer = f"{site.products[0].meta['layer']}.{name}"
+            with student.graph.inserting_after(node):
+                fake = call_quantizer(student, layer, CacheFakeQuant(CACHE, learned=learned), node, layer)
+            reader.replace_input_with(node, fake)
+    return finish(student)
+
+
 def _insert_activation(
     student: fx.GraphModule, node: fx.Node, readers: Sequence[str], grid: Grid, learned: bool
 ) -> None:
@@ -315,5 +344,5 @@ def calibrate(student: nn.Module, task: Task, method: Method, percentile: float,
     set_mode(student, "on")
 
 
-REWRITES: tuple[RewriteFunction, ...] = (insert_fake_quant,)
+REWRITES: tuple[RewriteFunction, ...] = (insert_fake_quant, insert_cache_fake_quant)
 Quantize.rewrites = REWRITES

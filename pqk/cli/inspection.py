@@ -9,9 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pqk.cli import views as describe
 from pqk.cli.console import CommandAnswer, clock, listed, table
-from pqk.core.onnxruntime_session import PAST, PRESENT, Continuing, EncoderDecoderSession, encoder_of, session
+from pqk.core.onnxruntime_session import (
+    PAST,
+    PRESENT,
+    Continuing,
+    EncoderDecoderSession,
+    encoder_of,
+    kind_of,
+    session,
+)
 from pqk.core.run_folder import RunFolder, scope_of
 from pqk.deploy.artifact import MANIFEST, Artifact, deployed_file
 from pqk.documents import parse_json, read_bytes
@@ -181,7 +191,8 @@ def _kept_text(path: Path) -> list[str]:
     kept = [i for i in run.inner.get_inputs() if i.name.startswith(PAST)]
     others = [f"{i.name} {i.shape}" for i in run.inner.get_inputs() if i.name not in shown and i not in kept]
     shapes = " or ".join(dict.fromkeys(str(i.shape) for i in kept))
-    beside = [*others, f"{kept[0].name} to {kept[-1].name} float32 {shapes}"]
+    dtype = np.dtype(kind_of(kept[0])).name
+    beside = [*others, f"{kept[0].name} to {kept[-1].name} {dtype} {shapes}"]
     return [
         f"{path.name} takes {' and '.join(beside)}, too, and gives {PRESENT}*: pqk generate continues texts with it"
     ]

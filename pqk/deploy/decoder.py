@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from pqk.core.aten import DEQUANTIZE, DYNAMIC, MULTIPLY, NBITS, QUANTIZE, aten
@@ -68,8 +70,9 @@ def why_not_grouped(cache: Cache) -> Reason | None:
 def _pick_last(found: fx.GraphModule) -> None:
     """Have the product with the vocabulary, and what is behind it, read the last token alone. In place."""
     graph = found.graph
-    (logits, *_), mask = graph.output_node().args[0], [n for n in graph.nodes if n.op == "placeholder"][1]  # type: ignore[misc,union-attr]
-    behind: list[fx.Node] = [logits]
+    ends: Any = graph.output_node().args[0]
+    mask = [n for n in graph.nodes if n.op == "placeholder"][1]
+    behind: list[fx.Node] = [ends[0]]
     while behind[-1].target not in PRODUCTS and behind[-1].args and isinstance(behind[-1].args[0], fx.Node):
         behind.append(operand(behind[-1]))
     product = behind[-1]

@@ -6,12 +6,13 @@ as its bias: of all that it could do, the part whose answers do not depend on wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from onnx import TensorProto
 from onnx.defs import OpSchema
-from onnxscript import opset21 as op
+from onnxscript import opset21
 from onnxscript.values import Op, Opset
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from pqk.core.every_token import LAST_TOKEN
 from pqk.deploy.onnx_ops import MICROSOFT
 from pqk.deploy.onnx_pools import Value
 
+op: Any = opset21  # its types know no value of several types
 VERSION = 1
 HEAD_STEP = 8
 """the width of a head that `GroupQueryAttention` takes is a multiple of this"""
@@ -66,20 +68,32 @@ def grouped_query_attention_op(
     groups: int,
     scale: float,
     softcap: float,
+    key_step: Tensor | None = None,
+    value_step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Answers [B, S, H * D], and keys and values [B, G, P + S, D] of all tokens.
 
     `query` is [B, S, H * D], `key` and `value` are [B, S, G * D], those before [B, G, P, D]; `seen`, which is added to
-    scores, is [B, 1, S, P + S] and says of itself that no token sees a later one.
+    scores, is [B, 1, S, P + S] and says of itself that no token sees a later one. With steps, float32 [], keys and
+    values of all tokens are int8, and new ones are rounded before they are seen.
     """
     q = query.unflatten(2, (heads, -1)).transpose(1, 2)
     new_key, new_value = (t.unflatten(2, (groups, -1)).transpose(1, 2) for t in (key, value))
+    if key_step is not None and value_step is not None:
+        new_key, new_value = (
+            (t / step).round().clamp(-128, 127).to(torch.int8)
+            for t, step in ((new_key, key_step), (new_value, value_step))
+        )
     keys, values = torch.cat([past_key, new_key], 2), torch.cat([past_value, new_value], 2)
     share = heads // groups
-    scores = scale * (q @ keys.repeat_interleave(share, 1).transpose(2, 3))
+    all_keys, all_values = (
+        (t if step is None else t * step).repeat_interleave(share, 1)
+        for t, step in ((keys, key_step), (values, value_step))
+    )
+    scores = scale * (q @ all_keys.transpose(2, 3))
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    found = (scores + seen).softmax(-1) @ values.repeat_interleave(share, 1)
+    found = (scores + seen).softmax(-1) @ all_values
     return found.transpose(1, 2).flatten(2), keys, values
 
 
@@ -97,6 +111,8 @@ def _(
     groups: int,
     scale: float,
     softcap: float,
+    key_step: Tensor | None = None,
+    value_step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, kept, before, width = past_key.shape
     both = past_key.new_empty((batch, kept, before + key.shape[1], width))
@@ -116,9 +132,10 @@ def _schema() -> OpSchema:
     kinds = OpSchema.FormalParameterOption
     names = ("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length")
     unused = ("cos_cache", "sin_cache", "position_ids")
-    types = ("tensor(float)", "tensor(int32)", "tensor(int64)")
+    types = ("tensor(float)", "tensor(int8)", "tensor(int32)", "tensor(int64)")
     inputs = [OpSchema.FormalParameter(n, f"T_{n}") for n in names]
-    inputs += [OpSchema.FormalParameter(n, f"T_{n}", param_option=kinds.Optional) for n in (*unused, "attention_bias")]
+    optional = (*unused, "attention_bias", "head_sink", "k_scale", "v_scale")
+    inputs += [OpSchema.FormalParameter(n, f"T_{n}", param_option=kinds.Optional) for n in optional]
     outputs = [OpSchema.FormalParameter(n, f"T_{n}") for n in ("output", "present_key", "present_value")]
     return OpSchema(
         "GroupQueryAttention",
@@ -132,6 +149,9 @@ def _schema() -> OpSchema:
             OpSchema.Attribute("kv_num_heads", OpSchema.AttrType.INT),
             OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT),
             OpSchema.Attribute("softcap", OpSchema.AttrType.FLOAT, required=False),
+            OpSchema.Attribute("k_quant_type", OpSchema.AttrType.STRING, required=False),
+            OpSchema.Attribute("v_quant_type", OpSchema.AttrType.STRING, required=False),
+            OpSchema.Attribute("kv_cache_bit_width", OpSchema.AttrType.INT, required=False),
         ],
     )
 
@@ -166,13 +186,25 @@ def grouped_query_attention(
     groups: int,
     scale: float,
     softcap: float,
+    key_step: Value | None = None,
+    value_step: Value | None = None,
 ) -> Any:
     """`pqk::grouped_query_attention`."""
-    more = {"softcap": softcap} if softcap else {}
+    more: dict[str, Any] = {"softcap": softcap} if softcap else {}
+    steps: list[Value] = []
+    if key_step is not None and value_step is not None:
+        one = op.Constant(value_ints=[1])
+        steps = [op.Reshape(key_step, one), op.Reshape(value_step, one)]
+        more |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
     return OPERATOR(
         query, key, value, past_key, past_value, lengths, total, None, None, None, seen,
+        *([None, *steps] if steps else []),
         num_heads=heads, kv_num_heads=groups, scale=scale, **more,
     )  # fmt: skip
 
 
-TRANSLATIONS = {LAST: last_token, LENGTHS: sequence_lengths, GROUPED: grouped_query_attention}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    LAST: last_token,
+    LENGTHS: sequence_lengths,
+    GROUPED: grouped_query_attention,
+}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pqk.copies import copy_of
-from pqk.core.aten import aten
+from pqk.core.aten import DEQUANTIZE, aten
 from pqk.core.attention import POSITIONS, SIGHTS, Site, sites
 from pqk.core.graph import call, finish, shape
 from pqk.errors import InputError
@@ -31,15 +31,18 @@ POSITION = "position_ids"
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """The keys and values of one layer: each float32 [B, `groups`, P, `width`]."""
+    """The keys and values of one layer: each of `dtype`, [B, `groups`, P, `width`]."""
 
     groups: int
     key_width: int
     value_width: int
+    dtype: torch.dtype = torch.float32
+    """int8 where they are kept in 8 bits, with steps that are the graph's"""
 
     def empty(self, batch: int, tokens: int = 0) -> tuple[Tensor, Tensor]:
         """Zeros for `tokens` of each text; by default, for none."""
-        return tuple(torch.zeros(batch, self.groups, tokens, w) for w in (self.key_width, self.value_width))  # type: ignore[return-value]
+        sizes = ((batch, self.groups, tokens, width) for width in (self.key_width, self.value_width))
+        return tuple(torch.zeros(size, dtype=self.dtype) for size in sizes)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,7 @@ def with_past(graph_module: fx.GraphModule, *, by_mask: bool = False) -> tuple[f
     pasts = _add_pasts(found.graph, places_of_new, cache, attentions)
     sizes = _Sizes.add(found.graph, ids, pasts, mask if by_mask else None)
     _see_the_whole(found, mask, places_of_new, sizes)
-    presents = [
-        appended(found.graph, past, new)
-        for past, new in zip(pasts, (n for s in attentions for n in (s.key, s.value)), strict=True)
-    ]
+    presents = [appended(found.graph, past, new) for past, new in zip(pasts, _kept(attentions), strict=True)]
     output = found.graph.output_node()
     output.args = ((output.args[0], *presents),)
     found.graph.set_codegen(fx.graph.CodeGen())
@@ -125,7 +125,18 @@ def entry_of(site: Site) -> CacheEntry:
     """What is kept of an attention."""
     (_, groups, _, key_width), (_, _, _, value_width) = shape(site.key), shape(site.value)
     assert groups is not None and key_width is not None and value_width is not None
-    return CacheEntry(groups, key_width, value_width)
+    return CacheEntry(groups, key_width, value_width, stored(site.key).meta["dtype"])
+
+
+def stored(value: fx.Node) -> fx.Node:
+    """What is kept of keys or values: their integers, where they are kept in 8 bits."""
+    integers = value.args[0] if value.target is DEQUANTIZE else value
+    return integers if isinstance(integers, fx.Node) else value
+
+
+def _kept(attentions: list[Site]) -> list[fx.Node]:
+    """What is kept of keys and values, layer by layer."""
+    return [stored(value) for site in attentions for value in (site.key, site.value)]
 
 
 # ---- rewriting
@@ -153,8 +164,7 @@ class _Sizes:
 def _add_pasts(graph: fx.Graph, last: fx.Node, cache: Cache, attentions: list[Site]) -> list[fx.Node]:
     """Inputs for what was kept, behind `last`."""
     added = []
-    news = [n for site in attentions for n in (site.key, site.value)]
-    for name, new in zip(cache.names("past"), news, strict=True):
+    for name, new in zip(cache.names("past"), _kept(attentions), strict=True):
         last = _add_input(graph, last, name, new)
         added.append(last)
     return added

@@ -16,10 +16,11 @@ import torch.onnx.ops  # registers them
 from torch import fx
 
 from pqk.copies import copy_of
-from pqk.core.aten import aten
+from pqk.core.aten import DEQUANTIZE, QUANTIZE, aten
 from pqk.core.attention import MATMUL, SOFTMAX
 from pqk.core.graph import arguments, call, calls, finish, operand, replace, shape
 from pqk.deploy.decoder_operators import GROUPED, LENGTHS
+from pqk.deploy.generation import stored
 from pqk.deploy.sibling_products import join_siblings
 from pqk.deploy.token_axes import rows_to_tokens
 
@@ -237,7 +238,9 @@ def _attend(
     if found is None:
         return
     graph = graph_module.graph
-    (past_key, new_key), (past_value, new_value) = (_joined(n, 2) for n in (found.key, found.value))
+    kept = [stored(n) for n in (found.key, found.value)]
+    (past_key, new_key), (past_value, new_value) = (_joined(n, 2) for n in kept)
+    in_integers = kept[0] is not found.key
     heads, groups = shape(found.query)[1], shape(found.key)[1]
     seen = found.seen
     if seen is not None and shape(seen)[2] == 1 and seen not in spread:
@@ -247,33 +250,43 @@ def _attend(
             spread[seen] = call(graph, aten.expand.default, (seen, [-1, -1, length, -1]), seen, shape=sizes)
     if seen is not None:
         seen = spread.get(seen, seen)
-    if OF_SOURCE in str(past_key.meta["layer"]):  # there may be no new ones, which the operator does not take
+    # Of a source there may be no new ones, which the operator does not take, and it keeps floats alone.
+    if OF_SOURCE in str(past_key.meta["layer"]) or (in_integers and lengths is None):
         with graph.inserting_before(softmax):
             whole = call(graph, ATTENTION, (found.query, found.key, found.value, seen), found.output)
             whole.kwargs = _numbers(found)
             replace(graph_module, found.output, call(graph, operator.getitem, (whole, 0), found.output))
         return
     with graph.inserting_before(softmax):
-        sources = (_flat(found.query), _flat(new_key), _flat(new_value))
+        new = [_rounded(n) if in_integers else _flat(n) for n in (new_key, new_value)]
+        sources = (_flat(found.query), *new)
         values = shape(found.output)
         flat = (values[0], values[2], heads * values[3])  # type: ignore[operator]
         if lengths is None:
             all_four = call(graph, ATTENTION, (*sources, seen, past_key, past_value), softmax, shape=flat)
             all_four.kwargs = {"q_num_heads": heads, "kv_num_heads": groups, **_numbers(found)}
         else:
-            numbers = (heads, groups, found.scale, found.cap)
+            steps = [operand(n, 1) for n in (new_key, new_value)] if in_integers else []
+            numbers = (heads, groups, found.scale, found.cap, *steps)
             all_four = call(
                 graph, GROUPED, (*sources, past_key, past_value, *lengths, seen, *numbers), softmax, shape=flat
             )
         answer, keys, kept_values = (
             call(graph, operator.getitem, (all_four, i), like, **changed)
-            for i, (like, changed) in enumerate(((softmax, {"shape": flat}), (found.key, {}), (found.value, {})))
+            for i, (like, changed) in enumerate(((softmax, {"shape": flat}), (kept[0], {}), (kept[1], {})))
         )
     ends = graph.output_node()
-    for old, new in ((found.key, keys), (found.value, kept_values)):  # others that read them are spelled-out forms
-        ends.replace_input_with(old, new)
+    for old, whole in zip(kept, (keys, kept_values), strict=True):  # others that read them are spelled-out forms
+        ends.replace_input_with(old, whole)
     with graph.inserting_before(found.output):
         _put_answer(graph_module, found.output, answer)
+
+
+def _rounded(integers: fx.Node) -> fx.Node:
+    """What `integers` [B, G, S, D] stand for, made as tokens [B, S, G * D], at the insertion point."""
+    flat = _flat(operand(integers))
+    q = call(flat.graph, QUANTIZE, (flat, *integers.args[1:]), integers, shape=shape(flat))
+    return call(flat.graph, DEQUANTIZE, (q, *integers.args[1:3]), flat, layer=integers.meta["layer"])
 
 
 def _lengths(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
@@ -311,7 +324,7 @@ def _attention(softmax: fx.Node) -> _Attention | None:
         return None
     query = operand(query)
     key, value = operand(turned), operand(shares, 1)
-    if turned.target is not aten.transpose.int or not all(_is_kept(n) for n in (key, value)):
+    if turned.target is not aten.transpose.int or not all(_is_kept(stored(n)) for n in (key, value)):
         return None
     return _Attention(query, key, value, seen, rows.args[1], cap, output)
 

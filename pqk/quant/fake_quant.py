@@ -114,6 +114,13 @@ class ActivationFakeQuant(nn.Module):
         return f"{self.grid.dtype} [{self.grid.qmin}, {self.grid.qmax}], mode={self.mode}"
 
 
+class CacheFakeQuant(ActivationFakeQuant):
+    """Per-tensor fake-quantizer of keys or values as they are kept for the tokens that follow.
+
+    Nobody else multiplies its integers: products with what is kept are of floats.
+    """
+
+
 class DynamicFakeQuant(nn.Module):
     """Per-tensor fake-quantizer on the range of the values at hand, which the runtime finds anew for every tensor.
 

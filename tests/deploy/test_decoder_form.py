@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pqk.models.decoder import Decoder
 from pqk.passes import Convert, Quantize
 from pqk.passes.capture.capture import capture
 from pqk.passes.quantize.placement import Activations
+from pqk.quant.fake_quant import CacheFakeQuant
 from pqk.target.target import Target
 from pqk.task.decoder_form import DecoderForm
 from pqk.task.task import Task
@@ -107,6 +109,48 @@ def test_integers_are_made_of_the_last_token_alone(
     if activations == "static":
         with pytest.raises(InputError, match="in 2 of 2 layers a quantizer stands inside"):
             deployed_decoder(int8, FORMS[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["standard", "grouped"])
+def test_keys_and_values_in_8_bits_read_on_as_the_graph_that_was_trained(
+    decoder: tuple[Decoder, fx.GraphModule], attention: Any
+) -> None:
+    """The graph rounds every key and value, those of the token itself, too; so does either operator."""
+    model, task = decoder[0], sequence_task()
+    start = Program(model, copy_of(decoder[1], "student"), Stage.GRAPH, Target.named("x86-avx2"), RunContext())
+    quantize = Quantize(activations="blockwise", kv_cache="int8")
+    trained = quantize.apply(start, task)
+    plain = Quantize(activations="blockwise").apply(
+        dataclasses.replace(start, student=copy_of(decoder[1], "student")), task
+    )
+    kept = [m for m in trained.student.modules() if isinstance(m, CacheFakeQuant)]
+    assert len(kept) == 4 and not any(isinstance(m, CacheFakeQuant) for m in plain.student.modules())
+    ids, mask = task.example
+    expected = trained.student.eval()(ids, mask)
+    assert 1e-4 < (expected - plain.student.eval()(ids, mask)).abs().max() < 0.2 * expected.abs().max()
+    int8 = Convert().apply(trained, task).student
+    assert isinstance(int8, fx.GraphModule)
+    form, cache = deployed_decoder(int8, DecoderForm(attention=attention))
+    where, half = places(mask), ids.shape[1] // 2
+    first, *past = form(ids[:, :half], mask[:, :half], where[:, :half], *cache.empty(2))
+    rest, *whole = form(ids[:, half:], mask, where[:, half:], *past)
+    torch.testing.assert_close(torch.cat([first, rest], 1), expected, **CLOSE)
+    assert {t.dtype for t in whole} == {torch.int8} and whole[0].shape[2] == ids.shape[1]
+    spread = max(int(t.abs().max()) for t in whole)
+    assert spread > 90, "the grid is used"
+
+
+def test_only_causal_models_for_onnx_runtime_keep_8_bits(decoder: tuple[Decoder, fx.GraphModule]) -> None:
+    task = sequence_task()
+    start = Program(decoder[0], decoder[1], Stage.GRAPH, Target.named("x86-avx2"), RunContext())
+    quantize = Quantize(kv_cache="int8")
+    data = task.evaluation
+    other = Task(None, data, validation=data, class_axis=2)
+    with pytest.raises(InputError, match='kv_cache = "int8" is for causal models'):
+        quantize.apply(start, other)
+    assert "keeps nothing" in str(quantize.why_not_for(Target.named("cuda-sm80")))
+    assert quantize.why_not_for(Target.named("x86-avx2")) is None
 
 
 # ---- in ONNX

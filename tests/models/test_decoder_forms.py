@@ -8,16 +8,21 @@ import subprocess
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import causal_models as tiny
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from generating_tools import TRANSFORMERS_JS
+from torch import fx
 
 from pqk import compress
-from pqk.core.onnxruntime_session import Continuing, session
+from pqk.core.onnxruntime_session import Continuing, OnnxModel, session
+from pqk.core.program import Program, Stage
+from pqk.core.run_context import RunContext
 from pqk.core.steps import Steps
 from pqk.deploy.artifact import Artifact
 from pqk.deploy.onnx_emitter import emit_onnx_for
@@ -26,8 +31,12 @@ from pqk.generation.continuation import Continuation, Sampling
 from pqk.generation.greedy import Limits, likeliest
 from pqk.models.decoder import decoder
 from pqk.models.language import language_task
+from pqk.passes import Convert, Quantize
+from pqk.passes.capture.capture import capture
 from pqk.recipe.recipe import Recipe
+from pqk.target.target import Target
 from pqk.task.task import Task
+from pqk.verify.parity import check_layers_of
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
@@ -83,6 +92,18 @@ def prompt() -> list[int]:
     return tokens
 
 
+def genai_tokens(genai: Any, folder: Path, count: int) -> list[int]:
+    """What onnxruntime-genai continues the prompt by."""
+    model = genai.Model(str(folder))
+    settings = genai.GeneratorParams(model)
+    settings.set_search_options(max_length=len(prompt()) + count, do_sample=False)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(np.array(prompt(), np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(generator.get_sequence(0))[len(prompt()) :]
+
+
 def test_the_file_has_the_operators_and_the_shape_that_were_chosen(artifact: Artifact) -> None:
     model = onnx.load(artifact.folder / "model.onnx")
     kinds = [n.op_type for n in model.graph.node]
@@ -123,14 +144,46 @@ def test_optimum_generates_it_alone_and_beside_another(artifact: Artifact, expec
 def test_onnxruntime_genai_generates_it_in_one_buffer(artifact: Artifact, expected: list[int]) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     assert json.loads((artifact.folder / "genai_config.json").read_text())["search"]["past_present_share_buffer"]
-    model = genai.Model(str(artifact.folder))
-    settings = genai.GeneratorParams(model)
-    settings.set_search_options(max_length=len(prompt()) + len(expected), do_sample=False)
-    generator = genai.Generator(model, settings)
-    generator.append_tokens(np.array(prompt(), np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    assert list(generator.get_sequence(0)) == [*prompt(), *expected]
+    assert genai_tokens(genai, artifact.folder, len(expected)) == expected
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path) -> tuple[fx.GraphModule, Task]:
+    """One that keeps keys and values in 8 bits."""
+    task = task_of(teacher, None)
+    model = decoder(teacher)
+    graph = capture(model, task.example, axes=task.axes)
+    start = Program(model, graph, Stage.GRAPH, Target.named("x86-avx2"), RunContext())
+    quantized = Quantize(activations="blockwise", kv_cache="int8").apply(start, task)
+    found = Convert().apply(quantized, task).student
+    assert isinstance(found, fx.GraphModule)
+    return found, task
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["standard", "grouped"])
+def test_a_file_keeps_8_bits_by_either_operator(
+    student: tuple[fx.GraphModule, Task], teacher: Path, tmp_path: Path, attention: str
+) -> None:
+    """The answers of the graph, every layer at parity, a quarter of the bytes; genai opens the directory."""
+    graph, path = student[0], tmp_path / "model.onnx"
+    task = task_of(teacher, {"attention": attention})
+    emit_onnx_for(graph, task, path)
+    inputs = next(task.calibration(8))
+    expected = graph(*inputs)
+    torch.testing.assert_close(OnnxModel(path, expected)(*inputs), expected, atol=1e-4, rtol=1e-3)
+    layers = check_layers_of(graph, path, task, inputs)
+    assert len(layers) > 15 and all(layer.passed for layer in layers)
+    run = session(path)
+    assert isinstance(run, Continuing)
+    steps = Steps(run)
+    assert steps.kept_bytes == 2 * 2 * 2 * 8  # layers, keys and values, groups, width
+    found, _ = likeliest(steps, steps.empty, prompt(), 12, Limits.of(teacher))
+    genai = pytest.importorskip("onnxruntime_genai")
+    assert task.extra_files is not None
+    for name, content in task.extra_files(graph).items():
+        (tmp_path / name).write_bytes(content)
+    assert genai_tokens(genai, tmp_path, len(found)) == found
 
 
 def test_transformers_js_generates_it(artifact: Artifact, expected: list[int], tmp_path: Path) -> None:

@@ -167,9 +167,11 @@ def tokens(name: str) -> str:
                     f"{found['tokens_per_second']:.4g}",
                     *ratios,
                     f"{found['file_mb']:.4g} MB",
+                    *([f"{found['kept_bytes']:,} B"] if "kept_bytes" in found else []),
                 ]
             )
-    header = ("file", "threads", "tokens a second", "beside the first", "time to the first token, likewise", "size")
+    header = ["file", "threads", "tokens a second", "beside the first", "time to the first token, likewise", "size"]
+    header += ["kept of a token"] * (len(rows[0]) > len(header))
     said = document["conditions"]
     return (
         f"{markdown_table(header, rows)}\n\n`models/results/{name}.json`: {said['tokens']} tokens after a prompt of "

@@ -3,11 +3,11 @@
     python tests/tools/tokens.py teacher=out/smollm2 student=out/smollm2_stories/model.onnx \
         q8=out/q8.gguf --llama-python LLAMA/bin/python --threads 1 2 --out out/tokens.json
 
-A Hugging Face directory is the FP32 file that pqk makes of it, in another form where that is said behind it:
-`grouped=out/smollm2,attention=grouped,logits=last` (see `pqk.task.decoder_form`). Every contender lives in a process of
-its own. In a round each continues the same prompt by the same number of tokens, one after the other, while the others
-wait; ratios to the first one are taken within rounds. llama.cpp needs a Python that has llama-cpp-python, which may be
-another one than this.
+A Hugging Face directory is the FP32 file that pqk makes of it, without training, or what is said behind it, of the pass
+`quantize` and of `pqk.task.decoder_form`: `small=out/smollm2,activations=blockwise,kv_cache=int8,attention=grouped`.
+Every contender lives in a process of its own. In a round each continues the same prompt by the same number of tokens,
+one after the other, while the others wait; ratios to the first one are taken within rounds. llama.cpp needs a Python
+that has llama-cpp-python, which may be another one than this.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def onnx_turn(path: str, threads: int) -> Turn:
     names = [o.name for o in run.get_outputs()]
     pasts = [n for n in inputs if n.startswith("past_key_values.")]
 
+    kinds = {n: np.int8 if inputs[n].type == "tensor(int8)" else np.float32 for n in pasts}
+
     def turn(prompt: list[int], count: int) -> dict[str, float]:
-        kept = {n: np.zeros((1, inputs[n].shape[1], 0, inputs[n].shape[3]), np.float32) for n in pasts}
+        kept = {n: np.zeros((1, inputs[n].shape[1], 0, inputs[n].shape[3]), kinds[n]) for n in pasts}
         new, total, marks = np.array([prompt]), 0, [time.perf_counter()]
         for _ in range(count):
             total += new.shape[1]
@@ -87,17 +89,33 @@ def work(path: str, threads: int) -> None:
 # ---- rounds
 
 
-def emitted(directory: Path, form: dict[str, str], out: Path) -> Path:
-    """The FP32 file with a cache that pqk makes of a Hugging Face directory, in a form of a decoder's file."""
+QUANTIZED = ("activations", "kv_cache")
+"""what is said to the pass `quantize`; the rest is the form of the file"""
+
+
+def emitted(directory: Path, said: dict[str, str], out: Path) -> Path:
+    """The file with a cache that pqk makes of a Hugging Face directory: in FP32, or quantized without training."""
+    from pqk.core.program import Program, Stage
+    from pqk.core.run_context import RunContext
     from pqk.deploy.onnx_emitter import emit_onnx_for
     from pqk.models.decoder import decoder
     from pqk.models.language import language_task
+    from pqk.passes import Convert, Quantize
+    from pqk.passes.capture.capture import capture
+    from pqk.target.target import Target
 
     texts = {"text": ["Once upon a time there was a little girl who had a red ball.", "One day a dog ran by."]}
+    form = {key: value for key, value in said.items() if key not in QUANTIZED}
     task = language_task(
         directory=directory, train=None, evaluation=texts, validation=texts, context=8, decoder_form=form
     )
-    emit_onnx_for(decoder(directory), task, out)
+    model = decoder(directory)
+    if form != said:
+        graph = capture(model, task.example, axes=task.axes)
+        program = Program(model, graph, Stage.GRAPH, Target.named("x86-avx2"), RunContext())
+        quantize: Any = {key: said[key] for key in QUANTIZED if key in said}
+        program = Convert().apply(Quantize(**quantize).apply(program, task), task)
+    emit_onnx_for(model if form == said else program.student, task, out)
     return out
 
 
@@ -133,6 +151,16 @@ class Contender:
         self.process.wait()
 
 
+def kept_bytes(path: str) -> int:
+    """What a file keeps of a token."""
+    from pqk.core.onnxruntime_session import Continuing, session
+    from pqk.core.steps import Steps
+
+    run = session(Path(path))
+    assert isinstance(run, Continuing), f"{path} keeps nothing"
+    return Steps(run).kept_bytes
+
+
 def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     """Medians of every contender, and of its ratio to the first with its bootstrap interval of 95 %."""
     import numpy as np
@@ -140,7 +168,7 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     named = options.named
     pythons = [options.llama_python if path.endswith(".gguf") else sys.executable for _, path in named]
     contenders = [Contender(n, path, threads, python) for (n, path), python in zip(named, pythons, strict=True)]
-    prompt = [1 + i % 400 for i in range(options.prompt)]
+    prompt = [1 + i % 200 for i in range(options.prompt)]
     rounds: list[list[dict[str, float]]] = []
     try:
         for round_number in range(options.rounds + 1):
@@ -154,6 +182,8 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     draws = np.random.default_rng(0).integers(0, len(rounds), (2000, len(rounds)))
     for i, c in enumerate(contenders):
         entry: dict[str, Any] = {"file_mb": round(Path(named[i][1]).stat().st_size / 2**20, 2)}
+        if named[i][1].endswith(".onnx"):
+            entry["kept_bytes"] = kept_bytes(named[i][1])
         for key in ("first_ms", "token_ms"):
             times = np.array([r[i][key] for r in rounds])
             ratios = np.array([r[0][key] / r[i][key] for r in rounds])
