@@ -73,6 +73,16 @@ def inputs(node: fx.Node) -> list[fx.Node]:
     return [a for a in node.args if is_float(a)]  # type: ignore[misc]
 
 
+def is_angle(node: fx.Node) -> bool:
+    """Whether a cosine or sine reads `node`, perhaps after movement: as the places of tokens by rotary frequencies.
+
+    An angle is a number of turns, of which all but the last say nothing: rounded to 8 bits, two places of a long text
+    are one, and those of low frequency are all the same.
+    """
+    moved = [u for u in node.users if moves(u) or u.target is aten.cat.default]
+    return any(u.target in (aten.cos.default, aten.sin.default) for u in node.users) or any(map(is_angle, moved))
+
+
 class Placement:
     """Which operators compute in integers and which values have a quantizer. The module's docstring has the rules."""
 
@@ -105,7 +115,7 @@ class Placement:
             return False
         if node.target in WEIGHTED:
             return isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
-        return len(inputs(node)) == 2
+        return len(inputs(node)) == 2 and not is_angle(node)
 
     def light(self, node: fx.Node) -> bool:
         """Whether `node` is a light operator in a form that has an integer kernel."""
@@ -196,6 +206,8 @@ def _reasons(where: Placement) -> list[tuple[str, str]]:
         elif where.dynamic and node.target is not aten.linear.default:
             how = "in blocks" if where.activations == "blockwise" else "dynamically"
             reason = f"{operator}: of what computes, only linear layers are quantized {how}"
+        elif node.target in HEAVY and is_angle(node):
+            reason = f"{operator}: cosine and sine read it, an angle that 8 bits do not hold"
         elif node.target in HEAVY:
             reason = f"{operator}: its weight is computed, not a parameter, or it is not float32"
         elif where.light(node) or bounds(node):

@@ -250,6 +250,32 @@ def test_layers_are_left_in_float_by_name(net: Any) -> None:
     assert sqnr(module(x), program.student.eval()(x)) > 20
 
 
+class Turned(nn.Module):
+    """A value turned by angles, the places of tokens times frequencies, as rotary embeddings compute them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.frequencies = nn.Buffer(torch.tensor([1.0, 0.1, 0.01, 0.001]), persistent=False)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        angles = (self.frequencies[None, :, None].expand(x.shape[0], -1, 1) @ places[:, None, :]).transpose(1, 2)
+        angles = torch.cat([angles, angles], -1)
+        x = self.up(x)
+        return self.down(x * angles.cos() + torch.cat([-x[..., 4:], x[..., :4]], -1) * angles.sin())
+
+
+def test_angles_stay_in_float() -> None:
+    """In 8 bits, places 0 to 299 would be steps of more than two turns."""
+    torch.manual_seed(0)
+    module, x, places = Turned().eval(), torch.randn(16, 300, 8), torch.arange(300.0).expand(16, 300)
+    program = quantized(copy.deepcopy(module), x, places)
+    assert ("matmul", "matmul: cosine and sine read it, an angle that 8 bits do not hold") in {
+        (d.layer, d.reason) for d in program.declined
+    }
+    assert sqnr(module(x, places), program.student.eval()(x, places)) > 25
+
+
 def test_a_pattern_that_names_nothing_is_refused(net: Any) -> None:
     graph = capture(copy.deepcopy(net[0]), (net[2][:2],))
     assert isinstance(graph, fx.GraphModule)
