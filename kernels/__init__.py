@@ -22,6 +22,7 @@ from pqk.kernels import (
     int8_conv2d,
     int8_depthwise_conv2d,
     int8_embedding,
+    int8_gated_linear,
     int8_linear,
     int8_mul,
     int8_pool,
@@ -33,6 +34,7 @@ from pqk.kernels import (
 KERNELS: tuple[ModuleType, ...] = (
     quantize,
     int8_linear,
+    int8_gated_linear,
     int8_conv2d,
     int8_depthwise_conv2d,
     int8_attention,

@@ -59,7 +59,7 @@ def reference(
 
 
 @jit
-def _product(  # type: ignore[no-untyped-def]
+def product(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, m_0, n_0, M, N, k_begin, k_end, stride_xm, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def _finish(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _block_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
+def block_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where block `tile` starts: down GROUP_M row blocks first, then across."""
     down = tl.cdiv(M, BLOCK_M)
     across = tl.cdiv(N, BLOCK_N)
@@ -138,8 +138,8 @@ def _linear(  # type: ignore[no-untyped-def]
     """Tiled, where the grid has a program a block; persistent, where it has fewer and each walks on."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        m_0, n_0 = _block_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = _product(x_ptr, w_ptr, m_0, n_0, M, N, 0, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+        m_0, n_0 = block_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = product(x_ptr, w_ptr, m_0, n_0, M, N, 0, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
         _finish(
             acc, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym, stride_rm,
             STEPS, BLOCK_M, BLOCK_N,
@@ -159,9 +159,9 @@ def _linear_split_k(  # type: ignore[no-untyped-def]
     them all, and reads past the first-level cache.
     """
     tile = tl.program_id(0)
-    m_0, n_0 = _block_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m_0, n_0 = block_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     begin = tl.program_id(1) * part
-    acc = _product(
+    acc = product(
         x_ptr, w_ptr, m_0, n_0, M, N, begin, tl.minimum(begin + part, K), stride_xm, stride_wn,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
     )  # fmt: skip
@@ -244,9 +244,7 @@ def plan(
     if config is None:
         config = chosen("int8_linear", key, gpu, lambda: choose(*shape, gpu), lambda: candidates(*shape, gpu))
     y = allocate((*x.shape[:-1], n), out_dtype, x.device) if out is None else out
-    parts = min(config.split_k, cdiv(k, config.block_k)) or 1
-    part = cdiv(cdiv(k, parts), config.block_k) * config.block_k
-    parts = cdiv(k, part) if k else 1
+    parts, part = parts_of(k, config)
     args: dict[str, Any] = {
         "x_ptr": x, "w_ptr": weight, "out_ptr": y, "bias_ptr": bias, "scale_ptr": scale, "params_ptr": params,
         "residual_ptr": residual, "M": m, "N": n, "K": k,
@@ -265,6 +263,13 @@ def plan(
     args |= {"part": part, "sums_ptr": scratch[: m * n], "arrived_ptr": scratch[m * n :]}
     constexprs["SPLIT_K"] = parts
     return Launch(_linear_split_k, (tiles, parts), args, constexprs, config.num_warps, config.num_stages)
+
+
+def parts_of(k: int, config: Config) -> tuple[int, int]:
+    """`(parts, part)`: how many programs share a block, and how much of K each of them sums."""
+    parts = min(config.split_k, cdiv(k, config.block_k)) or 1
+    part = cdiv(cdiv(k, parts), config.block_k) * config.block_k
+    return cdiv(k, part) if k else 1, part
 
 
 def why_not_supported(x: Tensor, weight: Tensor) -> Reason | None:

@@ -31,6 +31,7 @@ from pqk.passes.fuse.rule import Match, Rule
 from pqk.passes.fuse.rules_attention import AttentionRule, NormRule, SiblingsRule
 from pqk.passes.fuse.rules_elementwise import AddRule, ConcatRule, MaxPoolRule, MulRule, PoolRule, QuantizeRule
 from pqk.passes.fuse.rules_embedding import EmbeddingRule
+from pqk.passes.fuse.rules_gated import GatedRule
 from pqk.passes.fuse.rules_weighted import ConvolutionRule, LinearRule
 from pqk.settings import settings
 from pqk.task.task import Task
@@ -38,7 +39,7 @@ from pqk.task.task import Task
 __all__ = ["Fuse", "LaunchedOp", "fuse", "launches", "stands_for"]
 
 RULES: tuple[Rule, ...] = (
-    AttentionRule(), SiblingsRule(), ConvolutionRule(), LinearRule(), EmbeddingRule(), NormRule(),
+    AttentionRule(), GatedRule(), SiblingsRule(), ConvolutionRule(), LinearRule(), EmbeddingRule(), NormRule(),
     AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
 )  # fmt: skip
 """those that take in the most first"""

@@ -26,7 +26,8 @@ from pqk.task.task import Task
 from pqk.verify.interpreters import Recorder, Ties
 from pqk.verify.verdict import EXACT_SHARE, MAX_LSB, RELATIVE, ModelFunction, compare_ends, verdict
 
-PRODUCTS = ("int8_linear", "int8_conv2d", "int8_depthwise_conv2d", "int8_linear_into", "int8_conv2d_into")
+GATED = "int8_gated_linear"
+PRODUCTS = ("int8_linear", GATED, "int8_conv2d", "int8_depthwise_conv2d", "int8_linear_into", "int8_conv2d_into")
 APPROXIMATE = {"int8_attention": 30.0}
 """operators that are not the graph's arithmetic -> the least SQNR in dB that they owe (their decisions must agree)"""
 
@@ -142,6 +143,8 @@ class _Comparison(fx.Interpreter):
 
     def _allowed(self, node: fx.Node) -> int:
         """Steps of the result that one step of a value rounded in registers is, at least 1."""
+        if node.target._opname == GATED:  # type: ignore[union-attr]
+            return self._allowed_of_product(node)
         names = str(node.kwargs.get("steps", "")).split(",")
         if {"requantize", "table"}.isdisjoint(names):
             return MAX_LSB
@@ -152,6 +155,27 @@ class _Comparison(fx.Interpreter):
             table = self._params(node)[MAX_STEPS:].flatten()[: int(row[3] - row[2]) + 1]
             steps.append(float(table.diff().abs().max() / rows[-1, 0]))
         return max([MAX_LSB, *map(math.ceil, steps)])
+
+    def _allowed_of_product(self, node: fx.Node) -> int:
+        """Steps of a gated unit that one step of its gate and one of what is gated are."""
+        arguments = self.fetch_args_kwargs_from_env(node)[1]
+        gate, up = (_rounding(arguments[f"{name}_steps"], arguments[f"{name}_params"]) for name in ("gate", "up"))
+        moved = gate[0] * up[1] + up[0] * gate[1]
+        rows = self._rows(node)
+        return max(MAX_LSB, math.ceil(moved / float(rows[-1, 0]))) if len(rows) else MAX_LSB
+
+
+def _rounding(steps: str, params: Tensor) -> tuple[float, float]:
+    """The step in which a program rounds and the largest number that it gives; zeros where it does not round."""
+    step = size = 0.0
+    for name, row in zip(steps.split(",") if steps else (), rows_of(steps, params).tolist(), strict=True):
+        if name == "requantize":
+            _, zero_point, qmin, qmax, out_scale = row
+            step, size = step + out_scale, max(qmax - zero_point, zero_point - qmin) * out_scale
+        if name == "table":
+            table = params[MAX_STEPS:].flatten()[: int(row[3] - row[2]) + 1]
+            step, size = float(table.diff().abs().max()), float(table.abs().max())
+    return step, size
 
 
 def laid_out_as(value: Tensor, like: Tensor, image: bool, columns: tuple[int, int] | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import text_models as tiny
 import torch
 import torch.nn.functional as F
-from lowered import Encoder, int8_graph
+from lowered import Encoder, int8_graph, operators
 from torch import Tensor, fx, nn
 from zoo import NETWORKS
 
@@ -33,11 +33,6 @@ from pqk.verify.fused_parity import check_launches
 
 WHOLE = {"plain", "residual", "separable", "gated", "silu", "grouped", "several", "tokens"}
 """networks of the zoo in which every layer has a kernel and every launch takes in what it can"""
-
-
-def operators(module: fx.GraphModule, example: tuple[Tensor, ...]) -> list[str]:
-    """What is launched for one sample, in order."""
-    return [op.removeprefix("pqk::") for _, op, _ in launches(module, tuple(x[:1] for x in example))]
 
 
 def at(fused: fx.GraphModule, layer: str) -> fx.Node:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pqk.core.launches import launches
 from pqk.passes.capture.capture import capture
 from pqk.passes.convert.convert import convert
 from pqk.passes.quantize.quantize import calibrate, insert_fake_quant, placement
@@ -44,6 +45,11 @@ def int8_graph(
     made = convert(fake, example)
     assert isinstance(made, fx.GraphModule)
     return made
+
+
+def operators(module: fx.GraphModule, example: tuple[Tensor, ...]) -> list[str]:
+    """What is launched for one sample, in order."""
+    return [op.removeprefix("pqk::") for _, op, _ in launches(module, tuple(x[:1] for x in example))]
 
 
 class Encoder(nn.Module):
