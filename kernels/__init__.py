@@ -29,6 +29,7 @@ from pqk.kernels import (
     layer_norm_quantize,
     quantize,
     rms_norm_quantize,
+    rotary,
 )
 
 KERNELS: tuple[ModuleType, ...] = (
@@ -45,6 +46,7 @@ KERNELS: tuple[ModuleType, ...] = (
     columns,
     layer_norm_quantize,
     rms_norm_quantize,
+    rotary,
     int8_embedding,
 )
 """every kernel module: a new one is a file and a line here"""

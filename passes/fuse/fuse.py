@@ -32,6 +32,7 @@ from pqk.passes.fuse.rules_attention import AttentionRule, NormRule, SiblingsRul
 from pqk.passes.fuse.rules_elementwise import AddRule, ConcatRule, MaxPoolRule, MulRule, PoolRule, QuantizeRule
 from pqk.passes.fuse.rules_embedding import EmbeddingRule
 from pqk.passes.fuse.rules_gated import GatedRule
+from pqk.passes.fuse.rules_rotary import RotaryRule
 from pqk.passes.fuse.rules_weighted import ConvolutionRule, LinearRule
 from pqk.settings import settings
 from pqk.task.task import Task
@@ -39,8 +40,8 @@ from pqk.task.task import Task
 __all__ = ["Fuse", "LaunchedOp", "fuse", "launches", "stands_for"]
 
 RULES: tuple[Rule, ...] = (
-    AttentionRule(), GatedRule(), SiblingsRule(), ConvolutionRule(), LinearRule(), EmbeddingRule(), NormRule(),
-    AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
+    AttentionRule(), RotaryRule(), GatedRule(), SiblingsRule(), ConvolutionRule(), LinearRule(),
+    EmbeddingRule(), NormRule(), AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
 )  # fmt: skip
 """those that take in the most first"""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pqk.core.aten import NORMS, QUANTIZE, aten
+from pqk.core.aten import NORMS, QUANTIZE, VIEWS, aten
 from pqk.core.graph import arguments, call, operand, shape
 from pqk.core.graph import replace as replace_node
 from pqk.errors import Reason
@@ -30,7 +30,8 @@ class SiblingsRule(Rule):
     """Linear layers that read the same integers (queries, keys, values) as one `pqk::int8_linear` of all their rows.
 
     Each has an output grid of its own, and the epilogue one for all: the scale goes into that of the layer's
-    accumulators, so that the epilogue only rounds, and zero points are added behind it, as a row of integers.
+    accumulators, so that the epilogue only rounds, and zero points are added behind it, as a row of integers. Where all
+    of them end in floats, as before rotary embeddings, there is no epilogue.
     """
 
     def matches(self, root: fx.GraphModule, node: fx.Node) -> Sequence[Match]:
@@ -42,6 +43,8 @@ class SiblingsRule(Rule):
         places = {n: i for i, n in enumerate(root.graph.nodes)}
         layers.sort(key=places.__getitem__)
         ends = [next((e for e in endings(root, n) if e.steps == ("quantize",)), None) for n in layers]
+        if not any(ends):
+            ends = [Ending(n) if _floats_as_they_are(root, n) else None for n in layers]
         parts = [(n, weights(root, n, value), e) for n, e in zip(layers, ends, strict=True) if e is not None]
         if len(parts) < 2 or len(parts) < len(layers) or node is not layers[0]:
             return ()
@@ -52,7 +55,7 @@ class SiblingsRule(Rule):
         parameters = [w for _, w, _ in match.facts["parts"]]
         if (reason := next((w for w in parameters if isinstance(w, str)), None)) is not None:
             return reason
-        rows = [e.params[0] for _, _, e in match.facts["parts"]]
+        rows = [e.params[0] for _, _, e in match.facts["parts"] if e.steps]
         if any(row[2:4] != rows[0][2:4] for row in rows):
             return "layers that read the same integers stay apart: the ranges of their outputs differ"
         return int8_linear.why_not_supported(like(match.inputs[0].integers), torch.cat([w.weight for w in parameters]))
@@ -60,11 +63,12 @@ class SiblingsRule(Rule):
     def rewrite(self, root: fx.GraphModule, match: Match) -> fx.Node:
         parts: list[tuple[fx.Node, Weights, Ending]] = match.facts["parts"]
         parameters = [w for _, w, _ in parts]
-        scales = [w.scale / torch.tensor(e.params[0][0], dtype=torch.float32) for _, w, e in parts]
+        quantized_ends = bool(match.ending.steps)
+        scales = [w.scale / torch.tensor(e.params[0][0]) if quantized_ends else w.scale for _, w, e in parts]
         size = (*shape(match.anchor)[:-1], sum(len(w.weight) for w in parameters))
-        zero_points = torch.cat([torch.full((len(w.weight),), e.params[0][1]) for _, w, e in parts])
+        zero_points = torch.cat([torch.full((len(w.weight),), e.params[0][1] if e.steps else 0.0) for _, w, e in parts])
         shifted = bool(zero_points.any())
-        all_of_them = replace(match, ending=_rounding(match.ending, shifted))
+        all_of_them = replace(match, ending=_rounding(match.ending, shifted)) if quantized_ends else match
         node = launch(
             root, "int8_linear", all_of_them, size, x=match.inputs[0].integers,
             residual=zero_points.to(match.ending.dtype) if shifted else None,
@@ -85,6 +89,14 @@ class SiblingsRule(Rule):
                 replace_node(root, ending.end, part)
         del node.meta["stands_for"]
         return result
+
+
+def _floats_as_they_are(root: fx.GraphModule, layer: fx.Node) -> bool:
+    """Whether the floats of `layer` end its launch, and who reads them, through views, does so where they lie."""
+    readers = set(layer.users)
+    while views := [n for n in readers if n.target in VIEWS]:
+        readers = readers.difference(views).union(*(n.users for n in views))
+    return not endings(root, layer)[0].steps and all(n.target not in NORMS for n in readers)
 
 
 def _rounding(one: Ending, shifted: bool) -> Ending:
@@ -145,13 +157,13 @@ class AttentionRule(Rule):
             mask = call(root.graph, aten.squeeze.dims, (mask, [1, 2]), mask, shape=keys)
         b, heads, tokens, width = shape(match.anchor)
         operands = dict(zip("qkv", match.inputs, strict=True))
-        keywords: dict[str, Any] = {name: _heads_second(i.integers) for name, i in operands.items()}
+        keywords: dict[str, Any] = {name: heads_second(i.integers) for name, i in operands.items()}
         keywords |= {f"{name}_zero_point": i.zero_point for name, i in operands.items()}
         keywords |= {"mask": mask, "score_scale": q.scale * k.scale * match.facts["factor"], "value_scale": v.scale}
         size = (b, tokens, heads, width)
         node = launch(root, "int8_attention", match, size, **keywords, **plain_epilogue(match))
         del node.meta["stands_for"]
-        return stand(_heads_second(node), end)
+        return stand(heads_second(node), end)
 
 
 def _swaps(node: fx.Node, one: int, other: int) -> bool:
@@ -162,7 +174,7 @@ def _swaps(node: fx.Node, one: int, other: int) -> bool:
     return {a["dim0"] % 4, a["dim1"] % 4} == {one, other}
 
 
-def _heads_second(node: fx.Node) -> fx.Node:
+def heads_second(node: fx.Node) -> fx.Node:
     """[B, heads, tokens, D] from [B, tokens, heads, D] or the other way round, at the insertion point."""
     if _swaps(node, 1, 2):
         return operand(node)
