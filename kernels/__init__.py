@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pqk.kernels import (
+    causal_attention,
     columns,
     int8_add,
     int8_attention,
@@ -39,6 +40,7 @@ KERNELS: tuple[ModuleType, ...] = (
     int8_conv2d,
     int8_depthwise_conv2d,
     int8_attention,
+    causal_attention,
     int8_add,
     int8_mul,
     int8_pool,

@@ -29,6 +29,7 @@ from pqk.passes.fuse.epilogue import quantized
 from pqk.passes.fuse.nhwc import settle
 from pqk.passes.fuse.rule import Match, Rule
 from pqk.passes.fuse.rules_attention import AttentionRule, NormRule, SiblingsRule
+from pqk.passes.fuse.rules_causal import CausalAttentionRule
 from pqk.passes.fuse.rules_elementwise import AddRule, ConcatRule, MaxPoolRule, MulRule, PoolRule, QuantizeRule
 from pqk.passes.fuse.rules_embedding import EmbeddingRule
 from pqk.passes.fuse.rules_gated import GatedRule
@@ -40,7 +41,7 @@ from pqk.task.task import Task
 __all__ = ["Fuse", "LaunchedOp", "fuse", "launches", "stands_for"]
 
 RULES: tuple[Rule, ...] = (
-    AttentionRule(), RotaryRule(), GatedRule(), SiblingsRule(), ConvolutionRule(), LinearRule(),
+    AttentionRule(), CausalAttentionRule(), RotaryRule(), GatedRule(), SiblingsRule(), ConvolutionRule(), LinearRule(),
     EmbeddingRule(), NormRule(), AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
 )  # fmt: skip
 """those that take in the most first"""

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from pqk.core.launches import launches
 from pqk.passes.capture.capture import capture
 from pqk.passes.convert.convert import convert
-from pqk.passes.quantize.quantize import calibrate, insert_fake_quant, placement
+from pqk.passes.quantize.quantize import calibrate, insert_fake_quant, kept_in_float, placement
 from pqk.target.target import Target
 from pqk.task.axes import Axes
 
@@ -32,13 +32,14 @@ def int8_graph(
     target: str = "x86-avx2",
     floats: dict[str, str] | None = None,
     axes: Axes | None = None,
+    generates: bool = False,
 ) -> fx.GraphModule:
     """The INT8 graph of `net` on the grids of `target`, its ranges those of `inputs`; `floats`: layer -> why not;
-    `axes`: those that are free, by default the batch."""
+    `axes`: those that are free, by default the batch; `generates`: products of attention stay in float."""
     example, chosen = tuple(x[:2] for x in inputs), Target.named(target)
     graph = capture(net.eval(), example, axes=axes)
     assert isinstance(graph, fx.GraphModule)
-    points, _ = placement(graph, floats)
+    points, _ = placement(graph, {**(floats or {}), **(kept_in_float(graph) if generates else {})})
     grids = {"activation": asdict(chosen.activation), "weight": asdict(chosen.weight)}
     fake = insert_fake_quant(graph, example, points=[p.to_json() for p in points], learned=True, **grids)
     calibrate(fake, Inputs(*inputs), "minmax", 99.99, len(inputs[0]))  # type: ignore[arg-type]
