@@ -191,7 +191,7 @@ CONFIGS: tuple[Config, ...] = (
     Config(64, 64, LARGEST_HEAD, 8, 2),
     Config(32, 64, LARGEST_HEAD, 4, 2),
     Config(16, 64, LARGEST_HEAD, 4, 2),
-    Config(16, 32, LARGEST_HEAD, 8, 2),
+    Config(16, 32, LARGEST_HEAD, 4, 2),
 )
 """rows, keys, the longest head, warps, stages"""
 

@@ -45,6 +45,15 @@ RULES: tuple[Rule, ...] = (
     EmbeddingRule(), NormRule(), AddRule(), MulRule(), PoolRule(), MaxPoolRule(), ConcatRule(), QuantizeRule(),
 )  # fmt: skip
 """those that take in the most first"""
+RANGES = "the range of what it multiplies is that of a whole tensor at run time, and a launch has fixed scales"
+BLOCKS = "it has a scale for every block of 32, and no launch has more than one a row of the weight"
+WITHOUT_KERNEL = {
+    "quantize_dynamic_linear": RANGES,
+    "matmul_integer_to_float": RANGES,
+    "matmul_nbits": BLOCKS,
+    "gather_block_quantized": BLOCKS,
+}
+"""operators of graphs for ONNX Runtime that run their references on a GPU, too -> why"""
 
 
 @settings
@@ -142,6 +151,9 @@ def _left_out(fused: fx.GraphModule) -> Iterator[tuple[str, str]]:
         if node.op != "placeholder" and not any(n in computed for n in node.all_input_nodes):
             continue  # computed from constants alone
         computed.add(node)
+        name = str(getattr(node.target, "_opname", ""))
+        if name in WITHOUT_KERNEL:
+            yield node.meta["layer"], f"{name}: no kernel: {WITHOUT_KERNEL[name]}; its reference runs"
         of_torch = node.op == "call_function" and getattr(node.target, "namespace", "") == "aten"
         if of_torch and "dtype" in node.meta and node.target not in (*VIEWS, aten.contiguous.default):
             operator = getattr(node.target, "_opname", str(node.target))

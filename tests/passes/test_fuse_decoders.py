@@ -205,3 +205,21 @@ def test_attention_of_another_form_says_why_it_is_not_launched() -> None:
     fused, declined = fuse(graph)
     assert "causal_attention" not in operators(fused, inputs)
     assert any("not what a causal mask hides: it hides others, or adds more than zeros" in r for _, r in declined)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("activations", "operator", "reason"),
+    [("dynamic", "matmul_integer_to_float", "a whole tensor"), ("blockwise", "matmul_nbits", "every block of 32")],
+)
+def test_grids_without_a_kernel_are_named(activations: str, operator: str, reason: str) -> None:
+    """Attention is launched all the same, and the rest computes what it did."""
+    graph, texts = lowered(small_decoder(layers=1), "x86-avx2", activations=activations)
+    fused, declined = fuse(graph)
+    assert {"rotary", "causal_attention", "rms_norm_quantize"} <= set(operators(fused, texts))
+    said = {layer: why for layer, why in declined if why.startswith(f"{operator}: no kernel: ") and reason in why}
+    assert {layer.rpartition(".")[2] for layer in said} >= {"gate_proj", "up_proj", "down_proj", "o_proj"}
+    with torch.no_grad():
+        want, got = graph(*texts), fused(*texts)
+    seen = texts[1] > 0
+    assert float((got - want)[seen].square().mean().sqrt()) < 0.05 * float(want[seen].std())
