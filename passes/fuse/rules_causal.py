@@ -167,7 +167,7 @@ def sight(root: fx.GraphModule, added: fx.Node) -> SightOf | str:
     tried = [SightOf(masks[0], texts, window) for texts in (True, False) for window in (0, *windows)]
     reasons = []
     for candidate in tried:
-        reason = _differs(root, above, added, candidate, numbers)
+        reason = _why_not_the_same(root, above, added, candidate, numbers)
         if reason is None:
             return candidate
         reasons.append(reason)
@@ -208,7 +208,7 @@ def _masks(batch: int, tokens: int) -> Iterator[Tensor]:
         yield mask[:batch]
 
 
-def _differs(
+def _why_not_the_same(
     root: fx.GraphModule, above: list[fx.Node], added: fx.Node, candidate: SightOf, numbers: set[int]
 ) -> Reason | None:
     """Why `candidate` does not hide what `added` does, on some masks, also longer than any of `numbers`."""

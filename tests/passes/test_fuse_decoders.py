@@ -59,7 +59,8 @@ def launched(fused: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[str]:
     return [op for op in operators(fused, inputs) if not op.startswith("aten::")]
 
 
-@pytest.mark.parametrize("target", ["cuda-sm80", pytest.param("x86-avx2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda-sm80", "x86-avx2"])
 def test_a_llama_is_eight_launches_a_layer_in_whole_texts_and_behind_a_cache(target: str, tmp_path: Path) -> None:
     graph, texts = lowered(small_decoder(layers=2), target)
     fused, declined = fuse(graph)
