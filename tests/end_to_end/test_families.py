@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from committed_rows import hold
-from families import COLUMNS, FAMILIES, RESULTS, Family, decision, table
-from torch import nn
+from families import COLUMNS, FAMILIES, RESULTS, decision, table
+from prunable_parts import prunable
 
 from pqk.core.aten import quantized_tensors
 from pqk.core.costs import count_parameters
@@ -28,10 +26,6 @@ from pqk.core.run_context import RunContext
 from pqk.deploy.onnx_emitter import emit_onnx
 from pqk.files import read_json
 from pqk.passes import Capture, Convert, Distill, Fuse, Prune, Quantize
-from pqk.passes.prune.blocks import find_blocks
-from pqk.passes.prune.channel_group import ChannelGroup
-from pqk.passes.prune.groups import find_groups
-from pqk.passes.prune.law import why_not_cut
 from pqk.target.target import Target
 from pqk.verify.coverage import integer_coverage
 from pqk.verify.parity import check_layers
@@ -86,47 +80,12 @@ def test_a_family_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     assert program.fused is not None and program.details["launches_after"] < program.details["launches_before"]
     with torch.no_grad():
         torch.testing.assert_close(program.fused(*task.sized(16)), want, rtol=0, atol=0.02 * float(want.abs().max()))
-    row = prunable(family, teacher)
+    row = prunable(teacher, family.sample)
     row["integer"] = f"{sum(la.integer for la in coverage.layers)}/{len(coverage.layers)}"
     row["parity"] = f"{sum(la.passed for la in layers)}/{len(layers)}"
     row |= {kind: f"{done.count(kind)}/{[p.name for p in PASSES].count(kind)}" for kind in ("distill", "fuse")}
     row["reasons"] |= broken
     hold(name, row, RESULTS, FAMILIES)
-
-
-def prunable(family: Family, teacher: nn.Module) -> dict[str, Any]:
-    """Of the heads' groups, FFN units, widths of residual streams, and layers: how many may go, of how many; reasons.
-
-    Groups that end in the model's output are nobody's to cut and are left out.
-    """
-    example = family.sample(2)
-    found: dict[str, list[str | None]] = {kind: [] for kind in ("heads", "units", "width", "layers")}
-    for group in find_groups(teacher, example):
-        reason = why_not_cut(teacher, example, group)
-        if reason is None or "channels of the model's output" not in reason:
-            found[kind_of(group, teacher)].append(reason)
-    blocks, declined = find_blocks(teacher, family.sample(8))
-    found["layers"] = [None for _ in blocks] + list(declined.values())
-    row: dict[str, Any] = {kind: f"{reasons.count(None)}/{len(reasons)}" for kind, reasons in found.items()}
-    said = {kind: list(dict.fromkeys(plain(r) for r in reasons if r is not None)) for kind, reasons in found.items()}
-    return row | {"reasons": {kind: reasons for kind, reasons in said.items() if reasons}}
-
-
-def plain(reason: str) -> str:
-    """Without the sizes of errors, which the last digits of a machine's arithmetic are in."""
-    return re.sub(r" by [\d.e+-]+ \(largest output [\d.e+-]+\)", "", reason)
-
-
-def kind_of(group: ChannelGroup, teacher: nn.Module) -> str:
-    """Where several layers' outputs are added it is a residual stream; what one layer makes are units."""
-    if any(m.dim == "heads" and any(m.places) for m in group.members):
-        return "heads"
-    makers = [m for m in group.members if m.dim == "out" and isinstance(teacher.get_submodule(m.path), MAKERS)]
-    dense = [m for m in makers if getattr(teacher.get_submodule(m.path), "groups", 1) == 1]
-    return "width" if len(dense) > 1 else "units"
-
-
-MAKERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def test_the_table_has_every_family_and_every_reason() -> None:

@@ -217,6 +217,11 @@ COLUMNS = {
 def table() -> str:
     """The committed results as Markdown: a row for each family, the reasons of what may not go as footnotes."""
     found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text())
+    return footnoted(found, COLUMNS)
+
+
+def footnoted(found: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
+    """Rows of results as Markdown, with what a row gives as `reasons` of a column below."""
     notes: dict[str, int] = {}
 
     def cell(row: dict[str, Any], column: str) -> str:
@@ -224,6 +229,6 @@ def table() -> str:
         value = "–" if row[column] == "0/0" else row[column].replace("/", " of ")
         return f"{value} [{', '.join(numbers)}]" if numbers else value
 
-    rows = [[name, *(cell(row, column) for column in COLUMNS)] for name, row in found.items()]
-    text = markdown_table(("family", *COLUMNS.values()), rows)
+    rows = [[name, *(cell(row, column) for column in columns)] for name, row in found.items()]
+    text = markdown_table(("family", *columns.values()), rows)
     return text + "".join(f"\n\n[{number}] {reason}." for reason, number in notes.items())

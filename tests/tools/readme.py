@@ -9,6 +9,7 @@
 <!-- comparison: NAME --> both rounds of models/results/NAME.json, which `pqk compare` wrote
 <!-- kernels -->          what `pqk kernels` found of the committed students and of all kernels' cases
 <!-- families -->         which passes apply to which family of encoders: models/results/encoder_families.json
+<!-- causal_families -->  the same of causal models: models/results/causal_families.json
 <!-- encoder_decoders --> the same of encoder-decoders: models/results/encoder_decoder_families.json
 <!-- sorting -->          what a compiled sorter of letters is worth: models/results/sorting.json
 <!-- zoo -->              what became of every network of the zoo: tests/zoo/results.json
@@ -54,6 +55,7 @@ from pqk.strangers.table import markdown as strangers_table
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "support"))
+import causal_tables  # noqa: E402
 import seq2seq_tables  # noqa: E402
 from families import table as families_table  # noqa: E402
 
@@ -580,6 +582,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "allocation": allocations,
     "reasoning": lambda: where_measured("reasoning", reasoning),
     "black_box": lambda: where_measured("black_box", black_box),
+    "causal_families": causal_tables.families_table,
     "encoder_decoders": lambda: seq2seq_tables.families_table(read_json(RESULTS / "encoder_decoder_families.json")),
     "sorting": lambda: where_measured("sorting", seq2seq_tables.generation_table),
     "strangers": lambda: of_strangers(strangers_table),
