@@ -58,7 +58,8 @@ def test_what_may_be_pruned(family: str, tmp_path: Path) -> None:
     hold(family, row, RESULTS, ROWS)
 
 
-@pytest.mark.parametrize("form", [f if f == "blockwise" else pytest.param(f, marks=pytest.mark.full) for f in FORMS])
+@pytest.mark.full  # in every run test_generating_directory.py and test_blockwise.py go the way of a Llama
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_goes_the_whole_way(family: str, form: str, tmp_path: Path) -> None:
     """Smaller, in integers: parity of every layer behind a cache, and of the tokens that both find most likely."""

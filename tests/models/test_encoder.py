@@ -336,6 +336,7 @@ def test_an_artifact_is_a_directory_that_optimum_loads(folder: Path, tmp_path: P
         Artifact.load(artifact.folder)
 
 
+@pytest.mark.full  # a classifier goes the same way in every run
 def test_an_embedding_artifact_serves_feature_extraction(base: Path, tmp_path: Path, optimum: Any) -> None:
     _, artifact = compiled(base, "embedding", tmp_path / "out")
     shapes = {o["name"]: o["shape"] for o in artifact.manifest["outputs"]}
