@@ -39,14 +39,14 @@ def test_training_on_the_grid_halves_what_weights_of_four_bits_cost() -> None:
     assert left["4 bits"] <= 0.5 and left["8 bits"] < 1
 
 
-def test_sixty_steps_on_the_grid_win_back_most_of_what_four_bits_cost_a_larger_model() -> None:
-    """Nearly all of the nats; of the tokens that are decided otherwise somewhat less than half."""
+def test_steps_on_the_grid_win_back_most_of_what_four_bits_cost_a_larger_model() -> None:
+    """Nine tenths of the nats, and more than half of the tokens that are decided otherwise."""
     document = read_json(RESULTS / "smollm2_grid.json")
     row, nats = document["4 bits"], document["float"]["nats_per_token"]
     before, after = (1 - row[when]["agreement"] for when in ("before", "after"))
-    assert row["disagreement_left"] == pytest.approx(after / before, abs=1e-3) and after / before < 0.55
+    assert row["disagreement_left"] == pytest.approx(after / before, abs=1e-3) and after / before <= 0.5
     lost, left = (row[when]["nats_per_token"] - nats for when in ("before", "after"))
-    assert left < 0.05 * lost
+    assert left < 0.1 * lost
 
 
 @pytest.mark.slow
