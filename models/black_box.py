@@ -12,7 +12,7 @@ compress(decoder("small_model"), task, recipe, out="student")
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def black_box_task(
     Raises:
         InputError: prompts or answers are missing, empty or no texts; or the function answered too little.
     """
+    if not (callable(teacher) or isinstance(teacher, str | Path | Mapping | list | tuple) or hasattr(teacher, "keys")):
+        raise InputError(
+            "black box: the teacher is a function from text to text, or a .jsonl file or table with its answers, and "
+            f"not {type(teacher).__name__} ({teacher!r:.40})"
+        )
+    columns: dict[str, Any] = {"text": None, "prompt": prompt, "completion": completion}
+    language_task(data, train=None, **columns, **task)  # all else is checked before anything is asked
     root = None if data is None else Path(data)
     prompts = column(read_table(train, root), prompt, str(train) if isinstance(train, str | Path) else "the table")
     if callable(teacher):
@@ -72,7 +79,7 @@ def black_box_task(
         notes = [f"a file answers {len(answers)} prompts with {count} texts; the most frequent is {top:.0%} on average"]
     rows = [(p, a) for p, texts in zip(prompts, answers, strict=True) for a in texts]
     table = {prompt: [p for p, _ in rows], completion: [a for _, a in rows]}
-    made = language_task(data, train=table, text=None, prompt=prompt, completion=completion, **task)
+    made = language_task(data, train=table, **columns, **task)
     return made.with_evaluation(made.evaluation, "; ".join(notes))
 
 

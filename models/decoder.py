@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqk.errors import InputError, first_line
-from pqk.models.hub import find_directory, quietly, read_config, read_trained
+from pqk.models.hub import check_ends, find_directory, quietly, read_config, read_trained
 
 INPUTS = ("input_ids", "attention_mask")
 FREE = {name: {0: "batch", 1: "sequence"} for name in INPUTS}
@@ -24,6 +24,8 @@ ATTENTION = "pqk"
 """the name under which `transformers` knows `grouped_attention`"""
 SAMPLE, SAME = 12, 1e-3
 """tokens that a model is compared on with `transformers`' own attention, and by how much it may differ"""
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+"""what configurations call the number of tokens that a model has positions for"""
 UNSEEN = -1e9
 """what is added to the scores of what a token does not see: finite, as a row that sees nothing must stay finite"""
 
@@ -112,7 +114,14 @@ def decoder_config(folder: Path) -> Any:
         raise InputError(
             f"decoder: {folder} is a {config.model_type}, which is no causal model; pqk.models.encoder takes it"
         )
+    check_ends(folder, config, "decoder")
     return config
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a causal model has positions for; None: it has no table of them, as with ALiBi or a state."""
+    sizes = (getattr(config, name, None) for name in POSITIONS)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pqk.errors import InputError
 from pqk.models.decoder import UNSEEN, check_same, grouped_attention, use_attention
-from pqk.models.hub import find_directory, quietly, read_config, read_trained
+from pqk.models.hub import check_ends, find_directory, quietly, read_config, read_trained
 
 SOURCE = ("input_ids", "attention_mask")
 SOUNDS = ("input_features",)
@@ -177,6 +177,7 @@ def encoder_decoder_config(folder: Path) -> Any:
             f"encoder_decoder: {folder} is a {config.model_type}, which has no encoder and decoder; "
             "pqk.models.decoder takes causal models, pqk.models.encoder those that classify"
         )
+    check_ends(folder, config, "encoder_decoder")
     return config
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -92,6 +93,28 @@ def read_part(kind: str, folder: Path, what: str, name: str) -> Any:
 def read_config(folder: Path, what: str) -> Any:
     """The configuration in `folder`. Raises `InputError`, beginning with `what`, where it is not readable."""
     return read_part("AutoConfig", folder, what, "config.json")
+
+
+def check_ends(folder: Path, config: Any, what: str) -> None:
+    """Raises `InputError`, beginning with `what`, where the token that ends texts is none of the model's.
+
+    Args:
+        folder: the directory, whose generation_config.json is read, too, where there is one.
+        config: its configuration.
+        what: what errors begin with.
+    """
+    said = {"config.json": getattr(config, "eos_token_id", None)}
+    if (path := folder / "generation_config.json").is_file():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # who generates from it says that it is broken
+            said[path.name] = json.loads(path.read_text()).get("eos_token_id")
+    words = getattr(config, "vocab_size", None)
+    for name, ends in said.items():
+        for token in ends if isinstance(ends, list) else [ends]:
+            if isinstance(token, int) and isinstance(words, int) and not token < words:
+                raise InputError(
+                    f"{what}: {folder / name} says eos_token_id {token}, and the model has {words} tokens, from 0: no "
+                    "text would ever end; correct it to the token that ends texts"
+                )
 
 
 def read_model(kind: Any, folder: Path, config: Any, what: str, **arguments: Any) -> tuple[Any, list[str]]:

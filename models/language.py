@@ -1,7 +1,6 @@
 """Next tokens as a task: texts, or prompts with completions, for the causal model in a Hugging Face directory.
 
 from pqk import compress
-from pqk.models.answer_match import ParsedAnswers, TokenMetric, judged_by
 from pqk.models.decoder import decoder
 from pqk.models.language import language_task
 
@@ -13,7 +12,7 @@ compress(teacher, task, out="student")
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pqk.data.checks import check_sizes
 from pqk.data.data import Batch, digest_of
 from pqk.data.structures import Outputs
-from pqk.errors import InputError
+from pqk.errors import InputError, Reason
 from pqk.models.answer_match import ParsedAnswers, TokenMetric, judged_by
-from pqk.models.decoder import FREE, INPUTS, decoder_config
+from pqk.models.decoder import FREE, INPUTS, decoder_config, positions
 from pqk.models.decoder_files import DecoderFiles, ends_of_texts
 from pqk.models.hub import find_directory, load_tokenizer
 from pqk.models.rationales import Parse
-from pqk.models.text_data import (
-    LabelledTokens,
-    Table,
-    TextSource,
-    column,
-    column_names,
-    filled_strings,
-    padded,
-    read_table,
-    strings,
-)  # fmt: skip
+from pqk.models.text_data import LabelledTokens, Table, TextSource, check_tokens, column_names, padded, read_table
+from pqk.models.text_forms import Form, Text, text_form
 from pqk.task.classes import IGNORED
 from pqk.task.decoder_form import DecoderForm
 from pqk.task.directory import ModelDirectory
@@ -75,31 +66,36 @@ class NextTokens(LabelledTokens):
         return digest_of(super().fingerprint(), (torch.cat(self.learned), torch.cat(self.parts)))
 
 
-@dataclass(frozen=True)
-class Text:
-    """The tokens of a text, of which the first `start` are read and not learned."""
-
-    tokens: list[int]
-    start: int = 1
-
-
 def next_tokens(texts: Sequence[Text], batch_size: int, pad: int, packed: int | None = None) -> NextTokens:
     """Data of texts, one a row, or as many in a row of at most `packed` tokens as fit, in their order.
 
     Raises `InputError` for a text of which nothing is learned.
     """
     for row, text in enumerate(texts, 1):
-        if len(text.tokens) <= max(text.start, 1):
-            raise InputError(
-                f"language: row {row} has {len(text.tokens)} tokens, as far as max_length goes, of which none follows "
-                "its prompt; shorten it, take the row out, or raise max_length where the model has more positions"
-            )
+        if (reason := _why_not_learned(text)) is not None:
+            raise InputError(f"language: row {row} {reason}")
     rows = [[text] for text in texts] if packed is None else _packed(texts, packed)
     made = NextTokens([[token for text in row for token in text.tokens] for row in rows], None, batch_size, pad=pad)
     made.learned = [torch.cat([_learned(text) for text in row]) for row in rows]
     counts = [torch.tensor([len(text.tokens) for text in row]) for row in rows]
     made.parts = [torch.arange(1, len(n) + 1).repeat_interleave(n) for n in counts]
     return made
+
+
+def _why_not_learned(text: Text) -> Reason | None:
+    """Why nothing of a text is learned, else None."""
+    if len(text.tokens) > max(text.start, 1):
+        return None
+    count = f"{len(text.tokens)} token" + "s" * (len(text.tokens) != 1)
+    if text.start <= 1:
+        return (
+            f"has a text of {count}, and each is learned from those before it: two are needed; give longer texts, or "
+            "take the row out"
+        )
+    return (
+        f"has {count}, as far as max_length goes, of which none follows its prompt; shorten it, take the row out, or "
+        "raise max_length where the model has more positions"
+    )
 
 
 def _learned(text: Text) -> Tensor:
@@ -155,13 +151,16 @@ def language_task(
     Args:
         data: the folder that file names are looked up in, beside the current one.
         directory: the model's; its tokenizer is used.
-        train, evaluation, validation: .jsonl or .tsv files, `datasets` datasets, or tables of columns.
+        train, evaluation, validation: .jsonl or .tsv files, `datasets` datasets, or tables of columns or rows, all of
+            one form.
         text: the column of texts, of which every token is learned; None, and where there is no such column: prompts and
             completions.
-        prompt, completion: columns; what stands in the prompt is not learned.
+        prompt, completion: columns; what stands in the prompt is not learned. Both are tokenized together, and where a
+            token stands across the end of the prompt it is learned whole, which the report counts.
         rationale: the column of worked steps, which are learned before the completion, on lines of their own.
         messages: the column of conversations in the form of chat templates; the last message is learned.
-        ends: whether the token that ends texts is learned behind each; by default, not behind plain texts.
+        ends: whether the token that ends texts is learned behind each; by default behind completions, and behind plain
+            texts where the tokenizer puts it there.
         packed: several training texts stand in a row of `max_length` tokens, and none sees another.
         batch_size: rows a step, of like length, padded to the longest.
         max_length: tokens of a text, of which longer ones lose the rest.
@@ -178,17 +177,21 @@ def language_task(
             none. The model then writes each evaluation text, which takes a pass over the text for every token.
         decoder_form: how model.onnx is written, such as `{"logits": "last"}`: see `DecoderForm`.
 
-    Raises `InputError` for files, columns and tokenizers that do not fit the model or each other, and for texts of
-    which nothing is learned.
+    Raises `InputError` for files, columns and tokenizers that do not fit the model or each other, for numbers that are
+    none of tokens, rows or texts, and for texts of which nothing is learned.
     """
+    check_sizes("language", batch_size=batch_size, context=context, **({} if limit is None else {"limit": limit}))
+    check_sizes("language", 2, max_length=max_length)
+    if critic is not None and not callable(critic):
+        raise InputError(f"language: critic must be a function of a prompt and answers, not {critic!r:.40}")
     root, form_of_file = None if data is None else Path(data), DecoderForm.of(decoder_form)
-    if (limit is not None and limit < 1) or max_length < 2:
-        raise InputError(
-            f"language: limit={limit} and max_length={max_length} must leave a text of two tokens, at least"
-        )
-    columns = column_names(read_table(evaluation, root))
+    optional = {"training": train, "retained": retained, "retained evaluation": retained_evaluation}
+    given = {"evaluation": evaluation, "validation": validation} | {k: v for k, v in optional.items() if v is not None}
+    sources = {part: _source(source, root) for part, source in given.items()}
+    columns = column_names(sources["evaluation"][1])
     if text == "text" and {prompt, completion} <= columns and text not in columns:
         text = None
+    _need_one_form(sources, {messages} if messages else {text} if text else {prompt, completion})
     folder = find_directory(directory, root, "language")
     config = decoder_config(folder)
     again = partial(
@@ -198,17 +201,16 @@ def language_task(
         critic=critic, metric=metric, answer=answer, decoder_form=decoder_form,
     )  # fmt: skip
     tokenizer = load_tokenizer(folder, config, "language", least=0.9, needs_padding=False)
-    most = min(max_length, config.max_position_embeddings)
-    form = _form(tokenizer, text, (prompt, rationale, completion), messages, ends)
-    texts = _Texts(form, root, batch_size, tokenizer.pad_token_id or 0, most, max_length)
+    most = min(max_length, positions(config) or max_length)
+    form = text_form(tokenizer, text, (prompt, rationale, completion), messages, ends)
+    texts = _Texts(form, sources, batch_size, tokenizer.pad_token_id or 0, most, max_length, config.vocab_size)
     parts = (
-        None if train is None else texts.read("training", train, limit, most if packed else None),
-        texts.read("evaluation", evaluation),
-        texts.read("validation", validation),
+        None if train is None else texts.read("training", limit, most if packed else None),
+        texts.read("evaluation"),
+        texts.read("validation"),
     )
     old, old_evaluation = (
-        None if source is None else texts.read(part, source)
-        for part, source in (("retained", retained), ("retained evaluation", retained_evaluation))
+        texts.read(part) if part in sources else None for part in ("retained", "retained evaluation")
     )
     example = _example(next(part for part in (parts[0], parts[2]) if part is not None), context + 1)
     judged, keeping = judged_by(metric, answer, tokenizer, ends_of_texts(folder, config))
@@ -228,7 +230,7 @@ def language_task(
         generates=True,
         decoder_form=form_of_file,
         directory=ModelDirectory(folder, lambda other: again(directory=other), partial(_spelled, tokenizer)),
-        extra_files=DecoderFiles(folder, config.max_position_embeddings, form_of_file),
+        extra_files=DecoderFiles(folder, positions(config) or most, form_of_file),
         preprocessing={"tokenizer": "tokenizer.json", "max_length": most, "padding": "behind, to the longest"},
         notes=texts.notes,
         retained=old,
@@ -241,10 +243,9 @@ def _criticised(
     tokenizer: Any, critic: Callable[[str, Sequence[str]], Sequence[float]], prompt: Tensor, answers: Sequence[Tensor]
 ) -> Sequence[float]:
     """What a function of texts says of answers to a prompt, in tokens."""
-    asked, *said = tokenizer.batch_decode(
-        [t.tolist() for t in (prompt, *answers)], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return critic(asked, said)
+    rows = [prompt.tolist(), *([*prompt.tolist(), *answer.tolist()] for answer in answers)]
+    asked, *wholes = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return critic(asked, [whole[len(asked) :] for whole in wholes])  # alone, an answer may lose the space before it
 
 
 def _spelled(tokenizer: Any, data: Any) -> tuple[int, int]:
@@ -265,85 +266,54 @@ def _example(data: NextTokens, length: int) -> tuple[Tensor, Tensor]:
 
 # ---- texts of tables
 
-Form = Callable[[Table, str, int | None], list[Text]]
-"""(columns, what they are called in errors, how many rows) -> texts"""
+_Source = tuple[str, Table]
+"""what data is called in errors, and its columns"""
+
+
+def _source(given: TextSource, root: Path | None) -> _Source:
+    return str(given) if isinstance(given, str | Path) else "the table", read_table(given, root)
 
 
 @dataclass
 class _Texts:
-    """Reads tables of texts, and notes what it cuts off them."""
+    """Reads tables of texts, and notes what it does to them."""
 
     form: Form
-    root: Path | None
+    sources: dict[str, _Source]
     batch_size: int
     pad: int
     most: int
     """tokens of a text"""
     asked: int
     """`max_length`, which may be more than the model's positions"""
+    words: int
+    """tokens that the model knows"""
     notes: list[str] = field(default_factory=list)
 
-    def read(self, part: str, source: TextSource, rows: int | None = None, at_once: int | None = None) -> NextTokens:
-        """The first `rows` texts of a file or table, several in a row of `at_once` tokens where that is given."""
-        what = str(source) if isinstance(source, str | Path) else "the table"
-        whole = self.form(read_table(source, self.root), what, rows)
+    def read(self, part: str, rows: int | None = None, at_once: int | None = None) -> NextTokens:
+        """The first `rows` texts of a part, several in a row of `at_once` tokens where that is given."""
+        what, table = self.sources[part]
+        whole = self.form(table, what, rows)
+        check_tokens([text.tokens for text in whole], self.words, "language", what)
         if long := sum(len(text.tokens) > self.most for text in whole):
             limit = "max_length" if self.most == self.asked else f"the model's positions; max_length={self.asked}"
             self.notes.append(f"{long} of {len(whole)} {part} texts end after {self.most} tokens ({limit})")
-        return next_tokens([Text(t.tokens[: self.most], t.start) for t in whole], self.batch_size, self.pad, at_once)
-
-
-def _form(
-    tokenizer: Any,
-    text: str | None,
-    answered: tuple[str, str | None, str],
-    messages: str | None,
-    ends: bool | None,
-) -> Form:
-    """How texts are read. Raises `InputError` for a tokenizer without the template or the token that is needed."""
-    if messages is not None:
-        return partial(_conversations, tokenizer, messages)
-    end = [tokenizer.eos_token_id] if (text is None if ends is None else ends) else []
-    if None in end:
-        raise InputError("language: the tokenizer has no token that ends texts; say ends=False")
-    if text is not None:
-        return partial(_plain, tokenizer, text, end)
-    return partial(_completions, tokenizer, answered, end)
-
-
-def _plain(tokenizer: Any, name: str, end: list[int], table: Table, what: str, rows: int | None) -> list[Text]:
-    found = tokenizer(strings(table, name, what)[:rows], verbose=False)["input_ids"]
-    return [Text([*tokens, *end]) for tokens in found]
-
-
-def _completions(
-    tokenizer: Any, names: tuple[str, str | None, str], end: list[int], table: Table, what: str, rows: int | None
-) -> list[Text]:
-    prompt, rationale, completion = names
-    asked, answered = strings(table, prompt, what)[:rows], filled_strings(table, completion, what, rows)
-    steps = None if rationale is None else strings(table, rationale, what)[:rows]
-    if steps is not None:
-        answered = [f"{step}\n{answer}" for step, answer in zip(steps, answered, strict=True)]
-    prompts = tokenizer(asked, verbose=False)["input_ids"]
-    answers = tokenizer(answered, add_special_tokens=False, verbose=False)["input_ids"]
-    return [Text([*p, *a, *end], len(p)) for p, a in zip(prompts, answers, strict=True)]
-
-
-def _conversations(tokenizer: Any, name: str, table: Table, what: str, rows: int | None) -> list[Text]:
-    """What stands before the last message of each, with the template's begin of an answer, is not learned."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("language: the tokenizer has no chat template; give prompts and completions")
-    found = []
-    for row, said in enumerate(column(table, name, what)[:rows], 1):
-        fits = isinstance(said, list | tuple) and all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in said)
-        if not fits or len(said) < 2 or said[-1]["role"] != "assistant":
-            raise InputError(
-                f"language: row {row} of {what} must have in {name} at least two messages with role and content, the "
-                "last of which is the assistant's"
+        if merged := sum(text.merged for text in whole):
+            self.notes.append(
+                f"in {merged} of {len(whole)} {part} texts a token stands across the end of the prompt, and is learned "
+                "whole; a prompt that does not end with a space has its own tokens"
             )
-        whole = tokenizer.apply_chat_template(said)
-        before = tokenizer.apply_chat_template(said[:-1], add_generation_prompt=True)
-        if whole[: len(before)] != before:
-            raise InputError("language: the chat template changes what was said before when an answer follows")
-        found.append(Text(whole, len(before)))
-    return found
+        cut = [replace(text, tokens=text.tokens[: self.most]) for text in whole]
+        return next_tokens(cut, self.batch_size, self.pad, at_once)
+
+
+def _need_one_form(sources: dict[str, _Source], needed: set[str]) -> None:
+    """Raises `InputError` where data for another purpose than evaluation has none of its columns."""
+    if not needed <= column_names(sources["evaluation"][1]):
+        return  # what is missing there is said where it is read
+    for part, (what, table) in sources.items():
+        if not needed & (names := column_names(table)):
+            raise InputError(
+                f"language: the {part} data ({what}) has the columns {', '.join(sorted(names))}, and the evaluation "
+                f"data {', '.join(sorted(needed))}: all need one form, texts, prompts with completions, or messages"
+            )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pqk.core.onnxruntime_session import TARGET
+from pqk.data.checks import check_sizes
 from pqk.data.data import Batch, Data, digest_of
 from pqk.data.sequences import padded
 from pqk.data.structures import Inputs
@@ -31,7 +32,16 @@ from pqk.models.encoder_decoder_files import EncoderDecoderFiles
 from pqk.models.hub import find_directory, load_tokenizer
 from pqk.models.language import choice
 from pqk.models.rationales import Parse
-from pqk.models.text_data import LabelledTokens, Table, TextSource, column_names, filled_strings, read_table, strings
+from pqk.models.text_data import (
+    LabelledTokens,
+    Table,
+    TextSource,
+    check_tokens,
+    column_names,
+    filled_strings,
+    read_table,
+    strings,
+)
 from pqk.task.classes import IGNORED
 from pqk.task.kept_tokens import kept
 from pqk.task.metrics import Metric
@@ -116,8 +126,9 @@ class SequenceEnds:
         for name, token in (("decoder_start_token_id", begin), ("eos_token_id", end)):
             if token is None:
                 raise InputError(f"seq2seq: {folder} says no {name}, by which targets begin or end")
-        if max_length < 2:
-            raise InputError(f"seq2seq: max_length={max_length} must leave a target of two tokens, at least")
+            if token >= (words := target_words(config)):
+                raise InputError(f"seq2seq: {folder} says {name} {token}, and targets have {words} tokens, from 0")
+        check_sizes("seq2seq", 2, max_length=max_length)
         positions = [getattr(config, n, None) for n in ("max_position_embeddings", "max_target_positions")]
         pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(begin, end, pad, min([max_length, *filter(None, positions)]))
@@ -131,6 +142,11 @@ class SequenceEnds:
         """A tokenizer's tokens of a target as the decoder is to predict them: its begin is read alone, its end too."""
         own = list(tokens[1:] if tokens and tokens[0] == self.begin != self.end else tokens)
         return (own if own and own[-1] == self.end else [*own, self.end])[: self.longest]
+
+
+def target_words(config: Any) -> int:
+    """How many tokens of targets a model knows."""
+    return int(getattr(config, "decoder_vocab_size", None) or config.vocab_size)
 
 
 def seq2seq_task(
@@ -155,7 +171,7 @@ def seq2seq_task(
     Args:
         data: the folder that file names are looked up in, beside the current one.
         directory: the model's; its tokenizer is used.
-        train, evaluation, validation: .jsonl or .tsv files, `datasets` datasets, or tables of columns.
+        train, evaluation, validation: .jsonl or .tsv files, `datasets` datasets, or tables of columns or rows.
         source, target: columns: what is read, and what is generated; where there are none of these names, "prompt" and
             "completion".
         prefix: put before every source, such as "translate English to German: ".
@@ -169,8 +185,7 @@ def seq2seq_task(
     and for a model that reads sounds, which `pqk.models.transcription` has a task for.
     """
     root = None if data is None else Path(data)
-    if limit is not None and limit < 1:
-        raise InputError(f"seq2seq: limit={limit} must leave one pair, at least")
+    check_sizes("seq2seq", batch_size=batch_size, context=context, **({} if limit is None else {"limit": limit}))
     folder = find_directory(directory, root, "seq2seq")
     config = encoder_decoder_config(folder)
     if reads_sounds(config):
@@ -181,7 +196,7 @@ def seq2seq_task(
     tokenizer = load_tokenizer(folder, config, "seq2seq", least=0.9, needs_padding=False)
     ends = SequenceEnds.of(folder, config, tokenizer, max_length)
 
-    pairs = _Pairs(tokenizer, root, (source, target), prefix, batch_size, ends)
+    pairs = _Pairs(tokenizer, root, (source, target), prefix, batch_size, ends, config)
     parts = (
         None if train is None else pairs.read("training", train, limit),
         pairs.read("evaluation", evaluation),
@@ -205,6 +220,8 @@ class _Pairs:
     prefix: str
     batch_size: int
     ends: SequenceEnds
+    config: Any
+    """the model's configuration"""
     notes: list[str] = field(default_factory=list)
 
     def read(self, part: str, given: TextSource, rows: int | None = None) -> SequencePairs:
@@ -217,6 +234,8 @@ class _Pairs:
         whole = self.tokenizer(prompts, verbose=False)["input_ids"]
         sources = self.tokenizer(prompts, truncation=True, max_length=ends.longest, verbose=False)["input_ids"]
         targets = self.tokenizer(text_target=wanted, verbose=False)["input_ids"]
+        check_tokens(whole, self.config.vocab_size, "seq2seq", what)
+        check_tokens(targets, target_words(self.config), "seq2seq", what)
         self.notes += [*ends.cut(whole, f"{part} sources"), *ends.cut(targets, f"{part} targets")]
         return sequence_pairs(sources, [*map(ends.target, targets)], self.batch_size, ends.pad, ends.begin)
 
@@ -272,11 +291,12 @@ def pair_columns(table: Table, source: str, target: str) -> tuple[str, str]:
 
 
 def _example(data: SequencePairs, length: int) -> Inputs:
-    """Two sources of the usual length, and `length` tokens of two targets, repeated where they have less."""
+    """Two sources of the usual length, at least 2, and `length` tokens of two targets; shorter ones are repeated."""
     usual = int(data.lengths.median())
     rows = (data.lengths >= usual).nonzero().flatten()[:2].tolist()
     rows = rows if len(rows) == 2 else rows * 2
-    ids = torch.stack([data.tokens[row][:usual] for row in rows])
+    usual = max(usual, 2)  # a tracer takes a size of 1 for one that never changes; so single tokens stand twice
+    ids = torch.stack([data.tokens[row].repeat(2)[:usual] for row in rows])
     return ids, torch.ones_like(ids), *target_example([data.wanted[row] for row in rows], data.begin, length)
 
 

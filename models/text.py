@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pqk.data.checks import check_sizes
 from pqk.data.structures import Outputs, first_tensor, widened
 from pqk.errors import InputError, nearest
 from pqk.models.encoder import (
@@ -32,7 +33,17 @@ from pqk.models.encoder import (
     positions,
 )
 from pqk.models.hub import find_directory, load_tokenizer
-from pqk.models.text_data import Altered, TextData, TextSource, Tokens, column, padded, read_table
+from pqk.models.text_data import (
+    Altered,
+    TextData,
+    TextSource,
+    Tokens,
+    check_tokens,
+    column,
+    is_rows,
+    padded,
+    read_table,
+)
 from pqk.task.metrics import Metric, argmax, cross_entropy
 from pqk.task.task import Task
 
@@ -118,7 +129,8 @@ def text_task(
     Args:
         data: the folder that file names are looked up in, beside the current one.
         directory: the model's; its tokenizer is used and shipped. `package:NAME/FOLDER` is a folder of a package.
-        train, evaluation, validation: .tsv or .jsonl files, tables of columns, or several of them, equally drawn from.
+        train, evaluation, validation: .tsv or .jsonl files, tables of columns or rows, or several of them, equally
+            drawn from.
         task: "classification", "regression", or "embedding", which needs no labels: its metric is the rank correlation
             with the model's own similarities, which are computed here for validation and evaluation.
         text, label: names of columns. Labels are numbers, or the names that the model's configuration lists.
@@ -135,8 +147,12 @@ def text_task(
     """
     if task not in KINDS:
         raise InputError(f'text: unknown task "{task}"{nearest(task, KINDS)}')
-    if views < 1:
-        raise InputError(f"text: views={views} must be at least 1")
+    check_sizes("text", batch_size=batch_size, views=views)
+    check_sizes("text", 3, max_length=max_length)
+    limits = {"limit": limit, "evaluation_limit": evaluation_limit, "example_length": example_length}
+    check_sizes("text", **{name: value for name, value in limits.items() if value is not None})
+    for length in timed_lengths:
+        check_sizes("text", 2, timed_lengths=length)
     root = None if data is None else Path(data)
     folder = find_directory(directory, root)
     model, config = load(folder, task)
@@ -187,7 +203,9 @@ class TextReader:
         label = None if self.task == "embedding" else self.label
         texts, labels = rows_of(source, self.root, self.text, label, limit)
         targets = None if label is None else targets_of(self.task, self.config)(labels, what)
-        return TextData(self.tokens(texts, what), targets, self.batch_size, pad=self.config.pad_token_id or 0)
+        tokens = self.tokens(texts, what)
+        check_tokens(tokens, self.config.vocab_size, "text", what)
+        return TextData(tokens, targets, self.batch_size, pad=self.config.pad_token_id or 0)
 
 
 class _Parts(NamedTuple):
@@ -238,7 +256,7 @@ def rows_of(
     source: Any, root: Path | None, text: str, label: str | None, most: int | None
 ) -> tuple[list[Any], list[Any]]:
     """Texts and labels of a source, or of several, which give equal parts of the `most` rows that are drawn."""
-    several = isinstance(source, list | tuple)
+    several = isinstance(source, list | tuple) and not is_rows(source)
     texts: list[Any] = []
     labels: list[Any] = []
     for one in source if several else [source]:

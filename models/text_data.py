@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from pqk.data.checks import check_sizes, why_not_text
 from pqk.data.data import Batch, Data, digest_of
 from pqk.data.folders import data_folders
 from pqk.data.sequences import padded
@@ -19,7 +20,9 @@ from pqk.models.hub import quietly
 
 Table = Mapping[str, Sequence[Any]]
 """columns by name: a dict of lists, or a `datasets` dataset"""
-TextSource = str | Path | Table
+TextRows = Sequence[Mapping[str, Any]]
+"""rows, each with a value by the name of its column"""
+TextSource = str | Path | Table | TextRows
 POOL = 50
 """batches whose samples are sorted by length together: enough to waste little padding, few enough to stay random"""
 
@@ -28,24 +31,61 @@ POOL = 50
 
 
 def read_table(source: TextSource, data: Path | None = None) -> Table:
-    """The columns of a .tsv or .jsonl file (UTF-8), or `source` itself where it has columns.
+    """The columns of a .tsv or .jsonl file (UTF-8), of a list of rows, or `source` itself where it has columns.
 
-    A TSV file has one line of names and no quoting. Raises `InputError` with the line of whatever is wrong.
+    A TSV file has one line of names and no quoting. Raises `InputError` for what is none of these, with the line or row
+    of whatever is wrong.
     """
     if not isinstance(source, str | Path):
-        return source
+        return _of_rows(source, "the table") if isinstance(source, list | tuple) else _checked(source)
     path = next((p for folder in (Path(), *data_folders(data)) if (p := folder / source).is_file()), None)
     if path is None:
         raise InputError(f"text: no file {source}; point --data or PQK_DATA at the folder that has it")
     lines = list(_lines(path))
-    rows = _jsonl(path, lines) if path.suffix == ".jsonl" else _tsv(path, lines)
+    return _of_rows(_jsonl(path, lines) if path.suffix == ".jsonl" else _tsv(path, lines), str(path))
+
+
+def is_rows(source: Any) -> bool:
+    """Whether a list is the rows of one table, and not several tables, whose columns are lists."""
+    return isinstance(source, list | tuple) and all(
+        isinstance(row, Mapping) and all(isinstance(value, str | float | int) for value in row.values())
+        for row in source
+    )
+
+
+def _of_rows(rows: Sequence[Any], what: str) -> Table:
+    """The columns of rows that have the same fields."""
     if not rows:
-        raise InputError(f"text: {path} has no rows")
-    names = rows[0].keys()
+        raise InputError(f"text: {what} has no rows")
     for number, row in enumerate(rows, 1):
-        if row.keys() != names:
-            raise InputError(f"text: row {number} of {path} has the fields {sorted(row)}, the first {sorted(names)}")
-    return {name: [row[name] for row in rows] for name in names}
+        if not isinstance(row, Mapping):
+            raise InputError(f"text: row {number} of {what} is no dict with a value for each column, but {_kind(row)}")
+        if row.keys() != rows[0].keys():
+            raise InputError(f"text: row {number} of {what} has the fields {sorted(row)}, the first {sorted(rows[0])}")
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _checked(table: Any) -> Table:
+    """A table whose columns have one length."""
+    if hasattr(table, "column_names") or (hasattr(table, "keys") and not isinstance(table, Mapping)):
+        return cast("Table", table)  # of a library, which sees to that
+    if not isinstance(table, Mapping):
+        raise InputError(
+            f"text: a table is a .jsonl or .tsv file, a dict of columns, a `datasets` dataset or a list of rows, and "
+            f"not {_kind(table)}"
+        )
+    for name, values in table.items():
+        if isinstance(values, str) or not hasattr(values, "__len__"):
+            raise InputError(f"text: the column {name} of the table is no list, but {_kind(values)}")
+    lengths = {name: len(values) for name, values in table.items()}
+    if len({*lengths.values()}) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise InputError(f"text: the columns of the table have different lengths: {said}; each row has a value in each")
+    return table
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} ({value!r:.40})"
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -104,8 +144,8 @@ def strings(table: Table, name: str, what: str) -> list[str]:
     """A column of texts. Raises `InputError` for another value, naming its row."""
     values = column(table, name, what)
     for row, value in enumerate(values, 1):
-        if not isinstance(value, str):
-            raise InputError(f"text: row {row} of {what} has in {name} no text but {type(value).__name__}")
+        if (reason := why_not_text(value)) is not None:
+            raise InputError(f"text: row {row} of {what} has in {name} {reason}")
     return values
 
 
@@ -175,12 +215,12 @@ class TextData(Data):
     ) -> None:
         if targets is not None and len(targets) != len(tokens):
             raise InputError(f"data: {len(tokens)} texts and {len(targets)} targets")
-        if batch_size < 1:
-            raise InputError(f"data: batch_size={batch_size} must be at least 1")
+        check_sizes("data", batch_size=batch_size)
         self.tokens, self.pad, self.batch_size = [torch.tensor(t, dtype=torch.int64) for t in tokens], pad, batch_size
         self.lengths = torch.tensor([len(t) for t in tokens], dtype=torch.int64)
         if len(tokens) and not int(self.lengths.min()):
-            raise InputError(f"data: text {int(self.lengths.argmin())} has no tokens, and its tokenizer adds none")
+            empty = int(self.lengths.argmin()) + 1
+            raise InputError(f"data: row {empty} has a text without tokens, and its tokenizer adds none; take it out")
         self.ids = torch.arange(len(tokens)) if ids is None else ids
         if not len(self.ids):
             raise InputError("data: no samples")
@@ -256,6 +296,16 @@ class LabelledTokens(TextData):
         return True
 
 
+def check_tokens(texts: Sequence[Sequence[int]], words: int, who: str, what: str) -> None:
+    """Raises `InputError`, beginning with `who`, for a text of `what` with a token that a model of `words` has not."""
+    for row, tokens in enumerate(texts, 1):
+        if len(tokens) and max(tokens) >= words:
+            raise InputError(
+                f"{who}: row {row} of {what} has token {max(tokens)} and the model {words} tokens, from 0; its "
+                "tokenizer has more: copy the one that belongs to the model, or take the text out"
+            )
+
+
 @dataclass
 class Tokens:
     """Tokenizes texts for one model, and notes what it did to them."""
@@ -267,9 +317,9 @@ class Tokens:
 
     def __call__(self, texts: Sequence[Any], what: str) -> list[list[int]]:
         """Token ids, special tokens included. Raises `InputError` naming the first row that is no text."""
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"text: row {row + 1} of {what} is a {type(text).__name__}, not a text")
+        for row, text in enumerate(texts, 1):
+            if (reason := why_not_text(text)) is not None:
+                raise InputError(f"text: row {row} of {what} is {reason}")
         with quietly():
             whole = self.tokenizer(list(texts), truncation=False)["input_ids"]
             long = [i for i, ids in enumerate(whole) if len(ids) > self.most]

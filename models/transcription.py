@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from pqk.core.onnxruntime_session import TARGET
+from pqk.data.checks import check_sizes
 from pqk.data.data import ArrayData
 from pqk.data.structures import Inputs
 from pqk.errors import InputError
 from pqk.models.encoder_decoder import SOUNDS, encoder_decoder_config, reads_sounds
 from pqk.models.hub import find_directory, load_tokenizer, read_part
-from pqk.models.seq2seq import SequenceEnds, target_example, task_of, teacher_forced, tensors_of
-from pqk.models.text_data import Table, column, filled_strings
+from pqk.models.seq2seq import SequenceEnds, target_example, target_words, task_of, teacher_forced, tensors_of
+from pqk.models.text_data import Table, TextRows, check_tokens, column, filled_strings, read_table
 from pqk.task.task import Task
 
 
@@ -28,9 +29,9 @@ def transcription_task(
     data: str | Path | None = None,
     *,
     directory: str | Path,
-    train: Table | None,
-    evaluation: Table,
-    validation: Table,
+    train: Table | TextRows | None,
+    evaluation: Table | TextRows,
+    validation: Table | TextRows,
     audio: str = "audio",
     text: str = "text",
     batch_size: int = 8,
@@ -42,7 +43,7 @@ def transcription_task(
     Args:
         data: the folder that `directory` is looked up in, beside the current one.
         directory: the model's; its tokenizer and its preprocessor_config.json are used.
-        train, evaluation, validation: `datasets` datasets or tables of columns.
+        train, evaluation, validation: `datasets` datasets or tables of columns or rows.
         audio: the column of sounds: each float [N] at the sampling rate of preprocessor_config.json.
         text: the column of what is said.
         batch_size: sounds a step.
@@ -52,6 +53,7 @@ def transcription_task(
     All features are held in memory. Raises `InputError` for a directory whose model reads no sounds, for columns that
     do not fit it or each other, and for empty texts and sounds.
     """
+    check_sizes("transcription", batch_size=batch_size, context=context)
     folder = find_directory(directory, None if data is None else Path(data), "transcription")
     config = encoder_decoder_config(folder)
     if not reads_sounds(config):
@@ -64,11 +66,13 @@ def transcription_task(
 
     notes: list[str] = []
 
-    def read(part: str, table: Table | None) -> ArrayData | None:
-        if table is None:
+    def read(part: str, given: Table | TextRows | None) -> ArrayData | None:
+        if given is None:
             return None
+        table = read_table(given)
         features = _features(extractor, column(table, audio, "the table"))
         wanted = tokenizer(text_target=filled_strings(table, text, "the table"), verbose=False)["input_ids"]
+        check_tokens(wanted, target_words(config), "transcription", f"the {part} data")
         notes.extend(ends.cut(wanted, f"{part} texts"))
         ids, mask, targets = teacher_forced(tensors_of([*map(ends.target, wanted)]), ends.begin, ends.pad)
         return ArrayData((features, ids, mask), targets, batch_size)

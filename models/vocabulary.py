@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from pqk.errors import InputError
 from pqk.models.hub import find_directory, quietly
-from pqk.models.text_data import column, read_table
+from pqk.models.text_data import read_table, strings
 from pqk.models.tokens import TokenizerDocument, renumbered_settings
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        texts = [t for name in options.texts for t in column(read_table(name, options.data), options.text, name)]
+        texts = [t for name in options.texts for t in strings(read_table(name, options.data), options.text, name)]
         asked = {"size": options.size, "share": options.share, "min_count": options.min_count}
         given = {name: value for name, value in asked.items() if value is not None}
         trim_vocabulary(options.directory, options.out, texts, options.data, TokenChoice(**given) if given else ALL)

@@ -35,6 +35,6 @@ def nearest(word: object, known: Iterable[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else f" (known: {', '.join(known)})"
 
 
-def first_line(error: Exception, limit: int = 200) -> str:
+def first_line(error: BaseException, limit: int = 200) -> str:
     """An unexpected error in one line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:limit]}"

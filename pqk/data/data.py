@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset, random_split
 
+from pqk.data.checks import check_sizes
 from pqk.data.structures import Inputs, leaves, map_tensors
 from pqk.errors import InputError
 from pqk.settings import in_words
@@ -177,8 +178,7 @@ class ArrayData(Data):
         lengths = [len(t) for t in (*self.inputs, *([] if targets is None else [targets]))]
         if len(set(lengths)) != 1:
             raise InputError(f"data: inputs and targets have different lengths: {lengths}")
-        if batch_size < 1 or (views is not None and views < 1):
-            raise InputError(f"data: batch_size={batch_size} and views={views} must be at least 1")
+        check_sizes("data", batch_size=batch_size, **({} if views is None else {"views": views}))
         for i, t in enumerate(self.inputs):
             _refuse_nan(t, f"input {i}")
         if targets is not None:

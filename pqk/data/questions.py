@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from pqk.data.answer_file import AnswerFile
+from pqk.data.checks import why_not_text
 from pqk.errors import InputError, Reason, first_line
 from pqk.settings import settings
 
@@ -93,6 +94,8 @@ def ask(function: TextFunction, prompts: Sequence[str], kept: AnswerFile, how: A
     for row, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"black box: prompt {row} is {prompt!r:.60}, and must be a text that is not empty")
+        if (reason := why_not_text(prompt)) is not None:
+            raise InputError(f"black box: prompt {row} has {reason}")
     queries, failures, silent = 0, list[Reason](), 0
     for prompt, draw in [(p, draw) for draw in range(how.samples) for p in dict.fromkeys(prompts)]:
         if kept.get(prompt, draw) is not None:
@@ -110,10 +113,17 @@ def ask(function: TextFunction, prompts: Sequence[str], kept: AnswerFile, how: A
     if empty > how.missing * len(prompts) or empty == len(prompts):
         why = failures[-1] if failures else "nothing was asked"
         raise InputError(
-            f"black box: {empty} of {len(prompts)} prompts have no answer, the last because {why}; what was answered "
-            f"is kept in {kept.path or 'memory'}, so another run asks for the rest only; or let `missing` allow it"
+            f"black box: {empty} of {len(prompts)} prompts have no answer, the last because {why}; {_rest(kept)}; or "
+            "let `missing` allow it"
         )
     return asked
+
+
+def _rest(kept: AnswerFile) -> str:
+    """What another run would have to ask."""
+    if kept.path is None:
+        return "another run asks for everything again, unless answers are kept: give a `cache` and an `identity`"
+    return f"what was answered is kept in {kept.path}, so another run asks for the rest only"
 
 
 def _answers(kept: AnswerFile, prompt: str, samples: int) -> list[str]:
@@ -128,16 +138,25 @@ def _answer(function: TextFunction, prompt: str, how: Asking) -> tuple[str | Non
         if attempt:
             time.sleep(how.pause_seconds * 2 ** (attempt - 1))
         value = _called(function, prompt, how.timeout_seconds)
-        if isinstance(value, str) and value.strip():
+        reason = _why_not_answered(value, how)
+        if reason is None:
             return value, reasons
-        if isinstance(value, TimeoutError):
-            reasons.append(f"it did not answer within {how.timeout_seconds:g} seconds")
-        elif isinstance(value, Exception):
-            reasons.append(f"it raised {first_line(value)}")
-        else:
-            said = "an empty text" if isinstance(value, str) else f"a {type(value).__name__} and no text"
-            reasons.append(f"it returned {said}")
+        reasons.append(reason)
     return None, reasons
+
+
+def _why_not_answered(value: Any, how: Asking) -> Reason | None:
+    """Why what a call returned or raised is no answer, else None."""
+    if isinstance(value, TimeoutError):
+        return f"it did not answer within {how.timeout_seconds:g} seconds"
+    if isinstance(value, BaseException):
+        return f"it raised {first_line(value)}"
+    if not isinstance(value, str):
+        return f"it returned a {type(value).__name__} and no text"
+    if not value.strip():
+        return "it returned an empty text"
+    reason = why_not_text(value)
+    return None if reason is None else f"it returned {reason}"
 
 
 def _called(function: TextFunction, prompt: str, seconds: float) -> Any:
@@ -147,7 +166,7 @@ def _called(function: TextFunction, prompt: str, seconds: float) -> Any:
     def call() -> None:
         try:
             found.append(function(prompt))
-        except Exception as error:  # whatever a service raises
+        except BaseException as error:  # whatever a service raises, an exit included: it ends this thread alone
             found.append(RuntimeError(first_line(error)) if isinstance(error, TimeoutError) else error)
 
     worker = threading.Thread(target=call, daemon=True)  # a call that stalls for ever does not keep the process alive
@@ -175,6 +194,8 @@ def answers_of_table(table: Mapping[str, Sequence[Any]], prompt: str, completion
                 raise InputError(
                     f"black box: row {row} of the answers has an empty completion ({text!r:.40}); take it out"
                 )
+            if (reason := why_not_text(text)) is not None:
+                raise InputError(f"black box: row {row} of the answers has {reason}")
         found.setdefault(asked, []).extend(texts)
     return found
 

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, session
 from pqk.core.steps import Steps
+from pqk.data.tokenizing import open_tokens
 from pqk.deploy.artifact import Artifact, deployed_file
 from pqk.errors import InputError
 from pqk.generation.greedy import Limits
@@ -95,6 +96,7 @@ class Continuation:
     def tokens_of(self, prompt: str, chat: bool = False) -> list[int]:
         """The tokens of a prompt; `chat`: of a user's message in the tokenizer's template, ready for the answer.
 
+        A text that is gone on with has none of the special tokens that the tokenizer puts behind texts; a source has.
         Raises `InputError` for a prompt without tokens, and for a tokenizer without a template.
         """
         with quietly():
@@ -103,8 +105,10 @@ class Continuation:
             if chat:
                 message = [{"role": "user", "content": prompt}]
                 found = self.tokenizer.apply_chat_template(message, add_generation_prompt=True)
-            else:
+            elif self.seq2seq:
                 found = self.tokenizer(prompt, verbose=False)["input_ids"]
+            else:
+                (found,) = open_tokens(self.tokenizer, [prompt])
         if not found:
             raise InputError("generate: the prompt has no tokens; give at least one word")
         return list(found)

@@ -283,7 +283,8 @@ class FromContext(Source):
             raise InputError("distill: the context's tokenizer is read from a directory, and none can be here")
         _, tokenizer = context.language_model(self.tokenizer)
         tokens = tokenizer(self.text, add_special_tokens=False)["input_ids"]
-        begins = len(tokenizer("")["input_ids"])
+        whole = tokenizer(self.text)["input_ids"]  # special tokens behind the text are no part of what begins one
+        begins = next((i for i in range(len(whole)) if whole[i : i + len(tokens)] == tokens), 0)
         return ContextTeacher(self.teacher.make(context), torch.tensor(tokens, dtype=torch.int64), begins)
 
 

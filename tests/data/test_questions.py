@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import math
 import threading
 from collections import Counter
@@ -27,7 +28,7 @@ class Box:
     def __call__(self, prompt: str) -> Any:
         self.calls[prompt] += 1
         first = self.does.pop(0) if self.does else "answer"
-        if isinstance(first, Exception):
+        if isinstance(first, BaseException):
             raise first
         if isinstance(first, threading.Event):
             first.wait()
@@ -51,18 +52,41 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
 
 def test_a_call_that_raises_stalls_or_says_nothing_is_repeated(tmp_path: Path) -> None:
     stalled = threading.Event()
-    box = Box(ValueError("no\nway"), "  ", {"text": "x"}, None, stalled)
-    how = Asking(retries=5, pause_seconds=0, timeout_seconds=0.05)
+    box = Box(ValueError("no\nway"), "  ", {"text": "x"}, None, "a\ud83d", SystemExit(3), KeyboardInterrupt(), stalled)
+    how = Asking(retries=8, pause_seconds=0, timeout_seconds=0.05)
     path = tmp_path / "a.jsonl"
     asked = ask(box, ["one"], AnswerFile(path, "box"), how)
     stalled.set()
-    assert asked.answers == [["one 6"]] and asked.queries == 6
+    assert asked.answers == [["one 9"]] and asked.queries == 9
     for said, reason in zip(
-        ["no", "an empty text", "a dict and no text", "a NoneType and no text", "within 0.05 seconds"],
+        [
+            "no", "an empty text", "a dict and no text", "a NoneType and no text", r"half a character (\ud83d at 1)",
+            "it raised SystemExit: 3", "it raised KeyboardInterrupt", "within 0.05 seconds",
+        ],
         asked.failures, strict=True,
     ):  # fmt: skip
         assert said in reason
-    assert AnswerFile(path, "box").queries == 6
+    assert AnswerFile(path, "box").queries == 9
+
+
+def test_the_users_interrupt_stops_the_run() -> None:
+    """It comes in the main thread, whatever the box is doing."""
+    stalled = threading.Event()
+
+    def interrupted(prompt: str) -> str:
+        _thread.interrupt_main()
+        stalled.wait(5)
+        return prompt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(interrupted, PROMPTS, AnswerFile(None, ""), Asking(**QUICK))
+    stalled.set()
+
+
+def test_without_a_file_another_run_asks_for_everything() -> None:
+    with pytest.raises(InputError, match="another run asks for everything again, unless .* give a `cache`") as found:
+        ask(Box("answer", *[OSError("down")] * 9), PROMPTS, AnswerFile(None, ""), Asking(retries=0, **QUICK))
+    assert "kept in" not in str(found.value)
 
 
 def test_a_box_that_is_down_is_left_alone_and_asked_for_the_rest_later(tmp_path: Path) -> None:
@@ -91,9 +115,9 @@ def test_it_goes_on_with_what_is_kept(tmp_path: Path) -> None:
         ask(Box(*[OSError("down")] * 100), PROMPTS, AnswerFile(None, ""), Asking(missing=1, retries=0, **QUICK))
 
 
-@pytest.mark.parametrize("prompt", ["", " \n", None, 3])
+@pytest.mark.parametrize("prompt", ["", " \n", None, 3, "a\ud83d"])
 def test_prompts_are_texts(prompt: Any) -> None:
-    with pytest.raises(InputError, match="prompt 2 is"):
+    with pytest.raises(InputError, match="prompt 2 (is|has half a character)"):
         ask(Box(), ["one", prompt], AnswerFile(None, ""))
 
 
@@ -103,6 +127,7 @@ def test_answers_of_a_file() -> None:
     for wrong, said in (
         ({"q": ["a", "b"], "r": ["x", " "]}, "row 2 of the answers has an empty completion"),
         ({"q": ["a"], "r": [["x", ""]]}, "row 1 of the answers has an empty completion"),
+        ({"q": ["a", "b"], "r": ["x", ["y", "a\ud83d"]]}, "row 2 of the answers has half a character"),
         ({"q": ["a"], "r": [[]]}, "row 1"), ({"q": ["a"], "r": [7]}, "row 1"), ({"q": ["a"]}, 'no column "r"'),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):

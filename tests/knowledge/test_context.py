@@ -28,6 +28,23 @@ class Letters:
         return {"input_ids": [1] * add_special_tokens + [ord(c) - ord("a") + 3 for c in text]}
 
 
+class EndedLetters(Letters):
+    """The same, with a token behind that ends the text."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": super().__call__(text, add_special_tokens)["input_ids"] + [2] * add_special_tokens}
+
+
+def test_it_reads_its_text_behind_what_begins_one_whatever_ends_it() -> None:
+    model = small_decoder(7)
+    answers = []
+    for letters in (Letters(), EndedLetters()):
+        read: Any = lambda name, tokenizer=letters: (nn.Identity(), tokenizer)  # noqa: E731
+        context = TeacherContext(model, model, (), "fp32", BATCH.inputs, language_model=read)
+        answers.append(FromContext(text="dogs", tokenizer="letters").make(context)(BATCH)[0])
+    torch.testing.assert_close(*answers)
+
+
 def test_it_answers_as_with_the_text_before_each_prompt() -> None:
     model, points = small_decoder(7), ["model.model.norm"]
     answer, features = ContextTeacher(FrozenTeacher(model, points), TOKENS)(BATCH)

@@ -94,6 +94,21 @@ def test_the_same_tokenizer_is_the_plain_teacher() -> None:
         torch.testing.assert_close(answer[features["aligned"]], model(*INPUTS)[INPUTS[1] > 0])
 
 
+def test_what_the_teachers_tokenizer_puts_behind_a_text_is_no_part_of_it() -> None:
+    """A token that ends texts stands nowhere in the text, as the one that begins it."""
+    from tokenizers import processors
+
+    model, ending = Causal(len(WORDS), 0).eval(), tokenizer(WORDS)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A s", special_tokens=[("<s>", 0), ("s", WORDS.index("s"))]
+    )
+    assert ending("dog")["input_ids"] == [*TEACHERS("dog")["input_ids"], WORDS.index("s")]
+    answer, features = RetokenizingTeacher(model, ending, STUDENTS)(BATCH)
+    expected, others = RetokenizingTeacher(model, TEACHERS, STUDENTS)(BATCH)
+    assert torch.equal(features["aligned"], others["aligned"])
+    torch.testing.assert_close(answer, expected)
+
+
 def test_sorted_probabilities_are_compared_there_alone() -> None:
     teacher = RetokenizingTeacher(Causal(len(WORDS), 0).eval(), TEACHERS, STUDENTS)
     answer, features = teacher(BATCH)

@@ -72,3 +72,43 @@ def test_a_file_answers_in_one_or_several_texts(model: Path, tmp_path: Path) -> 
     path.write_text('{"prompt": "2 + 3 =", "completion": ""}\n')
     with pytest.raises(InputError, match="row 1 of the answers has an empty completion"):
         made(model, path)
+
+
+def test_all_else_is_checked_before_anything_is_asked(model: Path) -> None:
+    """An answer may cost something."""
+    calls: list[str] = []
+
+    def counted(prompt: str) -> str:
+        calls.append(prompt)
+        return add(prompt)
+
+    for wrong, said in (
+        ({"max_length": 2.5}, "max_length=2.5 must be a whole number"),
+        ({"critic": 5}, "critic must be a function"),
+        ({"retained": {"text": ["a dog"]}}, "retained data .* has the columns text"),
+    ):
+        with pytest.raises(InputError, match=said):
+            made(model, counted, **wrong)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (
+            5,
+            r"the teacher is a function from text to text, or a .jsonl file or table with its answers, and not int \(5",
+        ),
+        ({"prompt": PROMPTS, "completion": [" 5"]}, "different lengths: prompt 3, completion 1"),
+        (lambda prompt: "a\ud83d", "it returned half a character"),
+    ],
+)
+def test_a_teacher_without_texts_is_refused(model: Path, tmp_path: Path, teacher: Any, said: str) -> None:
+    how = Asking(retries=0, pause_seconds=0)
+    with pytest.raises(InputError, match=said):
+        made(model, teacher, cache=tmp_path, identity="none", asking=how)
+
+
+def test_rows_of_answers_are_a_table(model: Path) -> None:
+    answers = [{"prompt": p, "completion": add(p)} for p in PROMPTS]
+    assert rows_of(made(model, answers)) == [f"{p}{add(p)}" for p in PROMPTS]

@@ -161,6 +161,17 @@ def test_pqk_continues_a_text(artifact: Artifact) -> None:
     assert len(drawn) == 3
 
 
+def test_a_text_is_not_continued_behind_its_end(artifact: Artifact) -> None:
+    """A tokenizer that puts the token that ends texts behind each does so behind a prompt, too."""
+    model = Continuation(artifact.folder)
+    expected = [model.tokens_of(text) for text in (PROMPT, "")]
+    model.tokenizer = tiny.byte_letters(
+        tiny.SPECIAL, "<s> $A </s>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    assert model.tokenizer(PROMPT)["input_ids"] == [*expected[0], 2]
+    assert [model.tokens_of(text) for text in (PROMPT, "")] == expected
+
+
 def test_optimum_and_transformers_continue_it_alike(artifact: Artifact) -> None:
     optimum = pytest.importorskip("optimum.onnxruntime")
     with warnings.catch_warnings():

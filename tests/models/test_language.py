@@ -136,9 +136,11 @@ def test_prompts_with_completions_are_known_by_their_columns(folder: Path) -> No
     assert tiny.letters().decode(batch.targets[batch.targets != IGNORED]) == "ran</s>"
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"max_length": 1}])
-def test_too_few_texts_or_tokens_are_refused(folder: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="must leave a text of two tokens"):
+@pytest.mark.parametrize(
+    ("wrong", "said"), [({"limit": 0}, "limit=0 .* at least 1"), ({"max_length": 1}, "max_length=1 .* at least 2")]
+)
+def test_too_few_texts_or_tokens_are_refused(folder: Path, wrong: dict[str, int], said: str) -> None:
+    with pytest.raises(InputError, match=said):
         task(folder, **wrong)
 
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -203,6 +204,30 @@ def test_the_decoder_reads_targets_behind_the_token_that_begins_them(teacher: Pa
 def test_pairs_that_nothing_is_learned_of_are_refused(teacher: Path, table: dict[str, list[str]], said: str) -> None:
     with pytest.raises(InputError, match=said):
         seq2seq_task(directory=teacher, train=None, evaluation=table, validation=table)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"), ({"context": -5}, "context=-5 must be"),
+        ({"limit": 0}, "limit=0 must be a whole number, at least 1"), ({"max_length": 1}, "max_length=1 must be"),
+        ({"train": {"source": ["a"], "target": []}}, "different lengths: source 1, target 0"),
+    ],
+)  # fmt: skip
+def test_numbers_and_tables_are_checked(teacher: Path, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        seq2seq_task(
+            directory=teacher, **{"train": None, "evaluation": tiny.pairs(2), "validation": tiny.pairs(2)} | wrong
+        )
+
+
+def test_sources_of_one_token_are_timed_as_two(teacher: Path) -> None:
+    """A tracer takes a size of 1 for one that never changes. The source here is the token that ends it."""
+    table = {"source": ["", ""], "target": ["a", "b"]}
+    task = seq2seq_task(directory=teacher, train=None, evaluation=table, validation=table, context=4)
+    end = tiny.letters().eos_token_id
+    assert task.example[0].tolist() == [[end, end], [end, end]] and task.example[1].all()
+    assert next(task.evaluation.batches()).inputs[0].shape == (2, 1)
 
 
 def test_padding_changes_no_logits(teacher: Path) -> None:

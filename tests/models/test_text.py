@@ -16,7 +16,7 @@ from pqk.data.structures import concatenate
 from pqk.data.synthesis import pseudo_labels
 from pqk.errors import InputError
 from pqk.models.encoder import encoder
-from pqk.models.text import ranks, similarities, spearman, text_task
+from pqk.models.text import ranks, rows_of, similarities, spearman, text_task
 from pqk.models.text_data import Altered, TextData, padded, read_table
 from pqk.task.task import Task
 
@@ -44,6 +44,39 @@ def test_tables_are_read_the_same_from_every_form(tmp_path: Path) -> None:
     lines = '{"label": 1, "text": "a good film"}\n\n{"text": "café", "label": 2}\n'
     (tmp_path / "c.jsonl").write_text(lines)
     assert read_table(tmp_path / "c.jsonl") == {"label": [1, 2], "text": ["a good film", "café"]}
+
+
+def test_rows_are_a_table_and_several_tables_are_drawn_from() -> None:
+    rows = [{"text": t, "label": i} for i, t in enumerate("abcd")]
+    columns = read_table(rows)
+    assert columns == {"text": [*"abcd"], "label": [*range(4)]}
+    for source in (rows, columns, [columns]):
+        assert rows_of(source, None, "text", "label", None) == ([*"abcd"], [*range(4)])
+    assert rows_of([rows, columns], None, "text", "label", None)[0] == [*"abcdabcd"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"text": ["a", "b"], "label": [1]}, "different lengths: text 2, label 1"),
+        ({"text": "ab"}, r"the column text of the table is no list, but str \('ab'\)"),
+        ([{"text": "a"}, {"label": 1}], "row 2 of the table has the fields"),
+        ([{"text": "a"}, "b"], "row 2 of the table is no dict"),
+        ([], "the table has no rows"),
+        (5, r"a table is a .jsonl or .tsv file, .* and not int \(5\)"),
+        (None, "and not NoneType"),
+    ],
+)
+def test_what_is_no_table_is_refused(table: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_table(table)
+
+
+def test_rows_and_sizes_of_data_are_counted_from_one() -> None:
+    with pytest.raises(InputError, match="row 2 has a text without tokens"):
+        TextData([[1], []], None)
+    with pytest.raises(InputError, match="batch_size=0.5 must be a whole number, at least 1"):
+        TextData([[1]], None, 0.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +137,7 @@ def test_keys_and_fingerprints_follow_the_rows() -> None:
     assert sorted(int(k) for b in part.batches(1) for k in b.keys) == [0, 2]
     other = TextData([[7, 8], [7], [7, 9, 8]], torch.tensor([0, 1, 2]), 2)
     assert len({data.fingerprint(), part.fingerprint(), other.fingerprint()}) == 3
-    with pytest.raises(InputError, match="text 1 has no tokens"):
+    with pytest.raises(InputError, match="row 2 has a text without tokens"):
         TextData([[7], []], None)
 
 
@@ -246,8 +279,14 @@ def test_a_dataset_is_a_table(folder: Path) -> None:
         ),
         (lambda: {"train": table(label=[0, 1.7] * 20)}, 'row 2 of train is "1.7", which is neither a whole number nor'),
         (lambda: {"train": table(label=[float("inf")] * 40)}, 'row 1 of train is "inf", which is neither'),
-        (lambda: {"train": table(text=[None] * 40)}, "row 1 of train is a NoneType, not a text"),
-        (lambda: {"train": table(label=[0])}, "40 texts and 1 labels"),
+        (lambda: {"train": table(text=[None] * 40)}, "row 1 of train is no text but NoneType"),
+        (lambda: {"train": table(text=["a", "b\ud83d"] * 20)}, "row 2 of train is half a character"),
+        (lambda: {"train": table(label=[0])}, "different lengths: text 40, label 1"),
+        (lambda: {"batch_size": 2.5}, "batch_size=2.5 must be a whole number, at least 1"),
+        (lambda: {"max_length": 2}, "max_length=2 must be a whole number, at least 3"),
+        (lambda: {"limit": 0}, "limit=0 must be a whole number"),
+        (lambda: {"views": 0}, "views=0 must be a whole number, at least 1"),
+        (lambda: {"timed_lengths": (64, 1)}, "timed_lengths=1 must be a whole number, at least 2"),
         (lambda: {"train": "nowhere.tsv"}, "no file nowhere.tsv"),
         (lambda: {"train": None}, "neither train nor validation"),
         (lambda: {"task": "sentiment"}, 'unknown task "sentiment"'),

@@ -87,6 +87,22 @@ def test_what_is_no_sound_is_refused(teacher: Path, audio: list[Any], said: str)
         transcription_task(directory=teacher, train=None, evaluation=table, validation=table)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
+        ({"context": 0}, "context=0 must be a whole number, at least 1"),
+        ({"max_length": 1}, "max_length=1 must be a whole number, at least 2"),
+        ({"train": {"audio": [np.zeros(9)], "text": []}}, "different lengths: audio 1, text 0"),
+    ],
+)
+def test_numbers_and_tables_are_checked(teacher: Path, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        transcription_task(
+            directory=teacher, **{"train": None, "evaluation": sounds(2), "validation": sounds(2)} | wrong
+        )
+
+
 def test_models_of_texts_and_of_sounds_have_their_own_tasks(teacher: Path, tmp_path: Path) -> None:
     table: dict[str, list[Any]] = {"source": ["a"], "target": ["b"], "audio": [np.zeros(9)], "text": ["b"]}
     with pytest.raises(InputError, match=r"a whisper, which reads sounds and no texts; pqk\.models\.transcription"):

@@ -80,8 +80,10 @@ class RetokenizingTeacher(Teacher):
         for tokens in texts:
             text, ends = places(tokens, self.students)
             encoded = self.tokenizer(text, return_offsets_mapping=True)
-            own.append(torch.tensor(encoded["input_ids"], dtype=torch.int64))
             others = [end for _, end in encoded["offset_mapping"]]
+            while len(others) > 1 and not others[-1]:
+                others.pop()  # a special token behind the text, which is read after it and ends nothing of it
+            own.append(torch.tensor(encoded["input_ids"][: len(others)], dtype=torch.int64))
             pairs.append(aligned(ends, others) if self.align == "text" else list(range(min(len(ends), len(others)))))
         if any(not len(t) for t in own):
             raise InputError("distill: the teacher's tokenizer makes no token of a text, and adds none that begins it")
