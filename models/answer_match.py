@@ -108,16 +108,14 @@ class ParsedAnswers:
     def check(self, parts: Iterable[tuple[str, Data]]) -> None:
         """Raises `InputError` for data in which a text has no answer."""
         for what, data in parts:
-            row = 0
             for batch in data.batches():
                 for targets in batch.targets:
                     text = self._text(targets[targets != IGNORED])
                     if self.parse(text) is None:
                         raise InputError(
-                            f"{what} data: no answer is parsed out of text {row + 1}, {text!r:.80}: see the argument "
+                            f"{what} data: no answer is parsed out of the text {text!r:.80}: see the argument "
                             "`answer`, or raise max_length where the end of texts is cut off"
                         )
-                    row += 1
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from pqk.knowledge.sources import SOURCES
 from pqk.passes import PASSES
 from pqk.recipe.strict import documentation
 from pqk.report.schema import LatencyRow, Report
-from pqk.report.text import NOT_COMPARED, metric_text, percent
+from pqk.report.text import NOT_COMPARED, declined_rows, metric_text, percent
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
@@ -154,10 +154,7 @@ def passes_done(report: Report) -> list[RenderableType]:
 
 def declined_table(entries: Iterable[tuple[str, str, str]]) -> RenderableType | None:
     """`(pass, layer, reason)`, the layers of one reason together; None where there are none."""
-    layers: dict[tuple[str, str], list[str]] = {}
-    for pass_name, layer, reason in entries:
-        layers.setdefault((pass_name, reason), []).append(layer)
-    rows = [[name, few(found), reason] for (name, reason), found in layers.items()]
+    rows = declined_rows(entries)
     return table("Left alone, and why", ("pass", "layers", "reason"), rows) if rows else None
 
 
@@ -177,12 +174,6 @@ def parity(report: Report) -> str:
     if report.parity.passed:
         return f"met, {percent(report.parity.agreement)} of {report.parity.samples} samples decided alike"
     return f"BROKEN: {report.parity.first_divergence}"
-
-
-def few(names: Sequence[str], most: int = 4) -> str:
-    """The first of the names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 # A rehearsal

@@ -21,6 +21,7 @@ from pqk.report.text import (
     cascade_text,
     conditions_of,
     control_rows,
+    declined_rows,
     difference_text,
     findings,
     gathered,
@@ -196,5 +197,5 @@ def _controls(diagnostics: Diagnostics) -> str:
 def declined_section(report: Report) -> str:
     if not report.declined:
         return "Nothing."
-    rows = [[d.pass_name, d.layer, d.reason] for d in report.declined]
-    return markdown_table(("pass", "layer", "reason"), rows, texts=3)
+    rows = declined_rows((d.pass_name, d.layer, d.reason) for d in report.declined)
+    return markdown_table(("pass", "layers", "reason"), rows, texts=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -230,6 +230,23 @@ def promise_text(promise: Promise, *, share: bool) -> str:
     if promise.dominated_by:
         lines.append(f"better in metric and speed is {promise.dominated_by}")
     return "\n".join(lines)
+
+
+def declined_rows(entries: Iterable[tuple[str, str, str]]) -> list[list[str]]:
+    """(pass, layer, reason) -> rows of a pass, the first layers of one reason and how many more there are, the reason.
+
+    report.json has all of them.
+    """
+    layers: dict[tuple[str, str], list[str]] = {}
+    for pass_name, layer, reason in entries:
+        layers.setdefault((pass_name, reason), []).append(layer)
+    return [[name, few(found), reason] for (name, reason), found in layers.items()]
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """The first of the names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def findings(diagnostics: Diagnostics) -> list[str]:

@@ -240,6 +240,7 @@ def test_a_cell_is_its_recipe_compiled(toy: Path, monkeypatch: pytest.MonkeyPatc
     assert cell["evaluation"] == pytest.approx(task.score(program.student, task.evaluation), abs=0.02)
 
 
+@pytest.mark.full
 def test_a_stopped_comparison_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, task, comparison = load(toy, ONE)
     whole = compare(teacher, task, comparison, toy / "whole")

@@ -201,6 +201,7 @@ def test_layers_too_sensitive_stay_in_float() -> None:
     assert sum("too sensitive" in d.reason for d in fake.declined) == 4
 
 
+@pytest.mark.full  # smaller ones are in every run
 @pytest.mark.slow
 def test_a_text_encoder_is_trained_compiled_and_rebuilt(tmp_path: Path) -> None:
     folder = text_models.directory(tmp_path / "model", hidden_size=64, intermediate_size=80, num_hidden_layers=1)

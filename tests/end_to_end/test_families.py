@@ -33,7 +33,7 @@ from pqk.verify.parity import check_layers
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("transformers")
-DEFAULT = ("bert", "vit")
+DEFAULT = ("bert",)
 """families of the default run; the others take their minutes in `make test-full`"""
 
 

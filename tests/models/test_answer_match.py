@@ -118,7 +118,7 @@ def test_a_task_is_judged_by_what_its_user_says(tmp_path: Path) -> None:
     plain = language_task(**settings, metric="agreement")
     assert 0 <= plain.metric.function(*plain.predict(model, plain.evaluation)) < 0.2
     assert "match" not in predict(model, plain.evaluation, kept=kept)[0]
-    with pytest.raises(InputError, match=r"evaluation data: no answer is parsed out of text 1, 'it is #### 5': see"):
+    with pytest.raises(InputError, match=r"evaluation data: no answer is parsed out of the text 'it is #### 5': see"):
         language_task(**settings, metric="exact_match", answer=r"=> (\d+)")
     for wrong, said in (
         ({"metric": "bleu"}, "metric = 'bleu': known are log-likelihood, agreement, exact_match"),

@@ -96,6 +96,7 @@ def test_what_is_no_small_encoder_is_refused(teacher: Encoder) -> None:
         small_encoder(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+@pytest.mark.full  # other encoders are in every run
 @pytest.mark.slow
 def test_it_is_compiled_into_a_directory(folder: Path, tmp_path: Path) -> None:
     """The recipe's factory gets the teacher; config.json says the student's own sizes; a rebuild needs no module."""

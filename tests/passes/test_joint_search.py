@@ -315,6 +315,7 @@ name = "convert"
 """
 
 
+@pytest.mark.full
 def test_the_artifact_has_the_sliced_size(tmp_path: Path) -> None:
     """Through `compress`, whose parity check would raise; nothing of the masks or the full width is in the file."""
     teacher = network("resnet")

@@ -13,7 +13,7 @@ from pqk.errors import InputError
 from pqk.report.html.page import to_html
 from pqk.report.markdown import to_markdown
 from pqk.report.schema import SCHEMA_PATH, MetricValues, Parity, Report, schema_text
-from pqk.report.text import DECIDING, promise_text, to_text
+from pqk.report.text import DECIDING, declined_rows, promise_text, to_text
 from pqk.target.machine import machine_fingerprint
 
 
@@ -191,3 +191,12 @@ def test_a_file_of_another_tool_is_not_said_to_have_met_anything() -> None:
         assert "nothing was compared: another tool wrote this file" in text
         assert "of 0 samples" not in text and "met" not in text.partition("Parity")[2].partition("nothing was")[0]
     assert "not compared" in to_html(report)
+
+
+def test_what_is_left_alone_for_one_reason_is_one_line() -> None:
+    """The file keeps every layer."""
+    entries = [("quantize", f"layer{i}", "float is faster") for i in range(6)] + [("prune", "head", "it is the output")]
+    assert declined_rows(entries) == [
+        ["quantize", "layer0, layer1, layer2, layer3 and 2 more", "float is faster"],
+        ["prune", "head", "it is the output"],
+    ]

@@ -112,6 +112,7 @@ def test_its_recipe_alone_makes_the_same_student(found: Path, teacher: nn.Module
     assert again.report.promise is None
 
 
+@pytest.mark.full  # tests/faults/ kills a compile in every run
 def test_a_search_that_was_killed_goes_on_and_ends_in_the_same(
     found: Path, teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def test_two_workers_search_for_the_same_student(found: Path, tmp_path: Path) ->
     assert (out / "model.onnx").read_bytes() == (found / "model.onnx").read_bytes()
 
 
+@pytest.mark.full  # the command line ends so in every run
 def test_where_none_keeps_it_the_nearest_is_kept_and_the_exit_code_is_4(
     teacher: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +208,7 @@ def test_the_passes_of_a_recipe_compete(teacher: nn.Module, tmp_path: Path) -> N
     assert promise is not None and "recipe" in [t.name for t in promise.tried]
 
 
+@pytest.mark.full  # searches that are not timed run every time, and the demo is a timed one
 def test_a_timed_search_on_this_machine_ships_what_no_form_of_the_teacher_beats(
     teacher: nn.Module, tmp_path: Path
 ) -> None:

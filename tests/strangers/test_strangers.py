@@ -214,6 +214,7 @@ def test_torch_pruning_halves_a_stranger(tmp_path: Path) -> None:
     assert found.reason is None and found.metric is not None and found.ratio is not None
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_refused_stranger_has_its_words_and_what_needs_no_training(tmp_path: Path) -> None:
     """Of 200 rows a hundred decide, and the 20 that are split off training: a point needs 300."""

@@ -116,6 +116,7 @@ def test_what_cannot_be_built_is_a_failure_with_its_words() -> None:
     assert row["outcome"] == "failed" and row["stage"] == "build" and "NoSuchModel" in row["reason"]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_check_of_a_network_is_timed() -> None:
     assert 0 < check_one(ZOO["transformers/ResNetForImageClassification"])["check_seconds"] < 240

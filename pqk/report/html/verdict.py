@@ -14,6 +14,7 @@ from pqk.report.text import (
     DECIDING,
     attribution_cells,
     cascade_text,
+    declined_rows,
     difference_text,
     is_share,
     metric_text,
@@ -225,8 +226,8 @@ def tried(report: Report) -> Markup:
         header = ("pass", "time", "metric on validation data", "parameters", "MACs")
         parts += [element("h3", "Passes of the student that ships"), table(header, passes)]
     if report.declined:
-        left = [[d.pass_name, d.layer, d.reason] for d in report.declined]
-        parts += [element("h3", "Left alone, and why"), table(("pass", "layer", "reason"), left, texts=3)]
+        left = declined_rows((d.pass_name, d.layer, d.reason) for d in report.declined)
+        parts += [element("h3", "Left alone, and why"), table(("pass", "layers", "reason"), left, texts=3)]
     return joined(parts)
 
 
