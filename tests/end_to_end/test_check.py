@@ -224,7 +224,7 @@ def test_an_estimate_is_what_a_training_takes(toy: Any, tmp_path: Path, monkeypa
     recipe.passes[1].apply(program, task)
     took = time.perf_counter() - began
     assert estimate.seconds is not None
-    assert took / 2 < estimate.seconds < 2 * took, "of 160 steps 4 ask the teacher"
+    assert took / 3 < estimate.seconds < 2 * took, "of 160 steps 4 ask the teacher"  # all of them: four times as much
 
 
 def test_the_command_says_it_in_words_and_exits_with_two(
