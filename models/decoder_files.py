@@ -21,6 +21,7 @@ from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT
 from pqk.errors import InputError, Reason
 from pqk.models.hub import TOKENIZER, layer_weights, quietly, read_config, stored_shapes
 from pqk.task.decoder_form import DecoderForm
+from pqk.task.directory import GeneratingFiles
 
 CONFIG, GENERATION, GENAI = "config.json", "generation_config.json", "genai_config.json"
 CHAT = "chat_template.jinja"
@@ -97,7 +98,7 @@ def _added(seen: fx.Node) -> list[fx.Node]:
 
 
 @dataclass(frozen=True)
-class DecoderFiles:
+class DecoderFiles(GeneratingFiles):
     """Files of a directory that generates, made for a student: name -> contents.
 
     Where layers differ, config.json says the largest sizes, and all of them under "pqk".
@@ -130,8 +131,9 @@ class DecoderFiles:
         """How many tokens the directory's model knows."""
         return int(read_config(self.folder, "decoder").get_text_config().vocab_size)
 
-    def why_not_everywhere(self, student: fx.GraphModule) -> Reason | None:
+    def why_not_everywhere(self, student: nn.Module) -> Reason | None:
         """Why not every tool that takes such a directory can run the student, else None."""
+        assert isinstance(student, fx.GraphModule)
         config = read_config(self.folder, "decoder")
         with quietly():
             sizes = sizes_of_decoder(student, self._wide(config))
@@ -208,8 +210,12 @@ def generation_config(folder: Path, config: Any, ends: Sequence[str]) -> dict[st
 
 def ends_of_texts(folder: Path, config: Any) -> frozenset[int]:
     """The tokens that end the texts of the model in a folder."""
-    ends = generation_config(folder, config, ENDS).get("eos_token_id", getattr(config, "eos_token_id", None))
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return token_ids(generation_config(folder, config, ENDS).get("eos_token_id", getattr(config, "eos_token_id", None)))
+
+
+def token_ids(said: int | list[int] | None) -> frozenset[int]:
+    """The tokens that a configuration names: none, one or several."""
+    return frozenset(said if isinstance(said, list) else [] if said is None else [said])
 
 
 def stored_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:

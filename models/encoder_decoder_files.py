@@ -27,6 +27,7 @@ from pqk.models.decoder_files import (
     why_not_one_cache,
 )
 from pqk.models.hub import TOKENIZER, read_config
+from pqk.task.directory import GeneratingFiles
 
 SPELLING = ("source.spm", "target.spm", "normalizer.json", "preprocessor_config.json")
 """what tokenizers of translating models, and what makes sounds the inputs of one that reads them, are stored in"""
@@ -42,7 +43,7 @@ WIDENING = ("fc1", "wi", "wi_0")
 
 
 @dataclass(frozen=True)
-class EncoderDecoderFiles:
+class EncoderDecoderFiles(GeneratingFiles):
     """Files of a directory that generates, made for a student: name -> contents.
 
     Where layers differ, config.json says the largest sizes, and all of them under "pqk".

@@ -98,22 +98,7 @@ def grouped_query_attention_op(
 
 
 @grouped_query_attention_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    lengths: Tensor,
-    total: Tensor,
-    seen: Tensor,
-    heads: int,
-    groups: int,
-    scale: float,
-    softcap: float,
-    key_step: Tensor | None = None,
-    value_step: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, *others: Any, **named: Any) -> Any:
     batch, kept, before, width = past_key.shape
     both = past_key.new_empty((batch, kept, before + key.shape[1], width))
     return torch.empty_like(query), both, torch.empty_like(both)

@@ -130,7 +130,7 @@ def _texts(variants: Sequence[Variant], subject: Subject) -> ContinuedTexts | No
     """The report's part on texts that are continued; None where the student's runtime or its task does not."""
     task, settings = subject.task, subject.settings
     files = {v.name: v.path for v in variants if isinstance(v, OnnxFile)}
-    if not (task.generates or task.seq2seq) or not settings.texts or not {*ENDS} <= files.keys():
+    if not task.generates or not settings.texts or not {*ENDS} <= files.keys():
         return None
     timed, optimized = subject.why_not_timed is None, subject.why_not_measured is None
     teacher, student = (files[name] for name in ENDS)

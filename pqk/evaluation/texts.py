@@ -17,17 +17,14 @@ from pqk.core.onnxruntime_session import Continuing, EncoderDecoderSession, of_e
 from pqk.core.steps import Steps
 from pqk.core.task_texts import TaskText, texts_of
 from pqk.generation.greedy import Limits, likeliest
-from pqk.models.decoder_files import DecoderFiles
-from pqk.models.encoder_decoder_files import EncoderDecoderFiles
 from pqk.report.texts import ContinuedTexts
+from pqk.task.directory import GeneratingFiles
 from pqk.task.task import Task
 
 PROMPT, TOKENS = 16, 48
 """tokens of a prompt, where data does not say what is one, and tokens behind each, at most"""
 PAUSE = 0.05
 """seconds before each text, in which the other file's threads stop spinning"""
-GENERATING = (DecoderFiles, EncoderDecoderFiles)
-"""files of an artifact that say where its texts end"""
 GRAM = 4
 """tokens in a row that are looked for again"""
 
@@ -61,7 +58,7 @@ def continued_texts(
     Returns:
         The part of the report; None where a file keeps nothing of tokens before, or there is no prompt.
     """
-    limits = Limits.of(files.folder) if isinstance(files := task.extra_files, GENERATING) else Limits()
+    limits = Limits.of(files.folder) if isinstance(files := task.extra_files, GeneratingFiles) else Limits()
     prompts = [prompt for prompt in _prompts(task, texts, limits) if len(prompt.tokens) < limits.longest]
     opened = [session(path, threads=threads, optimized=optimized) for path in (teacher, student)]
     both = [Steps(run) for run in opened if isinstance(run, Continuing | EncoderDecoderSession)]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pqk.core.steps import KeyValues
 from pqk.files import read_json
-from pqk.models.decoder_files import CONFIG, GENERATION
+from pqk.models.decoder_files import CONFIG, GENERATION, token_ids
 
 Step = Callable[[Sequence[int], KeyValues, int], tuple[NDArray[np.float32], KeyValues]]
 """(new tokens, what is kept, how many tokens there are with the new ones) -> scores [S, V], and what is kept of all"""
@@ -65,7 +65,7 @@ class Limits:
         if several := [tokens for tokens in banned if len(tokens) > 1]:
             left_out["bad_words_ids"] = several
         return Limits(
-            ends=frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+            ends=token_ids(ends),
             begin=said.get("decoder_start_token_id", config.get("decoder_start_token_id")),
             forced=said.get("forced_bos_token_id"),
             forbidden=(*one_token, *(said.get("suppress_tokens") or ())),

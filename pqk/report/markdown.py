@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from pqk.report.diagnostics import Diagnostics, Robustness
+from pqk.report.diagnostics_text import (
+    CALIBRATION_HEADER,
+    CALIBRATION_NOTE,
+    CONTROL_HEADER,
+    ROBUSTNESS_HEADER,
+    calibration_cells,
+    calibrations,
+    control_rows,
+    findings,
+    robustness_note,
+    robustness_rows,
+)
 from pqk.report.promise import Promise
 from pqk.report.schema import Parity, Report
 from pqk.report.text import (
     ACCUMULATORS,
     ATTRIBUTION_HEADER,
-    CALIBRATION_HEADER,
-    CALIBRATION_NOTE,
-    CONTROL_HEADER,
     DECIDING,
     LATENCY_HEADER,
     PARITY_HEADER,
-    ROBUSTNESS_HEADER,
     attribution_cells,
-    calibration_cells,
-    calibrations,
     cascade_text,
     conditions_of,
-    control_rows,
     declined_rows,
     difference_text,
-    findings,
     gathered,
     is_share,
     latency_cells,
@@ -32,8 +36,6 @@ from pqk.report.text import (
     percent,
     promise_text,
     reasons_of,
-    robustness_note,
-    robustness_rows,
     texts_text,
     value_text,
 )

@@ -26,7 +26,7 @@ from pqk.task.checks import (
 )
 from pqk.task.classes import ClassAxis, ignored_by
 from pqk.task.decoder_form import DecoderForm
-from pqk.task.directory import ModelDirectory
+from pqk.task.directory import GeneratingFiles, ModelDirectory
 from pqk.task.metrics import (
     SAY_AXIS,
     Kept,
@@ -169,8 +169,13 @@ class Task:
 
     def why_not_everywhere(self, student: nn.Module) -> Reason | None:
         """Why not every tool that takes such an artifact can run the student, else None; as `extra_files` knows it."""
-        ask: Callable[[nn.Module], Reason | None] | None = getattr(self.extra_files, "why_not_everywhere", None)
-        return None if ask is None else ask(student)
+        files = self.extra_files
+        return files.why_not_everywhere(student) if isinstance(files, GeneratingFiles) else None
+
+    @property
+    def _tokens(self) -> int | None:
+        """How many tokens the model of the texts' directory scores; None: they are of none."""
+        return self.extra_files.tokens if isinstance(self.extra_files, GeneratingFiles) else None
 
     def with_evaluation(self, data: Data, note: str) -> Task:
         """The same task with other evaluation data, and a further note on it for the report."""
@@ -434,7 +439,7 @@ class Task:
             with held_counters(teacher, self.example):
                 self._check(teacher)
         except UnfitInputs as error:
-            if (tokens := getattr(self.extra_files, "tokens", None)) is None:
+            if (tokens := self._tokens) is None:
                 raise
             raise UnfitInputs(
                 f"{error}. The task's texts are of {tokens} tokens: is the teacher of the same directory?"
@@ -442,7 +447,7 @@ class Task:
 
     def _scores(self, teacher: nn.Module) -> Outputs:
         """The teacher's outputs on the example. Raises `InputError` where these are not of the texts' tokens."""
-        tokens: int | None = getattr(self.extra_files, "tokens", None)
+        tokens = self._tokens
         outputs = try_forward(teacher, self.example, "example")
         if tokens is not None and (scored := first_tensor(outputs).shape[-1]) != tokens:
             raise InputError(

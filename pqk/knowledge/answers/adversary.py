@@ -10,14 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pqk.copies import copy_of
-from pqk.core.distributed import rank
 from pqk.core.modes import evaluating
 from pqk.data.data import Batch
 from pqk.data.sequences import UNLABELLED, answers_of, prompts_of
 from pqk.errors import InputError
-from pqk.knowledge.answers.authors import AnswerSettings, Author, Desk, Written, number
-from pqk.knowledge.answers.critic import rows_of
-from pqk.knowledge.answers.generation import generate
+from pqk.knowledge.answers.authors import AnswerSettings, Author, Desk, Written
+from pqk.knowledge.answers.critic import best_first, rows_of
 from pqk.settings import settings
 
 
@@ -83,16 +81,12 @@ class AdversaryAuthor(Author):
         if chance >= how.fraction:
             return None
         prompts = prompts_of(batch, how.prompt_tokens)
-        asked = [(row, draw) for row in range(len(prompts)) for draw in range(how.samples)]
-        seeds = [number(self.desk.seed, "attempt", step, rank(), row, draw) for row, draw in asked]
-        found = generate(self._student[0], [prompts[row] for row, _ in asked], how, seeds, self.ends)
-        own = [(p, found[i * how.samples : (i + 1) * how.samples]) for i, p in enumerate(prompts)]
+        own = list(zip(prompts, self.proposals(prompts, how.samples, step, "attempt"), strict=True))
         given = [(p, [a]) for p, a in zip(prompts, answers_of(batch, prompts), strict=True)]
         scores = self.discriminator(rows_of(own)).view(len(prompts), -1)
         loss = -F.logsigmoid(self.discriminator(rows_of(given))[:, None] - scores).mean(1)
-        scores, order = scores.detach().sort(dim=1, descending=True, stable=True)
-        best_first = [(p, [answers[i] for i in o.tolist()]) for (p, answers), o in zip(own, order, strict=True)]
-        return Written(rows_of(best_first), instead=False, teacher_share=0.0, scores=scores, loss=loss)
+        batch, scores = best_first(own, scores.detach())
+        return Written(batch, instead=False, teacher_share=0.0, scores=scores, loss=loss)
 
 
 @settings
@@ -117,8 +111,7 @@ class ByAdversary(AnswerSettings):
     ranked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.temperature == 0:
-            raise InputError(f"samples = {self.samples} of the most probable tokens are all alike; set a temperature")
+        self.check_draws(self.samples)
 
     def make(self, desk: Desk) -> Author:
         return AdversaryAuthor(desk, self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -105,6 +106,13 @@ class Author(nn.Module):
         answers = generate(self._student[0], prompts, self.how, seeds, self.ends, other, together)
         return answered(prompts, answers)
 
+    def proposals(self, prompts: Sequence[Tensor], samples: int, step: int, what: str) -> list[list[Tensor]]:
+        """The student's answers to each prompt, int64 [N] each; `what` they are is part of their seeds."""
+        asked = [(row, draw) for row in range(len(prompts)) for draw in range(samples)]
+        seeds = [number(self.desk.seed, what, step, rank(), row, draw) for row, draw in asked]
+        found = generate(self._student[0], [prompts[row] for row, _ in asked], self.how, seeds, self.ends)
+        return [found[row * samples : (row + 1) * samples] for row in range(len(prompts))]
+
 
 @settings
 class AnswerSettings(TokenSampling, ABC):
@@ -120,6 +128,11 @@ class AnswerSettings(TokenSampling, ABC):
     """tokens of a text that are given at least, where the data says no longer prompt"""
     stop: tuple[int, ...] | None = None
     """tokens that end an answer; by default those of the teacher's configuration"""
+
+    def check_draws(self, samples: int) -> None:
+        """Raises `InputError` where several answers to a prompt would all be alike."""
+        if samples > 1 and self.temperature == 0:
+            raise InputError(f"samples = {samples} of the most probable tokens are all alike; set a temperature")
 
     def why_not_applied(self, task: Task) -> Reason | None:
         """Why nothing can be answered in this way for a task, else None."""
@@ -232,8 +245,7 @@ class ByTeacher(AnswerSettings):
     for_all_terms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.samples > 1 and self.temperature == 0:
-            raise InputError(f"samples = {self.samples} of the most probable tokens are all alike; set a temperature")
+        self.check_draws(self.samples)
 
     def make(self, desk: Desk) -> Author:
         return TeacherAuthor(desk, self)

@@ -10,13 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pqk.core.distributed import rank
 from pqk.data.data import Batch
 from pqk.data.sequences import UNLABELLED, answered, answers_of, prompts_of
 from pqk.data.structures import first_tensor, widened
 from pqk.errors import InputError, Reason
-from pqk.knowledge.answers.authors import AnswerSettings, Author, Desk, Written, number, teachers_scores
-from pqk.knowledge.answers.generation import generate
+from pqk.knowledge.answers.authors import AnswerSettings, Author, Desk, Written, teachers_scores
 from pqk.knowledge.terms.policy import token_log_likelihood
 from pqk.settings import settings
 from pqk.task.task import Task
@@ -41,16 +39,12 @@ class CriticAuthor(Author):
         if chance >= self.settings.fraction:
             return None
         prompts, how = prompts_of(batch, self.how.prompt_tokens), self.settings
-        asked = [(row, draw) for row in range(len(prompts)) for draw in range(how.samples)]
-        seeds = [number(self.desk.seed, "proposal", step, rank(), row, draw) for row, draw in asked]
-        found = generate(self._student[0], [prompts[row] for row, _ in asked], how, seeds, self.ends)
-        proposals = [found[row * how.samples : (row + 1) * how.samples] for row in range(len(prompts))]
+        proposals = self.proposals(prompts, how.samples, step, "proposal")
         if how.data:
             proposals = [[a, *own] for a, own in zip(answers_of(batch, prompts), proposals, strict=True)]
         rivals = list(zip(prompts, proposals, strict=True))
-        scores, order = self.scores(rivals).sort(dim=1, descending=True, stable=True)
-        best_first = [(p, [own[i] for i in o.tolist()]) for (p, own), o in zip(rivals, order, strict=True)]
-        return Written(rows_of(best_first), instead=True, scores=scores)
+        answers, scores = best_first(rivals, self.scores(rivals))
+        return Written(answers, instead=True, scores=scores)
 
     def scores(self, rivals: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
         """What the critic says of each prompt's answers, float32 [B, N]. Raises `InputError` for what are no scores."""
@@ -74,6 +68,12 @@ class CriticAuthor(Author):
                 )
             rows.append(row)
         return torch.tensor(rows, device=rivals[0][0].device)
+
+
+def best_first(rivals: Sequence[tuple[Tensor, Sequence[Tensor]]], scores: Tensor) -> tuple[Batch, Tensor]:
+    """A row for each answer, prompt by prompt, the best first, and what is said of them [B, N] in this order."""
+    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    return rows_of([(p, [own[i] for i in o.tolist()]) for (p, own), o in zip(rivals, order, strict=True)]), ordered
 
 
 def rows_of(rivals: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Batch:
@@ -108,8 +108,7 @@ class ByCritic(AnswerSettings):
     ranked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.temperature == 0:
-            raise InputError(f"samples = {self.samples} of the most probable tokens are all alike; set a temperature")
+        self.check_draws(self.samples)
 
     def why_not_applied(self, task: Task) -> Reason | None:
         if self.critic == "task" and task.critic is None:

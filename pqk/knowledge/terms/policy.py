@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
@@ -78,8 +79,27 @@ class MiniLLM(ResponseTerm):
         return torch.stack(columns[::-1], 1)
 
 
+class AnswersTerm(ResponseTerm):
+    """A term of several answers to each prompt, of which something was said; a batch without such has no loss."""
+
+    needs_teacher: ClassVar[bool] = False
+    ranks: ClassVar[bool] = True
+
+    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
+        (logits,) = (widened(z) for z in tensors(pick(view.student, self.output)))
+        if view.scores is None:
+            return logits.flatten(1)[:, 0] * 0.0
+        (labels,) = self.labels(view, [logits])
+        p = token_log_likelihood(logits, labels, view.task.ignored).view_as(view.scores)
+        return self.of_answers(p, view.scores)
+
+    @abstractmethod
+    def of_answers(self, p: Tensor, scores: Tensor) -> Tensor:
+        """The loss of each prompt [B], by its answers' log-likelihoods per token and what is said of them, [B, N]."""
+
+
 @settings
-class Ranking(ResponseTerm):
+class Ranking(AnswersTerm):
     """Σ_{r_i > r_j} max(0, p_j − p_i + m) of answers i, j to a prompt: r what a critic says, p log-likelihood a token.
 
     Yuan et al., RRHF, NeurIPS 2023, arXiv:2304.05302, section 3.1, with m = 0, which CycleAlign (arXiv:2310.16271)
@@ -88,25 +108,18 @@ class Ranking(ResponseTerm):
     """
 
     term: Literal["ranking"] = "ranking"
-    needs_teacher: ClassVar[bool] = False
-    ranks: ClassVar[bool] = True
     blind: ClassVar[str] = "it sees which answer is more probable, and not how probable"
     margin: float = Field(default=0.0, ge=0)
     """m: by how many nats per token the better answer is to be ahead"""
 
-    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
-        (logits,) = (widened(z) for z in tensors(pick(view.student, self.output)))
-        if view.scores is None:
-            return logits.flatten(1)[:, 0] * 0.0
-        (labels,) = self.labels(view, [logits])
-        p = token_log_likelihood(logits, labels, view.task.ignored).view_as(view.scores)
-        better = view.scores[:, :, None] > view.scores[:, None, :]
+    def of_answers(self, p: Tensor, scores: Tensor) -> Tensor:
+        better = scores[:, :, None] > scores[:, None, :]
         behind = (p[:, None, :] - p[:, :, None] + self.margin).clamp_min(0)
         return (behind * better).sum((1, 2))
 
 
 @settings
-class GroupPolicy(ResponseTerm):
+class GroupPolicy(AnswersTerm):
     """−mean_i A_i p_i of answers i: A = (r − mean r) / std r of what is said of them, p their log-likelihood a token.
 
     Shao et al., GRPO, arXiv:2402.03300, section 4.1, of answers that the student has just written, where its ratio of
@@ -116,17 +129,10 @@ class GroupPolicy(ResponseTerm):
     """
 
     term: Literal["group_policy"] = "group_policy"
-    needs_teacher: ClassVar[bool] = False
-    ranks: ClassVar[bool] = True
 
-    def __call__(self, view: View, projector: nn.Module | None) -> Tensor:
-        (logits,) = (widened(z) for z in tensors(pick(view.student, self.output)))
-        if view.scores is None:
-            return logits.flatten(1)[:, 0] * 0.0
-        (labels,) = self.labels(view, [logits])
-        p = token_log_likelihood(logits, labels, view.task.ignored).view_as(view.scores)
-        spread = view.scores.std(1, correction=0, keepdim=True)
-        advantage = (view.scores - view.scores.mean(1, keepdim=True)) / (spread + 1e-6)
+    def of_answers(self, p: Tensor, scores: Tensor) -> Tensor:
+        spread = scores.std(1, correction=0, keepdim=True)
+        advantage = (scores - scores.mean(1, keepdim=True)) / (spread + 1e-6)
         return -(advantage * p).mean(1)
 
 

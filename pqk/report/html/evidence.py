@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from pqk.report.diagnostics_text import (
+    CALIBRATION_HEADER,
+    CALIBRATION_NOTE,
+    CONTROL_HEADER,
+    ROBUSTNESS_HEADER,
+    calibration_cells,
+    calibrations,
+    control_rows,
+    findings,
+    robustness_note,
+    robustness_rows,
+    span,
+)
 from pqk.report.html.elements import Markup, bullets, element, folded, joined, paragraph, table
 from pqk.report.html.pictures import accuracy_of_classes, time_by_layer
 from pqk.report.layer_times import LayerTime, LayerTimes
 from pqk.report.schema import TITLES, Parity, Report
 from pqk.report.text import (
-    CALIBRATION_HEADER,
-    CALIBRATION_NOTE,
-    CONTROL_HEADER,
     LATENCY_HEADER,
     PARITY_HEADER,
-    ROBUSTNESS_HEADER,
-    calibration_cells,
-    calibrations,
     conditions_of,
-    control_rows,
-    findings,
     gathered,
     is_share,
     latency_cells,
     parity_cells,
     parity_text,
     percent,
-    robustness_note,
-    robustness_rows,
-    span,
 )
 
 KERNELS = {True: "integer", False: "float", None: ""}
