@@ -28,7 +28,7 @@ from pqk.kernels.common.launch import TYPES, Launch, falls_back, output_of
 from pqk.kernels.common.strides import row_stride, why_not_rows
 from pqk.kernels.common.triton import jit, tl
 from pqk.kernels.common.values import check_plain_steps, example_steps
-from pqk.kernels.int8_linear import block_of, product
+from pqk.kernels.int8_linear import block_of, counted_in, product
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,7 @@ def _gated_split_k(  # type: ignore[no-untyped-def]
     j = tl.arange(0, BLOCK_N)[None, :]
     mask = (i < M - m_0) & (j < N - n_0)
     sums = sums_ptr + m_0.to(tl.int64) * N + n_0 + i * N + j
-    tl.atomic_add(sums, acc, mask=mask, sem="relaxed")
-    tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1:
+    if counted_in(acc, sums, mask, arrived_ptr + tile) == SPLIT_K - 1:
         total = tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
         _finish(
             total, out_ptr, bias_ptr, scale_ptr, gate_params_ptr, up_params_ptr, params_ptr, m_0, n_0, M, N, stride_ym,
@@ -173,7 +171,6 @@ def plan(a: GatedLinear, config: Config | None = None) -> Launch:
         guess, among = (lambda: int8_linear.choose(*shape, gpu)), (lambda: int8_linear.candidates(*shape, gpu))
         config = chosen("int8_gated_linear", key, gpu, guess, among)
     y = allocate(a.size, a.out_dtype, a.x.device)
-    parts, part = int8_linear.parts_of(k, config)
     args: dict[str, Any] = {
         "x_ptr": a.x, "w_ptr": a.weight, "out_ptr": y, "bias_ptr": a.bias, "scale_ptr": a.scale,
         "gate_params_ptr": a.gate_params, "up_params_ptr": a.up_params, "params_ptr": a.params, "M": m, "N": n, "K": k,
@@ -184,15 +181,7 @@ def plan(a: GatedLinear, config: Config | None = None) -> Launch:
         "EVEN_K": k % config.block_k == 0,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
-    tiles = int8_linear.blocks(config, m, n)
-    if parts == 1 or tiles == 0:
-        grid = min(tiles, gpu.processors) if config.persistent else tiles
-        return Launch(_gated, (grid,), args, constexprs, config.num_warps, config.num_stages)
-    scratch = torch.zeros(m * n + tiles, dtype=torch.int32, device=a.x.device)
-    args |= {"part": part, "sums_ptr": scratch[: m * n], "arrived_ptr": scratch[m * n :]}
-    return Launch(
-        _gated_split_k, (tiles, parts), args, constexprs | {"SPLIT_K": parts}, config.num_warps, config.num_stages
-    )
+    return int8_linear.launch_of((_gated, _gated_split_k), shape, config, gpu, args, constexprs)
 
 
 def run(a: GatedLinear, config: Config | None = None) -> Tensor:

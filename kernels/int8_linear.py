@@ -147,17 +147,25 @@ def _linear(  # type: ignore[no-untyped-def]
 
 
 @jit
+def counted_in(acc, sums, mask, arrived):  # type: ignore[no-untyped-def]
+    """Adds a program's part to the sums of its block, and says how many had arrived before it.
+
+    The barrier puts every thread's additions before the one thread that counts this program in.
+    """
+    tl.atomic_add(sums, acc, mask=mask, sem="relaxed")
+    tl.debug_barrier()
+    return tl.atomic_add(arrived, 1, sem="acq_rel")
+
+
+@jit
 def _linear_split_k(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, sums_ptr, arrived_ptr,
     M, N, K, part, stride_xm, stride_wn, stride_ym, stride_rm,
     STEPS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, s) adds the sum over [s * part, (s + 1) * part) to int32 `sums` [M, N], which starts at zero.
-
-    The barrier puts every thread's additions before the one thread that counts this program in; who counts last sees
-    them all, and reads past the first-level cache.
-    """
+    """Program (tile, s) adds the sum over [s * part, (s + 1) * part) to int32 `sums` [M, N], which starts at zero; who
+    is counted in last sees them all, and reads past the first-level cache."""
     tile = tl.program_id(0)
     m_0, n_0 = block_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     begin = tl.program_id(1) * part
@@ -169,9 +177,7 @@ def _linear_split_k(  # type: ignore[no-untyped-def]
     j = tl.arange(0, BLOCK_N)[None, :]
     mask = (i < M - m_0) & (j < N - n_0)
     sums = sums_ptr + m_0.to(tl.int64) * N + n_0 + i * N + j
-    tl.atomic_add(sums, acc, mask=mask, sem="relaxed")
-    tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1:
+    if counted_in(acc, sums, mask, arrived_ptr + tile) == SPLIT_K - 1:
         total = tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
         _finish(
             total, out_ptr, bias_ptr, scale_ptr, params_ptr, residual_ptr, m_0, n_0, M, N, stride_ym, stride_rm,
@@ -244,7 +250,6 @@ def plan(
     if config is None:
         config = chosen("int8_linear", key, gpu, lambda: choose(*shape, gpu), lambda: candidates(*shape, gpu))
     y = allocate((*x.shape[:-1], n), out_dtype, x.device) if out is None else out
-    parts, part = parts_of(k, config)
     args: dict[str, Any] = {
         "x_ptr": x, "w_ptr": weight, "out_ptr": y, "bias_ptr": bias, "scale_ptr": scale, "params_ptr": params,
         "residual_ptr": residual, "M": m, "N": n, "K": k,
@@ -255,14 +260,25 @@ def plan(
         "STEPS": encode(steps), "EVEN_K": k % config.block_k == 0,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
+    return launch_of((_linear, _linear_split_k), shape, config, gpu, args, constexprs)
+
+
+def launch_of(
+    kernels: tuple[Any, Any], shape: tuple[int, int, int], config: Config, gpu: Gpu, args: dict[str, Any],
+    constexprs: dict[str, Any],
+) -> Launch:  # fmt: skip
+    """The launch of a product [M, K] by [N, K] whose arguments begin with `x_ptr`: of the first kernel, which sums over
+    K in one program, or of the second, which splits K and takes `part`, `sums_ptr`, `arrived_ptr` and SPLIT_K, too."""
+    m, n, k = shape
+    parts, part = parts_of(k, config)
     tiles = blocks(config, m, n)
     if parts == 1 or tiles == 0:
         grid = min(tiles, gpu.processors) if config.persistent else tiles
-        return Launch(_linear, (grid,), args, constexprs, config.num_warps, config.num_stages)
-    scratch = torch.zeros(m * n + tiles, dtype=torch.int32, device=x.device)
+        return Launch(kernels[0], (grid,), args, constexprs, config.num_warps, config.num_stages)
+    scratch = torch.zeros(m * n + tiles, dtype=torch.int32, device=args["x_ptr"].device)
     args |= {"part": part, "sums_ptr": scratch[: m * n], "arrived_ptr": scratch[m * n :]}
     constexprs["SPLIT_K"] = parts
-    return Launch(_linear_split_k, (tiles, parts), args, constexprs, config.num_warps, config.num_stages)
+    return Launch(kernels[1], (tiles, parts), args, constexprs, config.num_warps, config.num_stages)
 
 
 def parts_of(k: int, config: Config) -> tuple[int, int]:
