@@ -5,12 +5,12 @@ What a linear layer computes between the two is what `MatMulNBits` computes, to 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pqk.quant.autograd import LearnedStepPerChannel
 from pqk.quant.blocks import BLOCK, WeightBits, choose_scales, extremes, in_blocks, round_trip
 from pqk.quant.fake_quant import DynamicFakeQuant, WeightFakeQuant
 from pqk.quant.qparams import TINY, Grid, Method
@@ -26,6 +26,40 @@ class BlockStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
+
+
+class LearnedBlockSteps(torch.autograd.Function):
+    """`LearnedStepPerChannel` over the blocks of a weight [N, K], each turned to the side with the one integer more.
+
+    Only the weight is kept for the way back, which rounds it again: a language model's weights are most of its memory,
+    and the rounded copy is kept by the product that reads it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, sign: Tensor, low: int, high: int) -> Tensor:
+        """`scale` and `sign` are [N * B]."""
+        step = scale.detach().clamp(min=TINY).mul(sign).view(len(weight), -1, 1)
+        ctx.save_for_backward(weight, step)
+        ctx.low, ctx.high = low, high
+        return _rounded(weight, step, low, high).flatten(1)[:, : weight.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        weight, step = ctx.saved_tensors
+        blocks, of_blocks = in_blocks(weight), in_blocks(g)
+        position = blocks / step  # of a negative step's block, on the side that the grid has
+        of_weight = torch.where((position > ctx.low) & (position < ctx.high), of_blocks, 0)
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            k = 1 / math.sqrt(BLOCK * ctx.high)
+            moved = position.round().clamp_(ctx.low, ctx.high).mul_(of_blocks).sub_(position.mul_(of_weight))
+            of_scale = moved.sum(-1).flatten() * step.sign().flatten() * k
+        return of_weight.flatten(1)[:, : weight.shape[1]], of_scale, None, None, None
+
+
+def _rounded(weight: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """`weight` [N, K] on the grid of steps [N, B, 1], as blocks."""
+    return torch.div(in_blocks(weight), step).round_().clamp_(low, high).mul_(step)
 
 
 class BlockFakeQuant(DynamicFakeQuant):
@@ -56,10 +90,8 @@ class BlockWeightFakeQuant(WeightFakeQuant):
     def forward(self, weight: Tensor) -> Tensor:
         if self.mode != "on":
             return weight
-        sign = self.sign.unsqueeze(1)
-        blocks = in_blocks(weight).reshape(-1, BLOCK) * sign
-        rounded = LearnedStepPerChannel.apply(blocks, self.scale, self.grid.qmin, self.grid.qmax) * sign
-        return rounded.view(self.rows, -1)[:, : self.columns]
+        rounded: Tensor = LearnedBlockSteps.apply(weight, self.scale, self.sign, self.grid.qmin, self.grid.qmax)
+        return rounded
 
     def calibrate(self, weight: Tensor, method: Method, percentile: float) -> None:
         """Set the steps and their signs from the weight's values and turn the quantizer on."""

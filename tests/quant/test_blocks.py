@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from pqk.core.onnxruntime_session import session
 from pqk.quant.block_fake_quant import BlockFakeQuant, BlockWeightFakeQuant
@@ -210,6 +210,22 @@ def test_gradients_pass_activations_and_reach_weights_and_steps() -> None:
     slope = kept - step * ((step > -8) & (step < 7))
     got = in_blocks(rounded.detach()).reshape(8, 32) * quantizer.sign.unsqueeze(1)
     torch.testing.assert_close(quantizer.scale.grad, (2 * got * slope).sum(1) / (32 * 7) ** 0.5)
+
+
+def test_of_a_weight_nothing_is_copied_for_the_way_back() -> None:
+    """A language model's weights are most of what its training needs of memory."""
+    weight, quantizer = nn.Parameter(torch.randn(16, 96)), BlockWeightFakeQuant(16, 96, 8)
+    quantizer.calibrate(weight, "minmax", 99.99)
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        quantizer(weight)
+    own = kept.pop(weight.untyped_storage().data_ptr())
+    assert own == weight.nbytes and sum(kept.values()) == weight.nbytes // 32  # a step for each block
 
 
 def test_a_step_down_the_gradient_lowers_the_error_of_the_product() -> None:
