@@ -16,20 +16,17 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from held_out import Greedy, answers, compared
 
-from pqk.core.onnxruntime_session import Continuing, session
 from pqk.core.program import Program, Stage
 from pqk.core.run_context import RunContext
-from pqk.core.steps import Steps
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.files import write_json
-from pqk.generation.greedy import Limits, likeliest
 from pqk.knowledge import KLDivergence
 from pqk.models.decoder import decoder
 from pqk.models.language import language_task
@@ -37,51 +34,7 @@ from pqk.passes import Capture, Convert, Distill, Quantize
 from pqk.quant.blocks import WeightBits
 from pqk.target.machine import machine_fingerprint
 from pqk.target.target import Target
-from pqk.task.classes import IGNORED
 from pqk.task.task import Task
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one file says of all held-out texts."""
-
-    choices: Tensor
-    """the most likely next token at every place where there is one"""
-    nats: float
-    """per token"""
-    continuations: list[list[int]]
-
-
-def answers(path: Path, task: Task, options: argparse.Namespace) -> Answers:
-    run = session(path, threads=options.threads)
-    assert isinstance(run, Continuing)
-    steps = Steps(run)
-    choices, nats, continuations = [], [], []
-    for batch in task.evaluation.batches():
-        (ids, mask), targets = batch.inputs[:2], batch.targets
-        for row, length, wanted in zip(ids, mask.sum(1).tolist(), targets, strict=True):
-            text = row[:length].tolist()
-            scores = torch.from_numpy(steps(text, steps.empty, length)[0])
-            wanted = wanted[:length]
-            learned = wanted != IGNORED
-            choices.append(scores.argmax(-1)[learned])
-            nats.append(nn.functional.cross_entropy(scores[learned], wanted[learned], reduction="none"))
-            if len(continuations) < options.greedy and length > options.prompt:
-                prompt = text[: options.prompt]
-                continuations.append(likeliest(steps, steps.empty, prompt, options.new_tokens, Limits())[0])
-    return Answers(torch.cat(choices), float(torch.cat(nats).double().mean()), continuations)
-
-
-def compared(mine: Answers, floats: Answers) -> dict[str, Any]:
-    """What is the same, as shares, and how long greedy texts are the same."""
-    pairs = list(zip(mine.continuations, floats.continuations, strict=True))
-    prefixes = [next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0])) for pair in pairs]
-    return {
-        "agreement": round(float((mine.choices == floats.choices).double().mean()), 5),
-        "nats_per_token": round(mine.nats, 4),
-        "greedy_texts_alike": round(sum(a == b for a, b in pairs) / len(pairs), 4),
-        "greedy_tokens_before_divergence": round(sum(prefixes) / len(prefixes), 2),
-    }
 
 
 def copied(program: Program) -> Program:
@@ -117,14 +70,17 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         emit_onnx_for(model, task, folder / "float.onnx")
-        floats = answers(folder / "float.onnx", task, options)
+        greedy = Greedy(options.greedy, options.prompt, options.new_tokens)
+        floats = answers(folder / "float.onnx", task, options.threads, greedy)
         result["float"] = {"nats_per_token": round(floats.nats, 4), "tokens": len(floats.choices)}
         start = Program(model, model, Stage.MODULE, Target.detect(), RunContext(seed=options.seed))
         captured = Capture().apply(copied(start), task)
         for bits in options.bits:
             began = time.time()
             found = files(bits, copied(captured), task, folder, options)
-            row: dict[str, Any] = {n: compared(answers(p, task, options), floats) for n, p in found.items()}
+            row: dict[str, Any] = {
+                n: compared(answers(p, task, options.threads, greedy), floats) for n, p in found.items()
+            }
             before, after = (1 - row[n]["agreement"] for n in ("before", "after"))
             row["disagreement_left"] = round(after / before, 3)
             row["bytes"] = found["after"].stat().st_size

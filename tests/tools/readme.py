@@ -178,6 +178,23 @@ def tokens(name: str) -> str:
     return (
         f"{markdown_table(header, rows)}\n\n`models/results/{name}.json`: {said['tokens']} tokens after a prompt of "
         f"{said['prompt']}, {said['rounds']} rounds in turn, {said['machine']['cpu']} ({said['machine']['target']})."
+        f"{held_out(document.get('held_out', {}))}"
+    )
+
+
+def held_out(found: dict[str, Any]) -> str:
+    """What files say of texts, beside the first of them."""
+    if not found:
+        return ""
+    (name, first), *others = found.items()
+    told = "; ".join(
+        f"{other.replace('_', ' ')} {row['nats_per_token']:.3f}, and {1 - row['agreement']:.1%} of the likeliest "
+        "tokens are others"
+        for other, row in others
+    )
+    return (
+        f" Nats a token on {first['tokens']:,} tokens of held-out texts, without training: {name} "
+        f"{first['nats_per_token']:.3f}; {told}."
     )
 
 

@@ -4,10 +4,13 @@
         q8=out/q8.gguf --llama-python LLAMA/bin/python --threads 1 2 --out out/tokens.json
 
 A Hugging Face directory is the FP32 file that pqk makes of it, without training, or what is said behind it, of the pass
-`quantize` and of `pqk.task.decoder_form`: `small=out/smollm2,activations=blockwise,kv_cache=int8,attention=grouped`.
+`quantize` and of `pqk.task.decoder_form`: `small=out/smollm2,activations=blockwise,kv_cache=int8,attention=grouped`. A
+directory with `layers=4` behind it is a Llama of random weights, as wide as SmolLM2, with the directory's tokenizer.
 Every contender lives in a process of its own. In a round each continues the same prompt by the same number of tokens,
 one after the other, while the others wait; ratios to the first one are taken within rounds. llama.cpp needs a Python
-that has llama-cpp-python, which may be another one than this.
+that has llama-cpp-python, which may be another one than this. With `--texts` (a .jsonl file of {"text": …}) the last of
+them are what the ONNX files are asked, too: nats per token, and how often they and the first one find the same token
+most likely.
 """
 
 from __future__ import annotations
@@ -91,6 +94,7 @@ def work(path: str, threads: int) -> None:
 
 QUANTIZED = ("activations", "kv_cache")
 """what is said to the pass `quantize`; the rest is the form of the file"""
+TEXTS = {"text": ["Once upon a time there was a little girl who had a red ball.", "One day a dog ran by."]}
 
 
 def emitted(directory: Path, said: dict[str, str], out: Path) -> Path:
@@ -104,18 +108,39 @@ def emitted(directory: Path, said: dict[str, str], out: Path) -> Path:
     from pqk.passes.capture.capture import capture
     from pqk.target.target import Target
 
-    texts = {"text": ["Once upon a time there was a little girl who had a red ball.", "One day a dog ran by."]}
-    form = {key: value for key, value in said.items() if key not in QUANTIZED}
+    if "layers" in said:
+        directory = wide_llama(directory, int(said["layers"]), out.with_suffix(""))
+    form = {key: value for key, value in said.items() if key not in (*QUANTIZED, "layers")}
     task = language_task(
-        directory=directory, train=None, evaluation=texts, validation=texts, context=8, decoder_form=form
+        directory=directory, train=None, evaluation=TEXTS, validation=TEXTS, context=8, decoder_form=form
     )
     model = decoder(directory)
-    if form != said:
+    quantized = any(key in said for key in QUANTIZED)
+    if quantized:
         graph = capture(model, task.example, axes=task.axes)
         program = Program(model, graph, Stage.GRAPH, Target.named("x86-avx2"), RunContext())
         quantize: Any = {key: said[key] for key in QUANTIZED if key in said}
         program = Convert().apply(Quantize(**quantize).apply(program, task), task)
-    emit_onnx_for(model if form == said else program.student, task, out)
+    emit_onnx_for(program.student if quantized else model, task, out)
+    return out
+
+
+def wide_llama(directory: Path, layers: int, out: Path) -> Path:
+    """`out`, made a directory of a Llama of random weights, as wide as SmolLM2-135M, for the tokens of `directory`."""
+    import shutil
+
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(out)
+    for file in (*directory.glob("tokenizer*"), *directory.glob("special_tokens_map.json")):
+        shutil.copy(file, out)
     return out
 
 
@@ -195,6 +220,23 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     return found
 
 
+def decisions(options: argparse.Namespace, directory: Path) -> dict[str, dict[str, Any]]:
+    """What every ONNX file says of the held-out texts, beside the first one."""
+    from held_out import answers, compared
+
+    from pqk.models.language import language_task
+
+    rows = [json.loads(line)["text"] for line in options.texts.read_text().splitlines()]
+    task = language_task(
+        directory=directory, train=None, evaluation={"text": rows[-options.held_out :]}, validation=TEXTS
+    )
+    files = {name: Path(path) for name, path in options.named if path.endswith(".onnx")}
+    found = {name: answers(path, task, max(options.threads)) for name, path in files.items()}
+    first = next(iter(found.values()))
+    tokens = len(first.choices)
+    return {name: compared(of_file, first) | {"tokens": tokens} for name, of_file in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contenders", nargs="*", metavar="NAME=FILE", help="the first is what ratios are to")
@@ -203,6 +245,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
+    parser.add_argument("--texts", type=Path, help="held-out texts for the ONNX files")
+    parser.add_argument("--held-out", type=int, default=80, help="the last so many of them")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -215,8 +259,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.named = [(n, file_of(path, Path(folder) / f"{n}.onnx")) for n, path in given]
         results = {str(threads): measure(options, threads) for threads in options.threads}
+        first = Path(given[0][1].partition(",")[0])
+        said = {} if options.texts is None else {"held_out": decisions(options, first)}
     conditions = {key: getattr(options, key) for key in ("prompt", "tokens", "rounds")}
-    document = {"conditions": conditions | {"machine": machine_fingerprint()}, "threads": results}
+    document = {"conditions": conditions | {"machine": machine_fingerprint()}, "threads": results, **said}
     text = json.dumps(document, indent=1) + "\n"
     if options.out is not None:
         options.out.write_text(text)
