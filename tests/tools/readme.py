@@ -15,7 +15,7 @@
 <!-- zoo -->              what became of every network of the zoo: tests/zoo/results.json
 <!-- estimates -->        how near `pqk check` comes to what passes take: models/results/check_estimates.json
 <!-- growth -->           how time and memory of a compile grow: models/results/compile_growth.json
-<!-- shapes -->           how fast students of another shape are untrained: models/results/student_shapes.json
+<!-- shapes -->           how fast students of another shape are untrained: models/results/student_shapes*.json
 <!-- allocation -->       how much better the table cuts than width alone: models/results/allocation.json
 <!-- strangers -->        what became of models that no recipe knows: models/results/strangers.json, where it is there
 <!-- promises -->         the same in a sentence
@@ -289,25 +289,35 @@ def estimates() -> str:
 
 
 def shapes() -> str:
-    """How fast students of another shape are before anything trains."""
-    measured = json.loads((RESULTS / "student_shapes.json").read_text())
+    """How fast students of another shape are before anything trains, on every machine that was met."""
+    measured = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("student_shapes*.json"))]
+    ratios = [{row["shape"]: row for row in document["shapes"]} for document in measured]
+    known = {shape: row for rows in ratios for shape, row in rows.items()}
+
+    def cell(row: dict[str, Any] | None) -> str:
+        return "" if row is None else f"{row['ratio']:.1f}x ({row['low']:.1f} to {row['high']:.1f})"
+
+    def isa(machine: dict[str, Any]) -> str:
+        return "AVX512-VNNI" if "avx512_vnni" in machine["isa"] else "AVX512" if "avx512f" in machine["isa"] else "AVX2"
+
     rows = [
         [
-            f"`{row['shape']}`",
+            f"`{shape}`",
             f"{row['parameters'] / 1e3:.0f} k",
             f"{row['macs'] / 1e6:.1f}",
-            f"{row['ratio']:.1f}x ({row['low']:.1f} to {row['high']:.1f})",
+            *(cell(r.get(shape)) for r in ratios),
         ]
-        for row in measured["shapes"]
+        for shape, row in known.items()
     ]
-    conditions = measured["conditions"]
-    machine = conditions["machine"]
+    conditions = [document["conditions"] for document in measured]
+    machines = [c["machine"] for c in conditions]
+    header = ("shape", "parameters", "million MACs", *(f"speed-up, {isa(machine)}" for machine in machines))
+    named = "; ".join(f"{isa(m)}: {m['cpu']}, ONNX Runtime {m['versions']['onnxruntime']}" for m in machines)
     return (
-        markdown_table(("shape", "parameters", "million MACs", "speed-up"), rows, texts=1)
-        + f"\n\nINT8 with random weights, in turn with ResNet-56 in FP32: ONNX Runtime "
-        f"{machine['versions']['onnxruntime']}, batch 1, {conditions['threads']} threads, {machine['cpu']} "
-        f"({machine['target']}), target {conditions['target']}: `python tests/tools/shapes.py --data DATA`. What a net "
-        "can learn is another question."
+        markdown_table(header, rows, texts=1)
+        + f"\n\nINT8 with random weights (but for students), in turn with ResNet-56 in FP32: batch 1, "
+        f"{conditions[0]['threads']} threads, target {conditions[0]['target']}. {named}. `python tests/tools/shapes.py "
+        "--data DATA`. What a net can learn is another question."
     )
 
 
