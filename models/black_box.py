@@ -86,7 +86,10 @@ def black_box_task(
 def _file(cache: str | Path | None, identity: str | None) -> AnswerFile:
     if cache is None:
         return AnswerFile(None, "")
-    if identity is None:
-        raise InputError("black box: answers that are kept need an `identity`: the name of what gives them")
+    if not isinstance(cache, str | Path):
+        raise InputError(f"black box: cache is a folder's name, and not {type(cache).__name__} ({cache!r:.40})")
+    if not isinstance(identity, str) or not identity.strip():
+        said = "" if identity is None else f", a text, and not {identity!r:.40}"
+        raise InputError(f"black box: answers that are kept need an `identity`: the name of what gives them{said}")
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return AnswerFile(Path(cache) / f"answers-{name}.jsonl", identity)

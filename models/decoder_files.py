@@ -19,7 +19,7 @@ from pqk.core.attention import SIGHTS, sites
 from pqk.core.graph import calls, operand, shape
 from pqk.core.onnxruntime_session import IDS, MASK, PAST, PLACES, PRESENT
 from pqk.errors import InputError, Reason
-from pqk.models.hub import TOKENIZER, layer_weights, quietly, read_config, stored_shapes
+from pqk.models.hub import TOKENIZER, UNSAID, layer_weights, quietly, read_config, stored_shapes
 from pqk.task.decoder_form import DecoderForm
 from pqk.task.directory import GeneratingFiles
 
@@ -161,12 +161,17 @@ class DecoderFiles(GeneratingFiles):
             config.layer_types = [LAYER_KINDS[is_near] for is_near in sizes.near]
         elif getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1] * len(sizes.heads)
-        document: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-        document.pop("auto_map", None)
+        document = config_document(config)
         if not sizes.uniform:
             rows = zip(sizes.heads, sizes.groups, sizes.intermediate, strict=False)
             document["pqk"] = {"layers": [{"heads": h, "groups": g, "intermediate": i} for h, g, i in rows]}
         return document
+
+
+def config_document(config: Any) -> dict[str, Any]:
+    """What a configuration says in config.json, without code and without the folder that it was read from."""
+    document: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in document.items() if name not in UNSAID}
 
 
 def why_not_one_cache(heads: Sequence[int], width: int, derived: float | None, others: str) -> Reason | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pqk.errors import InputError, first_line, nearest
 from pqk.models.hub import (
     TOKENIZER,
+    UNSAID,
     find_directory,
     layer_weights,
     quietly,
@@ -157,7 +158,8 @@ class HubFiles:
 
     def __call__(self, student: nn.Module) -> dict[str, bytes]:
         config = json.loads((self.folder / "config.json").read_text())
-        config.pop("auto_map", None)
+        for name in UNSAID:
+            config.pop(name, None)
         config.update(self._sizes(student, config))
         whole = {name: self.folder / name for name in TOKENIZER if (self.folder / name).is_file()}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

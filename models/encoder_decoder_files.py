@@ -6,7 +6,6 @@ The same directory opens in optimum's `ORTModelForSeq2SeqLM` and in transformers
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pqk.models.decoder_files import (
     CHAT,
     CONFIG,
     GENERATION,
+    config_document,
     generation_config,
     json_files,
     stored_files,
@@ -95,8 +95,7 @@ def student_config(config: Any, student: fx.GraphModule) -> dict[str, Any]:
             _set(config, names[stack], max((layer[key] for layer in layers if key in layer), default=None))
     _set(config, ("d_model",), width)
     _set(config, ("vocab_size", "decoder_vocab_size"), shape(logits)[-1])
-    document: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    document.pop("auto_map", None)
+    document = config_document(config)
     if any(layer != layers[0] for layers in rows.values() for layer in layers):
         document["pqk"] = rows
     return document

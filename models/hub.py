@@ -10,13 +10,14 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch import nn
 
 from pqk.data.folders import data_folders
 from pqk.errors import InputError, Reason, first_line
@@ -74,8 +75,13 @@ def need_safetensors(folder: Path, what: str = "encoder") -> None:
     raise InputError(f"{what}: {folder} has no *.safetensors; copy the whole directory")
 
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
-"""what `transformers` raises for files that it cannot read: each that was seen, as none of them is documented"""
+UNREADABLE = (Exception,)
+"""what `transformers` and `tokenizers` raise for files that they cannot read: whatever it is, as none of it is
+documented; seen were a division by zero for no heads, a NameError for weights of GPTQ, and `Exception` itself"""
+UNSAID = ("auto_map", "_name_or_path")
+"""what a student's config.json does not take over: code, and the folder that the teacher's was read from"""
+QUANTIZED = "quantization_config"
+"""what a configuration says of weights that are stored in fewer bits"""
 
 
 def read_part(kind: str, folder: Path, what: str, name: str) -> Any:
@@ -110,7 +116,12 @@ def check_ends(folder: Path, config: Any, what: str) -> None:
     words = getattr(config, "vocab_size", None)
     for name, ends in said.items():
         for token in ends if isinstance(ends, list) else [ends]:
-            if isinstance(token, int) and isinstance(words, int) and not token < words:
+            if token is not None and type(token) is not int:
+                raise InputError(
+                    f"{what}: {folder / name} says eos_token_id {token!r:.40}, which is no number of a token, nor a "
+                    "list of them: no text would ever end; correct it"
+                )
+            if isinstance(token, int) and isinstance(words, int) and not 0 <= token < words:
                 raise InputError(
                     f"{what}: {folder / name} says eos_token_id {token}, and the model has {words} tokens, from 0: no "
                     "text would ever end; correct it to the token that ends texts"
@@ -127,9 +138,16 @@ def read_model(kind: Any, folder: Path, config: Any, what: str, **arguments: Any
         what: what errors begin with.
         arguments: of `from_pretrained`, beside these.
 
-    Raises `InputError` where the weights are missing, in pickles only, not readable, or not of this configuration.
+    Raises `InputError` where the weights are missing, in pickles only, not readable, not of this configuration, not all
+    of its layers', quantized already, or not finite.
     """
     need_safetensors(folder, what)
+    if getattr(config, QUANTIZED, None):
+        how = config.to_dict()[QUANTIZED]
+        raise InputError(
+            f"{what}: {folder} holds weights that were quantized already ({how.get('quant_method', 'in fewer bits')}); "
+            "a student is made of weights in float: take the directory that they were made of"
+        )
     try:
         model, info = kind.from_pretrained(
             folder, config=config, attn_implementation="eager", use_safetensors=True, local_files_only=True,
@@ -138,7 +156,39 @@ def read_model(kind: Any, folder: Path, config: Any, what: str, **arguments: Any
     except UNREADABLE as error:
         reason = _why_not_fitting(kind, folder, config) or first_line(error)
         raise InputError(f"{what}: {folder} cannot be loaded: {reason}") from error
+    if (unlike := _why_not_whole(model, info["unexpected_keys"]) or _why_not_numbers(model)) is not None:
+        raise InputError(f"{what}: {folder} {unlike}")
     return model, sorted(info["missing_keys"])
+
+
+def _why_not_whole(model: Any, left: Iterable[str]) -> Reason | None:
+    """Why a model is not all that is stored, where it has so many layers and the files more; else None.
+
+    `left` are the names of stored tensors that the model has not. Others than those of layers may be of another head.
+    """
+    prefix = f"{model.base_model_prefix}."  # which files of a model with another head, or with none, may lack
+    found = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    stacks = {name.removeprefix(prefix): count for name, count in found.items()}
+    for name in (name.removeprefix(prefix) for name in sorted(left)):
+        for stack, count in stacks.items():
+            number = name.removeprefix(f"{stack}.").partition(".")[0]
+            if name.startswith(f"{stack}.") and number.isdigit() and int(number) >= count:
+                return (
+                    f"has more layers than its config.json says, {count} at {stack}, such as {name}: what would be "
+                    "read is another model; copy the config.json that belongs to the weights"
+                )
+    return None
+
+
+def _why_not_numbers(model: Any) -> Reason | None:
+    """The first parameter with a value that is NaN or infinite; None where there is none."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
+            return (
+                f"has {bad} of {tensor.numel()} values in {name} that are NaN or infinite: its weights are not those "
+                "of a trained model"
+            )
+    return None
 
 
 def read_trained(kind: Any, folder: Path, config: Any, what: str) -> Any:

@@ -41,6 +41,11 @@ def read_table(source: TextSource, data: Path | None = None) -> Table:
     path = next((p for folder in (Path(), *data_folders(data)) if (p := folder / source).is_file()), None)
     if path is None:
         raise InputError(f"text: no file {source}; point --data or PQK_DATA at the folder that has it")
+    if path.suffix in (".json", ".csv"):
+        raise InputError(
+            f"text: {path} is neither .jsonl, of one JSON object a line, nor .tsv, of a header and fields between "
+            "tabs; write it as one of them"
+        )
     lines = list(_lines(path))
     return _of_rows(_jsonl(path, lines) if path.suffix == ".jsonl" else _tsv(path, lines), str(path))
 
@@ -102,6 +107,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _tsv(path: Path, lines: list[str]) -> list[dict[str, Any]]:
     names, rows = lines[0].split("\t"), []
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"text: the header of {path} has {', '.join(twice)} more than once; give each column a name")
     for number, line in enumerate(lines[1:], 2):
         if not line and number == len(lines):
             break  # what follows the last newline
@@ -119,7 +126,7 @@ def _jsonl(path: Path, lines: list[str]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of one that is nested too deeply
             raise InputError(f"text: line {number} of {path} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f"text: line {number} of {path} is a {type(row).__name__}, not an object with fields")
@@ -224,6 +231,10 @@ class TextData(Data):
         self.ids = torch.arange(len(tokens)) if ids is None else ids
         if not len(self.ids):
             raise InputError("data: no samples")
+        if low := [row for row, t in enumerate(self.tokens, 1) if int(t.min()) < 0]:
+            raise InputError(
+                f"data: row {low[0]} has token {int(self.tokens[low[0] - 1].min())}, and tokens are from 0"
+            )
         self._targets, self.samples, self.key_count = targets, len(self.ids), len(tokens)
         self.altered = None
 

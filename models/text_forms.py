@@ -131,9 +131,20 @@ def _conversations(tokenizer: Any, name: str, table: Table, what: str, rows: int
                 f"language: row {row} of {what}: the chat template changes what was said before when an answer "
                 f"follows: {before[same:]!r:.40} becomes {whole[same:]!r:.40}"
             )
+        if (number := _as_python(said, whole)) is not None:
+            raise InputError(
+                f"language: the chat template does not take the parts of message {number} in row {row} of {what}, and "
+                "writes them as Python's list; give the content as one text"
+            )
         prompts.append(before)
         wholes.append(whole)
     return _joined(tokenizer, prompts, wholes, [], what, special=False)
+
+
+def _as_python(said: Any, whole: str) -> int | None:
+    """The number of a message whose parts stand in the text as their list; None where there is none."""
+    lists = (n for n, m in enumerate(said, 1) if isinstance(m["content"], list | tuple) and str(m["content"]) in whole)
+    return next(lists, None)
 
 
 def _why_not_conversation(said: Any, name: str) -> Reason | None:

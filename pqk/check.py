@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from pqk.passes.prune.law import check_groups
 from pqk.recipe.factories import students_of
 from pqk.recipe.recipe import Recipe, why_not_for_target
 from pqk.rehearsal import why_not_deployed, why_not_exported
+from pqk.scratch import ScratchFolder
 from pqk.search.candidates import first_student
 from pqk.target.machine import peak_memory
 from pqk.target.target import Target
@@ -272,7 +272,7 @@ class Rehearsal:
 
     def deploy(self) -> None:
         """Emit student and teacher, hold them to their contracts, and time the student in turn with the teacher."""
-        with tempfile.TemporaryDirectory(prefix="pqk-check-") as name:
+        with ScratchFolder("check") as name:
             folder, here, teacher = Path(name), self.found.latency_reason is None, self.oracle.teacher_path
             self._take_emitted(folder / "model.onnx")
             self.found.problems += why_not_deployed(self.program, self.task, folder, here)

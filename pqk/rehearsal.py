@@ -8,7 +8,6 @@ teacher's float file is held against the teacher. Weights, random state and file
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +27,7 @@ from pqk.deploy.torch_emitter import emit_torch
 from pqk.errors import InputError, PqkError, Reason, first_line
 from pqk.passes import Capture, Convert, Quantize
 from pqk.report.schema import LayerParity
+from pqk.scratch import ScratchFolder
 from pqk.target.target import Target
 from pqk.task.task import Task
 from pqk.verify.float_parity import why_not_as_torch
@@ -65,7 +65,7 @@ def rehearse(
     Raises:
         InputError: this network cannot be compiled so, in the words in which the compile would end.
     """
-    with untouched_randomness(), fused_layers(False), tempfile.TemporaryDirectory(prefix="pqk-rehearsal-") as name:
+    with untouched_randomness(), fused_layers(False), ScratchFolder("rehearsal") as name:
         folder = Path(name)
         program = Program.begin(teacher, target, RunContext(), student)
         for p in short_forms(passes):

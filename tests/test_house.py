@@ -34,7 +34,7 @@ ORDER = (
     ("cli",), ("strangers",), ("compiler",), ("job",), ("gpu", "evaluation", "comparison", "check"), ("search",),
     ("rehearsal",), ("bench", "verify", "generation"), ("deploy",),
     ("recipe",), ("passes",), ("knowledge", "models"), ("training",), ("core",), ("kernels", "task", "target"),
-    ("report", "quant", "data", "files"), ("copies", "documents", "settings"), ("errors", "quiet"),
+    ("report", "quant", "data", "files"), ("copies", "documents", "scratch", "settings"), ("errors", "quiet"),
 )  # fmt: skip
 """what a person meets first, down to the arithmetic: a package imports from those behind it only"""
 NARROWER = {

@@ -10,8 +10,6 @@ vocabulary itself cost, per character.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -26,6 +24,7 @@ from pqk.data.data import Data
 from pqk.errors import InputError
 from pqk.models.vocabulary import TokenChoice, read_tokens, write_tables, write_texts
 from pqk.passes.vocabulary.tables import cut_vocabulary, text_model
+from pqk.scratch import ScratchFolder
 from pqk.settings import settings
 from pqk.task.directory import ModelDirectory
 from pqk.task.task import Task
@@ -68,13 +67,18 @@ class Vocabulary(Pass):
             counts += count_tokens(task.retained)
         fewest = self.min_count or (1 if self.size is None and self.share is None else None)
         kept = TokenChoice(self.size, self.share, fewest).of(tokens, counts)
-        folder = Path(tempfile.mkdtemp(prefix="pqk-vocabulary-"))
-        write_tables(place.folder, folder, kept, of)
-        write_texts(place.folder, folder, tokens, kept)
-        (folder / KEPT).write_text(json.dumps({"kept": kept, "of": of}))
-        smaller = cut_vocabulary(copy_of(teacher, "teacher"), task.example, kept=kept, of=of)
-        reduced = place.remade(folder)
-        weakref.finalize(self._directory(reduced), shutil.rmtree, folder, ignore_errors=True)
+        scratch = ScratchFolder("vocabulary")
+        try:
+            folder = Path(scratch.name)
+            write_tables(place.folder, folder, kept, of)
+            write_texts(place.folder, folder, tokens, kept)
+            (folder / KEPT).write_text(json.dumps({"kept": kept, "of": of}))
+            smaller = cut_vocabulary(copy_of(teacher, "teacher"), task.example, kept=kept, of=of)
+            reduced = place.remade(folder)
+        except BaseException:
+            scratch.cleanup()
+            raise
+        weakref.finalize(self._directory(reduced), scratch.cleanup)
         notes = [f"{len(kept)} of {of} tokens are kept, of teacher and student: its scores of the others are left out"]
         notes += _per_character((teacher, task), (smaller, reduced))
         return smaller, reduced.noted(notes)

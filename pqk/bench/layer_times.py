@@ -9,7 +9,6 @@ one.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pqk.bench.contenders import Feeds
 from pqk.core.onnxruntime_session import session
 from pqk.deploy.onnx_ops import MACS, in_integers, plain_name
 from pqk.report.layer_times import LayerTime, NetworkTimes
+from pqk.scratch import ScratchFolder
 
 WARM, CALLS, SECONDS, EVENTS = 3, 25, 1.0, 8_000
 """calls that are not counted, and the most that are: so many, in so long, of so many operators in all"""
@@ -47,7 +47,7 @@ def layer_times(model: Path, feeds: Feeds, variant: str, *, threads: int = 2) ->
     Raises:
         InputError: ONNX Runtime refuses the model.
     """
-    with tempfile.TemporaryDirectory(prefix="pqk-profile-") as folder:
+    with ScratchFolder("profile") as folder:
         executed = Path(folder) / "executed.onnx"
         run = session(model, threads=threads, save_to=executed, profile_to=Path(folder) / "profile")
         began = time.perf_counter()

@@ -8,7 +8,6 @@ measurement of the recipe's would leave in float are not looked for.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from pqk.core.program import Pass, Program, Stage
 from pqk.core.run_context import Channels, RunContext, TimesByWidth
 from pqk.deploy.onnx_emitter import emit_onnx_for
 from pqk.passes import Capture, Convert, Quantize
+from pqk.scratch import ScratchFolder
 from pqk.target.target import Target
 from pqk.task.task import Task
 
@@ -55,7 +55,7 @@ class Oracle:
         # The recipe's own passes from a module to integers; the default ones where it has none.
         named = {p.name: p for p in (Capture(), Quantize(), Convert(), *passes)}
         self.passes = tuple(named[p.name] for p in (Capture, Quantize, Convert))
-        self.folder = tempfile.TemporaryDirectory(prefix="pqk-oracle-")
+        self.folder = ScratchFolder("oracle")
         self._session: ort.InferenceSession | None = None
         self._table: LatencyTable | None = None
         self.seconds: list[float] = []

@@ -36,6 +36,9 @@ class AnswerFile:
         """how often was asked, by all runs, those without an answer included"""
         self._whole = True
         """whether the file ends with a whole line"""
+        self._header = json.dumps({"answers": identity}) + "\n"
+        self._begun = False
+        """whether the file is there, with what it is the file of"""
         if path is not None and path.exists():
             self._read(path)
 
@@ -54,17 +57,18 @@ class AnswerFile:
         self.answers.update({(question, draw): answer for question, draw, answer in answers if answer is not None})
         if self.path is None:
             return
-        text = "" if self._whole else "\n"
+        lines = "".join(self._line(*answer) + "\n" for answer in answers)
         try:
-            if not self.path.exists():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps({"answers": self.identity}) + "\n"
-            text += "".join(self._line(*answer) + "\n" for answer in answers)
+            there = self.path.exists()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = lines if there and self._begun else self._header + lines
+            if there and not (self._begun and self._whole):
+                text = f"\n{text}"
             with self.path.open("a", encoding="utf-8") as f:  # in one piece: what reads it finds all of them or none
                 f.write(text)
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._whole = True
+        self._whole = self._begun = True
 
     def _line(self, question: str, draw: int, answer: Any) -> str:
         value = {"question": question, "draw": draw, "answer": answer}
@@ -79,6 +83,8 @@ class AnswerFile:
             content = path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        if self._header.startswith(content) and content != self._header:
+            return  # of a run that was killed when it had just made it
         lines = list(_objects(content))
         whose = lines[0].get("answers") if lines else None
         if whose != self.identity:
@@ -91,7 +97,7 @@ class AnswerFile:
                 self.queries += 1
                 if value["answer"] is not None:
                     self.answers[value["question"], value["draw"]] = value["answer"]
-        self._whole = content.endswith("\n")
+        self._whole, self._begun = content.endswith("\n"), True
 
 
 def _by_draw(item: tuple[tuple[str, int], Any]) -> int:

@@ -91,6 +91,8 @@ def ask(function: TextFunction, prompts: Sequence[str], kept: AnswerFile, how: A
         InputError: a prompt is no text, or too many prompts have no answer in the end.
     """
     how = Asking() if how is None else how
+    if not len(prompts):
+        raise InputError("black box: there are no prompts to ask")
     for row, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"black box: prompt {row} is {prompt!r:.60}, and must be a text that is not empty")

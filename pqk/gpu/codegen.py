@@ -31,6 +31,7 @@ from pqk.errors import PqkError
 from pqk.gpu.roofline import arch_named, occupancy
 from pqk.kernels.common.launch import Launch, signature
 from pqk.kernels.common.triton import TRITON_MISSING
+from pqk.scratch import ScratchFolder
 
 INTEGER = re.compile(r"IMMA|IGMMA|UTCIMMA|v_s?mfmac?_i32")
 """matrix instructions whose accumulator is an integer: of a warp, of Hopper's warp group, of Blackwell's tensor memory,
@@ -210,7 +211,7 @@ def read_nvidia(cubin: bytes) -> dict[str, Any]:
     """Instructions, registers and spills of a cubin, from NVIDIA's disassembler. Raises `PqkError` if it refuses."""
     from triton import knobs
 
-    with tempfile.TemporaryDirectory(prefix="pqk-codegen-") as folder:
+    with ScratchFolder("codegen") as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "-sass", "--dump-resource-usage", str(path)]

@@ -121,6 +121,11 @@ def test_prompts_are_texts(prompt: Any) -> None:
         ask(Box(), ["one", prompt], AnswerFile(None, ""))
 
 
+def test_without_prompts_nothing_can_be_asked() -> None:
+    with pytest.raises(InputError, match="there are no prompts to ask"):
+        ask(Box(), [], AnswerFile(None, ""))
+
+
 def test_answers_of_a_file() -> None:
     table = {"q": ["a", "b", "a"], "r": ["x", ["y", "z"], "w"]}
     assert answers_of_table(table, "q", "r") == {"a": ["x", "w"], "b": ["y", "z"]}

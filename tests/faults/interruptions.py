@@ -301,14 +301,14 @@ def in_a_namespace() -> None:
         os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv, "--in-a-namespace"])
 
 
-def _record(
-    campaign: Campaign, name: str, work: Callable[[], dict[str, Any]], options: dict[str, int], into: Path | None
+def record(
+    problems: list[str], name: str, work: Callable[[], dict[str, Any]], options: dict[str, int], into: Path | None
 ) -> None:
     """Do one part, and write what came of it; those of before stay, each with what it was run with."""
-    had, began = len(campaign.problems), time.monotonic()
+    had, began = len(problems), time.monotonic()
     document = work()
-    problems = campaign.problems[had:]
-    document |= {"wrong": len(problems), "problems": problems, "options": options}
+    found = problems[had:]
+    document |= {"wrong": len(found), "problems": found, "options": options}
     document |= {"minutes": round((time.monotonic() - began) / 60, 1), "machine": machine_fingerprint()}
     print(f"{name}: {json.dumps(document)}", flush=True)
     if into is not None:
@@ -335,7 +335,7 @@ def main() -> int:
         }
         for name, (work, options) in parts.items():
             if getattr(a, options[0]):
-                _record(campaign, name, work, {o: getattr(a, o) for o in ("seed", *options)}, a.into)
+                record(campaign.problems, name, work, {o: getattr(a, o) for o in ("seed", *options)}, a.into)
     return 1 if campaign.problems else 0
 
 

@@ -38,9 +38,11 @@ from pqk.knowledge.teachers.cache import LogitCache
 
 assert commands  # all that a command needs is imported before the first fork
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "support"))  # which a script has not
 VOLATILE = {
     "seconds", "latency", "latency_ms", "median_ms", "p05_ms", "p95_ms", "ratio", "ratio_low", "ratio_high",
     "peak_memory_bytes", "machine", "significant", "break_even", "conditions", "versions", "pqk", "notes",
+    "teacher_per_second", "student_per_second", "teacher_first_ms", "student_first_ms",
 }  # fmt: skip
 """keys of reports and records whose values are times, tell of them, or of the machine"""
 CPU, GPU = TARGETS = ("x86-avx2", "cuda-sm80")
@@ -89,12 +91,12 @@ class Process:
 
 
 class Runner:
-    """Starts compiles of `small.toml` in a folder of their own."""
+    """Starts compiles of `small.toml`, or of another recipe here, in a folder of their own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, recipe: str = "small") -> None:
+        self.folder, self.recipe = folder, recipe
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("small.py", "small.toml"):
+        for name in (f"{recipe}.py", f"{recipe}.toml"):
             shutil.copy(HERE / name, folder / name)
         self.count = 0
         torch.set_num_threads(1)
@@ -111,14 +113,14 @@ class Runner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for name in json.loads(names.read_text()):
-                if name != "small":
+                if name != self.recipe:
                     with contextlib.suppress(Exception):  # modules that are made while others are imported
                         importlib.import_module(name)
         shutil.rmtree(self.folder / "warm")
 
     def arguments(self, out: Path, target: str, resume: bool) -> list[str]:
         again = ["--resume"] if resume else []
-        recipe, to = str(self.folder / "small.toml"), ["--out", str(out), "--target", target]
+        recipe, to = str(self.folder / f"{self.recipe}.toml"), ["--out", str(out), "--target", target]
         return ["compress", recipe, *to, "--evaluation", "quick", *again]
 
     def compile(

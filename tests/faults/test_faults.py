@@ -35,6 +35,13 @@ def test_a_kill_a_full_disk_and_a_second_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_a_language_model_killed_in_every_part_of_its_compile(tmp_path: Path) -> None:
+    """And in the asking of the black box that wrote its texts."""
+    part = run("tellings.py", tmp_path, "--chains=2")["interruptions"]["tellings"]
+    assert part["problems"] == [] and sum(part["kills"].values()) >= 18
+
+
+@pytest.mark.full
 def test_the_campaign_of_interruptions(tmp_path: Path) -> None:
     interrupted(tmp_path)
 

@@ -40,7 +40,7 @@ from pqk.knowledge import (
 )
 from pqk.knowledge.answers.authors import AnswerSettings, Desk
 from pqk.knowledge.answers.catalogue import AUTHORS
-from pqk.knowledge.answers.generation import Correcting, Ends, TokenSampling, generate
+from pqk.knowledge.answers.generation import Correcting, Ends, Mixing, TokenSampling, generate
 from pqk.knowledge.answers.replay import ReplayAuthor
 from pqk.knowledge.objective import Distillation
 from pqk.models.language import Text, next_tokens
@@ -326,6 +326,9 @@ def test_what_cannot_be_learned_from_is_refused_before_training() -> None:
         Distill(terms=(CrossEntropy(),), answers=ByStudent())
     with pytest.raises(InputError, match="all alike"):
         ByTeacher(samples=3)
+    for stop in (-1, 64):
+        with pytest.raises(InputError, match=f"stop = {stop}, and the model has 64 tokens, from 0"):
+            ByStudent(stop=(2, stop)).make(desk(small_decoder(1)))
     with pytest.raises(InputError, match='unknown by "pupil".*"student"|unknown by "pupil"'):
         Recipe.loads('[[pass]]\nname = "distill"\nanswers = { by = "pupil" }\n')
     images = sequence_task()
@@ -360,6 +363,36 @@ def test_a_file_of_answers_forgets_only_what_is_broken(tmp_path: Path) -> None:
     assert AnswerFile(path, "me").get("b") == "new"
     with pytest.raises(InputError, match="holds the answers of 'me'"):
         AnswerFile(path, "you")
+
+
+@pytest.mark.parametrize("part", [0, 0.5, 0.99])
+def test_a_file_of_answers_that_was_hardly_begun_is_begun_again(tmp_path: Path, part: float) -> None:
+    """A process that is killed between making the file and writing its first line leaves none, or a part of it."""
+    path, whole = tmp_path / "answers.jsonl", json.dumps({"answers": "me"}) + "\n"
+    path.write_text(whole[: int(part * len(whole))])
+    AnswerFile(path, "me").add([("a", 0, "text")])
+    assert AnswerFile(path, "me").get("a") == "text"
+    with pytest.raises(InputError, match="holds the answers of 'me'"):
+        AnswerFile(path, "you")
+
+
+def test_a_file_that_two_begin_has_the_answers_of_both(tmp_path: Path) -> None:
+    first, second = (AnswerFile(tmp_path / "answers.jsonl", "me") for _ in range(2))
+    first.add([("a", 0, "one")])
+    second.add([("b", 0, "other")])
+    first.add([("c", 0, "third")])
+    assert {q: AnswerFile(tmp_path / "answers.jsonl", "me").get(q) for q in "abc"} == {
+        "a": "one", "b": "other", "c": "third"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [Mixing(0.5), Correcting(3)], ids=["mixing", "correcting"])
+def test_models_of_other_tokens_do_not_write_together(together: Mixing | Correcting) -> None:
+    def of_80(ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros(*ids.shape, 80)
+
+    with pytest.raises(InputError, match="know 64 and 80 tokens, and must know the same"):
+        generate(small_decoder(), [torch.tensor([1, 5])], TokenSampling(), [0], Ends(), of_80, together)
 
 
 def test_answers_to_texts_of_several_lengths_are_not_kept(tmp_path: Path) -> None:

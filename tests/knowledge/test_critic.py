@@ -195,6 +195,13 @@ def test_what_cannot_be_ranked_is_refused_before_training() -> None:
     assert reason is not None and "Task(critic=…)" in reason
     with pytest.raises(InputError, match="critic is a int and must be a function"):
         sequence_task(critic=3)
-    for critic, said in ((lambda p, a: [0.0] * 9, "for 1 answers"), (lambda p, a: [float("nan")], "finite")):
+    wrong = (
+        (lambda p, a: [0.0] * 9, "for 1 answers"),
+        (lambda p, a: [float("nan")], "finite"),
+        (lambda p, a: None, "gave None for 1 answers"),
+        (lambda p, a: ["good"] * len(a), r"gave \['good'\] for 1 answers"),
+        (lambda p, a: {}["the service"], "the task's critic raised KeyError: 'the service'"),
+    )
+    for critic, said in wrong:
         with pytest.raises(InputError, match=said):
             replace(HOW, critic="task").make(desk(small_decoder(0), sequence_task(critic=critic)))

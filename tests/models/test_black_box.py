@@ -85,6 +85,10 @@ def test_all_else_is_checked_before_anything_is_asked(model: Path) -> None:
     for wrong, said in (
         ({"max_length": 2.5}, "max_length=2.5 must be a whole number"),
         ({"critic": 5}, "critic must be a function"),
+        ({"cache": 5, "identity": "box"}, r"cache is a folder's name, and not int \(5"),
+        ({"cache": "kept"}, "need an `identity`: the name of what gives them$"),
+        ({"cache": "kept", "identity": 5}, "need an `identity`: .* a text, and not 5"),
+        ({"cache": "kept", "identity": ""}, "need an `identity`: .* a text, and not ''"),
         ({"retained": {"text": ["a dog"]}}, "retained data .* has the columns text"),
     ):
         with pytest.raises(InputError, match=said):

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import causal_models as tiny
 import pytest
@@ -224,5 +225,49 @@ def test_weights_that_are_not_numbers_are_said_to_be(tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     name = next(n for n in state if "down_proj" in n)
     save_file({**state, name: state[name] * torch.nan}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="'s own logits are NaN or infinite"):
+    with pytest.raises(InputError, match=r"1536 of 1536 values in model.layers.0.mlp.down_proj.weight that are NaN"):
         decoder(folder)
+
+
+def test_a_token_that_no_trial_reads_is_a_number_too(tmp_path: Path) -> None:
+    folder = tiny.directory(tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state["model.embed_tokens.weight"][200, 3] = torch.inf
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"1 of 8288 values in model.embed_tokens.weight that are NaN or infinite"):
+        decoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"num_hidden_layers": 1}, r"more layers than its config.json says, 1 at layers, such as layers.1"),
+        ({"num_hidden_layers": 0}, r"more layers than its config.json says, 0 at layers"),
+        ({"num_key_value_heads": 0}, "cannot be loaded: ZeroDivisionError"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"were quantized already \(gptq\)"),
+        ({"eos_token_id": "2"}, "says eos_token_id '2', which is no number of a token"),
+        ({"eos_token_id": -1}, "says eos_token_id -1, and the model has 259 tokens"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(tmp_path: Path, said: dict[str, Any], words: str) -> None:
+    """Weights of layers that it does not say would be left out without a word."""
+    folder = tiny.directory(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | said))
+    with pytest.raises(InputError, match=words):
+        decoder(folder)
+
+
+@pytest.mark.parametrize("broken", ["{", "{}", '{"vocab": 3}'])
+def test_a_tokenizer_that_is_broken_is_refused(tmp_path: Path, broken: str) -> None:
+    folder = tiny.directory(tmp_path / "model")
+    (folder / "tokenizer.json").write_text(broken)
+    with pytest.raises(InputError, match="has no readable tokenizer"):
+        language_task(directory=folder, train=None, evaluation={"text": ["a"]}, validation={"text": ["a"]})
+
+
+def test_a_students_configuration_does_not_say_where_its_teacher_was(tmp_path: Path) -> None:
+    """It was read from a folder that may be another one in every run."""
+    folder = tiny.directory(tmp_path / "model")
+    files = DecoderFiles(folder, 64)(capture(decoder(folder), text(), axes=AXES))
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]

@@ -75,6 +75,8 @@ def test_what_is_no_table_is_refused(table: Any, message: str) -> None:
 def test_rows_and_sizes_of_data_are_counted_from_one() -> None:
     with pytest.raises(InputError, match="row 2 has a text without tokens"):
         TextData([[1], []], None)
+    with pytest.raises(InputError, match="row 2 has token -3, and tokens are from 0"):
+        TextData([[1], [2, -3]], None)
     with pytest.raises(InputError, match="batch_size=0.5 must be a whole number, at least 1"):
         TextData([[1]], None, 0.5)  # type: ignore[arg-type]
 
@@ -86,7 +88,11 @@ def test_rows_and_sizes_of_data_are_counted_from_one() -> None:
         ("a.tsv", b"label\ttext\n1\ta\tb\n", "line 2 .* has 3 fields and the header 2"),
         ("a.tsv", b"label\ttext\n", "has no rows"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2 of .* is not JSON"),
+        ("a.tsv", b"text\ttext\na\tb\n", "header of .*a.tsv has text more than once"),
+        ("a.csv", b"text\na\n", "a.csv is neither .jsonl, .* nor .tsv"),
+        ("a.json", b'[{"text": "a"}]', "a.json is neither .jsonl, .* nor .tsv"),
         ("a.jsonl", b'["a"]\n', "line 1 .* is a list"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 1 of .* is not JSON: .*recursion"),
         ("a.jsonl", b'{"text": "a"}\n{"label": 1}\n', "row 2 of .* has the fields"),
     ],
 )

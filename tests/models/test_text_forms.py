@@ -158,6 +158,17 @@ def test_messages_without_texts_are_refused(tmp_path: Path, table: Any, said: st
         task(talking(tmp_path), table, messages="messages")
 
 
+def test_parts_of_a_message_that_a_template_does_not_know_are_refused(tmp_path: Path) -> None:
+    """Jinja writes a list as Python does, and the model would learn to."""
+    said = talk([{"type": "text", "text": "3"}], "7")
+    with pytest.raises(InputError, match="does not take the parts of message 1 in row 1 of the table"):
+        task(talking(tmp_path / "texts"), said, messages="messages")
+    parts = CHAT.replace("m.content", "m.content if m.content is string else m.content[0].text")
+    assert tokens_of(task(talking(tmp_path / "parts", parts), said, messages="messages")) == tokens_of(
+        task(talking(tmp_path / "texts"), talk("3", "7"), messages="messages")
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pqk.bench.contenders import Feeds
 from pqk.bench.layer_times import KERNEL, layers_of
 from pqk.core.onnxruntime_session import session
 from pqk.deploy.onnx_ops import Shape, in_integers
+from pqk.scratch import ScratchFolder
 
 CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger"})
 PRODUCTS = frozenset({
@@ -97,7 +97,7 @@ def executed_nodes(model: Path, feeds: Feeds, *, threads: int) -> list[ExecutedN
 
     Raises `InputError` where it refuses the model.
     """
-    with tempfile.TemporaryDirectory(prefix="pqk-executed-") as folder:
+    with ScratchFolder("executed") as folder:
         executed = Path(folder) / "executed.onnx"
         run = session(model, threads=threads, save_to=executed, profile_to=Path(folder) / "profile")
         run.run(None, dict(feeds))

@@ -155,11 +155,19 @@ def number(*key: object) -> int:
 
 
 def ends_of(desk: Desk, how: AnswerSettings) -> Ends:
-    """What ends an answer: the teacher's end tokens, and the longest text that it and the task know."""
+    """What ends an answer: the teacher's end tokens, and the longest text that it and the task know.
+
+    Raises `InputError` for a token to stop at that the model has not.
+    """
     model = getattr(desk.teacher.module if desk.configured is None else desk.configured, "model", None)
     config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
     stop: Any = getattr(generation, "eos_token_id", None)
     stop = getattr(config, "eos_token_id", None) if stop is None else stop
+    words = getattr(config, "vocab_size", None)
+    for token in how.stop or ():
+        if token < 0 or (isinstance(words, int) and token >= words):
+            most = f"{words} tokens" if isinstance(words, int) else "tokens"
+            raise InputError(f"distill: stop = {token}, and the model has {most}, from 0: no answer would end with it")
     known = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
     limits = (getattr(config, "max_position_embeddings", None), desk.task.preprocessing.get("max_length"))
     return Ends(known if how.stop is None else how.stop, min((n for n in limits if isinstance(n, int)), default=None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch import Tensor
 from pqk.data.data import Batch
 from pqk.data.sequences import UNLABELLED, answered, answers_of, prompts_of
 from pqk.data.structures import first_tensor, widened
-from pqk.errors import InputError, Reason
+from pqk.errors import InputError, Reason, first_line
 from pqk.knowledge.answers.authors import AnswerSettings, Author, Desk, Written, teachers_scores
 from pqk.knowledge.terms.policy import token_log_likelihood
 from pqk.settings import settings
@@ -59,15 +59,26 @@ class CriticAuthor(Author):
         critic, rows = self.desk.task.critic, []
         assert critic is not None
         for prompt, answers in rivals:
-            said = critic(prompt, answers)
-            row = [float(s) for s in said]
-            if len(row) != len(answers) or not all(map(math.isfinite, row)):
-                raise InputError(
-                    f"distill: the task's critic gave {row} for {len(answers)} answers; it gives one finite number for "
-                    "each, higher is better"
-                )
-            rows.append(row)
+            try:
+                said = critic(prompt, answers)
+            except Exception as error:  # whatever the user's code raises
+                raise InputError(f"distill: the task's critic raised {first_line(error)}") from error
+            rows.append(_numbers(said, len(answers)))
         return torch.tensor(rows, device=rivals[0][0].device)
+
+
+def _numbers(said: Any, count: int) -> list[float]:
+    """What a critic said of so many answers. Raises `InputError` where it is not a finite number of each."""
+    try:
+        row = [float(s) for s in said]
+    except (TypeError, ValueError):
+        row = []
+    if len(row) != count or not all(map(math.isfinite, row)):
+        raise InputError(
+            f"distill: the task's critic gave {row or said!r:.80} for {count} answers; it gives one finite number for "
+            "each, higher is better"
+        )
+    return row
 
 
 def best_first(rivals: Sequence[tuple[Tensor, Sequence[Tensor]]], scores: Tensor) -> tuple[Batch, Tensor]:

@@ -201,6 +201,11 @@ def _written(
     for step in range(int(most.max())):
         probabilities = [next_probabilities(r.scores(), sampling) for r in readers]
         own, now = probabilities[0], noise[..., step]
+        if len(sizes := {p.shape[1] for p in probabilities}) > 1:
+            raise InputError(
+                f"generation: those that write together know {min(sizes)} and {max(sizes)} tokens, and must know the "
+                'same; let the student write, answers = { by = "student" }, or take a teacher over its tokens'
+            )
         tokens = drawn(own, now[0]) if together is None else together.pick(own, probabilities[1], now)
         columns.append(tokens)
         counts += going
