@@ -109,7 +109,9 @@ def decoder_config(folder: Path) -> Any:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BIDIRECTIONAL
 
     if config.is_encoder_decoder:
-        raise InputError(f"decoder: {folder} is a {config.model_type}, an encoder and a decoder")
+        raise InputError(
+            f"decoder: {folder} is a {config.model_type}, an encoder and a decoder; pqk.models.encoder_decoder takes it"
+        )
     if config.model_type in BIDIRECTIONAL and not config.is_decoder:
         raise InputError(
             f"decoder: {folder} is a {config.model_type}, which is no causal model; pqk.models.encoder takes it"

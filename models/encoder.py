@@ -198,9 +198,12 @@ def _refuse_decoders(config: Any, folder: Path) -> None:
 
     kind = f"{folder} is a {config.model_type} ({', '.join(config.architectures or [])})"
     if config.is_encoder_decoder:
-        raise InputError(f"encoder: {kind}, an encoder and a decoder; only encoders can be compiled")
+        raise InputError(f"encoder: {kind}, an encoder and a decoder; pqk.models.encoder_decoder takes those")
     if getattr(config, "is_decoder", False) or config.model_type not in BIDIRECTIONAL:
-        raise InputError(f"encoder: {kind}, which is not a bidirectional text encoder such as BERT; it cannot be used")
+        raise InputError(
+            f"encoder: {kind}, which is not a bidirectional text encoder such as BERT; pqk.models.decoder takes causal "
+            "models"
+        )
 
 
 def _refuse_other_pooling(folder: Path) -> None:

@@ -191,6 +191,8 @@ def language_task(
     columns = column_names(sources["evaluation"][1])
     if text == "text" and {prompt, completion} <= columns and text not in columns:
         text = None
+    elif text == "text" and text not in columns and messages is None:
+        _refuse_unnamed(columns)
     _need_one_form(sources, {messages} if messages else {text} if text else {prompt, completion})
     folder = find_directory(directory, root, "language")
     config = decoder_config(folder)
@@ -305,6 +307,15 @@ class _Texts:
             )
         cut = [replace(text, tokens=text.tokens[: self.most]) for text in whole]
         return next_tokens(cut, self.batch_size, self.pad, at_once)
+
+
+def _refuse_unnamed(columns: set[str]) -> None:
+    """Raises `InputError` where no column of texts is there, but one that seems to hold conversations."""
+    if "messages" in columns:
+        raise InputError(
+            'language: evaluation data has a column "messages" and none of texts; where it holds conversations, say '
+            'messages = "messages"'
+        )
 
 
 def _need_one_form(sources: dict[str, _Source], needed: set[str]) -> None:

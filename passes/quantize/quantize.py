@@ -52,6 +52,8 @@ from pqk.settings import settings
 from pqk.target.target import Target
 from pqk.task.task import Task
 
+KvCache = Literal["float", "int8"]
+
 CACHE = Grid("int8", -128, 127, symmetric=True)
 """the integers that `GroupQueryAttention` keeps of keys and values"""
 TIMED_SAMPLES = 32
@@ -78,9 +80,10 @@ class Quantize(Pass):
     """how ranges are chosen from the observed values: all of them, all but the tails, or the least squared error"""
     percentile: float = Field(default=99.99, gt=50, le=100)
     """for `percentile`: the share of values, in per cent, that the range covers"""
-    kv_cache: Literal["float", "int8"] = "float"
+    kv_cache: KvCache = "float"
     """how a decoder keeps keys and values for the tokens that follow: as they are, or in 8 bits, with one fixed step
-    for the keys of a layer and one for its values; attention multiplies floats either way. For tasks that generate"""
+    for the keys of a layer and one for its values; attention multiplies floats either way. For tasks that generate,
+    on x86 with dynamic activations or blocks"""
     samples: int = Field(default=512, gt=0)
     """validation samples that the ranges are chosen from, and sensitivity is measured on"""
     smooth: float | None = Field(default=None, ge=0, le=1)
@@ -125,6 +128,12 @@ class Quantize(Pass):
             return f'quantize: activations = "blockwise" is not for {target.name}: {reason}; use "static"'
         if self.kv_cache == "int8" and target.runtime != "onnxruntime":
             return f'quantize: kv_cache = "int8" is for ONNX Runtime: student.pt2, for {target.name}, keeps nothing'
+        if self.kv_cache == "int8" and self.activations == "static" and target.activation.qmin == 0:
+            return (
+                f'quantize: kv_cache = "int8" with activations = "static" is not for {target.name}: ONNX Runtime makes '
+                "uint8 of int8 there, as static activations are, and refuses the file; "
+                'use activations = "dynamic" or "blockwise"'
+            )
         if not self.faster_float or (reason := target.why_not_measured()) is None:
             return None
         return f"quantize.faster_float times layers, but {reason}; set it to false, or compile on the target"
@@ -151,7 +160,7 @@ class Quantize(Pass):
         assert isinstance(student, fx.GraphModule)
         floats = named_layers(student, self.float_layers)
         if task.generates:
-            floats = kept_in_float(student) | floats
+            floats = kept_in_float(student, self.kv_cache) | floats
         if self.least_sqnr is not None:
             floats |= self._sensitive(program, task, floats)
         if self.faster_float:
@@ -168,7 +177,8 @@ class Quantize(Pass):
             "blockwise": (BlockFakeQuant, BlockWeightFakeQuant),
         }[self.activations]
         program = program.decline(self.name, declined)
-        return program.note(activations=kinds[activation], weights=kinds[weight])
+        kept = {"keys_and_values": kinds[CacheFakeQuant]} if self.kv_cache == "int8" else {}
+        return program.note(activations=kinds[activation], weights=kinds[weight], **kept)
 
     def _smooth(self, program: Program, task: Task, alpha: float) -> Program:
         """With smoother inputs: only values change, so the plan needs no line for it."""
@@ -224,13 +234,14 @@ class Quantize(Pass):
         return run.decide(f"float/{layer}", lambda: run.float_gain(student, floats, layer, "quantize.faster_float"))
 
 
-def kept_in_float(student: fx.GraphModule) -> dict[str, str]:
-    """The products of attention in a decoder: what they read is kept for the tokens that follow, as it is.
+def kept_in_float(student: fx.GraphModule, kv_cache: KvCache = "float") -> dict[str, str]:
+    """The products of attention in a decoder, which are of floats, and how what they read is kept for later tokens.
 
     Raises `InputError` where attention has another form than a cache is known for.
     """
     layers = [product.meta["layer"] for site in sites(student) for product in site.products]
-    return dict.fromkeys(layers, "matmul: keys and values are kept for the tokens that follow, in float")
+    how = {"float": "in float", "int8": "in 8 bits, and made floats again for the products of attention"}[kv_cache]
+    return dict.fromkeys(layers, f"matmul: keys and values are kept for the tokens that follow, {how}")
 
 
 # ---- the rewrite

@@ -192,7 +192,7 @@ def texts_text(report: Report) -> str:
         )
     lines = [
         f"{asked}: {percent(made.equal)} of the texts are the teacher's; the tokens before the "
-        f"first other one are {least} to {most}, median {middle}, quartiles {low} and {high}",
+        f"first other one, or the end, are {least} to {most}, median {middle}, quartiles {low} and {high}",
         f"step by step the student chooses {percent(made.as_whole)} of the tokens that it chooses where the text is "
         f"read at once; scores differ by {made.whole_difference:.2g} of the largest, at most",
         f"of four tokens in a row {percent(made.student_repeated)} had stood in the same text before, of the teacher's "

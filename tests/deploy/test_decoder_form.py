@@ -144,13 +144,19 @@ def test_keys_and_values_in_8_bits_read_on_as_the_graph_that_was_trained(
 def test_only_causal_models_for_onnx_runtime_keep_8_bits(decoder: tuple[Decoder, fx.GraphModule]) -> None:
     task = sequence_task()
     start = Program(decoder[0], decoder[1], Stage.GRAPH, Target.named("x86-avx2"), RunContext())
-    quantize = Quantize(kv_cache="int8")
+    quantize = Quantize(activations="dynamic", kv_cache="int8")
     data = task.evaluation
     other = Task(None, data, validation=data, class_axis=2)
     with pytest.raises(InputError, match='kv_cache = "int8" is for causal models'):
         quantize.apply(start, other)
     assert "keeps nothing" in str(quantize.why_not_for(Target.named("cuda-sm80")))
     assert quantize.why_not_for(Target.named("x86-avx2")) is None
+    static = Quantize(kv_cache="int8")  # of which ONNX Runtime refuses the file, as it makes uint8 of int8 on x86
+    for name in ("x86-avx2", "x86-vnni"):
+        assert 'use activations = "dynamic"' in str(static.why_not_for(Target.named(name)))
+    with pytest.raises(InputError, match="refuses the file"):
+        static.apply(start, task)
+    assert static.why_not_for(Target.named("arm-dotprod")) is None
 
 
 # ---- in ONNX

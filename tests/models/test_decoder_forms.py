@@ -155,6 +155,8 @@ def student(teacher: Path) -> tuple[fx.GraphModule, Task]:
     graph = capture(model, task.example, axes=task.axes)
     start = Program(model, graph, Stage.GRAPH, Target.named("x86-avx2"), RunContext())
     quantized = Quantize(activations="blockwise", kv_cache="int8").apply(start, task)
+    products = [d.reason for d in quantized.declined if d.reason.startswith("matmul: keys and values are kept")]
+    assert products and all("in 8 bits" in reason and "in float" not in reason for reason in products)
     found = Convert().apply(quantized, task).student
     assert isinstance(found, fx.GraphModule)
     return found, task

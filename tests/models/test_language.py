@@ -136,6 +136,12 @@ def test_prompts_with_completions_are_known_by_their_columns(folder: Path) -> No
     assert tiny.letters().decode(batch.targets[batch.targets != IGNORED]) == "ran</s>"
 
 
+def test_conversations_that_are_not_named_are_refused_with_the_argument_that_names_them(folder: Path) -> None:
+    table = {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]}
+    with pytest.raises(InputError, match='say messages = "messages"'):
+        task(folder, train=None, evaluation=table, validation=table)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"), [({"limit": 0}, "limit=0 .* at least 1"), ({"max_length": 1}, "max_length=1 .* at least 2")]
 )
